@@ -1,0 +1,22 @@
+"""Elastic Averaging SGD (Zhang et al. 2015, arXiv:1412.6651) as a PyTorch Lightning strategy.
+
+Five questions, five places: WHAT happens to the weights (``algorithms``), WHEN and how strongly
+(``schedules``), HOW the bytes move (``communication``), WHERE the shared weights live (``center``),
+and one object that asks them in order at every step (``exchange``). ``strategy`` only plugs that
+object into Lightning.
+
+Importing the package registers ``Trainer(strategy="easgd")``, ``easgd_spawn``, ``easgd_fork`` and
+``easgd_notebook``.
+"""
+
+from lightning.pytorch.strategies import StrategyRegistry
+
+from lightning_easgd.callbacks import EASGDMonitor
+from lightning_easgd.communication import ExchangeError
+from lightning_easgd.exchange import NonFiniteError
+from lightning_easgd.strategy import EASGDStrategy
+from lightning_easgd.telemetry import Telemetry
+
+__all__ = ["EASGDMonitor", "EASGDStrategy", "ExchangeError", "NonFiniteError", "Telemetry"]
+
+EASGDStrategy.register_strategies(StrategyRegistry)

@@ -1,0 +1,54 @@
+"""Synchronous EASGD and EAMSGD (Zhang, Choromanska, LeCun 2015, arXiv:1412.6651, eq. 2-6, Alg. 2).
+
+    x^i <- x^i - η g^i(x^i) - α (x^i - c)
+    c   <- c + Σ_i α (x^i - c)                  (elastic symmetry: β = pα)
+
+Both lines read the state before the step. Letters: p `workers`, x^i `worker`, c `center`, α
+`alpha`, β `beta`, ρ = α/η `rho`, τ `tau`, δ `momentum`, v the velocity.
+
+[Note: exact overlap] Every worker keeps a copy of the center, so its pull α (x^i - c) needs nobody
+else. The sum over the workers is first read at the next exchange. It may therefore travel behind
+the τ steps in between: the trajectory is that of a blocking exchange, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def stability_bound(workers: int) -> float:
+    """The α at and above which the synchronous form diverges as η -> 0: 2/(p+1).
+
+    From (2-ηh)(2-pα) > 2α and (2-ηh)+(2-pα) > α, the conditions on a quadratic of curvature h.
+    """
+    return 2.0 / (workers + 1)
+
+
+def difference_(worker: Sequence[Tensor], center: Sequence[Tensor]) -> None:
+    """Turn worker weights x into x - c, in place; both as lists of tensors of equal shapes."""
+    torch._foreach_sub_(list(worker), list(center))
+
+
+def scale_(difference: Sequence[Tensor], alpha: Sequence[float]) -> None:
+    """Turn x - c into the elastic difference α (x - c), in place; one α per tensor."""
+    torch._foreach_mul_(list(difference), list(alpha))
+
+
+def move_center_(center: Sequence[Tensor], total: Sequence[Tensor]) -> None:
+    """Add the summed elastic differences Σ_i α (x^i - c) of all workers to the center, in place."""
+    torch._foreach_add_(list(center), list(total))
+
+
+def undo_look_ahead_(
+    point: Sequence[Tensor], momentum_buffer: Sequence[Tensor], momentum: float, lr: float
+) -> None:
+    """Turn the look-ahead point that torch's Nesterov SGD stores into the paper's iterate.
+
+    ``torch.optim.SGD(nesterov=True)`` stores y = x + δ v with v = -lr * momentum_buffer, where lr
+    is the rate of the step that made the buffer. The paper's elastic difference (Alg. 2) is taken
+    at x = y + δ * lr * momentum_buffer. Works in place.
+    """
+    torch._foreach_add_(list(point), list(momentum_buffer), alpha=momentum * lr)

@@ -1,0 +1,208 @@
+"""WHERE the shared weights live: the center, its statistics, and lending it to the module.
+
+[Note: two copies] The center and the sum in flight are the only model-sized buffers that outlive a
+step. While nothing is in flight the second one is free, so it keeps the worker's own weights when
+the module shows the center.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_easgd.flat import FLAT_DTYPE, FlatLayout, FlatVector
+
+BufferPolicy = Literal["average", "local", "broadcast"]
+
+
+class Segment:
+    """Parameters that joined the elastic set together: their center and their sum in flight.
+
+    Args:
+        named: names and parameters; the center starts as a copy of them.
+    """
+
+    def __init__(self, named: Sequence[tuple[str, nn.Parameter]]) -> None:
+        self.parameters = [parameter for _, parameter in named]
+        layout, device = FlatLayout(named), self.parameters[0].device
+        self.center = FlatVector(layout, device)
+        self.center.read_(self.parameters)
+        self.total = FlatVector(layout, device)
+
+
+class Statistics:
+    """Float buffers of a module (BatchNorm's running statistics and others), and their center.
+
+    ``average``: the mean over the workers; ``broadcast``: those of worker 0; ``local``: every
+    worker keeps its own and nothing travels. Buffers that the state dict leaves out, and integer
+    ones, stay local always.
+    """
+
+    def __init__(self, module: nn.Module, policy: BufferPolicy, rank: int) -> None:
+        self.policy = policy
+        self._speaks = policy == "average" or rank == 0
+        self._places = [] if policy == "local" else list(_float_buffers(module))
+        if self._places:
+            layout = FlatLayout((name, owner.get_buffer(key)) for name, owner, key in self._places)
+            self.center = FlatVector(layout, self._buffers()[0].device)
+            self.center.read_(self._buffers())
+            self.total = FlatVector(layout, self._buffers()[0].device)
+
+    def __bool__(self) -> bool:
+        return bool(self._places)
+
+    def _buffers(self) -> list[Tensor]:
+        # Looked up each time: modules may replace a buffer instead of writing into it.
+        return [owner.get_buffer(key) for _, owner, key in self._places]
+
+    def contribute(self, healthy: bool) -> list[Tensor]:
+        """This worker's part of the sum, as flat tensors."""
+        if not self:
+            return []
+        if healthy and self._speaks:
+            self.total.read_(self._buffers())
+        else:
+            self.total.zero_()
+        return self.total.parts
+
+    def apply(self, healthy: Sequence[bool]) -> None:
+        """Take over the sum that arrived; ``healthy`` says which workers contributed."""
+        speakers = healthy if self.policy == "average" else healthy[:1]
+        if self and any(speakers):
+            for center, total in zip(self.center.parts, self.total.parts, strict=True):
+                torch.div(total, sum(speakers), out=center)
+
+    def show_center(self) -> None:
+        """Put the center's values into the module, the worker's own aside."""
+        if self:
+            self.total.read_(self._buffers())
+            self.load_center()
+
+    def load_center(self) -> None:
+        """Overwrite the module's buffers by the center's."""
+        if self:
+            self.center.write_to(self._buffers())
+
+    def show_worker(self) -> None:
+        """Undo :meth:`show_center`."""
+        if self:
+            self.total.write_to(self._buffers())
+
+
+class Center:
+    """The center of one module: elastic parameters in segments, and statistics.
+
+    A parameter is elastic once it has been seen with ``requires_grad``. One that is unfrozen later
+    gets a segment of its own, whose center is its frozen value; the segment joins the exchanges
+    when all workers have announced it. Parameters frozen again stay in the exchange.
+
+    Args:
+        module: whose parameters and buffers are equal on all workers.
+        buffers: the policy for float buffers.
+        rank: this worker's number.
+
+    Raises:
+        ValueError: the module has no parameter to train.
+        TypeError: a parameter or buffer cannot be averaged.
+    """
+
+    def __init__(self, module: nn.Module, *, buffers: BufferPolicy, rank: int) -> None:
+        self.segments: list[Segment] = []
+        self.joined = 0
+        self.statistics = Statistics(module, buffers, rank)
+        self.lent = False
+        self._dormant = list(module.named_parameters())
+        if not self.adopt_unfrozen():
+            raise ValueError(
+                f"{type(module).__name__} has no parameter with requires_grad=True, so there is"
+                " nothing to"
+                " average. Create the parameters in __init__ or configure_model, or unfreeze one."
+            )
+        self.join(len(self.segments))
+
+    def adopt_unfrozen(self) -> bool:
+        """Give parameters that were unfrozen since the last call a segment; whether there were any.
+
+        Must be called before they take their first step: their value is then the same on every
+        worker.
+        """
+        if not any(parameter.requires_grad for _, parameter in self._dormant):
+            return False
+        self.segments.append(Segment([(n, p) for n, p in self._dormant if p.requires_grad]))
+        self._dormant = [(n, p) for n, p in self._dormant if not p.requires_grad]
+        return True
+
+    def join(self, segments: int) -> None:
+        """Let the first ``segments`` segments take part in exchanges from now on."""
+        self.joined = segments
+
+    def elastic(self) -> list[Segment]:
+        """The segments that take part in exchanges."""
+        return self.segments[: self.joined]
+
+    def fingerprint(self, segments: int) -> int:
+        """A hash of the first ``segments`` segments' names and shapes, in 56 bits."""
+        value = 0
+        for segment in self.segments[:segments]:
+            value = (value * 1_000_003 + segment.center.layout.fingerprint) % 2**56
+        return value
+
+    def checksum(self) -> int:
+        """A sum over the bits of all elastic center values, within 63 bits."""
+        return sum(segment.center.checksum() for segment in self.elastic()) % 2**63
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Show the center in the module inside the block, the worker's own weights after it.
+
+        Nothing may be in flight. Nested use, and use while :meth:`show` is in force, changes
+        nothing.
+        """
+        was_lent = self.lent
+        self.show()
+        try:
+            yield
+        finally:
+            if not was_lent:
+                self.show_worker()
+
+    def show(self) -> None:
+        """Put the center into the module until :meth:`show_worker`. Nothing may be in flight."""
+        if self.lent:
+            return
+        for segment in self.segments:
+            segment.total.read_(segment.parameters)
+            segment.center.write_to(segment.parameters)
+        self.statistics.show_center()
+        self.lent = True
+
+    def show_worker(self) -> None:
+        """Give the worker its own weights and buffers back, if the module shows the center."""
+        if not self.lent:
+            return
+        for segment in self.segments:
+            segment.total.write_to(segment.parameters)
+        self.statistics.show_worker()
+        self.lent = False
+
+    def overwrite_worker(self) -> None:
+        """Make the module's weights and statistics those of the center, for good."""
+        for segment in self.segments:
+            segment.center.write_to(segment.parameters)
+        self.statistics.load_center()
+        self.lent = False
+
+
+def _float_buffers(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    seen: set[int] = set()
+    for prefix, owner in module.named_modules():
+        for key, buffer in owner._buffers.items():
+            if buffer is None or key in owner._non_persistent_buffers_set or id(buffer) in seen:
+                continue
+            if buffer.is_floating_point() and buffer.dtype in FLAT_DTYPE:
+                seen.add(id(buffer))
+                yield f"{prefix}.{key}" if prefix else key, owner, key

@@ -1,0 +1,92 @@
+"""Sums over all workers that travel while training goes on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_easgd.communication.group import WorkerGroup
+from lightning_easgd.communication.header import ExchangeError, Header
+from lightning_easgd.flat import bucket_slices
+
+_POLL_SECONDS = 1e-4
+
+
+class PendingSum:
+    """A sum in flight.
+
+    Owns the collectives until :meth:`wait` returns; until then the tensors must not be touched.
+
+    Args:
+        works: the collectives in flight, headers first.
+        headers: where the headers arrive, one tensor per worker.
+        blocking: whether a collective ends when its data is there (gloo), or may be queued behind
+            on an accelerator's stream (nccl).
+    """
+
+    def __init__(
+        self, works: Sequence[dist.Work], headers: Sequence[Tensor], blocking: bool
+    ) -> None:
+        self._works = works
+        self._headers = headers
+        self._blocking = blocking
+
+    def wait(self) -> list[Header]:
+        """Wait until every tensor holds its sum; the headers of all workers, in rank order.
+
+        Raises:
+            ExchangeError: a worker left or did not answer in time.
+        """
+        try:
+            for position, work in enumerate(self._works):
+                # Polled, so that signals (Ctrl-C among them) are seen while a worker is late.
+                while (self._blocking or position == 0) and not work.is_completed():
+                    time.sleep(_POLL_SECONDS)
+                work.wait()
+        except RuntimeError as error:
+            raise ExchangeError(
+                "An exchange could not be completed: another worker ended or lost its connection,"
+                " or none"
+                f" answered within the strategy's timeout. Look for its error first. ({error})"
+            ) from error
+        return [Header.unpack(header.tolist()) for header in self._headers]
+
+
+class AllReduce:
+    """Sums lists of flat tensors over all workers, in buckets, in the background.
+
+    Args:
+        group: the workers.
+        bucket_bytes: the most that one all-reduce carries, in bytes.
+    """
+
+    def __init__(self, group: WorkerGroup, bucket_bytes: int) -> None:
+        self.group = group
+        self.bucket_bytes = bucket_bytes
+
+    def start(self, payload: Sequence[Tensor], header: Header) -> PendingSum:
+        """Begin to replace each flat tensor by its sum over all workers, in place.
+
+        All workers must bring tensors of the same sizes in the same order; the header goes first.
+        """
+        mine = torch.tensor(header.pack(), dtype=torch.int64)
+        headers = [torch.empty_like(mine) for _ in range(self.group.size)]
+        works = [dist.all_gather(headers, mine, group=self.group.control, async_op=True)]
+        for tensor in payload:
+            for bucket in bucket_slices(tensor.numel(), tensor.itemsize, self.bucket_bytes):
+                works.append(dist.all_reduce(tensor[bucket], group=self.group.data, async_op=True))
+        in_flight = [work for work in works if work is not None]
+        return PendingSum(in_flight, headers, blocking=self.group.data is self.group.control)
+
+    def traffic_bytes(self, payload_bytes: int) -> int:
+        """Bytes that each worker sends, and receives: a ring all-reduce and the headers."""
+        header_bytes = 8 * len(Header.__dataclass_fields__)
+        return self.ring_bytes(payload_bytes) + (self.group.size - 1) * header_bytes
+
+    def ring_bytes(self, payload_bytes: int) -> int:
+        """Bytes that each worker sends, and receives, in a ring all-reduce: 2 (p-1)/p of it."""
+        return 2 * (self.group.size - 1) * payload_bytes // self.group.size

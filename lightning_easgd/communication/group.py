@@ -1,0 +1,71 @@
+"""The workers that share a center: their process groups, and what they agree on at set-up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class WorkerGroup:
+    """All workers, in process groups that no other communication shares.
+
+    Headers and agreements use gloo on the host, so reading them never waits for an accelerator;
+    sums use the backend of the default group. Creating a group is collective: every worker must do
+    it.
+
+    Args:
+        timeout: how long a collective may take before it fails; None for the default of torch.
+    """
+
+    def __init__(self, timeout: timedelta | None) -> None:
+        backend = dist.get_backend()
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.control = _new_group("gloo", timeout)
+        self.data = self.control if backend == "gloo" else _new_group(backend, timeout)
+
+    def broadcast_(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite tensors with those of worker 0."""
+        for tensor in tensors:
+            values = tensor.detach().contiguous().clone()
+            if values.numel():
+                # As bytes: backends differ in the element types that they know.
+                dist.broadcast(values.view(-1).view(torch.uint8), src=0, group=self.data)
+                tensor.detach().copy_(values)
+
+    def require_equal_modules(self, signature: Sequence[str]) -> None:
+        """Check at set-up that all workers hold a module of the same names, shapes and precisions.
+
+        Args:
+            signature: one line per parameter and buffer.
+
+        Raises:
+            ValueError: on every worker, with the first lines that differ.
+        """
+        everybody: list[Sequence[str]] = [[] for _ in range(self.size)]
+        dist.all_gather_object(everybody, list(signature), group=self.control)
+        for rank, theirs in enumerate(everybody):
+            if theirs != everybody[0]:
+                mine_only = [line for line in everybody[0] if line not in set(theirs)][:3]
+                theirs_only = [line for line in theirs if line not in set(everybody[0])][:3]
+                raise ValueError(
+                    f"The modules of worker 0 and worker {rank} differ: only worker 0 has"
+                    f" {mine_only}, only"
+                    f" worker {rank} has {theirs_only} (or their order differs). Build the same"
+                    " module on"
+                    " every worker: same names, shapes, precisions and requires_grad."
+                )
+
+    def close(self) -> None:
+        """Leave the groups; nothing may be in flight."""
+        for group in {self.control, self.data}:
+            dist.destroy_process_group(group)
+
+
+def _new_group(backend: str, timeout: timedelta | None) -> dist.ProcessGroup:
+    group = dist.new_group(backend=backend, timeout=timeout)
+    assert isinstance(group, dist.ProcessGroup)
+    return group

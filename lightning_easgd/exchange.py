@@ -1,0 +1,347 @@
+"""One exchange after another: due? -> start -> wait -> apply -> record.
+
+[Note: order of a step] The paper's order (arXiv:1412.6651, Alg. 1 and 2): at optimizer step t with
+τ | t the elastic difference d = α (x - c) is taken from the weights before the step, the local
+optimizer steps, and only then the worker is pulled: x <- x - d. The pull never enters gradients,
+momentum, weight decay or clipping. At t = 0 the difference is zero and no exchange is made.
+
+[Note: who decides] Nothing that one worker knows alone decides whether a collective runs or how
+large it is. What a worker wants to change (a new parameter joins, training stops) is announced in
+the header of one exchange and takes effect at the next, when every worker has read every header.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_easgd.algorithms import elastic
+from lightning_easgd.center import Center
+from lightning_easgd.communication import AllReduce, ExchangeError, Header, PendingSum, verify
+from lightning_easgd.flat import FlatVector
+from lightning_easgd.optimizers import LocalOptimizers
+from lightning_easgd.schedules import Period, Strength
+from lightning_easgd.telemetry import Telemetry
+
+_HELD_BELOW_EDGE = 0.99
+_CHECKSUM_EVERY = 16
+
+
+ElasticPoint = Literal["iterate", "parameter"]
+
+
+class NonFiniteError(RuntimeError):
+    """The weights of every worker became non-finite; the center holds the last finite values."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """When to exchange, how strongly, and from which point of the worker."""
+
+    period: Period
+    strength: Strength
+    overlap: bool = True
+    elastic_point: ElasticPoint = "iterate"
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """An exchange that was started and not yet applied."""
+
+    clock: int
+    announced: int
+    carries_sums: bool
+    pending: PendingSum
+
+
+class Exchange:
+    """The elastic link between one worker and the center it shares with the others.
+
+    Args:
+        center: the center of this worker's module.
+        all_reduce: how sums travel between the workers.
+        optimizers: the worker's own optimizers.
+        rules: period, strength and variants.
+        telemetry: where costs are counted.
+
+    Raises:
+        ValueError: the strength is unstable for this number of workers.
+    """
+
+    def __init__(
+        self,
+        center: Center,
+        all_reduce: AllReduce,
+        *,
+        optimizers: LocalOptimizers,
+        rules: Rules,
+        telemetry: Telemetry,
+    ) -> None:
+        self.center = center
+        self.telemetry = telemetry
+        self.stopping = False
+        self._all_reduce = all_reduce
+        self._optimizers = optimizers
+        self._rules = rules
+        self._in_flight: InFlight | None = None
+        self._stop_requested = False
+        self.stop_agreed = False
+        self._told_of_hold = False
+        self.start_clock(0)
+        self._require_stability()
+
+    @property
+    def workers(self) -> int:
+        """The number of workers, p."""
+        return self._all_reduce.group.size
+
+    def start_clock(self, step: int) -> None:
+        """Set the number of optimizer steps taken so far, equal on all workers."""
+        self.clock = step
+        self.telemetry.tau, self._next_due = self._rules.period.after(step)
+
+    def request_stop(self) -> None:
+        """Ask all workers to stop at the same step, within two periods. Signal-safe."""
+        self._stop_requested = True
+
+    @contextmanager
+    def step(self, optimizer: Optimizer) -> Iterator[None]:
+        """Surrounds one step of one of the worker's optimizers; begins the exchange that is due.
+
+        What was sent is also taken: the pull is applied even if the step raises.
+        """
+        assert not self.center.lent, "a step was taken while the module showed the center"
+        self.center.adopt_unfrozen()
+        pull = self._begin_due() if self.clock >= self._next_due else []
+        try:
+            yield
+        finally:
+            self._optimizers.after_step(optimizer)
+            for segment, vector in zip(self.center.segments, pull, strict=False):
+                vector.subtract_from(segment.parameters)
+            self.clock += 1
+            self.telemetry.steps += 1
+
+    def drain(self) -> None:
+        """Wait for the exchange in flight, if any, and move the center.
+
+        Raises:
+            ExchangeError: it failed, or the workers are out of step; the center stays as it was.
+            NonFiniteError: no worker had finite weights; the center stays as it was.
+        """
+        flight = self._in_flight
+        if flight is None:
+            return
+        began = time.perf_counter()
+        try:
+            headers = flight.pending.wait()
+        except ExchangeError:
+            self._in_flight = None
+            raise
+        self._in_flight = None
+        self.telemetry.wait_seconds += time.perf_counter() - began
+        self._apply(flight, headers)
+
+    def show_center(self) -> None:
+        """Put the center into the module until ``center.show_worker``."""
+        self.drain()
+        self.center.show()
+
+    def finish(self, *, exchange: bool) -> None:
+        """End training: a last exchange if wanted, then the module holds the center everywhere.
+
+        Parameters that wait to join are let in first, so that nothing of theirs is lost.
+        """
+        self.drain()
+        if not exchange:
+            self._start(healthy=True, done=True, payload=[])
+            self.drain()
+        while exchange:
+            waiting = len(self.center.segments) - self.center.joined
+            self._begin(done=True)
+            self.drain()
+            if not waiting:
+                break
+            if self.center.joined < len(self.center.segments):
+                raise ExchangeError(
+                    "Some workers unfroze parameters that others did not. Unfreeze the same"
+                    " parameters"
+                    " at the same step on every worker."
+                )
+        self.center.overwrite_worker()
+
+    def center_state_dict(self, module: nn.Module) -> dict[str, Any]:
+        """The module's state dict with the center's weights; a copy, so it stays as it is."""
+        self.drain()
+        with self.center.shown(), torch.no_grad():
+            state = module.state_dict()
+            return {
+                key: value.detach().clone() if isinstance(value, torch.Tensor) else value
+                for key, value in state.items()
+            }
+
+    def _begin_due(self) -> list[FlatVector]:
+        # The clock of the exchange, not of the moment its headers were read, decides: the same on
+        # all.
+        self.drain()
+        self.stopping = self.stop_agreed
+        self.telemetry.tau, self._next_due = self._rules.period.after(self.clock)
+        return self._begin(done=False)
+
+    @torch.no_grad()
+    def _begin(self, *, done: bool) -> list[FlatVector]:
+        """Send this worker's differences off; the caller owes the worker the returned pull."""
+        segments = self.center.elastic()
+        for segment in segments:
+            segment.total.read_(segment.parameters)
+        if self._rules.elastic_point == "iterate":
+            self._optimizers.undo_look_ahead_(
+                {
+                    id(parameter): view
+                    for segment in segments
+                    for parameter, view in zip(segment.parameters, segment.total.views, strict=True)
+                }
+            )
+        for segment in segments:
+            elastic.difference_(segment.total.parts, segment.center.parts)
+        healthy = self._measure()
+        pull = self._scale() if healthy else self._restart_worker()
+        payload = [part for segment in segments for part in segment.total.parts]
+        payload += self.center.statistics.contribute(healthy)
+        if not healthy:
+            self.center.overwrite_worker()
+        self.telemetry.exchanges += 1
+        self._start(healthy=healthy, done=done, payload=payload)
+        if not self._rules.overlap:
+            self.drain()
+        return pull
+
+    def _start(self, *, healthy: bool, done: bool, payload: list[torch.Tensor]) -> None:
+        announced = len(self.center.segments)
+        check = self.telemetry.exchanges % _CHECKSUM_EVERY == 1
+        header = Header(
+            clock=self.clock,
+            fingerprint=self.center.fingerprint(self.center.joined),
+            announced=self.center.fingerprint(announced),
+            done=done,
+            stop=self._stop_requested,
+            non_finite=not healthy,
+            checksum=self.center.checksum() if check else 0,
+            wait_microseconds=int(1e6 * self.telemetry.wait_seconds),
+        )
+        pending = self._all_reduce.start(payload, header)
+        self._in_flight = InFlight(self.clock, announced, bool(payload), pending)
+        moved = self._all_reduce.traffic_bytes(sum(part.nbytes for part in payload))
+        self.telemetry.bytes_sent += moved
+        self.telemetry.bytes_received += moved
+
+    @torch.no_grad()
+    def _apply(self, flight: InFlight, headers: Sequence[Header]) -> None:
+        verify(headers)
+        self.stop_agreed |= any(header.stop for header in headers)
+        self.telemetry.worker_wait_seconds = [1e-6 * h.wait_microseconds for h in headers]
+        healthy = [not header.non_finite for header in headers]
+        self._report_non_finite(flight.clock, healthy)
+        if flight.carries_sums:
+            for segment in self.center.elastic():
+                elastic.move_center_(segment.center.parts, segment.total.parts)
+            self.center.statistics.apply(healthy)
+        if len({header.announced for header in headers}) == 1:
+            self.center.join(flight.announced)
+
+    def _measure(self) -> bool:
+        """Record the consensus distance; whether the differences are finite."""
+        segments = self.center.elastic()
+        distance = math.hypot(*(segment.total.norm() for segment in segments))
+        size = math.hypot(*(segment.center.norm() for segment in segments))
+        self.telemetry.consensus_distance = distance / max(size, 1e-30)
+        return math.isfinite(distance) or all(s.total.is_finite() for s in segments)
+
+    def _scale(self) -> list[FlatVector]:
+        """Turn x - c into α (x - c); a copy of it is the worker's own pull."""
+        segments = self.center.elastic()
+        alphas, default = self._alphas()
+        self.telemetry.alpha = max([*alphas.values(), default])
+        for segment in segments:
+            rates = [alphas.get(id(parameter), default) for parameter in segment.parameters]
+            elastic.scale_(segment.total.views, rates)
+        return [segment.total.clone() for segment in segments]
+
+    def _alphas(self) -> tuple[dict[int, float], float]:
+        """α by parameter identity, and α of the parameters that are not among them."""
+        strength = self._rules.strength
+        value = strength.at(self.clock)
+        if strength.kind != "rho":
+            return {}, self._hold(strength.alpha(value, 0.0, self.workers))
+        rates = self._optimizers.learning_rates().items()
+        return {k: self._hold(strength.alpha(value, lr, self.workers)) for k, lr in rates}, 0.0
+
+    def _hold(self, alpha: float) -> float:
+        """α, or the largest stable one if a schedule carried it past the bound."""
+        bound = elastic.stability_bound(self.workers)
+        if alpha < bound:
+            return alpha
+        if not self._told_of_hold and self._all_reduce.group.rank == 0:
+            warnings.warn(
+                f"At step {self.clock} the moving rate alpha reached {alpha:.4g}, but"
+                f" {self.workers} workers"
+                f" are stable only below 2/(workers + 1) = {bound:.4g}. It is held at"
+                f" {_HELD_BELOW_EDGE * bound:.4g} from now on wherever the schedule exceeds it.",
+                stacklevel=2,
+            )
+        self._told_of_hold = True
+        return _HELD_BELOW_EDGE * bound
+
+    def _require_stability(self) -> None:
+        strength, bound = self._rules.strength, elastic.stability_bound(self.workers)
+        value = strength.at(self.clock)
+        lr = max(self._optimizers.learning_rates().values(), default=0.0)
+        alpha = strength.alpha(value, lr, self.workers)
+        if alpha < bound:
+            return
+        limit = {"alpha": bound, "beta": bound * self.workers, "rho": bound / max(lr, 1e-30)}
+        at_rate = f" at learning rate {lr:g}" if strength.kind == "rho" else ""
+        raise ValueError(
+            f"{strength.kind}={value:g} gives a moving rate alpha={alpha:g}{at_rate} for"
+            f" {self.workers}"
+            " worker(s), which diverges: synchronous EASGD needs alpha < 2/(workers + 1) ="
+            f" {bound:.4g}."
+            f" Set {strength.kind} below {limit[strength.kind]:.4g}, or leave beta, alpha and rho"
+            " unset"
+            " (beta=0.9)."
+        )
+
+    def _restart_worker(self) -> list[FlatVector]:
+        """Leave a worker with non-finite weights out of the sum and forget what made it so."""
+        for segment in self.center.elastic():
+            segment.total.zero_()
+            self._optimizers.forget(segment.parameters)
+        return []
+
+    def _report_non_finite(self, clock: int, healthy: Sequence[bool]) -> None:
+        sick = [rank for rank, well in enumerate(healthy) if not well]
+        self.telemetry.non_finite += len(sick)
+        if len(sick) == len(healthy):
+            raise NonFiniteError(
+                f"At step {clock} the weights of every worker were NaN or infinite. Training"
+                " stops; the center"
+                " holds the last finite weights. Lower the learning rate, clip gradients or check"
+                " the data."
+            )
+        if sick and self._all_reduce.group.rank == 0:
+            warnings.warn(
+                f"At step {clock} the weights of worker(s) {sick} were NaN or infinite. Their"
+                " differences were"
+                " left out of the exchange, and they restarted from the center with fresh"
+                " optimizer state.",
+                stacklevel=2,
+            )

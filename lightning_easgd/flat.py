@@ -1,0 +1,162 @@
+"""Parameters <-> flat buffers: a layout computed once, every element covered exactly once.
+
+A flat buffer is what crosses the network and what the update rules work on. Its precision is that
+of the center: fp32 for fp16, bf16 and fp32 tensors, fp64 for fp64; a complex tensor counts as pairs
+of reals.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FLAT_DTYPE = {
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+    torch.complex64: torch.float32,
+    torch.complex128: torch.float64,
+}
+"""The precision in which a tensor of each precision is averaged."""
+
+
+def flat_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The precision in which a tensor of ``dtype`` is averaged.
+
+    Raises:
+        TypeError: the tensor ``name`` cannot be averaged.
+    """
+    if dtype not in FLAT_DTYPE:
+        allowed = ", ".join(str(d).removeprefix("torch.") for d in FLAT_DTYPE)
+        raise TypeError(
+            f"'{name}' has dtype {dtype}, which cannot be averaged. Allowed are {allowed}."
+            " Freeze it (requires_grad=False) or store it in one of these."
+        )
+    return FLAT_DTYPE[dtype]
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """The tensor itself; a complex one as a view of reals with a trailing dimension of 2."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of one tensor: ``numel`` elements from ``offset`` of the buffer of ``dtype``."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int
+    numel: int
+
+
+class FlatLayout:
+    """Where each of a list of named tensors lies in flat buffers, one buffer per precision.
+
+    Args:
+        tensors: names and tensors, in the order that every worker shares.
+
+    Raises:
+        TypeError: a tensor has a dtype that cannot be averaged.
+    """
+
+    def __init__(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        self.sizes: dict[torch.dtype, int] = {}
+        slots = []
+        for name, tensor in tensors:
+            dtype = flat_dtype(name, tensor.dtype)
+            shape = tuple(as_real(tensor.detach()).shape)
+            offset, numel = self.sizes.get(dtype, 0), math.prod(shape)
+            slots.append(Slot(name, shape, dtype, offset, numel))
+            self.sizes[dtype] = offset + numel
+        self.slots = tuple(slots)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one flat copy of all tensors."""
+        return sum(size * dtype.itemsize for dtype, size in self.sizes.items())
+
+    @property
+    def fingerprint(self) -> int:
+        """A hash of names, shapes and precisions, equal on every worker with the same layout."""
+        text = ";".join(f"{slot.name}:{slot.shape}:{slot.dtype}" for slot in self.slots)
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
+class FlatVector:
+    """One flat copy of a layout's tensors, zero at first.
+
+    Attributes:
+        parts: the flat buffers, each of shape (size of its precision,).
+        views: one view per slot, of the shape of the tensor that it holds.
+    """
+
+    def __init__(self, layout: FlatLayout, device: torch.device) -> None:
+        self.layout = layout
+        buffers = {
+            dtype: torch.zeros(size, dtype=dtype, device=device)
+            for dtype, size in layout.sizes.items()
+        }
+        self._wrap(buffers)
+
+    def _wrap(self, buffers: dict[torch.dtype, Tensor]) -> None:
+        self.parts = list(buffers.values())
+        self.views = [
+            buffers[slot.dtype][slot.offset : slot.offset + slot.numel].view(slot.shape)
+            for slot in self.layout.slots
+        ]
+
+    def clone(self) -> FlatVector:
+        """A copy with buffers of its own."""
+        twin = object.__new__(FlatVector)
+        twin.layout = self.layout
+        twin._wrap({part.dtype: part.clone() for part in self.parts})
+        return twin
+
+    def read_(self, tensors: Sequence[Tensor]) -> None:
+        """Copy tensors, in the order of the layout, into this vector."""
+        torch._foreach_copy_(self.views, [as_real(tensor.detach()) for tensor in tensors])
+
+    def write_to(self, tensors: Sequence[Tensor]) -> None:
+        """Copy this vector into tensors, in place and in their own precision."""
+        torch._foreach_copy_([as_real(tensor.detach()) for tensor in tensors], self.views)
+
+    def subtract_from(self, tensors: Sequence[Tensor]) -> None:
+        """Subtract this vector from tensors, in place; computed in this vector's precision."""
+        torch._foreach_sub_([as_real(tensor.detach()) for tensor in tensors], self.views)
+
+    def zero_(self) -> None:
+        """Set every element to zero."""
+        for part in self.parts:
+            part.zero_()
+
+    def norm(self) -> float:
+        """Euclidean norm over all elements; not finite if an element is not."""
+        return math.hypot(*(float(torch.linalg.vector_norm(part)) for part in self.parts))
+
+    def is_finite(self) -> bool:
+        """Whether every element is finite."""
+        return all(bool(torch.isfinite(part).all()) for part in self.parts)
+
+    def checksum(self) -> int:
+        """A sum over the bit patterns: equal bits give equal sums, on every device."""
+        as_integer = {torch.float32: torch.int32, torch.float64: torch.int64}
+        return sum(int(part.view(as_integer[part.dtype]).sum()) for part in self.parts)
+
+
+def bucket_slices(numel: int, itemsize: int, bucket_bytes: int) -> list[slice]:
+    """Cut ``numel`` elements of ``itemsize`` bytes into buckets of at most ``bucket_bytes`` bytes.
+
+    Every element lies in exactly one bucket; a bucket holds at least one element.
+    """
+    step = max(1, bucket_bytes // itemsize)
+    slices = [slice(at, min(at + step, numel)) for at in range(0, numel, step)]
+    assert sum(s.stop - s.start for s in slices) == numel
+    return slices

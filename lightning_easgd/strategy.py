@@ -1,0 +1,337 @@
+"""The Lightning adapter: EASGDStrategy, and nothing but.
+
+It tells the exchange when a step begins and ends, lends the center to the module where Lightning
+evaluates or saves it, and keeps Lightning from coupling the workers between exchanges.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.strategies.registry import _StrategyRegistry
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from typing_extensions import override
+
+from lightning_easgd.center import BufferPolicy, Center
+from lightning_easgd.communication import AllReduce, WorkerGroup
+from lightning_easgd.exchange import ElasticPoint, Exchange, Rules
+from lightning_easgd.optimizers import LocalOptimizers
+from lightning_easgd.schedules import Period, Rate, Strength
+from lightning_easgd.signals import relay_sigterm, stop_training
+from lightning_easgd.telemetry import Telemetry
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import lightning.pytorch as pl
+    import torch
+    from torch import nn
+    from torch.optim import Optimizer
+
+EvaluateOn = Literal["center", "worker"]
+StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
+
+_GRADIENT_REDUCTION = {
+    "broadcast_buffers",
+    "bucket_cap_mb",
+    "check_reduction",
+    "ddp_comm_hook",
+    "ddp_comm_state",
+    "ddp_comm_wrapper",
+    "find_unused_parameters",
+    "gradient_as_bucket_view",
+    "init_sync",
+    "mixed_precision",
+    "model_averaging_period",
+    "process_group",
+    "skip_all_reduce_unused_params",
+    "static_graph",
+}
+
+
+class EASGDStrategy(DDPStrategy):
+    """Elastic Averaging SGD: every worker trains on its own and is tied to a shared center.
+
+    Every ``tau`` optimizer steps a worker x and the center c pull at each other with the moving
+    rate α: x loses α (x - c), c gains the sum of it over all workers (Zhang, Choromanska, LeCun
+    2015, arXiv:1412.6651, eq. 2-6). With a Nesterov optimizer in the module this is EAMSGD (Alg.
+    2). The sum travels while training goes on; the result is that of a blocking exchange, bit for
+    bit. Evaluation, checkpoints and the module after ``fit`` are the center.
+
+    Args:
+        tau: communication period τ, in optimizer steps: a whole number, or a callable of the
+            optimizer step.
+        beta: β = pα, how far the center moves towards the mean of the p workers, in (0, 2).
+        alpha: α, how far a worker moves towards the center, in [0, 2/(p+1)).
+        rho: elastic strength ρ; α = ηρ with the current learning rate η of each parameter group. At
+            most one of beta, alpha and rho is given, as a number or a callable of the optimizer
+            step; none: β = 0.9.
+        overlap: let the all-reduce travel behind the following steps. The same bits either way.
+        evaluate_on: what validation during ``fit`` sees: the center, or each worker's own weights.
+        buffers: BatchNorm statistics and other float buffers of the center: the average over the
+            workers, worker 0's ("broadcast"), or each worker's own ("local"). Integer buffers are
+            always local.
+        elastic_point: from where a worker is pulled under ``torch.optim.SGD(nesterov=True)``: the
+            paper's iterate x, or the stored look-ahead parameter y = x + δv.
+        final_exchange: one last exchange at the end of ``fit``.
+        bucket_bytes: the most that one all-reduce carries, in bytes.
+        accelerator: as for DDPStrategy, like all that follow.
+        parallel_devices: the devices of this node.
+        cluster_environment: where ranks and addresses come from.
+        checkpoint_io: how checkpoints are written.
+        precision_plugin: the precision plugin.
+        process_group_backend: "nccl", "gloo", ...; None chooses by device.
+        timeout: how long a collective may take before it fails.
+        start_method: how the workers of this node are started.
+        **unsupported: refused, with the reason.
+
+    Raises:
+        ValueError: an argument is out of range; later, at set-up, α is unstable for the number of
+            workers, the module has nothing to train, or the workers' modules differ.
+        TypeError: an argument is unknown, or configures gradient reduction, which does not happen
+            here.
+    """
+
+    strategy_name = "easgd"
+
+    def __init__(
+        self,
+        *,
+        tau: int | Callable[[int], int] = 10,
+        beta: Rate | None = None,
+        alpha: Rate | None = None,
+        rho: Rate | None = None,
+        overlap: bool = True,
+        evaluate_on: EvaluateOn = "center",
+        buffers: BufferPolicy = "average",
+        elastic_point: ElasticPoint = "iterate",
+        final_exchange: bool = True,
+        bucket_bytes: int = 25 * 2**20,
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta = timedelta(minutes=30),
+        start_method: StartMethod = "popen",
+        **unsupported: Any,
+    ) -> None:
+        _refuse(unsupported)
+        _require_choice("evaluate_on", evaluate_on, get_args(EvaluateOn))
+        _require_choice("buffers", buffers, get_args(BufferPolicy))
+        _require_choice("elastic_point", elastic_point, get_args(ElasticPoint))
+        if bucket_bytes < 1:
+            raise ValueError(
+                f"bucket_bytes={bucket_bytes!r} is not allowed. Allowed: at least 1 byte."
+            )
+        super().__init__(
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
+        )
+        strength = Strength.choose(beta=beta, alpha=alpha, rho=rho)
+        self._rules = Rules(Period(tau), strength, overlap=overlap, elastic_point=elastic_point)
+        self._evaluate_on = evaluate_on
+        self._buffer_policy = buffers
+        self._final_exchange = final_exchange
+        self._bucket_bytes = bucket_bytes
+        self.telemetry = Telemetry()
+        self._group: WorkerGroup | None = None
+        self._center: Center | None = None
+        self._exchange: Exchange | None = None
+        self._failed = False
+
+    @classmethod
+    @override
+    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
+        methods = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "fork"}
+        for suffix, start_method in methods.items():
+            strategy_registry.register(
+                cls.strategy_name + suffix,
+                cls,
+                description=f"Elastic Averaging SGD with `start_method` '{start_method}'",
+                start_method=start_method,
+            )
+
+    def center_state_dict(self) -> dict[str, Any]:
+        """The module's state dict with the center's weights, at any time; a copy.
+
+        Waits for the exchange in flight. After ``fit`` it is the module itself.
+        """
+        return self.lightning_module_state_dict()
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The weights that checkpoints hold: the center. The single place that names them."""
+        if self._exchange is None or self.lightning_module is None:
+            return super().lightning_module_state_dict()
+        return self._exchange.center_state_dict(self.lightning_module)
+
+    @override
+    def _configure_launcher(self) -> None:
+        devices = {device.type for device in self.parallel_devices or []}
+        if not devices <= {"cpu", "cuda"}:
+            raise MisconfigurationException(
+                f"EASGDStrategy got devices of type {sorted(devices)}; it averages over gloo"
+                " (cpu) or nccl (cuda)."
+                " Set Trainer(accelerator='cpu') or Trainer(accelerator='gpu') on NVIDIA or ROCm"
+                " GPUs."
+            )
+        super()._configure_launcher()
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        relay_sigterm(trainer, self._request_stop)
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting and self._layer_sync is not None:
+            raise MisconfigurationException(
+                "Trainer(sync_batchnorm=True) makes all workers wait for each other at every"
+                " step, which"
+                " EASGD exists to avoid. Remove it; EASGDStrategy(buffers='average') averages the"
+                " statistics."
+            )
+        self._exchange, self._failed = None, False
+        super().setup(trainer)
+        if fitting:
+            self._set_up_exchange()
+
+    @override
+    def configure_ddp(self) -> None:
+        """Make the workers equal instead of wrapping the module: no gradient is ever reduced."""
+        module = self.lightning_module
+        assert module is not None
+        self._group = WorkerGroup(self._timeout)
+        self._group.require_equal_modules(_signature(module))
+        self._group.broadcast_([*module.parameters(), *module.buffers()])
+        self._center = Center(module, buffers=self._buffer_policy, rank=self._group.rank)
+
+    def _set_up_exchange(self) -> None:
+        assert self._group is not None
+        assert self._center is not None
+        assert self.lightning_module is not None
+        self.telemetry = Telemetry()
+        all_reduce = AllReduce(self._group, self._bucket_bytes)
+        gradients = [p for p in self.lightning_module.parameters() if p.requires_grad]
+        self.telemetry.ddp_bytes_per_step = all_reduce.ring_bytes(sum(p.nbytes for p in gradients))
+        self._exchange = Exchange(
+            self._center,
+            all_reduce,
+            optimizers=LocalOptimizers(lambda: self.optimizers),
+            rules=self._rules,
+            telemetry=self.telemetry,
+        )
+
+    def _request_stop(self) -> bool:
+        if self._exchange is None or self._failed:
+            return False
+        self._exchange.request_stop()
+        return True
+
+    @override
+    def on_train_start(self) -> None:
+        assert self._exchange is not None
+        assert self.lightning_module is not None
+        self._exchange.start_clock(self.lightning_module.trainer.global_step)
+
+    @override
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: pl.LightningModule | nn.Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """One step of one optimizer of this worker, with the exchange that is due at it.
+
+        The clock counts these calls, whatever makes them: automatic or manual optimization, after
+        gradient accumulation, for any of several optimizers.
+        """
+        assert self._exchange is not None
+        assert self.lightning_module is not None
+        with self._exchange.step(optimizer):
+            output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        if self._exchange.stopping:
+            stop_training(self.lightning_module.trainer)
+        return output
+
+    @override
+    def on_validation_start(self) -> None:
+        if self._exchange is not None and self._evaluate_on == "center":
+            self._exchange.show_center()
+
+    @override
+    def on_validation_end(self) -> None:
+        if self._exchange is not None:
+            self._exchange.center.show_worker()
+
+    @override
+    def on_train_end(self) -> None:
+        assert self._exchange is not None
+        self._exchange.finish(exchange=self._final_exchange)
+        if self._exchange.stop_agreed:
+            raise SIGTERMException
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        # Another worker may be gone: nothing is awaited, no group is left; the center stays
+        # readable.
+        self._failed = True
+        if self._exchange is not None:
+            self._exchange.center.show_worker()
+        super().on_exception(exception)
+
+    @override
+    def teardown(self) -> None:
+        if not self._failed:
+            self._exchange = self._center = None
+            if self._group is not None:
+                self._group.close()
+                self._group = None
+        super().teardown()
+
+
+def _signature(module: nn.Module) -> list[str]:
+    parameters = [
+        f"parameter {name} {tuple(p.shape)} {p.dtype} requires_grad={p.requires_grad}"
+        for name, p in module.named_parameters()
+    ]
+    return parameters + [
+        f"buffer {name} {tuple(b.shape)} {b.dtype}" for name, b in module.named_buffers()
+    ]
+
+
+def _require_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(
+            f"{name}={value!r} is not allowed. Allowed: {', '.join(map(repr, allowed))}."
+        )
+
+
+def _refuse(unsupported: dict[str, Any]) -> None:
+    for name, value in unsupported.items():
+        if name in _GRADIENT_REDUCTION:
+            raise TypeError(
+                f"EASGDStrategy got {name}={value!r}, which configures how DDP reduces gradients."
+                " Workers under"
+                " EASGD never reduce gradients; they exchange weights every tau steps. Remove the"
+                " argument;"
+                " tau, beta, buffers and bucket_bytes set what is exchanged."
+            )
+        raise TypeError(
+            f"EASGDStrategy got an unknown argument {name}={value!r}. Its own are tau, beta,"
+            " alpha, rho, overlap,"
+            " evaluate_on, buffers, elastic_point, final_exchange and bucket_bytes."
+        )

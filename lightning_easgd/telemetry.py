@@ -1,0 +1,47 @@
+"""Counters of one worker: bytes, waits, distances. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+
+@dataclass
+class Telemetry:
+    """What the exchanges of this worker cost and found, since the start of training.
+
+    Bytes are what a ring all-reduce and the headers move, without the network's own framing.
+    """
+
+    steps: int = 0
+    """Optimizer steps taken by this worker."""
+    exchanges: int = 0
+    """Exchanges started (the final one included)."""
+    bytes_sent: int = 0
+    """Bytes this worker sent for exchanges."""
+    bytes_received: int = 0
+    """Bytes this worker received for exchanges."""
+    wait_seconds: float = 0.0
+    """Seconds this worker stood still for an exchange."""
+    consensus_distance: float = 0.0
+    """‖x - c‖ / ‖c‖ of this worker at its latest exchange, before the pull."""
+    tau: int = 0
+    """Communication period τ in force, in optimizer steps."""
+    alpha: float = 0.0
+    """Moving rate α of the latest exchange (the largest, if parameter groups differ)."""
+    non_finite: int = 0
+    """Differences left out because a worker's weights were not finite, over all workers."""
+    ddp_bytes_per_step: int = 0
+    """Bytes this worker would send per optimizer step if gradients were all-reduced."""
+    worker_wait_seconds: list[float] = field(default_factory=list)
+    """Seconds waited so far by each worker, in rank order, as of the latest awaited exchange: the
+    worker that the others wait for is the one that waits least."""
+
+    @property
+    def ddp_bytes_sent(self) -> int:
+        """Bytes this worker would have sent so far if gradients were all-reduced at every step."""
+        return self.steps * self.ddp_bytes_per_step
+
+    def metrics(self) -> dict[str, float]:
+        """The scalars that are worth a curve, by name."""
+        skipped = ("steps", "ddp_bytes_per_step", "worker_wait_seconds")
+        return {name: float(v) for name, v in asdict(self).items() if name not in skipped}

@@ -1,0 +1,19 @@
+import multiprocessing
+import os
+import threading
+
+import pytest
+import torch
+
+# One thread: workers are forked from this process, and a fork does not survive OpenMP's threads.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing_behind():
+    """Fail on processes, threads or environment variables that a test leaves behind."""
+    variables, threads = set(os.environ), set(threading.enumerate())
+    yield
+    assert not multiprocessing.active_children()
+    assert set(os.environ) - variables <= {"PYTEST_CURRENT_TEST"}
+    assert set(threading.enumerate()) <= threads

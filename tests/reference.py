@@ -1,0 +1,98 @@
+"""The paper's algorithms in plain NumPy, slow and obvious, independent of the package.
+
+A state is a dict of arrays. ``p`` workers, ``alpha`` a function of the parameter's name and the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+State = dict[str, np.ndarray]
+
+
+def toy_gradient(state: State, batch: tuple[np.ndarray, np.ndarray]) -> State:
+    """Gradient of the toy module's loss, mean((x w + b - y)²)."""
+    x, y = batch
+    residual = 2 * (x @ state["w"] + state["b"] - y) / y.size
+    return {"w": x.T @ residual, "b": residual.sum(axis=0)}
+
+
+class Sgd:
+    """x <- x - η g(x), with η by parameter name."""
+
+    def __init__(self, lr: Callable[[str, int], float]) -> None:
+        self.lr = lr
+
+    def gradient_point(self, x: State) -> State:
+        return x
+
+    def step(self, x: State, gradient: State, t: int) -> State:
+        return {k: x[k] - self.lr(k, t) * gradient[k] for k in x}
+
+
+class Nesterov(Sgd):
+    """Alg. 2: v <- δ v - η g(x + δ v); x <- x + v."""
+
+    def __init__(self, lr: Callable[[str, int], float], momentum: float, start: State) -> None:
+        super().__init__(lr)
+        self.momentum = momentum
+        self.v = {k: np.zeros_like(value) for k, value in start.items()}
+
+    def gradient_point(self, x: State) -> State:
+        return {k: x[k] + self.momentum * self.v[k] for k in x}
+
+    def step(self, x: State, gradient: State, t: int) -> State:
+        self.v = {k: self.momentum * self.v[k] - self.lr(k, t) * gradient[k] for k in x}
+        return {k: x[k] + self.v[k] for k in x}
+
+
+class AdamW(Sgd):
+    """Loshchilov and Hutter 2019, with torch's defaults."""
+
+    def __init__(self, lr: Callable[[str, int], float], start: State) -> None:
+        super().__init__(lr)
+        self.m = {k: np.zeros_like(value) for k, value in start.items()}
+        self.s = {k: np.zeros_like(value) for k, value in start.items()}
+
+    def step(self, x: State, gradient: State, t: int) -> State:
+        new = {}
+        for k, g in gradient.items():
+            self.m[k] = 0.9 * self.m[k] + 0.1 * g
+            self.s[k] = 0.999 * self.s[k] + 0.001 * g * g
+            mean, square = self.m[k] / (1 - 0.9 ** (t + 1)), self.s[k] / (1 - 0.999 ** (t + 1))
+            decayed = x[k] * (1 - self.lr(k, t) * 0.01)
+            new[k] = decayed - self.lr(k, t) * mean / (np.sqrt(square) + 1e-8)
+        return new
+
+
+def easgd(
+    start: State,
+    batches: list[list[tuple[np.ndarray, np.ndarray]]],
+    optimizers: list[Any],
+    *,
+    tau: int,
+    alpha: Callable[[str, int], float],
+    accumulate: int = 1,
+    final_exchange: bool = False,
+) -> tuple[State, list[State]]:
+    """The center and the workers' iterates after all batches; ``batches`` by worker."""
+    p = len(batches)
+    workers, center = [dict(start) for _ in range(p)], dict(start)
+    steps = len(batches[0]) // accumulate
+    for t in range(steps + 1):
+        pulls = [{k: 0.0 * x[k] for k in x} for x in workers]
+        if t % tau == 0 and t < steps or (final_exchange and t == steps):
+            pulls = [{k: alpha(k, t) * (x[k] - center[k]) for k in x} for x in workers]
+        if t < steps:
+            for i in range(p):
+                micro = batches[i][t * accumulate : (t + 1) * accumulate]
+                point = optimizers[i].gradient_point(workers[i])
+                gradients = [toy_gradient(point, batch) for batch in micro]
+                mean = {k: sum(g[k] for g in gradients) / accumulate for k in point}
+                workers[i] = optimizers[i].step(workers[i], mean, t)
+        workers = [{k: x[k] - pull[k] for k in x} for x, pull in zip(workers, pulls, strict=True)]
+        center = {k: center[k] + sum(pull[k] for pull in pulls) for k in center}
+    return center, workers
