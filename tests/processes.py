@@ -30,10 +30,11 @@ def run_workers(
 ) -> list[Any]:
     """Run ``target(rank, *args)`` in ``workers`` processes that can join one process group.
 
-    Returns what each returned, in rank order; with ``check=False`` an :class:`Outcome` each. A worker
-    that is not back within ``timeout`` seconds is killed with all others, and the test fails.
+    Returns what each returned, in rank order; with ``check=False`` an :class:`Outcome` each. A
+    worker that is not back within ``timeout`` seconds is killed with all others, and the test
+    fails.
     """
-    with start_workers(target, *args, workers=workers) as group:
+    with Workers(target, *args, workers=workers) as group:
         outcomes = group.collect(timeout)
     if not check:
         return outcomes
@@ -42,8 +43,8 @@ def run_workers(
     return [outcome.value for outcome in outcomes]
 
 
-class start_workers:  # noqa: N801 - used like a function
-    """Start workers and keep them within a ``with`` block; leaving it kills those that still run."""
+class Workers:
+    """Workers that run within a ``with`` block; leaving it kills those that still run."""
 
     def __init__(self, target: Callable[..., Any], *args: Any, workers: int) -> None:
         port = free_port()
@@ -58,7 +59,7 @@ class start_workers:  # noqa: N801 - used like a function
             self.pipes.append(receiver)
             self.processes.append(process)
 
-    def __enter__(self) -> start_workers:
+    def __enter__(self) -> Workers:
         return self
 
     def __exit__(self, *_: object) -> None:

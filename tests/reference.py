@@ -1,6 +1,6 @@
 """The paper's algorithms in plain NumPy, slow and obvious, independent of the package.
 
-A state is a dict of arrays. ``p`` workers, ``alpha`` a function of the parameter's name and the step.
+A state is a dict of arrays; ``alpha`` is a function of the parameter's name and the step.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def easgd(
     steps = len(batches[0]) // accumulate
     for t in range(steps + 1):
         pulls = [{k: 0.0 * x[k] for k in x} for x in workers]
-        if t % tau == 0 and t < steps or (final_exchange and t == steps):
+        if (t % tau == 0 and t < steps) or (final_exchange and t == steps):
             pulls = [{k: alpha(k, t) * (x[k] - center[k]) for k in x} for x in workers]
         if t < steps:
             for i in range(p):

@@ -1,0 +1,216 @@
+"""Vectors, closed forms and properties of synchronous EASGD, on the update rules alone."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_easgd.algorithms import elastic
+
+
+def simulate(
+    workers: torch.Tensor, center: torch.Tensor, *, tau: int, alpha: float, local_step, steps: int
+):
+    """Paper order with the package's rules; workers (p, n) and center (n,) after each step."""
+    for t in range(steps):
+        pull = torch.zeros_like(workers)
+        if t % tau == 0:
+            pull = workers.clone()
+            elastic.difference_(list(pull), [center] * len(pull))
+            elastic.scale_(list(pull), [alpha] * len(pull))
+        workers -= local_step(workers)
+        workers -= pull
+        elastic.move_center_([center], [pull.sum(dim=0)])
+        yield workers, center
+
+
+@pytest.mark.parametrize(
+    ("p", "tau", "alpha", "expected"),
+    [
+        (1, 2, 1.0, [(1, 0), (2, 0), (1, 2), (2, 2), (3, 2)]),
+        (2, 1, 0.5, [(1, 0), (1.5, 1), (2.25, 1.5), (2.875, 2.25)]),
+        (4, 2, 0.225, [(1, 0), (2, 0), (2.55, 1.8), (3.55, 1.8), (4.15625, 3.375)]),
+    ],
+)
+def test_vectors_of_unit_steps(p, tau, alpha, expected):
+    """Learning rate 1, gradient -1, everything starts at 0."""
+    start = torch.zeros(p, 1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    states = simulate(*start, tau=tau, alpha=alpha, local_step=lambda x: -1.0, steps=len(expected))
+    for (x, c), (want_x, want_c) in zip(states, expected, strict=True):
+        torch.testing.assert_close(x, torch.full_like(x, want_x))
+        torch.testing.assert_close(c, torch.full_like(c, want_c))
+
+
+# The noisy quadratic x <- x - η(h x - σξ), p = 4, optimum 0: one column per sample.
+P, ETA, H, ALPHA, SIGMA = 4, 0.3, 1.5, 0.225, 2.0
+BETA = P * ALPHA
+
+
+def noisy_quadratic(tau: int, steps: int, samples: int):
+    generator = torch.Generator().manual_seed(0)
+    start = torch.tensor([1.0, 2.0, -3.0, 5.0], dtype=torch.float64)
+    x = start[:, None].repeat(1, samples)
+    c = torch.full((samples,), 4.0, dtype=torch.float64)
+
+    def local_step(x):
+        noise = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        return ETA * (H * x - SIGMA * noise)
+
+    return simulate(x, c, tau=tau, alpha=ALPHA, local_step=local_step, steps=steps)
+
+
+def roots() -> tuple[float, float]:
+    a, kappa2 = ETA * H + (P + 1) * ALPHA, ETA * H * P * ALPHA
+    return tuple(1 - (a + sign * math.sqrt(a * a - 4 * kappa2)) / 2 for sign in (-1, 1))
+
+
+def expected_center(t: int) -> float:
+    gamma, phi = roots()
+    u = sum(x - ALPHA / (1 - BETA - phi) * 4 for x in (1, 2, -3, 5))
+    return gamma**t * 4 + (gamma**t - phi**t) / (gamma - phi) * ALPHA * u
+
+
+def variance(t: int) -> float:
+    gamma, phi = roots()
+
+    def series(root: float) -> float:
+        return (root**2 - root ** (2 * t)) / (1 - root**2)
+
+    mixed = 2 * (gamma * phi - (gamma * phi) ** t) / (1 - gamma * phi)
+    scale = (P * ALPHA * ETA / (gamma - phi)) ** 2 * SIGMA**2 / P
+    return scale * (series(gamma) + series(phi) - mixed)
+
+
+def stationary_variance(tau: int) -> float:
+    q = 1 - ETA * H
+    a, s = q ** (tau - 1), sum(q ** (2 * j) for j in range(tau))
+    trace, d = 1 - BETA + a * (q - ALPHA), a * ((1 - BETA) * q - ALPHA)
+    return (BETA * ETA * SIGMA) ** 2 / P * s * (1 + d) / ((1 - d) * ((1 + d) ** 2 - trace**2))
+
+
+def test_closed_forms_have_their_published_values():
+    assert expected_center(1) == pytest.approx(1.525)
+    assert expected_center(2) == pytest.approx(1.328125)
+    assert variance(2) == pytest.approx(0.0729)
+    assert variance(5) == pytest.approx(0.0985988, abs=1e-7)
+    assert stationary_variance(1) == pytest.approx(0.10174685871897)
+    assert [stationary_variance(tau) for tau in (2, 4, 16)] == pytest.approx(
+        [0.1057932, 0.1063988, 0.1055728], abs=1e-7
+    )
+
+
+def test_mean_and_variance_of_the_center_follow_the_closed_forms():
+    samples = 40_000
+    for t, (_, c) in enumerate(noisy_quadratic(tau=1, steps=6, samples=samples), start=1):
+        error = math.sqrt(max(variance(t), 1e-30) / samples)
+        assert float(c.mean()) == pytest.approx(expected_center(t), abs=5 * error + 1e-12)
+        assert float(c.var()) == pytest.approx(variance(t), rel=5 * math.sqrt(2 / samples))
+
+
+@pytest.mark.parametrize("tau", [1, 2, 4, 16])
+def test_stationary_variance_at_exchange_times(tau):
+    samples = 40_000
+    *_, (_, c) = noisy_quadratic(tau=tau, steps=40 * tau + 1, samples=samples)
+    assert float(c.var()) == pytest.approx(stationary_variance(tau), rel=5 * math.sqrt(2 / samples))
+
+
+@pytest.mark.parametrize("p", [1, 2, 3, 4, 8, 16])
+def test_stability_bound_separates_convergence_from_divergence(p):
+    """As η -> 0 the disagreement grows for α above 2/(p+1) and shrinks below it."""
+    bound = elastic.stability_bound(p)
+
+    def disagreement(alpha: float) -> float:
+        generator = torch.Generator().manual_seed(p)
+        x = torch.randn(p, 3, dtype=torch.float64, generator=generator)
+        c = torch.zeros(3, dtype=torch.float64)
+        *_, (x, c) = simulate(x, c, tau=1, alpha=alpha, local_step=lambda x: 1e-9 * x, steps=2000)
+        return float((x - c).norm())
+
+    assert disagreement(0.98 * bound) < 1e-3
+    assert disagreement(1.02 * bound) > 1e3
+
+
+def test_round_robin_admm_is_unstable_where_easgd_is_not():
+    """The paper's figure 1: spectral radius of one cycle at η = .001, ρ = 2.5, F(x) = x²/2."""
+
+    def radius(cycle, size: int) -> float:
+        return max(abs(np.linalg.eigvals(np.stack([cycle(e) for e in np.eye(size)], axis=1))))
+
+    eta, rho = 1e-3, 2.5
+
+    def admm(p):
+        def cycle(state):
+            lam, x, c = state[:p].copy(), state[p : 2 * p].copy(), state[-1]
+            for i in range(p):
+                lam[i] -= x[i] - c
+                x[i] = (x[i] - eta * x[i] + eta * rho * (lam[i] + c)) / (1 + eta * rho)
+                c = (x - lam).mean()
+            return np.concatenate([lam, x, [c]])
+
+        return radius(cycle, 2 * p + 1)
+
+    def easgd(p):
+        def cycle(state):
+            x, center = torch.tensor(state[:p]), torch.tensor(state[p:])
+            for i in range(p):
+                pull = x[i : i + 1].clone()
+                elastic.difference_([pull], [center])
+                elastic.scale_([pull], [eta * rho])
+                x[i] -= eta * x[i]
+                x[i] -= pull[0]
+                elastic.move_center_([center], [pull])
+            return np.concatenate([x.numpy(), center.numpy()])
+
+        return radius(cycle, p + 1)
+
+    assert admm(3) == pytest.approx(1.000974, abs=1e-6)
+    assert admm(8) == pytest.approx(1.002258, abs=1e-6)
+    assert easgd(3) == pytest.approx(0.99927, abs=1e-5)
+    assert easgd(8) == pytest.approx(0.99912, abs=1e-5)
+
+
+@pytest.mark.parametrize("p", [1, 2, 5])
+def test_an_exchange_conserves_the_sum_of_workers_and_center(p):
+    generator = torch.Generator().manual_seed(p)
+    x = torch.randn(p, 1000, dtype=torch.float64, generator=generator)
+    c = torch.randn(1000, dtype=torch.float64, generator=generator)
+    before = x.sum(dim=0) + c
+    states = simulate(x, c, tau=1, alpha=0.3, local_step=lambda x: 0.0, steps=5)
+    for workers, center in states:
+        torch.testing.assert_close(workers.sum(dim=0) + center, before, rtol=0, atol=1e-12)
+
+
+def test_alpha_one_over_p_with_equal_workers_moves_the_center_to_their_mean():
+    x = torch.tensor([[1.0], [3.0]], dtype=torch.float64)
+    _, c = next(
+        simulate(
+            x,
+            torch.zeros(1, dtype=torch.float64),
+            tau=1,
+            alpha=0.5,
+            local_step=lambda x: 0,
+            steps=1,
+        )
+    )
+    assert float(c) == 2.0
+
+
+@pytest.mark.parametrize("momentum", [0.5, 0.9, 0.99])
+def test_look_ahead_is_undone_exactly(momentum):
+    """The iterate recovered from torch's Nesterov SGD is that of Alg. 2, to rounding."""
+    y = torch.nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
+    optimizer = torch.optim.SGD([y], lr=0.05, momentum=momentum, nesterov=True)
+    x, v = y.detach().clone(), torch.zeros(2, dtype=torch.float64)
+    for _ in range(40):
+        gradient = torch.sin(y.detach())
+        y.grad = gradient.clone()
+        v = momentum * v - 0.05 * gradient
+        x = x + v
+        optimizer.step()
+        iterate = y.detach().clone()
+        buffer = optimizer.state[y]["momentum_buffer"]
+        elastic.undo_look_ahead_([iterate], [buffer], momentum, 0.05)
+        torch.testing.assert_close(iterate, x, rtol=0, atol=1e-12)

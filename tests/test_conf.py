@@ -1,0 +1,145 @@
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from torch import nn
+
+from lightning_easgd import EASGDStrategy
+
+CONF = Path(__file__).parents[1] / "conf"
+FILES = sorted(CONF.rglob("*.yaml"))
+# A leading underscore marks what other files include; it is no choice.
+CHOICES = sorted(
+    (path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if not path.stem.startswith("_")
+)
+KINDS = {
+    "data": LightningDataModule,
+    "logger": Logger,
+    "model": nn.Module,
+    "optimizer": partial,
+    "strategy": Strategy,
+}
+
+
+def of(group):
+    return [name for kind, name in CHOICES if kind == group]
+
+
+@pytest.fixture
+def config(tmp_path):
+    def build(*overrides):
+        return compose("train", overrides=[f"output_dir={tmp_path}", *overrides])
+
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield build
+
+
+@pytest.mark.parametrize(("group", "name"), [choice for choice in CHOICES if choice[0] in KINDS])
+def test_every_choice_is_what_its_group_says(config, group, name):
+    if name == "tensorboard":
+        pytest.importorskip("tensorboard", reason="pip install tensorboard")
+    data = ["data=cifar10"] if name == "convnet7" else []
+    made = instantiate(config(f"{group}={name}", *data)[group])
+    assert isinstance(made, KINDS[group])
+
+
+@pytest.mark.parametrize("name", of("trainer"))
+def test_every_trainer_trains_with_the_strategy_and_the_logger(config, name):
+    cfg = config(f"trainer={name}", "strategy=single")
+    strategy, logger = instantiate(cfg.strategy), instantiate(cfg.logger)
+    trainer = instantiate(cfg.trainer, strategy=strategy, logger=logger)
+    assert isinstance(trainer, Trainer)
+    assert trainer.strategy is strategy
+
+
+@pytest.mark.parametrize("name", of("experiment"))
+def test_every_experiment_can_be_built(config, name):
+    cfg = config(f"experiment={name}")
+    assert isinstance(instantiate(cfg.strategy), EASGDStrategy)
+    assert isinstance(instantiate(cfg.module), LightningModule)
+    assert isinstance(instantiate(cfg.data), LightningDataModule)
+    other = config(f"experiment={name}", "strategy=ddp", "~strategy.tau")
+    assert isinstance(instantiate(other.strategy), DDPStrategy)
+    assert other.optimizer == cfg.optimizer
+
+
+@pytest.mark.parametrize(("model", "data"), [*product(of("model"), of("data"))])
+def test_every_model_takes_every_set_that_is_large_enough(config, model, data):
+    cfg = config(f"model={model}", f"data={data}")
+    images = torch.rand(2, cfg.data.in_channels, cfg.data.image_size, cfg.data.image_size)
+    if model == "convnet7" and data == "digits":
+        with pytest.raises(Exception, match=r"image_size=8; allowed is 24"):
+            instantiate(cfg.module)
+        return
+    module = instantiate(cfg.module)
+    assert module(images).shape == (2, cfg.data.num_classes)
+
+
+@pytest.mark.parametrize("name", of("optimizer"))
+def test_every_optimizer_takes_the_parameters(config, name):
+    make = instantiate(config(f"optimizer={name}").optimizer)
+    optimizer = make(nn.Linear(2, 2).parameters())
+    assert isinstance(optimizer, torch.optim.Optimizer)
+
+
+def test_eamsgd_is_easgd_with_nesterov_momentum(config):
+    cfg = config("strategy=eamsgd")
+    assert cfg.strategy == config("strategy=easgd").strategy
+    assert cfg.optimizer == config("optimizer=nesterov").optimizer
+
+
+def test_the_command_line_has_the_last_word_on_eamsgd(config):
+    cfg = config("strategy=eamsgd", "optimizer.lr=0.01", "strategy.tau=4")
+    assert (cfg.optimizer.lr, cfg.optimizer.nesterov, cfg.strategy.tau) == (0.01, True, 4)
+    assert "nesterov" not in config("strategy=eamsgd", "optimizer=adamw").optimizer
+
+
+@pytest.mark.parametrize("strength", ["beta=0.5", "alpha=0.1", "rho=0.5"])
+def test_easgd_takes_one_strength(config, strength):
+    cfg = config("strategy.tau=16", f"strategy.{strength}")
+    assert isinstance(instantiate(cfg.strategy), EASGDStrategy)
+
+
+def test_single_runs_one_process_on_the_accelerator(config):
+    cfg = config("strategy=single")
+    assert cfg.trainer.devices == 1
+    strategy = instantiate(cfg.strategy)
+    assert isinstance(strategy, SingleDeviceStrategy)
+    assert strategy.root_device == torch.device("cpu")
+    gpu = config("strategy=single", "trainer.accelerator=cuda")
+    assert instantiate(gpu.strategy).root_device == torch.device("cuda:0")
+
+
+def test_the_experiment_of_the_paper_has_the_numbers_of_the_paper(config):
+    cfg = config("experiment=cifar10_paper")
+    data, optimizer = cfg.data, cfg.optimizer
+    assert (data.augment, data.image_size, data.batch_size) == ("crop_flip", 28, 128)
+    assert (data.sampling, cfg.strategy.tau) == ("whole", 10)
+    assert (optimizer.momentum, optimizer.weight_decay) == (0.99, 1e-4)
+    assert (cfg.schedule, cfg.model.image_size) == ("constant", 28)
+
+
+def test_a_misspelt_experiment_is_refused(config):
+    with pytest.raises(Exception, match="misspelt"):
+        config("experiment=misspelt")
+
+
+def undocumented(text):
+    """Lines with a key that have a comment neither on them nor on the line above."""
+    lines = text.splitlines()
+    for above, line in zip(["", *lines], lines, strict=False):
+        content = line.strip()
+        if content and not content.startswith(("#", "- ")) and "#" not in above + line:
+            yield content
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(CONF)))
+def test_every_key_has_a_comment(path):
+    assert list(undocumented(path.read_text())) == []

@@ -1,0 +1,257 @@
+"""Overlap, collectives and headers, with real processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from processes import run_workers
+from toy import Toy, loader, trainer, weights
+
+from lightning_easgd import EASGDStrategy
+
+SGD = partial(torch.optim.SGD, lr=0.1)
+NESTEROV = partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True)
+ADAMW = partial(torch.optim.AdamW, lr=0.1)
+
+
+class WithNorm(Toy):
+    """The toy in fp32 behind a BatchNorm, so that buffers and odd sizes travel too."""
+
+    def __init__(self, optimizer: Any) -> None:
+        super().__init__(optimizer, dtype=torch.float32)
+        self.norm = torch.nn.BatchNorm1d(3)
+        self.odd = torch.nn.Parameter(torch.linspace(0, 1, 7))
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        x, y = batch
+        return ((self.norm(x) @ self.w + self.b - y) ** 2).mean() + (self.odd**2).sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.make_optimizer(self.parameters())
+
+
+def final_bits(rank: int, make: Any, options: dict[str, Any]) -> Any:
+    torch.manual_seed(0)
+    module, seen = WithNorm(make), {}
+    module.on_train_end = lambda: seen.update(
+        {k: v.clone().numpy() for k, v in module.state_dict().items()}
+    )
+    trainer(2, EASGDStrategy(**options)).fit(module, loader(rank, 13, torch.float32))
+    return seen, {k: v.numpy() for k, v in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("make", [SGD, NESTEROV, ADAMW], ids=["sgd", "nesterov", "adamw"])
+@pytest.mark.parametrize("tau", [1, 2, 5])
+@pytest.mark.parametrize("final", [True, False])
+def test_overlap_changes_no_bit(tau: int, make: Any, final: bool) -> None:
+    """[Note: exact overlap] Workers and center, parameters and buffers, whatever the buckets."""
+    runs = [
+        run_workers(
+            final_bits,
+            make,
+            {"tau": tau, "overlap": overlap, "final_exchange": final, "bucket_bytes": bucket},
+            workers=2,
+        )
+        for overlap, bucket in [(True, 2**20), (False, 2**20), (True, 12)]
+    ]
+    for run in runs[1:]:
+        for mine, theirs in zip(run, runs[0], strict=True):
+            for got, expected in zip(mine, theirs, strict=True):
+                assert got.keys() == expected.keys()
+                for key, value in got.items():
+                    assert value.tobytes() == expected[key].tobytes(), key
+
+
+COLLECTIVES = [
+    name
+    for name in dir(dist)
+    if callable(getattr(dist, name))
+    and name.startswith(
+        ("all_", "broadcast", "reduce", "gather", "scatter", "barrier", "monitored")
+    )
+    and not isinstance(getattr(dist, name), type)
+]
+
+
+@contextmanager
+def recorded_collectives(calls: list[str]) -> Iterator[None]:
+    originals = {name: getattr(dist, name) for name in COLLECTIVES}
+
+    def record(name: str) -> Any:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            return originals[name](*args, **kwargs)
+
+        return wrapper
+
+    for name in COLLECTIVES:
+        setattr(dist, name, record(name))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+
+
+class PerBatch(pl.Callback):
+    """Cuts the recorded calls into batches."""
+
+    def __init__(self, calls: list[str]) -> None:
+        self.calls, self.batches = calls, []
+
+    def on_train_start(self, *_: Any) -> None:
+        self.calls.clear()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.batches.append(list(self.calls))
+        self.calls.clear()
+
+
+def collectives_per_batch(rank: int, strategy: Any) -> list[list[str]]:
+    calls: list[str] = []
+    counter = PerBatch(calls)
+    with recorded_collectives(calls):
+        strategy = strategy() if callable(strategy) else strategy
+        trainer(2, strategy, callbacks=[counter]).fit(WithNorm(SGD), loader(rank, 9, torch.float32))
+    return counter.batches
+
+
+def test_no_collective_outside_exchanges() -> None:
+    make = partial(EASGDStrategy, tau=4, bucket_bytes=40)
+    for batches in run_workers(collectives_per_batch, make, workers=2):
+        # 21 parameters of 4 bytes in buckets of 40: 3 of them; 6 statistics: 1.
+        exchange = ["all_gather"] + 4 * ["all_reduce"]
+        assert batches == [exchange if step in (4, 8) else [] for step in range(9)]
+
+
+def test_the_count_sees_what_lightning_does_under_ddp() -> None:
+    for batches in run_workers(collectives_per_batch, "ddp", workers=2):
+        assert all("broadcast" in batch for batch in batches)
+
+
+def ahead(rank: int, reached: Any) -> int:
+    """Worker 1 stands still in step 3 until worker 0 has finished step 9."""
+    module = Toy(SGD)
+
+    def on_train_batch_start(batch: Any, batch_idx: int) -> None:
+        if rank == 1 and batch_idx == 3:
+            assert reached.wait(timeout=30), "worker 0 did not get ahead"
+
+    def on_train_batch_end(outputs: Any, batch: Any, batch_idx: int) -> None:
+        if rank == 0 and batch_idx == 9:
+            reached.set()
+
+    module.on_train_batch_start = on_train_batch_start
+    module.on_train_batch_end = on_train_batch_end
+    trainer(2, EASGDStrategy(tau=5)).fit(module, loader(rank, 14))
+    return 1
+
+
+def test_a_worker_may_run_a_whole_period_ahead_of_the_slowest() -> None:
+    """The sum of the exchange at step 5 is first needed at step 10."""
+    assert run_workers(ahead, multiprocessing.get_context("fork").Event(), workers=2) == [1, 1]
+
+
+def uneven(rank: int) -> None:
+    trainer(2, EASGDStrategy(tau=2)).fit(Toy(SGD), loader(rank, 7 + rank))
+
+
+def test_workers_that_fall_out_of_step_all_get_the_same_readable_error() -> None:
+    outcomes = run_workers(uneven, workers=2, check=False)
+    assert [o.error for o in outcomes] == ["ExchangeError"] * 2
+    assert outcomes[0].message == outcomes[1].message
+    assert "worker 0: step 7, at the end of training; worker 1: step 8" in outcomes[0].message
+
+
+def drifted(rank: int) -> None:
+    module, strategy = Toy(SGD), EASGDStrategy(tau=1)
+
+    def on_train_start() -> None:
+        if rank == 1:
+            strategy._center.segments[0].center.parts[0][0] += 1e-9
+
+    module.on_train_start = on_train_start
+    trainer(2, strategy).fit(module, loader(rank, 20))
+
+
+def test_centers_that_drift_apart_are_noticed() -> None:
+    outcomes = run_workers(drifted, workers=2, check=False)
+    assert [o.error for o in outcomes] == ["ExchangeError"] * 2
+    assert all("copies of the center have drifted apart" in o.message for o in outcomes)
+
+
+def gone(rank: int) -> None:
+    module = Toy(SGD)
+
+    def on_train_batch_start(batch: Any, batch_idx: int) -> None:
+        if rank == 1 and batch_idx == 3:
+            raise ZeroDivisionError("worker 1 fails")
+
+    module.on_train_batch_start = on_train_batch_start
+    trainer(2, EASGDStrategy(tau=2)).fit(module, loader(rank, 20))
+
+
+def test_a_worker_that_dies_is_named_as_the_cause_not_waited_for() -> None:
+    outcomes = run_workers(gone, workers=2, check=False)
+    assert [o.error for o in outcomes] == ["ExchangeError", "ZeroDivisionError"]
+    assert "another worker ended or lost its connection" in outcomes[0].message
+
+
+def poisoned(rank: int, sick: tuple[int, ...], make: Any) -> Any:
+    module, strategy = WithNorm(make), EASGDStrategy(tau=2)
+
+    def on_train_batch_start(batch: Any, batch_idx: int) -> None:
+        if rank in sick and batch_idx == 3:
+            with torch.no_grad():
+                module.w[0, 0] = float("nan")
+
+    module.on_train_batch_start = on_train_batch_start
+    centers = {}
+
+    def on_train_batch_end(outputs: Any, batch: Any, batch_idx: int) -> None:
+        centers[batch_idx] = strategy.center_state_dict()["w"].numpy()
+
+    module.on_train_batch_end = on_train_batch_end
+    fitting = trainer(2, strategy)
+    error = None
+    with pytest.MonkeyPatch.context() as patch:
+        warned: list[str] = []
+        patch.setattr("warnings.warn", lambda message, *_, **__: warned.append(str(message)))
+        try:
+            fitting.fit(module, loader(rank, 12, torch.float32))
+        except RuntimeError as raised:
+            error = f"{type(raised).__name__}: {raised}"
+    warned = [w for w in warned if "worker(s)" in w]
+    center = {k: v.numpy() for k, v in strategy.center_state_dict().items()}
+    return centers, center, weights(module), strategy.telemetry.non_finite, warned, error
+
+
+@pytest.mark.parametrize("make", [NESTEROV, ADAMW], ids=["nesterov", "adamw"])
+def test_a_worker_with_nan_weights_restarts_from_the_center(make: Any) -> None:
+    results = run_workers(poisoned, (1,), make, workers=2)
+    for centers, center, worker, count, _, error in results:
+        assert error is None
+        assert count == 1
+        assert all(np.isfinite(value).all() for value in [*center.values(), *worker.values()])
+        assert all(np.isfinite(value).all() for value in centers.values())
+        assert not np.array_equal(centers[5], centers[11])
+    assert "step 4 the weights of worker(s) [1] were NaN or infinite" in results[0][4][0]
+    assert results[1][4] == []
+
+
+def test_training_stops_when_every_worker_has_nan_and_the_center_stays_finite() -> None:
+    for centers, center, _, count, _, error in run_workers(poisoned, (0, 1), SGD, workers=2):
+        assert error is not None
+        assert error.startswith("NonFiniteError: At step 4 the weights of every worker")
+        assert count == 2
+        np.testing.assert_array_equal(center["w"], centers[3])
+        assert np.isfinite(center["w"]).all()
