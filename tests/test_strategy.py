@@ -1,0 +1,494 @@
+"""What a Lightning user sees: evaluation, checkpoints, buffers, freezing, features, errors."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
+from lightning.pytorch.strategies import StrategyRegistry
+from processes import run_workers
+from torch import nn
+from toy import Toy, loader, trainer, weights
+
+from lightning_easgd import EASGDMonitor, EASGDStrategy
+
+SGD = partial(torch.optim.SGD, lr=0.1)
+
+
+def arrays(state: dict[str, Any]) -> dict[str, np.ndarray]:
+    return {key: value.detach().double().numpy().copy() for key, value in state.items()}
+
+
+def assert_same(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> None:
+    assert left.keys() == right.keys()
+    for key in left:
+        np.testing.assert_array_equal(left[key], right[key], err_msg=key)
+
+
+class Evaluated(Toy):
+    """Records what validation and the checkpoints see."""
+
+    def __init__(self, *args: Any, fail_at: int | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.before: list[Any] = []
+        self.inside: list[Any] = []
+        self.after: list[Any] = []
+        self.fail_at = fail_at
+
+    def on_validation_model_eval(self) -> None:
+        self.before.append(weights(self))
+        super().on_validation_model_eval()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        state = arrays(self.trainer.strategy.center_state_dict())
+        self.inside.append((weights(self), state))
+        if self.fail_at == len(self.inside):
+            raise ZeroDivisionError("inside validation")
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.after.append(weights(self))
+
+
+def evaluate(rank: int, options: dict[str, Any]) -> Any:
+    module = Evaluated(SGD)
+    fitting = trainer(2, EASGDStrategy(tau=3, **options), val_check_interval=4)
+    fitting.fit(module, loader(rank, 12), loader(rank, 1))
+    return module.before, module.inside, module.after, weights(module)
+
+
+def test_validation_runs_on_the_center_and_gives_the_worker_its_weights_back() -> None:
+    results = run_workers(evaluate, {}, workers=2)
+    for before, inside, after, final in results:
+        assert len(before) == len(inside) == 4  # the sanity check, and after steps 4, 8, 12
+        for seen, state in inside:
+            assert_same(seen, state)
+        for check, step in [(0, 0), (1, 4), (2, 8)]:
+            assert_same(before[check], after[step])
+        for check in (1, 2, 3):
+            assert not np.array_equal(before[check]["w"], inside[check][0]["w"])
+        assert_same(final, results[0][3])
+    for (ours, _), (theirs, _) in zip(results[0][1], results[1][1], strict=True):
+        assert_same(ours, theirs)
+
+
+def test_evaluate_on_worker_leaves_every_worker_its_own_weights() -> None:
+    results = run_workers(evaluate, {"evaluate_on": "worker"}, workers=2)
+    for before, inside, _, final in results:
+        for own, (seen, state) in zip(before, inside, strict=True):
+            assert_same(own, seen)
+            assert_same(state, state)
+        assert not np.array_equal(inside[2][0]["w"], inside[2][1]["w"])
+        assert_same(final, results[0][3])
+
+
+def fail_inside_validation(rank: int) -> Any:
+    module, strategy = Evaluated(SGD, fail_at=2), EASGDStrategy(tau=3)
+    with pytest.raises(ZeroDivisionError):
+        trainer(2, strategy, val_check_interval=4).fit(module, loader(rank, 12), loader(rank, 1))
+    center = arrays(strategy.center_state_dict())
+    return module.before[1], weights(module), module.inside[1][0], center
+
+
+def test_an_exception_inside_validation_gives_the_worker_its_weights_back() -> None:
+    for own, left, center, state in run_workers(fail_inside_validation, workers=2):
+        assert_same(own, left)
+        assert_same(state, center)
+        assert not np.array_equal(own["w"], center["w"])
+
+
+class Saved(Toy):
+    """The toy with something to monitor, and a module that needs nothing to be loaded."""
+
+    def __init__(self) -> None:
+        super().__init__(SGD)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("loss", self.training_step(batch, batch_idx), sync_dist=True)
+
+
+def save(rank: int, folder: str) -> Any:
+    module, seen = Saved(), []
+    checkpoint = ModelCheckpoint(folder, filename="{step}", monitor="loss", save_top_k=-1)
+    fitting = trainer(
+        2,
+        EASGDStrategy(tau=3),
+        val_check_interval=4,
+        enable_checkpointing=True,
+        callbacks=[checkpoint],
+    )
+    module.on_train_batch_end = lambda *_: seen.append(arrays(fitting.strategy.center_state_dict()))
+    fitting.fit(module, loader(rank, 12), loader(rank, 2))
+    fitting.save_checkpoint(f"{folder}/end.ckpt")
+    return seen, weights(module)
+
+
+def test_checkpoints_hold_the_center_and_load_into_plain_lightning(tmp_path: Any) -> None:
+    (seen, final), _ = run_workers(save, str(tmp_path), workers=2)
+    for step in (4, 8, 12):
+        loaded = Saved.load_from_checkpoint(tmp_path / f"step={step}.ckpt", weights_only=True)
+        assert_same(weights(loaded), seen[step - 1])
+    assert_same(weights(Saved.load_from_checkpoint(tmp_path / "end.ckpt")), final)
+
+
+@pytest.fixture
+def saved(tmp_path: Any) -> Any:
+    run_workers(save, str(tmp_path), workers=2)
+    # Resumed below without the ModelCheckpoint that made it.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`")
+        yield tmp_path / "step=12.ckpt"
+
+
+def resume(rank: int, path: str) -> Any:
+    module, strategy, started = Saved(), EASGDStrategy(tau=3), []
+    module.on_train_start = lambda: started.append(
+        (weights(module), strategy._exchange.clock, module.trainer.global_step)
+    )
+    fitting = trainer(2, strategy, max_epochs=2, val_check_interval=4)
+    fitting.fit(module, loader(rank, 12), loader(rank, 2), ckpt_path=path)
+    return started, strategy.telemetry.steps
+
+
+def test_a_checkpoint_resumes_at_its_center_and_step(saved: Any) -> None:
+    center = weights(Saved.load_from_checkpoint(saved))
+    for started, steps in run_workers(resume, str(saved), workers=2):
+        assert_same(started[0][0], center)
+        assert started[0][2] == 12
+        assert steps == 12
+
+
+def clock_after_resume(rank: int, path: str) -> Any:
+    module, strategy, due = Saved(), EASGDStrategy(tau=5), []
+    module.on_train_batch_end = lambda *_: due.append(strategy.telemetry.exchanges)
+    fitting = trainer(2, strategy, max_epochs=2, val_check_interval=4)
+    fitting.fit(module, loader(rank, 12), loader(rank, 2), ckpt_path=path)
+    return due
+
+
+def test_the_clock_goes_on_from_the_global_step(saved: Any) -> None:
+    for due in run_workers(clock_after_resume, str(saved), workers=2):
+        # Steps 12 to 23; exchanges begin steps 15 and 20.
+        assert due == [0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 2]
+
+
+class Norm(pl.LightningModule):
+    """BatchNorm statistics, an integer buffer, a buffer outside the state dict, frozen and tied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3, momentum=0.5)
+        self.first, self.second = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+        self.second.weight = self.first.weight
+        self.frozen = nn.Parameter(torch.ones(2), requires_grad=False)
+        self.unused = nn.Parameter(torch.ones(2))
+        self.register_buffer("scratch", torch.zeros(1), persistent=False)
+
+    def on_train_start(self) -> None:
+        with torch.no_grad():  # differ by worker: who is frozen stays, who has no gradient joins
+            self.frozen += self.global_rank
+            self.unused += self.global_rank
+            self.scratch += self.global_rank
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return self.second(self.first(self.norm(batch[0]))).pow(2).mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def train_norm(rank: int, policy: str) -> Any:
+    torch.manual_seed(rank)  # only worker 0's initial weights may count
+    module, strategy = Norm(), EASGDStrategy(tau=2, buffers=policy)
+    own = {}
+    module.on_train_end = lambda: own.update(arrays(module.state_dict()))
+    trainer(2, strategy).fit(module, loader(rank, 5, torch.float32))
+    return own, arrays(module.state_dict()), module.scratch.item(), strategy._exchange
+
+
+@pytest.mark.parametrize("policy", ["average", "broadcast", "local"])
+def test_buffers_follow_their_policy(policy: str) -> None:
+    results = run_workers(train_norm, policy, workers=2)
+    own = [result[0]["norm.running_var"] for result in results]
+    assert not np.array_equal(own[0], own[1])
+    expected = {
+        "average": [(own[0] + own[1]) / 2] * 2,
+        "broadcast": [own[0]] * 2,
+        "local": own,
+    }[policy]
+    for rank, (mine, final, scratch, _) in enumerate(results):
+        np.testing.assert_allclose(final["norm.running_var"], expected[rank], rtol=1e-6)
+        assert final["norm.num_batches_tracked"] == mine["norm.num_batches_tracked"] == 5
+        assert scratch == rank
+
+
+def test_frozen_tied_and_unused_parameters() -> None:
+    results = run_workers(train_norm, "average", workers=2)
+    for rank, (_, final, _, exchange) in enumerate(results):
+        assert exchange is None
+        np.testing.assert_array_equal(final["frozen"], 1.0 + rank)
+        np.testing.assert_array_equal(final["first.weight"], results[0][1]["first.weight"])
+        np.testing.assert_array_equal(final["first.weight"], final["second.weight"])
+        # 1 and 2 at the start; α = .45 at steps 2 and 4 and at the end, no gradient in between.
+        center, x = 1.0, np.array([1.0, 2.0])
+        for _ in range(3):
+            d = 0.45 * (x - center)
+            x, center = x - d, center + d.sum()
+        np.testing.assert_allclose(final["unused"], center, rtol=1e-6)
+
+
+class Finetuned(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone = nn.Linear(3, 4)
+        self.head = nn.Linear(4, 2)
+        self.names: list[int] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self.names.append(self.trainer.strategy._center.joined)
+        return ((self.head(self.backbone(batch[0])) - batch[1]) ** 2).mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+
+def finetune(rank: int, epochs: int, options: dict[str, Any]) -> Any:
+    module, strategy = Finetuned(), EASGDStrategy(tau=2, **options)
+    start = arrays(module.state_dict())
+    callback = BackboneFinetuning(unfreeze_backbone_at_epoch=2, verbose=False)
+    fitting = trainer(2, strategy, max_epochs=epochs, callbacks=[callback])
+    fitting.fit(module, loader(rank, 5, torch.float32))
+    return start, arrays(module.state_dict()), module.names
+
+
+@pytest.mark.parametrize("options", [{}, {"final_exchange": False}])
+@pytest.mark.parametrize("epochs", [3, 5])
+def test_an_unfrozen_backbone_joins_on_all_workers(epochs: int, options: dict[str, Any]) -> None:
+    results = run_workers(finetune, epochs, options, workers=2)
+    for start, final, joined in results:
+        assert_same(final, results[0][1])
+        assert not np.array_equal(final["head.weight"], start["head.weight"])
+        assert joined[:10] == [1] * 10  # unfrozen before step 10, announced by the exchange there
+        if epochs == 5:
+            assert joined[13:] == [2] * (len(joined) - 13)
+            assert not np.array_equal(final["backbone.weight"], start["backbone.weight"])
+
+
+class Adversarial(Toy):
+    """Two optimizers under manual optimization; one clock counts the steps of both."""
+
+    def __init__(self) -> None:
+        super().__init__(SGD)
+        self.automatic_optimization = False
+        self.clocks: list[int] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for optimizer in self.optimizers():
+            with optimizer.toggle_model():
+                optimizer.zero_grad()
+                self.manual_backward(super().training_step(batch, batch_idx))
+                optimizer.step()
+        self.clocks.append(self.trainer.strategy._exchange.clock)
+
+    def configure_optimizers(self) -> Any:
+        return [SGD([self.w]), SGD([self.b])]
+
+
+def train_adversarial(rank: int) -> Any:
+    module, strategy = Adversarial(), EASGDStrategy(tau=3)
+    trainer(2, strategy).fit(module, loader(rank, 6))
+    return weights(module), module.clocks, strategy.telemetry.exchanges
+
+
+def test_several_optimizers_share_one_clock() -> None:
+    results = run_workers(train_adversarial, workers=2)
+    for final, clocks, exchanges in results:
+        assert_same(final, results[0][0])
+        assert clocks == [2, 4, 6, 8, 10, 12]
+        assert exchanges == 4  # at steps 3, 6, 9, and the last
+
+
+def train_with(rank: int, options: dict[str, Any], half: bool) -> Any:
+    dtype = torch.bfloat16 if half else torch.float32
+    module, seen = Toy(SGD, dtype=torch.float32), []
+    strategy = EASGDStrategy(tau=2)
+    module.on_train_batch_end = lambda *_: seen.append(strategy._center.segments[0].center.parts)
+    trainer(2, strategy, **options).fit(module, loader(rank, 8, dtype))
+    return weights(module), module.w.dtype, [part.dtype for part in seen[0]], strategy.telemetry
+
+
+@pytest.mark.parametrize(
+    ("options", "parameters"),
+    [
+        ({"precision": "bf16-true"}, torch.bfloat16),
+        ({"precision": "bf16-mixed"}, torch.float32),
+        ({"gradient_clip_val": 0.1}, torch.float32),
+        ({"accumulate_grad_batches": 2}, torch.float32),
+    ],
+    ids=str,
+)
+def test_precisions_clipping_and_accumulation(options: Any, parameters: torch.dtype) -> None:
+    half = options.get("precision") == "bf16-true"
+    results = run_workers(train_with, options, half, workers=2)
+    for final, dtype, center, telemetry in results:
+        assert dtype == parameters
+        assert center == [torch.float32]
+        assert_same(final, results[0][0])
+        assert telemetry.steps == 8 // options.get("accumulate_grad_batches", 1)
+
+
+def train_alone(rank: int) -> Any:
+    module, strategy = Toy(SGD), EASGDStrategy(tau=2)
+    trainer(1, strategy).fit(module, loader(rank, 5))
+    return strategy.telemetry
+
+
+def test_one_device_works_and_sends_nothing() -> None:
+    (telemetry,) = run_workers(train_alone, workers=1)
+    assert (telemetry.exchanges, telemetry.bytes_sent, telemetry.steps) == (3, 0, 5)
+
+
+def measure(rank: int, folder: str) -> Any:
+    from lightning.pytorch.loggers import CSVLogger
+
+    module, strategy = Toy(SGD, dtype=torch.float32), EASGDStrategy(tau=4)
+    fitting = trainer(
+        4,
+        strategy,
+        logger=CSVLogger(folder, name="", version=""),
+        log_every_n_steps=2,
+        callbacks=[EASGDMonitor()],
+    )
+    fitting.fit(module, loader(rank, 9, torch.float32))
+    return strategy.telemetry
+
+
+def test_telemetry_counts_bytes_and_reaches_the_logger(tmp_path: Any) -> None:
+    for telemetry in run_workers(measure, str(tmp_path), workers=4):
+        ring = 2 * 3 * (8 * 4) // 4  # 8 parameters of 4 bytes, 4 workers
+        header = 3 * 8 * 8
+        assert telemetry.exchanges == 3
+        assert telemetry.bytes_sent == telemetry.bytes_received == 3 * (ring + header)
+        assert telemetry.ddp_bytes_sent == 9 * ring
+        assert telemetry.wait_seconds > 0
+        assert 0 < telemetry.consensus_distance < 10
+        assert len(telemetry.worker_wait_seconds) == 4
+    header_line, *rows = (tmp_path / "metrics.csv").read_text().splitlines()
+    for name in ("exchanges", "bytes_sent", "wait_seconds", "consensus_distance", "tau", "alpha"):
+        assert f"easgd/{name}" in header_line
+    assert len(rows) >= 4
+
+
+def test_the_monitor_refuses_other_strategies() -> None:
+    fitting = trainer(1, "auto", callbacks=[EASGDMonitor()])
+    with pytest.raises(pl.utilities.exceptions.MisconfigurationException, match="SingleDevice"):
+        fitting.fit(Toy(SGD), loader(0, 1))
+
+
+def hold(rank: int) -> Any:
+    """α = lr ρ rises past 2/3 with the learning rate."""
+    module, strategy, alphas = Toy(SGD), EASGDStrategy(tau=1, rho=5.0), []
+
+    def configure() -> Any:
+        optimizer = SGD([module.w, module.b])
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 + step)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    module.configure_optimizers = configure
+    module.on_train_batch_end = lambda *_: alphas.append(strategy.telemetry.alpha)
+    with pytest.MonkeyPatch.context() as patch:
+        told: list[str] = []
+        patch.setattr("warnings.warn", lambda message, *_, **__: told.append(str(message)))
+        trainer(2, strategy, max_steps=4).fit(module, loader(rank, 4))
+    return alphas, [message for message in told if "moving rate" in message]
+
+
+def test_a_schedule_past_the_stable_edge_is_held_there_and_said_once() -> None:
+    results = run_workers(hold, workers=2)
+    for alphas, _ in results:
+        np.testing.assert_allclose(alphas, [0.0] + 3 * [0.99 * 2 / 3])
+    assert len(results[0][1]) == 1
+    assert "reached 1, but 2 workers are stable only below" in results[0][1][0]
+    assert results[1][1] == []
+
+
+def refuse(rank: int, options: dict[str, Any], case: str) -> None:
+    module = Toy(SGD)
+    if case == "shape" and rank == 1:
+        module.w = nn.Parameter(torch.zeros(5, 2))
+    if case == "name" and rank == 1:
+        module.extra = nn.Parameter(torch.zeros(1))
+    if case == "frozen":
+        module.requires_grad_(False)
+    kwargs = {"sync_batchnorm": True} if case == "sync_batchnorm" else {}
+    trainer(2, EASGDStrategy(**options), **kwargs).fit(module, loader(rank, 3))
+
+
+@pytest.mark.parametrize(
+    ("options", "case", "error", "message"),
+    [
+        ({"alpha": 0.67}, "", "ValueError", "needs alpha < 2/(workers + 1) = 0.6667"),
+        ({"beta": 1.34}, "", "ValueError", "Set beta below 1.333"),
+        ({"rho": 7.0}, "", "ValueError", "at learning rate 0.1 for 2 worker(s)"),
+        ({}, "shape", "ValueError", "only worker 1 has ['parameter w (5, 2)"),
+        ({}, "name", "ValueError", "only worker 1 has ['parameter extra (1,)"),
+        ({}, "frozen", "ValueError", "Toy has no parameter with requires_grad=True"),
+        ({}, "sync_batchnorm", "MisconfigurationException", "(buffers='average')"),
+    ],
+)
+def test_bad_set_up_is_an_error_on_every_worker(
+    options: Any, case: str, error: str, message: str
+) -> None:
+    for outcome in run_workers(refuse, options, case, workers=2, check=False, timeout=30):
+        assert outcome.error == error, outcome.trace
+        assert message in outcome.message.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"tau": 0}, ValueError, "tau=0 is not a communication period"),
+        ({"beta": 2.0}, ValueError, "beta=2.0 is not allowed"),
+        ({"beta": 0.9, "rho": 1.0}, ValueError, "at most one of beta, alpha and rho"),
+        ({"evaluate_on": "mean"}, ValueError, "evaluate_on='mean' .* Allowed: 'center', 'worker'"),
+        ({"buffers": "sync"}, ValueError, "Allowed: 'average', 'local', 'broadcast'"),
+        ({"elastic_point": "x"}, ValueError, "Allowed: 'iterate', 'parameter'"),
+        ({"bucket_bytes": 0}, ValueError, "at least 1 byte"),
+        ({"ddp_comm_hook": print}, TypeError, "never reduce gradients"),
+        ({"find_unused_parameters": True}, TypeError, "never reduce gradients"),
+        ({"static_graph": True}, TypeError, "Remove the argument"),
+        ({"model_averaging_period": 4}, TypeError, "never reduce gradients"),
+        ({"taw": 4}, TypeError, "unknown argument taw=4. Its own are tau, beta"),
+    ],
+)
+def test_bad_arguments_are_refused_at_construction(options: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        EASGDStrategy(**options)
+
+
+def test_an_accelerator_that_cannot_average_is_refused_at_construction() -> None:
+    strategy = EASGDStrategy(parallel_devices=[torch.device("meta")])
+    with pytest.raises(pl.utilities.exceptions.MisconfigurationException, match=r"type .'meta'"):
+        strategy._configure_launcher()
+
+
+@pytest.mark.parametrize(
+    ("name", "start"),
+    [
+        ("easgd", "popen"),
+        ("easgd_spawn", "spawn"),
+        ("easgd_fork", "fork"),
+        ("easgd_notebook", "fork"),
+    ],
+)
+def test_strategies_are_registered_by_name(name: str, start: str) -> None:
+    strategy = StrategyRegistry.get(name)
+    assert isinstance(strategy, EASGDStrategy)
+    assert strategy._start_method == start
+    assert isinstance(trainer(2, name).strategy, EASGDStrategy)
