@@ -1,0 +1,77 @@
+"""Imports run one way, and only communication talks to other processes."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import lightning_easgd
+
+ROOT = Path(lightning_easgd.__file__).parent
+
+LAYERS = [
+    {"flat", "schedules", "telemetry"},
+    {"algorithms"},
+    {"center", "communication", "optimizers"},
+    {"exchange", "signals"},
+    {"strategy"},
+    {"callbacks"},
+]
+"""From low to high; a module imports only from lower layers, or from its own folder."""
+
+LIGHTNING = {"strategy", "signals", "callbacks", "workloads", "__init__"}
+DISTRIBUTED = {"communication"}
+SCRIPTS_ONLY = {"hydra", "matplotlib", "numpy", "omegaconf", "sklearn", "torchmetrics"}
+
+
+def layer_of(name: str) -> int:
+    (layer,) = [i for i, names in enumerate(LAYERS) if name in names]
+    return layer
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import in {path}"
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def modules() -> list[tuple[str, Path]]:
+    return [(p.relative_to(ROOT).parts[0].removesuffix(".py"), p) for p in ROOT.rglob("*.py")]
+
+
+def test_every_module_has_a_layer() -> None:
+    known = set().union(*LAYERS) | {"workloads", "__init__"}
+    assert {name for name, _ in modules()} == known
+
+
+def test_imports_run_one_way() -> None:
+    for name, path in modules():
+        own = {i.split(".")[1] for i in imports(path) if i.startswith("lightning_easgd.")}
+        if name == "__init__":
+            continue
+        if name == "workloads":
+            assert own <= {"workloads"}, path
+            continue
+        for other in own - {name}:
+            assert layer_of(other) < layer_of(name), f"{path} imports {other}"
+
+
+def test_only_the_top_knows_lightning_and_only_communication_the_network() -> None:
+    for name, path in modules():
+        found = imports(path)
+        if name not in LIGHTNING:
+            assert not any(i.split(".")[0] == "lightning" for i in found), path
+        if name not in DISTRIBUTED:
+            assert not any(i.startswith(("torch.distributed", "socket")) for i in found), path
+
+
+def test_the_library_needs_torch_and_lightning_only() -> None:
+    for name, path in modules():
+        if name != "workloads":
+            third_party = {i.split(".")[0] for i in imports(path)} & SCRIPTS_ONLY
+            assert not third_party, path
