@@ -146,9 +146,10 @@ class FlatVector:
         return all(bool(torch.isfinite(part).all()) for part in self.parts)
 
     def checksum(self) -> int:
-        """A sum over the bit patterns: equal bits give equal sums, on every device."""
-        as_integer = {torch.float32: torch.int32, torch.float64: torch.int64}
-        return sum(int(part.view(as_integer[part.dtype]).sum()) for part in self.parts)
+        """A wrapping sum over the bit patterns: equal bits give equal sums, on every device."""
+        integers = {torch.float32: torch.int32, torch.float64: torch.int64}
+        # Summed in their own width: a wider sum would first copy the whole buffer into it.
+        return sum(int(p.view(i := integers[p.dtype]).sum(dtype=i)) for p in self.parts)
 
 
 def bucket_slices(numel: int, itemsize: int, bucket_bytes: int) -> list[slice]:

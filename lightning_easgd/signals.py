@@ -17,8 +17,10 @@ from types import FrameType
 import lightning.pytorch as pl
 
 
-def relay_sigterm(trainer: pl.Trainer, request_stop: Callable[[], bool]) -> None:
+def relay_sigterm(trainer: pl.Trainer, request_stop: Callable[[], bool]) -> Callable[[], None]:
     """Replace Lightning's per-batch broadcast and SIGTERM notifier for this trainer.
+
+    Returns a function that puts them back.
 
     Args:
         trainer: whose handlers are not registered yet.
@@ -36,9 +38,14 @@ def relay_sigterm(trainer: pl.Trainer, request_stop: Callable[[], bool]) -> None
             launcher.kill(signum)
         connector.received_sigterm = True
 
-    connector._sigterm_notifier_fn = notify  # type: ignore[method-assign]
+    def restore() -> None:
+        vars(connector).pop("_sigterm_notifier_fn", None)
+        vars(epoch_loop).pop("_broadcast_sigterm_tensor", None)
+
     epoch_loop = trainer.fit_loop.epoch_loop
+    connector._sigterm_notifier_fn = notify  # type: ignore[method-assign]
     epoch_loop._broadcast_sigterm_tensor = _no_broadcast  # type: ignore[method-assign]
+    return restore
 
 
 def _no_broadcast() -> None:

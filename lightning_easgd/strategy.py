@@ -153,6 +153,7 @@ class EASGDStrategy(DDPStrategy):
         self._center: Center | None = None
         self._exchange: Exchange | None = None
         self._failed = False
+        self._restore_signals: Callable[[], None] | None = None
 
     @classmethod
     @override
@@ -194,7 +195,7 @@ class EASGDStrategy(DDPStrategy):
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
-        relay_sigterm(trainer, self._request_stop)
+        self._restore_signals = relay_sigterm(trainer, self._request_stop)
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting and self._layer_sync is not None:
             raise MisconfigurationException(
@@ -295,6 +296,9 @@ class EASGDStrategy(DDPStrategy):
 
     @override
     def teardown(self) -> None:
+        if self._restore_signals is not None:
+            self._restore_signals()
+            self._restore_signals = None
         if not self._failed:
             self._exchange = self._center = None
             if self._group is not None:

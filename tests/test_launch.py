@@ -119,6 +119,7 @@ def test_lightning_cli_takes_the_class_path(monkeypatch: pytest.MonkeyPatch) -> 
         CommandLineToy,
         run=False,
         save_config_callback=None,
+        seed_everything_default=False,
         trainer_defaults={"accelerator": "cpu", "devices": 2, "logger": False},
         args=[
             "--trainer.strategy.class_path=lightning_easgd.EASGDStrategy",

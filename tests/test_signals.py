@@ -7,9 +7,9 @@ import signal
 from functools import partial
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from processes import run_workers
 from toy import Toy, loader, trainer, weights
 
@@ -77,17 +77,21 @@ def test_sigterm_outside_training_ends_that_worker_and_hangs_nobody() -> None:
     assert outcomes[1].error == "SIGTERMException"
 
 
-def other_trainer(rank: int) -> bool:
-    trainer(1, EASGDStrategy()).fit(Toy(SGD), loader(rank, 2))
-    other = trainer(1, "auto")
-    other.fit(Toy(SGD), loader(rank, 2))
-    loop = other.fit_loop.epoch_loop
-    connector = other._signal_connector
+def replaced(fitting: pl.Trainer) -> tuple[bool, bool]:
     return (
-        loop._broadcast_sigterm_tensor.__func__ is _TrainingEpochLoop._broadcast_sigterm_tensor
-        and "_sigterm_notifier_fn" not in vars(connector)
+        "_broadcast_sigterm_tensor" in vars(fitting.fit_loop.epoch_loop),
+        "_sigterm_notifier_fn" in vars(fitting._signal_connector),
     )
 
 
-def test_other_trainers_keep_lightnings_behaviour() -> None:
-    assert run_workers(other_trainer, workers=1) == [True]
+def watch_replacement(rank: int, strategy: str) -> Any:
+    module, seen = Toy(SGD), []
+    fitting = trainer(1, strategy)
+    module.on_train_start = lambda: seen.append(replaced(fitting))
+    fitting.fit(module, loader(rank, 2))
+    return seen, replaced(fitting)
+
+
+def test_only_this_trainer_is_changed_and_only_while_it_runs() -> None:
+    assert run_workers(watch_replacement, "easgd", workers=1) == [([(True, True)], (False, False))]
+    assert run_workers(watch_replacement, "ddp", workers=1) == [([(False, False)], (False, False))]

@@ -1,0 +1,158 @@
+"""One training run from start to report."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.strategies import Strategy
+from typing_extensions import override
+
+from lightning_easgd import EASGDMonitor, EASGDStrategy
+
+
+class SeedWorkers(Callback):
+    """Lets every worker draw its own dropout masks and augmentations, repeatably.
+
+    Args:
+        seed: of worker 0 is ``seed + 1``, of worker 1 ``seed + 2``, and so on.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        seed = self.seed + 1 + trainer.global_rank
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+
+
+def seed(value: int) -> None:
+    """Make initial weights and shuffling repeatable; the same on all workers."""
+    pl.seed_everything(value, workers=True, verbose=False)
+
+
+def callbacks(strategy: Strategy, checkpoint: ModelCheckpoint | None, seed: int) -> list[Callback]:
+    """The callbacks of a run: seeds, the checkpoint, and the exchanges' counters under EASGD."""
+    chosen: list[Callback] = [SeedWorkers(seed)]
+    if checkpoint is not None:
+        chosen.append(checkpoint)
+    if isinstance(strategy, EASGDStrategy):
+        chosen.append(EASGDMonitor())
+    return chosen
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run reached and cost. Bytes and seconds are of worker 0."""
+
+    strategy: str
+    workers: int
+    test_accuracy: float | None
+    steps: int
+    exchanges: int | None
+    bytes_sent: int | None
+    ddp_bytes_sent: int | None
+    wait_seconds: float | None
+    checkpoint: str | None
+
+    def to_json(self) -> str:
+        """The report as one JSON object."""
+        return json.dumps(asdict(self), indent=2)
+
+    def table(self) -> str:
+        """The report for a terminal."""
+        rows = [("strategy", f"{self.strategy}, {self.workers} worker(s), {self.steps} steps each")]
+        if self.test_accuracy is not None:
+            whose = "of the center" if self.exchanges is not None else ""
+            rows.append((f"test accuracy {whose}".strip(), f"{100 * self.test_accuracy:.2f} %"))
+        if self.exchanges is not None:
+            rows += self._costs()
+        rows.append(("checkpoint", self.checkpoint or "none written"))
+        width = max(len(name) for name, _ in rows)
+        return "\n" + "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
+
+    def _costs(self) -> list[tuple[str, str]]:
+        assert self.bytes_sent is not None
+        assert self.ddp_bytes_sent is not None
+        less = self.ddp_bytes_sent / self.bytes_sent if self.bytes_sent else 0.0
+        compared = f", {less:.1f} times less" if self.bytes_sent else ""
+        return [
+            ("exchanges", str(self.exchanges)),
+            ("sent by each worker", f"{self.bytes_sent / 1e6:.2f} MB"),
+            ("DDP would have sent", f"{self.ddp_bytes_sent / 1e6:.2f} MB{compared}"),
+            ("waited for the network", f"{self.wait_seconds:.2f} s"),
+        ]
+
+
+def run(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    datamodule: pl.LightningDataModule,
+    *,
+    train: bool,
+    test: bool,
+    ckpt_path: str | None,
+) -> Report:
+    """Train and test, as asked, and report.
+
+    Args:
+        trainer: knows devices, length, strategy and callbacks.
+        module: the model.
+        datamodule: the data.
+        train: whether to train, from the checkpoint if one is given.
+        test: whether to test at the end: what was trained, else the checkpoint.
+        ckpt_path: a checkpoint to resume from or to test.
+
+    Raises:
+        ValueError: the strategy does not use all processes that were started.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", trainer.world_size))
+    if processes != trainer.world_size:
+        raise ValueError(
+            f"{type(trainer.strategy).__name__} trains in {trainer.world_size} process(es), but"
+            f" {processes} were started. Set trainer.devices={trainer.world_size}, or another"
+            " strategy."
+        )
+    # Lightning 2.6 on newer torch warns of itself, on every worker.
+    warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*", FutureWarning)
+    saved = None
+    if train:
+        trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path)
+        saved = _save_end(trainer)
+    tested: Mapping[str, float] = {}
+    if test:
+        path = None if train else ckpt_path
+        (tested,) = trainer.test(module, datamodule=datamodule, ckpt_path=path, verbose=False)
+    telemetry = getattr(trainer.strategy, "telemetry", None) if train else None
+    return Report(
+        strategy=type(trainer.strategy).__name__,
+        workers=trainer.world_size,
+        test_accuracy=tested.get("test/accuracy"),
+        steps=trainer.global_step,
+        exchanges=getattr(telemetry, "exchanges", None),
+        bytes_sent=getattr(telemetry, "bytes_sent", None),
+        ddp_bytes_sent=getattr(telemetry, "ddp_bytes_sent", None),
+        wait_seconds=getattr(telemetry, "wait_seconds", None),
+        checkpoint=saved,
+    )
+
+
+def _save_end(trainer: pl.Trainer) -> str | None:
+    """Replace the last checkpoint by one with the weights after the final exchange."""
+    checkpoint = trainer.checkpoint_callback
+    if not isinstance(checkpoint, ModelCheckpoint) or checkpoint.dirpath is None:
+        return None
+    path = os.path.join(checkpoint.dirpath, f"{checkpoint.filename or 'last'}.ckpt")
+    trainer.save_checkpoint(path, weights_only=False)
+    return path

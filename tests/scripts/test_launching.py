@@ -1,0 +1,106 @@
+"""Starting and ending the workers of a job, with programs that need no torch."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import launching
+import pytest
+from launching import WorkerError, run_workers
+
+SLEEP = "import time; time.sleep(60)"
+
+
+def program(text: str) -> list[str]:
+    return [sys.executable, "-S", "-c", text]
+
+
+def alive(folder: Path) -> list[int]:
+    """Process numbers that workers wrote into ``folder`` and that still run."""
+    pids = [int(path.read_text()) for path in folder.glob("*.pid")]
+    return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+WRITE_PID = """
+import os, sys
+rank = os.environ["LOCAL_RANK"]
+open(sys.argv[1] + "/" + rank + ".pid", "w").write(str(os.getpid()))
+"""
+
+
+def test_every_worker_gets_its_rank_and_a_log(tmp_path: Path) -> None:
+    names = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR")
+    text = f"import os; print(*[os.environ[n] for n in {names}])"
+    run_workers(program(text), workers=3, nodes=1, logs=tmp_path)
+    assert not (tmp_path / "worker0.log").exists()
+    for rank in (1, 2):
+        assert (tmp_path / f"worker{rank}.log").read_text() == f"{rank} {rank} 0 3 127.0.0.1\n"
+    assert "LOCAL_RANK" not in os.environ
+
+
+def test_workers_of_a_later_node_are_numbered_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "7"}.items():
+        monkeypatch.setenv(name, value)
+    text = "import os; print(*[os.environ[n] for n in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR')])"
+    run_workers(program(text), workers=2, nodes=3, logs=tmp_path)
+    assert (tmp_path / "worker1.log").read_text() == "3 6 10.0.0.1\n"
+
+
+def test_a_multi_node_job_without_its_variables_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="NODE_RANK, MASTER_ADDR, MASTER_PORT is not set"):
+        run_workers(program(""), workers=1, nodes=2, logs=tmp_path)
+
+
+def test_a_failing_worker_ends_the_others_and_shows_its_log(tmp_path: Path) -> None:
+    text = WRITE_PID + f"if rank == '1': raise KeyError('broken here')\n{SLEEP}"
+    with pytest.raises(WorkerError, match=r"(?s)worker 1 failed with exit code 1.*broken here"):
+        run_workers([*program(text), str(tmp_path)], workers=3, nodes=1, logs=tmp_path)
+    assert alive(tmp_path) == []
+
+
+def test_a_worker_that_ignores_sigterm_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launching, "_GRACE_SECONDS", 0.5)
+    ignore = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+    # Worker 0 fails once worker 1 has written its number, which it does last.
+    fail_late = """
+if rank == "0":
+    import time
+    while not os.path.exists(sys.argv[1] + "/1.pid"):
+        time.sleep(0.01)
+    sys.exit(3)
+"""
+    text = ignore + WRITE_PID + fail_late + SLEEP
+    with pytest.raises(WorkerError, match="worker 0 failed with exit code 3"):
+        run_workers([*program(text), str(tmp_path)], workers=2, nodes=1, logs=tmp_path)
+    assert alive(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+)
+def test_signals_end_all_workers(
+    tmp_path: Path, number: signal.Signals, error: type[BaseException]
+) -> None:
+    def interrupt() -> None:
+        deadline = time.monotonic() + 30
+        while len(list(tmp_path.glob("*.pid"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    killer = threading.Thread(target=interrupt)
+    killer.start()
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(error):
+        run_workers([*program(WRITE_PID + SLEEP), str(tmp_path)], workers=2, nodes=1, logs=tmp_path)
+    killer.join()
+    assert alive(tmp_path) == []
+    assert signal.getsignal(signal.SIGTERM) is handler

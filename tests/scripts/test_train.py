@@ -1,0 +1,165 @@
+"""scripts/train.py as users run it: a subprocess, from another working folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"
+SHORT = ["data.batch_size=64", "trainer.max_epochs=1", "trainer.enable_progress_bar=false"]
+
+
+def train(folder: Path, *overrides: str, code: int = 0, multirun: bool = False) -> str:
+    """Run the script in ``folder``; what it printed."""
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *(["-m"] if multirun else []), *SHORT, *overrides],
+        cwd=folder,
+        timeout=150,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def report(folder: Path) -> dict:
+    return json.loads((folder / "report.json").read_text())
+
+
+def test_reports_accuracy_bytes_waits_and_the_checkpoint(tmp_path: Path) -> None:
+    run = tmp_path / "it's a run, a=b"
+    printed = train(tmp_path, "trainer.devices=2", "strategy.tau=5", f'hydra.run.dir="{run}"')
+    found = report(run)
+    assert found["workers"] == 2
+    assert found["steps"] == 1437 // 2 // 64
+    assert found["exchanges"] == 3  # at steps 5, 10, and the last
+    for label in (
+        "test accuracy of the center",
+        "exchanges                    3",
+        "sent by each worker",
+        "DDP would have sent",
+        "waited for the network",
+        str(run / "checkpoints" / "last.ckpt"),
+    ):
+        assert label in printed
+    assert "easgd/wait_seconds" in (run / "csv" / "version_0" / "metrics.csv").read_text()
+    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert any(key.startswith("net.") for key in state["state_dict"])
+    tested = train(
+        tmp_path,
+        "train=false",
+        f'ckpt_path="{run}/checkpoints/last.ckpt"',
+        "trainer.devices=1",
+        "hydra.run.dir=tested",
+    )
+    assert report(tmp_path / "tested")["test_accuracy"] == pytest.approx(found["test_accuracy"])
+    assert "test accuracy" in tested
+
+
+def test_a_seed_repeats_exactly_and_resuming_goes_on(tmp_path: Path) -> None:
+    common = ["trainer.devices=2", "strategy=eamsgd", "model=mlp", "seed=3"]
+    for name in ("first", "second"):
+        train(tmp_path, *common, f"hydra.run.dir={name}")
+    one, two = (
+        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for name in ("first", "second")
+    )
+    for key, value in one.items():
+        assert torch.equal(value, two[key]), key
+    resumed = f"ckpt_path={tmp_path}/first/checkpoints/last.ckpt"
+    train(tmp_path, *common, resumed, "trainer.max_epochs=2", "hydra.run.dir=third")
+    assert report(tmp_path / "third")["steps"] == 2 * report(tmp_path / "first")["steps"]
+
+
+def test_sweeps_over_anything_leave_each_job_its_folder(tmp_path: Path) -> None:
+    overrides = ["trainer.devices=2,1", "model=mlp", "hydra.sweep.dir=sweep"]
+    train(tmp_path, *overrides, multirun=True)
+    assert [report(tmp_path / "sweep" / str(job))["workers"] for job in (0, 1)] == [2, 1]
+
+
+def test_a_failing_job_names_itself_and_fails_the_sweep_at_its_end(tmp_path: Path) -> None:
+    overrides = ["strategy.tau=0,4", "trainer.devices=2", "model=mlp", "hydra.sweep.dir=sweep"]
+    printed = train(tmp_path, *overrides, code=1, multirun=True)
+    assert "tau=0 is not a communication period" in printed
+    assert "Error executing job with overrides: " in printed
+    assert "'strategy.tau=0'" in printed
+    assert not (tmp_path / "sweep" / "0" / "report.json").exists()
+    assert report(tmp_path / "sweep" / "1")["exchanges"] > 0
+
+
+def test_baselines_and_workers_started_by_torchrun(tmp_path: Path) -> None:
+    train(tmp_path, "strategy=single", "model=mlp", "hydra.run.dir=single")
+    assert report(tmp_path / "single")["workers"] == 1
+    overrides = ["trainer.devices=2", "strategy=ddp", "model=mlp", "hydra.run.dir=ddp"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    subprocess.run(
+        [*launcher, "--nproc-per-node=2", str(SCRIPT), *SHORT, *overrides],
+        cwd=tmp_path,
+        check=True,
+        timeout=150,
+        capture_output=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert report(tmp_path / "ddp")["strategy"] == "DDPStrategy"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["strategy=single", "trainer.devices=2"],
+            "2 were started. Set trainer.devices=1",
+        ),
+        (["data=mnist", "data.root=nowhere"], "data.download=true"),
+        (["strategy.beta=0.9", "strategy.rho=1"], "at most one of beta, alpha and rho"),
+        (["trainer.accelerator=tpu"], "accelerator"),
+        (["strategy=easgdd"], "Available options"),
+    ],
+    ids=str,
+)
+def test_bad_input_says_what_to_do(tmp_path: Path, overrides: list[str], message: str) -> None:
+    assert message in train(tmp_path, "trainer.devices=1", *overrides, code=1)
+
+
+def test_ctrl_c_ends_all_workers_and_leaves_no_process(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *SHORT, "trainer.max_epochs=9999", "hydra.run.dir=run"],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        metrics = tmp_path / "run" / "csv" / "version_0" / "metrics.csv"
+        deadline = time.monotonic() + 120
+        while not metrics.exists() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert metrics.exists(), "training did not start"
+        assert len(workers_of(tmp_path)) == 4
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+    finally:
+        process.kill()
+        process.wait()
+    assert workers_of(tmp_path) == []
+
+
+def workers_of(folder: Path) -> list[str]:
+    """Command lines of running processes that work in a run folder below ``folder``."""
+    lines = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes().decode().replace("\0", " ")
+        except OSError:
+            continue
+        if str(folder) in line:
+            lines.append(line)
+    return lines
