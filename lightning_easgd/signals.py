@@ -39,8 +39,8 @@ def relay_sigterm(trainer: pl.Trainer, request_stop: Callable[[], bool]) -> Call
         connector.received_sigterm = True
 
     def restore() -> None:
-        vars(connector).pop("_sigterm_notifier_fn", None)
-        vars(epoch_loop).pop("_broadcast_sigterm_tensor", None)
+        connector.__dict__.pop("_sigterm_notifier_fn", None)
+        epoch_loop.__dict__.pop("_broadcast_sigterm_tensor", None)
 
     epoch_loop = trainer.fit_loop.epoch_loop
     connector._sigterm_notifier_fn = notify  # type: ignore[method-assign]
