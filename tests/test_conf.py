@@ -50,13 +50,16 @@ def test_every_choice_is_what_its_group_says(config, group, name):
     assert isinstance(made, KINDS[group])
 
 
-@pytest.mark.parametrize("name", of("trainer"))
-def test_every_trainer_trains_with_the_strategy_and_the_logger(config, name):
-    cfg = config(f"trainer={name}", "strategy=single")
+@pytest.mark.parametrize(("name", "logger"), [*product(of("trainer"), of("logger"))])
+def test_every_trainer_takes_the_strategy_and_any_logger(config, name, logger):
+    if logger == "tensorboard":
+        pytest.importorskip("tensorboard", reason="pip install tensorboard")
+    cfg = config(f"trainer={name}", "strategy=single", f"logger={logger}")
     strategy, logger = instantiate(cfg.strategy), instantiate(cfg.logger)
     trainer = instantiate(cfg.trainer, strategy=strategy, logger=logger)
     assert isinstance(trainer, Trainer)
     assert trainer.strategy is strategy
+    assert trainer.logger is logger
 
 
 @pytest.mark.parametrize("name", of("experiment"))

@@ -113,6 +113,7 @@ class CommandLineToy(Toy):
         super().__init__(SGD)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Lightning's use of jsonargparse
 def test_lightning_cli_takes_the_class_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["train.py"])
     cli = LightningCLI(

@@ -1,0 +1,231 @@
+"""The `LightningDataModule` that all sources of images share; `data` has the sources."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from lightning_easgd.workloads.images import (
+    Augment,
+    Batch,
+    ImageSet,
+    TensorImages,
+    center_crop,
+    random_crop_flip,
+)
+from lightning_easgd.workloads.sampling import (
+    Sampling,
+    evaluation_shard,
+    require_full_batch,
+    whole_set_sampler,
+)
+
+Split = Literal["train", "test"]
+
+
+class ImageData(LightningDataModule, ABC):
+    """Training and evaluation loaders of a set of images; subclasses know where the set is.
+
+    The validation set is the test set: the experiments report the test error as it falls, as the
+    paper does, and choose nothing by it. Choose nothing by it either, or hold out images first.
+
+    Batches are float32 images of shape (batch, in_channels, image_size, image_size) in [0, 1] and
+    int64 labels of shape (batch,). The last incomplete training batch is dropped so that all
+    workers make equally many steps; evaluation sees each image once over all ranks.
+    """
+
+    title: ClassVar[str]
+    ways_to_get: ClassVar[str]
+
+    def __init__(
+        self,
+        root: str | Path = "data",
+        *,
+        batch_size: int,
+        image_size: int,
+        in_channels: int,
+        num_classes: int,
+        download: bool = False,
+        sampling: Sampling = "sharded",
+        augment: Augment = "none",
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        """Checks the arguments; nothing is read before `setup`.
+
+        Args:
+            root: Folder of the files.
+            batch_size: Images per worker and step.
+            image_size: Height and width in pixels of the square handed to the model.
+            in_channels: Channels of the images.
+            num_classes: Number of classes.
+            download: Whether to download what is not under `root`.
+            sampling: "sharded" gives each worker its share of the training set, newly drawn in each
+                epoch; "whole" lets each worker shuffle all of it by itself, as in the paper.
+            augment: "none" cuts out the center; "crop_flip" cuts each training image at an offset
+                of its own and mirrors half of them.
+            num_workers: Loader processes per worker; sets in memory are fastest with 0.
+            seed: Of the shuffling under sampling="whole"; Lightning's own seeds the rest.
+
+        Raises:
+            ValueError: If `batch_size`, `sampling` or `augment` is not one of those above.
+        """
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"Got data.batch_size={batch_size}; allowed is 1 or more.")
+        if sampling not in {"sharded", "whole"}:
+            raise ValueError(f"Got data.sampling={sampling!r}; allowed are 'sharded' and 'whole'.")
+        if augment not in {"none", "crop_flip"}:
+            raise ValueError(f"Got data.augment={augment!r}; allowed are 'none' and 'crop_flip'.")
+        self.root = Path(root).expanduser()
+        self.batch_size = batch_size
+        self.image_size = image_size
+        self.in_channels = in_channels
+        self.num_classes = num_classes
+        self.download = download
+        self.sampling = sampling
+        self.augment = augment
+        self.num_workers = num_workers
+        self.seed = seed
+        self._sets: dict[Split, ImageSet] = {}
+
+    @abstractmethod
+    def places(self) -> list[Path]:
+        """The folders in which the set may lie, in the order of the search."""
+
+    @abstractmethod
+    def is_complete(self, place: Path) -> bool:
+        """Whether the folder holds all files of the set."""
+
+    @abstractmethod
+    def fetch(self) -> None:
+        """Downloads the set into one of its places."""
+
+    @abstractmethod
+    def load(self, place: Path, split: Split) -> ImageSet:
+        """Reads one split from a folder that is complete."""
+
+    @override
+    def prepare_data(self) -> None:
+        """Downloads what is missing, if asked to; called on one process of each node."""
+        # What is missing is reported by `setup`, on all ranks alike: none is left waiting.
+        if self.download and self._place() is None:
+            self.fetch()
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Reads the splits that the stage needs, once.
+
+        Args:
+            stage: Lightning's "fit" (both splits), "validate", "test" or "predict" (test split).
+
+        Raises:
+            FileNotFoundError: If files are missing; it says where to get them.
+            ValueError: If a file is damaged, or the images are not what the arguments say.
+        """
+        splits: tuple[Split, ...] = ("train", "test") if stage == "fit" else ("test",)
+        for split in splits:
+            if split not in self._sets:
+                self._sets[split] = self._checked(self.load(self._require_place(), split))
+
+    @override
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Shuffled batches; Lightning shards them among the workers unless sampling is "whole".
+
+        Raises:
+            ValueError: If a worker would have less than one batch.
+        """
+        images = self._sets["train"]
+        rank, world_size = self._rank_and_world_size()
+        require_full_batch(
+            images, sampling=self.sampling, batch_size=self.batch_size, world_size=world_size
+        )
+        if self.sampling == "sharded":
+            return self._loader(images, shuffle=True, drop_last=True)
+        sampler = whole_set_sampler(images, seed=self.seed, rank=rank)
+        return self._loader(images, sampler=sampler, drop_last=True)
+
+    @override
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """This rank's part of the test set, which is the validation set too.
+
+        Raises:
+            ValueError: If there are fewer images than ranks.
+        """
+        rank, world_size = self._rank_and_world_size()
+        shard, sampler = evaluation_shard(self._sets["test"], rank=rank, world_size=world_size)
+        return self._loader(shard, sampler=sampler)
+
+    @override
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """This rank's part of the test set.
+
+        Raises:
+            ValueError: If there are fewer images than ranks.
+        """
+        return self.val_dataloader()
+
+    def _loader(self, images: Any, **options: Any) -> DataLoader[Batch]:
+        return DataLoader(
+            images,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            collate_fn=_identity,
+            **options,
+        )
+
+    def _rank_and_world_size(self) -> tuple[int, int]:
+        if self.trainer is None:
+            return 0, 1
+        return self.trainer.global_rank, self.trainer.world_size
+
+    def _place(self) -> Path | None:
+        return next((place for place in self.places() if self.is_complete(place)), None)
+
+    def _require_place(self) -> Path:
+        place = self._place()
+        if place is None:
+            searched = ", ".join(str(place) for place in self.places())
+            raise FileNotFoundError(
+                f"{self.title} is not on disk; searched were {searched} (data.root={self.root}). "
+                f"{self.ways_to_get}"
+            )
+        return place
+
+    def _checked(self, images: ImageSet) -> ImageSet:
+        if images.num_classes != self.num_classes:
+            raise ValueError(
+                f"Got data.num_classes={self.num_classes}, but {self.title} has "
+                f"{images.num_classes} classes; set data.num_classes={images.num_classes}."
+            )
+        allowed = (self.in_channels, self.image_size, self.image_size)
+        shape = tuple(images[0][0].shape)
+        if shape != allowed:
+            raise ValueError(
+                f"{self.title} gives images of shape {shape} (channels, height, width); allowed by "
+                f"data.in_channels and data.image_size is {allowed}. Correct these two."
+            )
+        return images
+
+    def _in_memory(self, pixels: Tensor, labels: Tensor, split: Split) -> TensorImages:
+        return TensorImages(pixels, labels, self._transform(split, tuple(pixels.shape[-2:])))
+
+    def _transform(self, split: Split, sides: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+        if not 1 <= self.image_size <= min(sides):
+            raise ValueError(
+                f"Got data.image_size={self.image_size}; allowed by {self.title} is 1 to "
+                f"{min(sides)} pixels: the images are cut, not enlarged."
+            )
+        augmented = split == "train" and self.augment == "crop_flip"
+        return partial(random_crop_flip if augmented else center_crop, size=self.image_size)
+
+
+def _identity(batch: Any) -> Any:
+    return batch
