@@ -26,8 +26,7 @@ class EASGDMonitor(Callback):
         if not isinstance(trainer.strategy, EASGDStrategy):
             raise MisconfigurationException(
                 f"EASGDMonitor got a trainer with {type(trainer.strategy).__name__}. It logs what"
-                " EASGDStrategy"
-                " counts: remove the callback or set Trainer(strategy='easgd')."
+                " EASGDStrategy counts: remove the callback or set Trainer(strategy='easgd')."
             )
 
     @override

@@ -119,8 +119,8 @@ class Center:
         if not self.adopt_unfrozen():
             raise ValueError(
                 f"{type(module).__name__} has no parameter with requires_grad=True, so there is"
-                " nothing to"
-                " average. Create the parameters in __init__ or configure_model, or unfreeze one."
+                " nothing to average. Create the parameters in __init__ or configure_model, or"
+                " unfreeze one."
             )
         self.join(len(self.segments))
 
@@ -157,10 +157,9 @@ class Center:
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """Show the center in the module inside the block, the worker's own weights after it.
+        """Show the center in the module inside the block, then what it showed before.
 
-        Nothing may be in flight. Nested use, and use while :meth:`show` is in force, changes
-        nothing.
+        Nothing may be in flight.
         """
         was_lent = self.lent
         self.show()

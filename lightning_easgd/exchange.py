@@ -29,14 +29,13 @@ from lightning_easgd.center import Center
 from lightning_easgd.communication import AllReduce, ExchangeError, Header, PendingSum, verify
 from lightning_easgd.flat import FlatVector
 from lightning_easgd.optimizers import LocalOptimizers
+from lightning_easgd.rates import MovingRates
 from lightning_easgd.schedules import Period, Strength
 from lightning_easgd.telemetry import Telemetry
 
-_HELD_BELOW_EDGE = 0.99
-_CHECKSUM_EVERY = 16
-
-
 ElasticPoint = Literal["iterate", "parameter"]
+
+_CHECKSUM_EVERY = 16
 
 
 class NonFiniteError(RuntimeError):
@@ -95,14 +94,12 @@ class Exchange:
         self._in_flight: InFlight | None = None
         self._stop_requested = False
         self.stop_agreed = False
-        self._told_of_hold = False
+        group = all_reduce.group
+        self._speaks = group.rank == 0
+        self._rates = MovingRates(
+            rules.strength, optimizers, workers=group.size, speaks=self._speaks
+        )
         self.start_clock(0)
-        self._require_stability()
-
-    @property
-    def workers(self) -> int:
-        """The number of workers, p."""
-        return self._all_reduce.group.size
 
     def start_clock(self, step: int) -> None:
         """Set the number of optimizer steps taken so far, equal on all workers."""
@@ -162,21 +159,12 @@ class Exchange:
         Parameters that wait to join are let in first, so that nothing of theirs is lost.
         """
         self.drain()
-        if not exchange:
-            self._start(healthy=True, done=True, payload=[])
-            self.drain()
-        while exchange:
-            waiting = len(self.center.segments) - self.center.joined
+        # Headers alone first: who waits is let in by all workers, and what ranks disagree in shows.
+        self._start(healthy=True, done=True, payload=[])
+        self.drain()
+        if exchange:
             self._begin(done=True)
             self.drain()
-            if not waiting:
-                break
-            if self.center.joined < len(self.center.segments):
-                raise ExchangeError(
-                    "Some workers unfroze parameters that others did not. Unfreeze the same"
-                    " parameters"
-                    " at the same step on every worker."
-                )
         self.center.overwrite_worker()
 
     def center_state_dict(self, module: nn.Module) -> dict[str, Any]:
@@ -190,8 +178,7 @@ class Exchange:
             }
 
     def _begin_due(self) -> list[FlatVector]:
-        # The clock of the exchange, not of the moment its headers were read, decides: the same on
-        # all.
+        # Stops at an exchange, not when a header is read: that is not the same step on all workers.
         self.drain()
         self.stopping = self.stop_agreed
         self.telemetry.tau, self._next_due = self._rules.period.after(self.clock)
@@ -227,7 +214,7 @@ class Exchange:
 
     def _start(self, *, healthy: bool, done: bool, payload: list[torch.Tensor]) -> None:
         announced = len(self.center.segments)
-        check = self.telemetry.exchanges % _CHECKSUM_EVERY == 1
+        check = done or self.telemetry.exchanges % _CHECKSUM_EVERY == 1
         header = Header(
             clock=self.clock,
             fingerprint=self.center.fingerprint(self.center.joined),
@@ -269,56 +256,12 @@ class Exchange:
     def _scale(self) -> list[FlatVector]:
         """Turn x - c into α (x - c); a copy of it is the worker's own pull."""
         segments = self.center.elastic()
-        alphas, default = self._alphas()
+        alphas, default = self._rates.at(self.clock)
         self.telemetry.alpha = max([*alphas.values(), default])
         for segment in segments:
             rates = [alphas.get(id(parameter), default) for parameter in segment.parameters]
             elastic.scale_(segment.total.views, rates)
         return [segment.total.clone() for segment in segments]
-
-    def _alphas(self) -> tuple[dict[int, float], float]:
-        """α by parameter identity, and α of the parameters that are not among them."""
-        strength = self._rules.strength
-        value = strength.at(self.clock)
-        if strength.kind != "rho":
-            return {}, self._hold(strength.alpha(value, 0.0, self.workers))
-        rates = self._optimizers.learning_rates().items()
-        return {k: self._hold(strength.alpha(value, lr, self.workers)) for k, lr in rates}, 0.0
-
-    def _hold(self, alpha: float) -> float:
-        """α, or the largest stable one if a schedule carried it past the bound."""
-        bound = elastic.stability_bound(self.workers)
-        if alpha < bound:
-            return alpha
-        if not self._told_of_hold and self._all_reduce.group.rank == 0:
-            warnings.warn(
-                f"At step {self.clock} the moving rate alpha reached {alpha:.4g}, but"
-                f" {self.workers} workers"
-                f" are stable only below 2/(workers + 1) = {bound:.4g}. It is held at"
-                f" {_HELD_BELOW_EDGE * bound:.4g} from now on wherever the schedule exceeds it.",
-                stacklevel=2,
-            )
-        self._told_of_hold = True
-        return _HELD_BELOW_EDGE * bound
-
-    def _require_stability(self) -> None:
-        strength, bound = self._rules.strength, elastic.stability_bound(self.workers)
-        value = strength.at(self.clock)
-        lr = max(self._optimizers.learning_rates().values(), default=0.0)
-        alpha = strength.alpha(value, lr, self.workers)
-        if alpha < bound:
-            return
-        limit = {"alpha": bound, "beta": bound * self.workers, "rho": bound / max(lr, 1e-30)}
-        at_rate = f" at learning rate {lr:g}" if strength.kind == "rho" else ""
-        raise ValueError(
-            f"{strength.kind}={value:g} gives a moving rate alpha={alpha:g}{at_rate} for"
-            f" {self.workers}"
-            " worker(s), which diverges: synchronous EASGD needs alpha < 2/(workers + 1) ="
-            f" {bound:.4g}."
-            f" Set {strength.kind} below {limit[strength.kind]:.4g}, or leave beta, alpha and rho"
-            " unset"
-            " (beta=0.9)."
-        )
 
     def _restart_worker(self) -> list[FlatVector]:
         """Leave a worker with non-finite weights out of the sum and forget what made it so."""
@@ -332,16 +275,14 @@ class Exchange:
         self.telemetry.non_finite += len(sick)
         if len(sick) == len(healthy):
             raise NonFiniteError(
-                f"At step {clock} the weights of every worker were NaN or infinite. Training"
-                " stops; the center"
-                " holds the last finite weights. Lower the learning rate, clip gradients or check"
-                " the data."
+                f"At step {clock} the weights of every worker were NaN or infinite. Training stops;"
+                " the center holds the last finite weights. Lower the learning rate, clip gradients"
+                " or check the data."
             )
-        if sick and self._all_reduce.group.rank == 0:
+        if sick and self._speaks:
             warnings.warn(
                 f"At step {clock} the weights of worker(s) {sick} were NaN or infinite. Their"
-                " differences were"
-                " left out of the exchange, and they restarted from the center with fresh"
-                " optimizer state.",
+                " differences were left out of the exchange, and they restarted from the center"
+                " with fresh optimizer state.",
                 stacklevel=2,
             )

@@ -89,9 +89,8 @@ class Strength:
             text = ", ".join(f"{kind}={value!r}" for kind, value in given.items())
             raise ValueError(
                 f"Got {text}: at most one of beta, alpha and rho sets the elastic strength, the"
-                " others follow"
-                " from beta = workers * alpha and alpha = learning_rate * rho. Leave the others"
-                " at None."
+                " others follow from beta = workers * alpha and alpha = learning_rate * rho. Leave"
+                " the others at None."
             )
         kind, value = next(iter(given.items()), ("beta", DEFAULT_BETA))
         return cls(kind, value)

@@ -19,6 +19,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
+from lightning_easgd.arguments import refuse, require_choice
 from lightning_easgd.center import BufferPolicy, Center
 from lightning_easgd.communication import AllReduce, WorkerGroup
 from lightning_easgd.exchange import ElasticPoint, Exchange, Rules
@@ -37,23 +38,6 @@ if TYPE_CHECKING:
 
 EvaluateOn = Literal["center", "worker"]
 StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
-
-_GRADIENT_REDUCTION = {
-    "broadcast_buffers",
-    "bucket_cap_mb",
-    "check_reduction",
-    "ddp_comm_hook",
-    "ddp_comm_state",
-    "ddp_comm_wrapper",
-    "find_unused_parameters",
-    "gradient_as_bucket_view",
-    "init_sync",
-    "mixed_precision",
-    "model_averaging_period",
-    "process_group",
-    "skip_all_reduce_unused_params",
-    "static_graph",
-}
 
 
 class EASGDStrategy(DDPStrategy):
@@ -124,10 +108,10 @@ class EASGDStrategy(DDPStrategy):
         start_method: StartMethod = "popen",
         **unsupported: Any,
     ) -> None:
-        _refuse(unsupported)
-        _require_choice("evaluate_on", evaluate_on, get_args(EvaluateOn))
-        _require_choice("buffers", buffers, get_args(BufferPolicy))
-        _require_choice("elastic_point", elastic_point, get_args(ElasticPoint))
+        refuse(unsupported)
+        require_choice("evaluate_on", evaluate_on, get_args(EvaluateOn))
+        require_choice("buffers", buffers, get_args(BufferPolicy))
+        require_choice("elastic_point", elastic_point, get_args(ElasticPoint))
         if bucket_bytes < 1:
             raise ValueError(
                 f"bucket_bytes={bucket_bytes!r} is not allowed. Allowed: at least 1 byte."
@@ -186,10 +170,9 @@ class EASGDStrategy(DDPStrategy):
         devices = {device.type for device in self.parallel_devices or []}
         if not devices <= {"cpu", "cuda"}:
             raise MisconfigurationException(
-                f"EASGDStrategy got devices of type {sorted(devices)}; it averages over gloo"
-                " (cpu) or nccl (cuda)."
-                " Set Trainer(accelerator='cpu') or Trainer(accelerator='gpu') on NVIDIA or ROCm"
-                " GPUs."
+                f"EASGDStrategy got devices of type {sorted(devices)}; it averages over gloo (cpu)"
+                " or nccl (cuda). Set Trainer(accelerator='cpu'), or Trainer(accelerator='gpu') on"
+                " NVIDIA or ROCm GPUs."
             )
         super()._configure_launcher()
 
@@ -199,10 +182,9 @@ class EASGDStrategy(DDPStrategy):
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting and self._layer_sync is not None:
             raise MisconfigurationException(
-                "Trainer(sync_batchnorm=True) makes all workers wait for each other at every"
-                " step, which"
-                " EASGD exists to avoid. Remove it; EASGDStrategy(buffers='average') averages the"
-                " statistics."
+                "Trainer(sync_batchnorm=True) makes all workers wait for each other at every step,"
+                " which EASGD exists to avoid. Remove it; EASGDStrategy(buffers='average') averages"
+                " the statistics."
             )
         self._exchange, self._failed = None, False
         super().setup(trainer)
@@ -215,7 +197,7 @@ class EASGDStrategy(DDPStrategy):
         module = self.lightning_module
         assert module is not None
         self._group = WorkerGroup(self._timeout)
-        self._group.require_equal_modules(_signature(module))
+        self._group.require_equal_modules(module)
         self._group.broadcast_([*module.parameters(), *module.buffers()])
         self._center = Center(module, buffers=self._buffer_policy, rank=self._group.rank)
 
@@ -287,8 +269,7 @@ class EASGDStrategy(DDPStrategy):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
-        # Another worker may be gone: nothing is awaited, no group is left; the center stays
-        # readable.
+        # Another worker may be gone: await nothing, leave no group; the center stays readable.
         self._failed = True
         if self._exchange is not None:
             self._exchange.center.show_worker()
@@ -305,37 +286,3 @@ class EASGDStrategy(DDPStrategy):
                 self._group.close()
                 self._group = None
         super().teardown()
-
-
-def _signature(module: nn.Module) -> list[str]:
-    parameters = [
-        f"parameter {name} {tuple(p.shape)} {p.dtype} requires_grad={p.requires_grad}"
-        for name, p in module.named_parameters()
-    ]
-    return parameters + [
-        f"buffer {name} {tuple(b.shape)} {b.dtype}" for name, b in module.named_buffers()
-    ]
-
-
-def _require_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(
-            f"{name}={value!r} is not allowed. Allowed: {', '.join(map(repr, allowed))}."
-        )
-
-
-def _refuse(unsupported: dict[str, Any]) -> None:
-    for name, value in unsupported.items():
-        if name in _GRADIENT_REDUCTION:
-            raise TypeError(
-                f"EASGDStrategy got {name}={value!r}, which configures how DDP reduces gradients."
-                " Workers under"
-                " EASGD never reduce gradients; they exchange weights every tau steps. Remove the"
-                " argument;"
-                " tau, beta, buffers and bucket_bytes set what is exchanged."
-            )
-        raise TypeError(
-            f"EASGDStrategy got an unknown argument {name}={value!r}. Its own are tau, beta,"
-            " alpha, rho, overlap,"
-            " evaluate_on, buffers, elastic_point, final_exchange and bucket_bytes."
-        )

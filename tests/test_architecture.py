@@ -10,9 +10,10 @@ import lightning_easgd
 ROOT = Path(lightning_easgd.__file__).parent
 
 LAYERS = [
-    {"flat", "schedules", "telemetry"},
+    {"arguments", "flat", "schedules", "telemetry"},
     {"algorithms"},
     {"center", "communication", "optimizers"},
+    {"rates"},
     {"exchange", "signals"},
     {"strategy"},
     {"callbacks"},

@@ -280,6 +280,24 @@ def test_an_unfrozen_backbone_joins_on_all_workers(epochs: int, options: dict[st
             assert not np.array_equal(final["backbone.weight"], start["backbone.weight"])
 
 
+def unfreeze_alone(rank: int) -> None:
+    module = Finetuned()
+    module.backbone.requires_grad_(False)
+
+    def on_train_batch_start(batch: Any, batch_idx: int) -> None:
+        if rank == 1 and batch_idx == 3:
+            module.backbone.requires_grad_(True)
+
+    module.on_train_batch_start = on_train_batch_start
+    trainer(2, EASGDStrategy(tau=2)).fit(module, loader(rank, 8, torch.float32))
+
+
+def test_unfreezing_on_one_worker_only_is_an_error_on_all() -> None:
+    outcomes = run_workers(unfreeze_alone, workers=2, check=False)
+    assert [outcome.error for outcome in outcomes] == ["ExchangeError"] * 2
+    assert all("unfroze parameters that others did not" in o.message for o in outcomes)
+
+
 class Adversarial(Toy):
     """Two optimizers under manual optimization; one clock counts the steps of both."""
 
@@ -374,7 +392,8 @@ def test_telemetry_counts_bytes_and_reaches_the_logger(tmp_path: Any) -> None:
         ring = 2 * 3 * (8 * 4) // 4  # 8 parameters of 4 bytes, 4 workers
         header = 3 * 8 * 8
         assert telemetry.exchanges == 3
-        assert telemetry.bytes_sent == telemetry.bytes_received == 3 * (ring + header)
+        # The last exchange is preceded by a header alone.
+        assert telemetry.bytes_sent == telemetry.bytes_received == 3 * (ring + header) + header
         assert telemetry.ddp_bytes_sent == 9 * ring
         assert telemetry.wait_seconds > 0
         assert 0 < telemetry.consensus_distance < 10

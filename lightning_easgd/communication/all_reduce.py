@@ -50,8 +50,7 @@ class PendingSum:
         except RuntimeError as error:
             raise ExchangeError(
                 "An exchange could not be completed: another worker ended or lost its connection,"
-                " or none"
-                f" answered within the strategy's timeout. Look for its error first. ({error})"
+                f" or did not answer within the timeout. Look for its error first. ({error})"
             ) from error
         return [Header.unpack(header.tolist()) for header in self._headers]
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class WorkerGroup:
@@ -36,27 +36,23 @@ class WorkerGroup:
                 dist.broadcast(values.view(-1).view(torch.uint8), src=0, group=self.data)
                 tensor.detach().copy_(values)
 
-    def require_equal_modules(self, signature: Sequence[str]) -> None:
+    def require_equal_modules(self, module: nn.Module) -> None:
         """Check at set-up that all workers hold a module of the same names, shapes and precisions.
-
-        Args:
-            signature: one line per parameter and buffer.
 
         Raises:
             ValueError: on every worker, with the first lines that differ.
         """
-        everybody: list[Sequence[str]] = [[] for _ in range(self.size)]
-        dist.all_gather_object(everybody, list(signature), group=self.control)
+        everybody: list[list[str]] = [[] for _ in range(self.size)]
+        dist.all_gather_object(everybody, _signature(module), group=self.control)
         for rank, theirs in enumerate(everybody):
             if theirs != everybody[0]:
                 mine_only = [line for line in everybody[0] if line not in set(theirs)][:3]
                 theirs_only = [line for line in theirs if line not in set(everybody[0])][:3]
                 raise ValueError(
                     f"The modules of worker 0 and worker {rank} differ: only worker 0 has"
-                    f" {mine_only}, only"
-                    f" worker {rank} has {theirs_only} (or their order differs). Build the same"
-                    " module on"
-                    " every worker: same names, shapes, precisions and requires_grad."
+                    f" {mine_only}, only worker {rank} has {theirs_only} (or their order differs)."
+                    " Build the same module on every worker: same names, shapes, precisions and"
+                    " requires_grad."
                 )
 
     def close(self) -> None:
@@ -69,3 +65,13 @@ def _new_group(backend: str, timeout: timedelta | None) -> dist.ProcessGroup:
     group = dist.new_group(backend=backend, timeout=timeout)
     assert isinstance(group, dist.ProcessGroup)
     return group
+
+
+def _signature(module: nn.Module) -> list[str]:
+    parameters = [
+        f"parameter {name} {tuple(p.shape)} {p.dtype} requires_grad={p.requires_grad}"
+        for name, p in module.named_parameters()
+    ]
+    return parameters + [
+        f"buffer {name} {tuple(b.shape)} {b.dtype}" for name, b in module.named_buffers()
+    ]

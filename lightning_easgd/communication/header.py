@@ -61,9 +61,8 @@ def verify(headers: Sequence[Header]) -> None:
         headers,
         lambda h: f"step {h.clock}" + (", at the end of training" if h.done else ""),
         "Workers met in an exchange at different optimizer steps",
-        "All must take the same number of steps: give every worker the same number of batches,"
-        " and let"
-        " nothing that only one worker knows decide tau or when training stops.",
+        "All must take the same number of steps: give every worker the same number of batches, and"
+        " let nothing that only one worker knows decide tau or when training stops.",
     )
     _same(
         headers,
@@ -71,6 +70,13 @@ def verify(headers: Sequence[Header]) -> None:
         "Workers hold different sets of trainable parameters",
         "Build, freeze and unfreeze the same parameters on every worker.",
     )
+    if headers[0].done:
+        _same(
+            headers,
+            lambda h: f"parameter set {h.announced:014x}",
+            "Some workers unfroze parameters that others did not",
+            "Unfreeze the same parameters at the same step on every worker.",
+        )
     _same(
         headers,
         lambda h: f"center checksum {h.checksum:x}",

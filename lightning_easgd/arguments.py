@@ -1,0 +1,54 @@
+"""What the strategy's constructor refuses, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+_GRADIENT_REDUCTION = {
+    "broadcast_buffers",
+    "bucket_cap_mb",
+    "check_reduction",
+    "ddp_comm_hook",
+    "ddp_comm_state",
+    "ddp_comm_wrapper",
+    "find_unused_parameters",
+    "gradient_as_bucket_view",
+    "init_sync",
+    "mixed_precision",
+    "model_averaging_period",
+    "process_group",
+    "skip_all_reduce_unused_params",
+    "static_graph",
+}
+
+
+def require_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Check that ``value`` is one of the names in ``allowed``.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if value not in allowed:
+        raise ValueError(
+            f"{name}={value!r} is not allowed. Allowed: {', '.join(map(repr, allowed))}."
+        )
+
+
+def refuse(unsupported: Mapping[str, object]) -> None:
+    """Refuse keyword arguments that the strategy does not have.
+
+    Raises:
+        TypeError: there is one; the message tells DDP's gradient reduction from a misspelling.
+    """
+    for name, value in unsupported.items():
+        if name in _GRADIENT_REDUCTION:
+            raise TypeError(
+                f"EASGDStrategy got {name}={value!r}, which configures how DDP reduces gradients."
+                " Workers under EASGD never reduce gradients, they exchange weights every tau"
+                " steps. Remove the argument; tau, beta, buffers and bucket_bytes set what is"
+                " exchanged."
+            )
+        raise TypeError(
+            f"EASGDStrategy got an unknown argument {name}={value!r}. Its own are tau, beta, alpha,"
+            " rho, overlap, evaluate_on, buffers, elastic_point, final_exchange and bucket_bytes."
+        )

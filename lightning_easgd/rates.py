@@ -1,0 +1,83 @@
+"""The moving rate α of every parameter: from strength, learning rates and number of workers."""
+
+from __future__ import annotations
+
+import warnings
+
+from lightning_easgd.algorithms import elastic
+from lightning_easgd.optimizers import LocalOptimizers
+from lightning_easgd.schedules import Strength
+
+_HELD_BELOW_EDGE = 0.99
+
+
+class MovingRates:
+    """Resolves β, α or ρ to α, and keeps it where the synchronous form is stable.
+
+    Args:
+        strength: the one of β, α and ρ that is set.
+        optimizers: the worker's own, for the learning rates η in α = ηρ.
+        workers: the number of workers, p.
+        speaks: whether this worker warns for all.
+
+    Raises:
+        ValueError: α is unstable for this number of workers at the start of training.
+    """
+
+    def __init__(
+        self, strength: Strength, optimizers: LocalOptimizers, *, workers: int, speaks: bool
+    ) -> None:
+        self._strength = strength
+        self._optimizers = optimizers
+        self._workers = workers
+        self._bound = elastic.stability_bound(workers)
+        self._speaks = speaks
+        self._require_stability()
+
+    def at(self, step: int) -> tuple[dict[int, float], float]:
+        """α by parameter identity, and α of the parameters that are not among them.
+
+        An α that a schedule carried to the edge of stability or past it is held just below, which
+        is said once.
+        """
+        value = self._strength.at(step)
+        if self._strength.kind != "rho":
+            return {}, self._hold(self._strength.alpha(value, 0.0, self._workers), step)
+        rates = self._optimizers.learning_rates().items()
+        return {
+            key: self._hold(self._strength.alpha(value, lr, self._workers), step)
+            for key, lr in rates
+        }, 0.0
+
+    def _hold(self, alpha: float, step: int) -> float:
+        if alpha < self._bound:
+            return alpha
+        held = _HELD_BELOW_EDGE * self._bound
+        if self._speaks:
+            warnings.warn(
+                f"At step {step} the moving rate alpha reached {alpha:.4g}, but {self._workers}"
+                f" workers are stable only below 2/(workers + 1) = {self._bound:.4g}. It is held at"
+                f" {held:.4g} wherever the schedule exceeds that.",
+                stacklevel=2,
+            )
+        self._speaks = False
+        return held
+
+    def _require_stability(self) -> None:
+        kind, value = self._strength.kind, self._strength.at(0)
+        lr = max(self._optimizers.learning_rates().values(), default=0.0)
+        alpha = self._strength.alpha(value, lr, self._workers)
+        if alpha < self._bound:
+            return
+        limits = {
+            "alpha": self._bound,
+            "beta": self._bound * self._workers,
+            "rho": self._bound / max(lr, 1e-30),
+        }
+        at_rate = f" at learning rate {lr:g}" if kind == "rho" else ""
+        raise ValueError(
+            f"{kind}={value:g} gives a moving rate alpha={alpha:g}{at_rate} for {self._workers}"
+            " worker(s), which diverges: synchronous EASGD needs alpha < 2/(workers + 1) ="
+            f" {self._bound:.4g}. Set {kind} below {limits[kind]:.4g}, or leave beta, alpha and rho"
+            " unset (beta=0.9)."
+        )
