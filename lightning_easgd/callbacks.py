@@ -21,6 +21,9 @@ class EASGDMonitor(Callback):
         MisconfigurationException: at set-up, if the trainer runs another strategy.
     """
 
+    def __init__(self) -> None:
+        self._logged: int | None = None
+
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if not isinstance(trainer.strategy, EASGDStrategy):
@@ -28,6 +31,7 @@ class EASGDMonitor(Callback):
                 f"EASGDMonitor got a trainer with {type(trainer.strategy).__name__}. It logs what"
                 " EASGDStrategy counts: remove the callback or set Trainer(strategy='easgd')."
             )
+        self._logged = None
 
     @override
     def on_train_batch_end(
@@ -46,9 +50,12 @@ class EASGDMonitor(Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._log(trainer)
 
-    @staticmethod
-    def _log(trainer: pl.Trainer) -> None:
+    def _log(self, trainer: pl.Trainer) -> None:
         assert isinstance(trainer.strategy, EASGDStrategy)
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        if step == self._logged:  # batches whose gradients are accumulated share a step
+            return
+        self._logged = step
         metrics = {f"easgd/{k}": v for k, v in trainer.strategy.telemetry.metrics().items()}
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+            logger.log_metrics(metrics, step=step)

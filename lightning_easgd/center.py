@@ -8,13 +8,12 @@ the module shows the center.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_easgd.flat import FLAT_DTYPE, FlatLayout, FlatVector
+from lightning_easgd.flat import FLAT_DTYPE, FlatLayout, FlatVector, as_real
 
 BufferPolicy = Literal["average", "local", "broadcast"]
 
@@ -38,26 +37,40 @@ class Statistics:
     """Float buffers of a module (BatchNorm's running statistics and others), and their center.
 
     ``average``: the mean over the workers; ``broadcast``: those of worker 0; ``local``: every
-    worker keeps its own and nothing travels. Buffers that the state dict leaves out, and integer
-    ones, stay local always.
+    worker keeps its own and nothing travels. Integer, complex and 8-bit buffers, and those that
+    the state dict leaves out, stay local always.
+
+    Raises:
+        ValueError: at an exchange, a buffer that is averaged has another shape than at the start.
     """
 
     def __init__(self, module: nn.Module, policy: BufferPolicy, rank: int) -> None:
         self.policy = policy
         self._speaks = policy == "average" or rank == 0
         self._places = [] if policy == "local" else list(_float_buffers(module))
+        self._layout = FlatLayout(
+            (name, owner.get_buffer(key)) for name, owner, key in self._places
+        )
         if self._places:
-            layout = FlatLayout((name, owner.get_buffer(key)) for name, owner, key in self._places)
-            self.center = FlatVector(layout, self._buffers()[0].device)
-            self.center.read_(self._buffers())
-            self.total = FlatVector(layout, self._buffers()[0].device)
+            device = self._buffers()[0].device
+            self.center = FlatVector(self._layout, device)
+            self.total = FlatVector(self._layout, device)
+            self.read_center()
 
     def __bool__(self) -> bool:
         return bool(self._places)
 
     def _buffers(self) -> list[Tensor]:
         # Looked up each time: modules may replace a buffer instead of writing into it.
-        return [owner.get_buffer(key) for _, owner, key in self._places]
+        buffers = [owner.get_buffer(key) for _, owner, key in self._places]
+        for buffer, slot in zip(buffers, self._layout.slots, strict=True):
+            if tuple(buffer.shape) != slot.shape:
+                raise ValueError(
+                    f"Buffer '{slot.name}' had shape {slot.shape} when training began and has"
+                    f" {tuple(buffer.shape)} now. Buffers that are averaged keep their shape:"
+                    " register it with persistent=False, or set EASGDStrategy(buffers='local')."
+                )
+        return buffers
 
     def contribute(self, healthy: bool) -> list[Tensor]:
         """This worker's part of the sum, as flat tensors."""
@@ -65,9 +78,18 @@ class Statistics:
             return []
         if healthy and self._speaks:
             self.total.read_(self._buffers())
+            self._mend()
         else:
             self.total.zero_()
         return self.total.parts
+
+    def _mend(self) -> None:
+        """Give up statistics that overflowed, as BatchNorm's do where a scaler skips the step."""
+        # Compared with the center's, for some buffers (masks) are infinite by intention.
+        parts = zip(self.total.parts, self.center.parts, strict=True)
+        if any(bool((mine.isfinite() != center.isfinite()).any()) for mine, center in parts):
+            self.load_center()
+            self.total.read_(self._buffers())
 
     def apply(self, healthy: Sequence[bool]) -> None:
         """Take over the sum that arrived; ``healthy`` says which workers contributed."""
@@ -76,19 +98,29 @@ class Statistics:
             for center, total in zip(self.center.parts, self.total.parts, strict=True):
                 torch.div(total, sum(speakers), out=center)
 
-    def show_center(self) -> None:
-        """Put the center's values into the module, the worker's own aside."""
+    def read_center(self) -> None:
+        """Make the module's buffers those of the center."""
+        if self:
+            self.center.read_(self._buffers())
+
+    def named_center(self) -> dict[int, Tensor]:
+        """The center's values by the identity of the buffer in the module."""
+        if not self:
+            return {}
+        return {id(b): view for b, view in zip(self._buffers(), self.center.views, strict=True)}
+
+    def set_worker_aside(self) -> None:
+        """Keep the worker's own buffers while the module shows the center."""
         if self:
             self.total.read_(self._buffers())
-            self.load_center()
 
     def load_center(self) -> None:
         """Overwrite the module's buffers by the center's."""
         if self:
             self.center.write_to(self._buffers())
 
-    def show_worker(self) -> None:
-        """Undo :meth:`show_center`."""
+    def load_worker(self) -> None:
+        """Give the worker the buffers that were set aside."""
         if self:
             self.total.write_to(self._buffers())
 
@@ -107,7 +139,7 @@ class Center:
 
     Raises:
         ValueError: the module has no parameter to train.
-        TypeError: a parameter or buffer cannot be averaged.
+        TypeError: a parameter cannot be averaged.
     """
 
     def __init__(self, module: nn.Module, *, buffers: BufferPolicy, rank: int) -> None:
@@ -155,19 +187,24 @@ class Center:
         """A sum over the bits of all elastic center values, within 63 bits."""
         return sum(segment.center.checksum() for segment in self.elastic()) % 2**63
 
-    @contextmanager
-    def shown(self) -> Iterator[None]:
-        """Show the center in the module inside the block, then what it showed before.
+    def state_dict(self, module: nn.Module) -> dict[str, Any]:
+        """The module's state dict with the center's values; a copy. Nothing may be in flight.
 
-        Nothing may be in flight.
+        Neither the module nor a buffer of an exchange is written to, so that this is possible at
+        any time, between a forward and a backward pass too.
         """
-        was_lent = self.lent
-        self.show()
-        try:
-            yield
-        finally:
-            if not was_lent:
-                self.show_worker()
+        values = self.statistics.named_center()
+        for segment in self.segments:
+            pairs = zip(segment.parameters, segment.center.views, strict=True)
+            values |= {id(parameter): view for parameter, view in pairs}
+        state: dict[str, Any] = module.state_dict(keep_vars=True)
+        for key, tensor in state.items():
+            if isinstance(tensor, Tensor):
+                copy = tensor.detach().clone()
+                if id(tensor) in values and not self.lent:
+                    as_real(copy).copy_(values[id(tensor)])
+                state[key] = copy
+        return state
 
     def show(self) -> None:
         """Put the center into the module until :meth:`show_worker`. Nothing may be in flight."""
@@ -175,9 +212,9 @@ class Center:
             return
         for segment in self.segments:
             segment.total.read_(segment.parameters)
-            segment.center.write_to(segment.parameters)
-        self.statistics.show_center()
+        self.statistics.set_worker_aside()
         self.lent = True
+        self._load_center()
 
     def show_worker(self) -> None:
         """Give the worker its own weights and buffers back, if the module shows the center."""
@@ -185,15 +222,25 @@ class Center:
             return
         for segment in self.segments:
             segment.total.write_to(segment.parameters)
-        self.statistics.show_worker()
+        self.statistics.load_worker()
         self.lent = False
 
     def overwrite_worker(self) -> None:
         """Make the module's weights and statistics those of the center, for good."""
+        self._load_center()
+        self.lent = False
+
+    def read_module(self) -> None:
+        """Make the module's weights and statistics, equal on all workers, those of the center."""
+        for segment in self.segments:
+            segment.center.read_(segment.parameters)
+        self.statistics.read_center()
+        self.lent = False
+
+    def _load_center(self) -> None:
         for segment in self.segments:
             segment.center.write_to(segment.parameters)
         self.statistics.load_center()
-        self.lent = False
 
 
 def _float_buffers(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:

@@ -57,7 +57,8 @@ class InFlight:
     """An exchange that was started and not yet applied."""
 
     clock: int
-    announced: int
+    segments: int
+    """Segments known when it was started, those that join after it included."""
     carries_sums: bool
     pending: PendingSum
 
@@ -88,10 +89,13 @@ class Exchange:
         self.center = center
         self.telemetry = telemetry
         self.stopping = False
+        """Training ends with this step, on every worker."""
         self._all_reduce = all_reduce
         self._optimizers = optimizers
         self._rules = rules
         self._in_flight: InFlight | None = None
+        self._count = 0
+        self._finished = False
         self._stop_requested = False
         self.stop_agreed = False
         group = all_reduce.group
@@ -106,9 +110,14 @@ class Exchange:
         self.clock = step
         self.telemetry.tau, self._next_due = self._rules.period.after(step)
 
-    def request_stop(self) -> None:
-        """Ask all workers to stop at the same step, within two periods. Signal-safe."""
+    def request_stop(self) -> bool:
+        """Ask all workers to stop at the same step, within two periods. Signal-safe.
+
+        Returns:
+            False if no header will leave that could say so.
+        """
         self._stop_requested = True
+        return not self._finished
 
     @contextmanager
     def step(self, optimizer: Optimizer) -> Iterator[None]:
@@ -140,7 +149,10 @@ class Exchange:
             return
         began = time.perf_counter()
         try:
-            headers = flight.pending.wait()
+            headers = flight.pending.headers()
+            # Before the sums: workers that do not meet may not have brought the same ones.
+            verify(headers)
+            flight.pending.wait()
         except ExchangeError:
             self._in_flight = None
             raise
@@ -165,17 +177,18 @@ class Exchange:
         if exchange:
             self._begin(done=True)
             self.drain()
+        self._finished = True
         self.center.overwrite_worker()
 
     def center_state_dict(self, module: nn.Module) -> dict[str, Any]:
         """The module's state dict with the center's weights; a copy, so it stays as it is."""
         self.drain()
-        with self.center.shown(), torch.no_grad():
-            state = module.state_dict()
-            return {
-                key: value.detach().clone() if isinstance(value, torch.Tensor) else value
-                for key, value in state.items()
-            }
+        return self.center.state_dict(module)
+
+    def read_module(self) -> None:
+        """Start again from the module's weights, which are equal on all workers."""
+        self.drain()
+        self.center.read_module()
 
     def _begin_due(self) -> list[FlatVector]:
         # Stops at an exchange, not when a header is read: that is not the same step on all workers.
@@ -213,12 +226,13 @@ class Exchange:
         return pull
 
     def _start(self, *, healthy: bool, done: bool, payload: list[torch.Tensor]) -> None:
-        announced = len(self.center.segments)
-        check = done or self.telemetry.exchanges % _CHECKSUM_EVERY == 1
+        segments = len(self.center.segments)
+        check = done or self._count % _CHECKSUM_EVERY == 0
+        self._count += 1
         header = Header(
             clock=self.clock,
             fingerprint=self.center.fingerprint(self.center.joined),
-            announced=self.center.fingerprint(announced),
+            announced=self.center.fingerprint(segments),
             done=done,
             stop=self._stop_requested,
             non_finite=not healthy,
@@ -226,14 +240,13 @@ class Exchange:
             wait_microseconds=int(1e6 * self.telemetry.wait_seconds),
         )
         pending = self._all_reduce.start(payload, header)
-        self._in_flight = InFlight(self.clock, announced, bool(payload), pending)
+        self._in_flight = InFlight(self.clock, segments, bool(payload), pending)
         moved = self._all_reduce.traffic_bytes(sum(part.nbytes for part in payload))
         self.telemetry.bytes_sent += moved
         self.telemetry.bytes_received += moved
 
     @torch.no_grad()
     def _apply(self, flight: InFlight, headers: Sequence[Header]) -> None:
-        verify(headers)
         self.stop_agreed |= any(header.stop for header in headers)
         self.telemetry.worker_wait_seconds = [1e-6 * h.wait_microseconds for h in headers]
         healthy = [not header.non_finite for header in headers]
@@ -242,8 +255,7 @@ class Exchange:
             for segment in self.center.elastic():
                 elastic.move_center_(segment.center.parts, segment.total.parts)
             self.center.statistics.apply(healthy)
-        if len({header.announced for header in headers}) == 1:
-            self.center.join(flight.announced)
+        self.center.join(flight.segments)
 
     def _measure(self) -> bool:
         """Record the consensus distance; whether the differences are finite."""

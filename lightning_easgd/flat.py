@@ -129,8 +129,13 @@ class FlatVector:
         torch._foreach_copy_([as_real(tensor.detach()) for tensor in tensors], self.views)
 
     def subtract_from(self, tensors: Sequence[Tensor]) -> None:
-        """Subtract this vector from tensors, in place; computed in this vector's precision."""
-        torch._foreach_sub_([as_real(tensor.detach()) for tensor in tensors], self.views)
+        """Subtract this vector from tensors, in place; computed in this vector's precision.
+
+        Autograd does not notice (hence ``.data``): a module with several optimizers may hold a
+        graph over parameters that the step of one of them left alone, and go back through it after
+        the pull.
+        """
+        torch._foreach_sub_([as_real(tensor.data) for tensor in tensors], self.views)
 
     def zero_(self) -> None:
         """Set every element to zero."""

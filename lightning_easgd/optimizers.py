@@ -22,7 +22,7 @@ class LocalOptimizers:
 
     def __init__(self, current: Callable[[], Sequence[Optimizer]]) -> None:
         self._current = current
-        self._momentum_rates: dict[tuple[int, int], Any] = {}
+        self._made_with: dict[tuple[int, int], tuple[Any, Any]] = {}
 
     def learning_rates(self) -> dict[int, float]:
         """The current learning rate η of each parameter, by the parameter's identity."""
@@ -35,11 +35,12 @@ class LocalOptimizers:
         }
 
     def after_step(self, optimizer: Optimizer) -> None:
-        """Remember the learning rates that made the momentum buffers of ``optimizer``."""
+        """Remember the learning rate and momentum of the step that ``optimizer`` just took."""
         for key, known, group in self._nesterov_groups():
             if known is optimizer:
                 lr = group["lr"]
-                self._momentum_rates[key] = lr.clone() if isinstance(lr, Tensor) else lr
+                lr = lr.clone() if isinstance(lr, Tensor) else lr
+                self._made_with[key] = lr, group["momentum"]
 
     def undo_look_ahead_(self, points: Mapping[int, Tensor]) -> None:
         """Turn stored look-ahead points y = x + δv into the paper's iterates x, in place.
@@ -55,9 +56,9 @@ class LocalOptimizers:
                 and optimizer.state.get(parameter, {}).get("momentum_buffer") is not None
             }
             if moving:
-                lr = float(self._momentum_rates.get(key, group["lr"]))
+                lr, momentum = self._made_with.get(key, (group["lr"], group["momentum"]))
                 stored = [points[id(parameter)] for parameter in moving]
-                elastic.undo_look_ahead_(stored, list(moving.values()), group["momentum"], lr)
+                elastic.undo_look_ahead_(stored, list(moving.values()), momentum, float(lr))
 
     def forget(self, parameters: Sequence[nn.Parameter]) -> None:
         """Drop optimizer state and zero gradients of parameters that start afresh."""

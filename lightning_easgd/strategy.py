@@ -13,6 +13,7 @@ from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -29,7 +30,7 @@ from lightning_easgd.signals import relay_sigterm, stop_training
 from lightning_easgd.telemetry import Telemetry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     import lightning.pytorch as pl
     import torch
@@ -180,16 +181,26 @@ class EASGDStrategy(DDPStrategy):
     def setup(self, trainer: pl.Trainer) -> None:
         self._restore_signals = relay_sigterm(trainer, self._request_stop)
         fitting = trainer.state.fn == TrainerFn.FITTING
-        if fitting and self._layer_sync is not None:
+        if fitting:
+            self._refuse_features(trainer)
+        self._exchange, self._failed = None, False
+        super().setup(trainer)
+        if fitting:
+            self._set_up_exchange()
+
+    def _refuse_features(self, trainer: pl.Trainer) -> None:
+        if self._layer_sync is not None:
             raise MisconfigurationException(
                 "Trainer(sync_batchnorm=True) makes all workers wait for each other at every step,"
                 " which EASGD exists to avoid. Remove it; EASGDStrategy(buffers='average') averages"
                 " the statistics."
             )
-        self._exchange, self._failed = None, False
-        super().setup(trainer)
-        if fitting:
-            self._set_up_exchange()
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
+                raise MisconfigurationException(
+                    f"{type(callback).__name__} averages one worker's weights and puts the result"
+                    " where EASGD delivers the center. Remove it: the center is an average already."
+                )
 
     @override
     def configure_ddp(self) -> None:
@@ -197,9 +208,28 @@ class EASGDStrategy(DDPStrategy):
         module = self.lightning_module
         assert module is not None
         self._group = WorkerGroup(self._timeout)
-        self._group.require_equal_modules(module)
+        self._group.require_equal(module, self._options())
         self._group.broadcast_([*module.parameters(), *module.buffers()])
         self._center = Center(module, buffers=self._buffer_policy, rank=self._group.rank)
+
+    def _options(self) -> list[str]:
+        """What must be equal on all workers, a line each; callables can't be compared."""
+        period, strength = self._rules.period.tau, self._rules.strength
+        return [
+            f"tau={'callable' if callable(period) else period}",
+            f"{strength.kind}={'callable' if callable(strength.value) else strength.value}",
+            f"elastic_point={self._rules.elastic_point}",
+            f"buffers={self._buffer_policy}",
+            f"final_exchange={self._final_exchange}",
+            f"bucket_bytes={self._bucket_bytes}",
+        ]
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        super().load_model_state_dict(checkpoint, strict)
+        # While training is set up already, as the learning-rate finder does when it is done.
+        if self._exchange is not None:
+            self._exchange.read_module()
 
     def _set_up_exchange(self) -> None:
         assert self._group is not None
@@ -220,8 +250,7 @@ class EASGDStrategy(DDPStrategy):
     def _request_stop(self) -> bool:
         if self._exchange is None or self._failed:
             return False
-        self._exchange.request_stop()
-        return True
+        return self._exchange.request_stop()
 
     @override
     def on_train_start(self) -> None:

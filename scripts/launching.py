@@ -21,6 +21,7 @@ from pathlib import Path
 _GRACE_SECONDS = 20.0
 _POLL_SECONDS = 0.05
 _LINES_OF_LOG = 25
+_ENDING = (signal.SIGINT, signal.SIGTERM)
 
 
 class WorkerError(RuntimeError):
@@ -123,12 +124,18 @@ def _end_of_log(path: Path) -> str:
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]], asked: signal.Signals) -> None:
+    # A second Ctrl-C must not keep a worker alive.
+    ignored = {number: signal.signal(number, signal.SIG_IGN) for number in _ENDING}
     deadline = time.monotonic() + _GRACE_SECONDS
-    for process in processes:
-        process.send_signal(asked)
-    for process in processes:
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    try:
+        for process in processes:
+            process.send_signal(asked)
+        for process in processes:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+    finally:
+        for number, handler in ignored.items():
+            signal.signal(number, handler)

@@ -67,6 +67,7 @@ def run(cfg: DictConfig) -> Report:
     )
     if trainer.is_global_zero:
         print(report.table())
+    if trainer.local_rank == 0:
         Path(cfg.output_dir, "report.json").write_text(report.to_json())
     return report
 

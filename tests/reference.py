@@ -49,6 +49,21 @@ class Nesterov(Sgd):
         return {k: x[k] + self.v[k] for k in x}
 
 
+class TorchNesterov(Nesterov):
+    """torch's SGD where η changes: it keeps y = x + δv with v = -η buffer, η of the last step."""
+
+    def step(self, x: State, gradient: State, t: int) -> State:
+        y = self.gradient_point(x)
+        buffer, new = {}, {}
+        for k, g in gradient.items():
+            last = self.lr(k, t - 1) if t else 1.0
+            buffer[k] = self.momentum * (-self.v[k] / last) + g
+            y[k] = y[k] - self.lr(k, t) * (g + self.momentum * buffer[k])
+            self.v[k] = -self.lr(k, t) * buffer[k]
+            new[k] = y[k] - self.momentum * self.v[k]
+        return new
+
+
 class AdamW(Sgd):
     """Loshchilov and Hutter 2019, with torch's defaults."""
 

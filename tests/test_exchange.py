@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch.loggers.logger import DummyLogger
 from processes import run_workers
 from toy import Toy, loader, trainer, weights
 
-from lightning_easgd import EASGDStrategy
+from lightning_easgd import EASGDMonitor, EASGDStrategy
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 NESTEROV = partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True)
@@ -121,7 +122,15 @@ def collectives_per_batch(rank: int, strategy: Any) -> list[list[str]]:
     counter = PerBatch(calls)
     with recorded_collectives(calls):
         strategy = strategy() if callable(strategy) else strategy
-        trainer(2, strategy, callbacks=[counter]).fit(WithNorm(SGD), loader(rank, 9, torch.float32))
+        monitors = [EASGDMonitor()] if isinstance(strategy, EASGDStrategy) else []
+        fitting = trainer(
+            2,
+            strategy,
+            callbacks=[counter, *monitors],
+            logger=DummyLogger(),
+            log_every_n_steps=1,
+        )
+        fitting.fit(WithNorm(SGD), loader(rank, 9, torch.float32))
     return counter.batches
 
 
@@ -161,12 +170,14 @@ def test_a_worker_may_run_a_whole_period_ahead_of_the_slowest() -> None:
     assert run_workers(ahead, multiprocessing.get_context("fork").Event(), workers=2) == [1, 1]
 
 
-def uneven(rank: int) -> None:
-    trainer(2, EASGDStrategy(tau=2)).fit(Toy(SGD), loader(rank, 7 + rank))
+def uneven(rank: int, final: bool) -> None:
+    strategy = EASGDStrategy(tau=2, final_exchange=final)
+    trainer(2, strategy).fit(Toy(SGD), loader(rank, 7 + rank))
 
 
-def test_workers_that_fall_out_of_step_all_get_the_same_readable_error() -> None:
-    outcomes = run_workers(uneven, workers=2, check=False)
+@pytest.mark.parametrize("final", [True, False])
+def test_workers_that_fall_out_of_step_all_get_the_same_readable_error(final: bool) -> None:
+    outcomes = run_workers(uneven, final, workers=2, check=False, timeout=30)
     assert [o.error for o in outcomes] == ["ExchangeError"] * 2
     assert outcomes[0].message == outcomes[1].message
     assert "worker 0: step 7, at the end of training; worker 1: step 8" in outcomes[0].message
@@ -206,13 +217,48 @@ def test_a_worker_that_dies_is_named_as_the_cause_not_waited_for() -> None:
     assert "another worker ended or lost its connection" in outcomes[0].message
 
 
-def poisoned(rank: int, sick: tuple[int, ...], make: Any) -> Any:
+def own_group(rank: int) -> bool:
+    module, seen = Toy(SGD), []
+    strategy = EASGDStrategy(tau=2)
+    module.on_train_start = lambda: seen.append(strategy._group.data)
+    trainer(2, strategy).fit(module, loader(rank, 3))
+    return dist.group.WORLD not in seen
+
+
+def test_exchanges_have_a_process_group_of_their_own() -> None:
+    assert run_workers(own_group, workers=2) == [True, True]
+
+
+def overflowing(rank: int) -> Any:
+    """Worker 1's statistics overflow, as fp16 activations make them, while its weights do not."""
+    module, seen = WithNorm(SGD), {}
+
+    def on_train_batch_start(batch: Any, batch_idx: int) -> None:
+        if rank == 1 and batch_idx == 3:
+            module.norm.running_var.fill_(float("inf"))
+
+    module.register_buffer("mask", torch.tensor([0.0, float("-inf")]))
+    module.on_train_batch_start = on_train_batch_start
+    module.on_train_end = lambda: seen.update({"own": module.norm.running_var.numpy().copy()})
+    trainer(2, EASGDStrategy(tau=2)).fit(module, loader(rank, 8, torch.float32))
+    return seen["own"], {k: v.numpy() for k, v in module.state_dict().items()}
+
+
+def test_statistics_that_overflow_do_not_reach_the_center() -> None:
+    for own, state in run_workers(overflowing, workers=2):
+        assert np.isfinite(own).all()
+        assert state.pop("mask").tolist() == [0.0, float("-inf")]
+        assert all(np.isfinite(value).all() for value in state.values())
+
+
+def poisoned(rank: int, sick: tuple[int, ...], make: Any, accumulate: int) -> Any:
     module, strategy = WithNorm(make), EASGDStrategy(tau=2)
 
     def on_train_batch_start(batch: Any, batch_idx: int) -> None:
         if rank in sick and batch_idx == 3:
             with torch.no_grad():
                 module.w[0, 0] = float("nan")
+                module.norm.running_mean[0] = float("nan")
 
     module.on_train_batch_start = on_train_batch_start
     centers = {}
@@ -221,7 +267,7 @@ def poisoned(rank: int, sick: tuple[int, ...], make: Any) -> Any:
         centers[batch_idx] = strategy.center_state_dict()["w"].numpy()
 
     module.on_train_batch_end = on_train_batch_end
-    fitting = trainer(2, strategy)
+    fitting = trainer(2, strategy, accumulate_grad_batches=accumulate)
     error = None
     with pytest.MonkeyPatch.context() as patch:
         warned: list[str] = []
@@ -235,21 +281,25 @@ def poisoned(rank: int, sick: tuple[int, ...], make: Any) -> Any:
     return centers, center, weights(module), strategy.telemetry.non_finite, warned, error
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("make", [NESTEROV, ADAMW], ids=["nesterov", "adamw"])
-def test_a_worker_with_nan_weights_restarts_from_the_center(make: Any) -> None:
-    results = run_workers(poisoned, (1,), make, workers=2)
+def test_a_worker_with_nan_weights_restarts_from_the_center(make: Any, accumulate: int) -> None:
+    results = run_workers(poisoned, (1,), make, accumulate, workers=2)
     for centers, center, worker, count, _, error in results:
         assert error is None
         assert count == 1
         assert all(np.isfinite(value).all() for value in [*center.values(), *worker.values()])
         assert all(np.isfinite(value).all() for value in centers.values())
         assert not np.array_equal(centers[5], centers[11])
-    assert "step 4 the weights of worker(s) [1] were NaN or infinite" in results[0][4][0]
+    assert (
+        f"step {4 // accumulate} the weights of worker(s) [1] were NaN or infinite"
+        in results[0][4][0]
+    )
     assert results[1][4] == []
 
 
 def test_training_stops_when_every_worker_has_nan_and_the_center_stays_finite() -> None:
-    for centers, center, _, count, _, error in run_workers(poisoned, (0, 1), SGD, workers=2):
+    for centers, center, _, count, _, error in run_workers(poisoned, (0, 1), SGD, 1, workers=2):
         assert error is not None
         assert error.startswith("NonFiniteError: At step 4 the weights of every worker")
         assert count == 2

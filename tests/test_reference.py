@@ -20,6 +20,7 @@ OPTIMIZERS = {
     "nesterov": partial(torch.optim.SGD, lr=LR, momentum=0.9, nesterov=True),
     "adamw": partial(torch.optim.AdamW, lr=LR),
 }
+MAKERS = OPTIMIZERS | {"nesterov, torch's": OPTIMIZERS["nesterov"]}
 
 
 def reference_optimizers(name: str, lr: Any, workers: int) -> list[Any]:
@@ -27,6 +28,7 @@ def reference_optimizers(name: str, lr: Any, workers: int) -> list[Any]:
     make = {
         "sgd": lambda: reference.Sgd(lr),
         "nesterov": lambda: reference.Nesterov(lr, 0.9, start),
+        "nesterov, torch's": lambda: reference.TorchNesterov(lr, 0.9, start),
         "adamw": lambda: reference.AdamW(lr, start),
     }[name]
     return [make() for _ in range(workers)]
@@ -57,7 +59,7 @@ def compare(name: str, workers: int, tau: int, lr: Any = None, **case: Any) -> N
     options, setup = case.get("options", {}), case.get("setup", {})
     alpha = case.get("alpha", lambda name, t: 0.9 / workers)
     results = run_workers(
-        fit, workers, OPTIMIZERS[name], {"tau": tau} | options, setup, workers=workers
+        fit, workers, MAKERS[name], {"tau": tau} | options, setup, workers=workers
     )
     center, iterates = reference.easgd(
         initial_weights(),
@@ -113,7 +115,7 @@ def decay(step: int) -> float:
     return 0.9**step
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("name", ["sgd", "nesterov, torch's", "adamw"])
 def test_rho_follows_a_learning_rate_schedule(name: str) -> None:
     compare(
         name,

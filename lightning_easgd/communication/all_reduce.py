@@ -22,37 +22,43 @@ class PendingSum:
     Owns the collectives until :meth:`wait` returns; until then the tensors must not be touched.
 
     Args:
-        works: the collectives in flight, headers first.
+        header_work: the collective that gathers the headers.
         headers: where the headers arrive, one tensor per worker.
+        works: the collectives that sum.
         blocking: whether a collective ends when its data is there (gloo), or may be queued behind
             on an accelerator's stream (nccl).
     """
 
     def __init__(
-        self, works: Sequence[dist.Work], headers: Sequence[Tensor], blocking: bool
+        self,
+        header_work: dist.Work,
+        headers: Sequence[Tensor],
+        works: Sequence[dist.Work],
+        *,
+        blocking: bool,
     ) -> None:
-        self._works = works
+        self._header_work = header_work
         self._headers = headers
+        self._works = works
         self._blocking = blocking
 
-    def wait(self) -> list[Header]:
-        """Wait until every tensor holds its sum; the headers of all workers, in rank order.
+    def headers(self) -> list[Header]:
+        """Wait for the headers of all workers; in rank order.
 
         Raises:
             ExchangeError: a worker left or did not answer in time.
         """
-        try:
-            for position, work in enumerate(self._works):
-                # Polled, so that signals (Ctrl-C among them) are seen while a worker is late.
-                while (self._blocking or position == 0) and not work.is_completed():
-                    time.sleep(_POLL_SECONDS)
-                work.wait()
-        except RuntimeError as error:
-            raise ExchangeError(
-                "An exchange could not be completed: another worker ended or lost its connection,"
-                f" or did not answer within the timeout. Look for its error first. ({error})"
-            ) from error
+        _wait(self._header_work, poll=True)
         return [Header.unpack(header.tolist()) for header in self._headers]
+
+    def wait(self) -> None:
+        """Wait until every tensor holds its sum.
+
+        Raises:
+            ExchangeError: a worker left or did not answer in time.
+        """
+        for work in self._works:
+            _wait(work, poll=self._blocking)
 
 
 class AllReduce:
@@ -74,12 +80,16 @@ class AllReduce:
         """
         mine = torch.tensor(header.pack(), dtype=torch.int64)
         headers = [torch.empty_like(mine) for _ in range(self.group.size)]
-        works = [dist.all_gather(headers, mine, group=self.group.control, async_op=True)]
-        for tensor in payload:
-            for bucket in bucket_slices(tensor.numel(), tensor.itemsize, self.bucket_bytes):
-                works.append(dist.all_reduce(tensor[bucket], group=self.group.data, async_op=True))
-        in_flight = [work for work in works if work is not None]
-        return PendingSum(in_flight, headers, blocking=self.group.data is self.group.control)
+        gather = dist.all_gather(headers, mine, group=self.group.control, async_op=True)
+        sums = [
+            dist.all_reduce(tensor[bucket], group=self.group.data, async_op=True)
+            for tensor in payload
+            for bucket in bucket_slices(tensor.numel(), tensor.itemsize, self.bucket_bytes)
+        ]
+        assert gather is not None
+        in_flight = [work for work in sums if work is not None]
+        blocking = self.group.data is self.group.control
+        return PendingSum(gather, headers, in_flight, blocking=blocking)
 
     def traffic_bytes(self, payload_bytes: int) -> int:
         """Bytes that each worker sends, and receives: a ring all-reduce and the headers."""
@@ -89,3 +99,16 @@ class AllReduce:
     def ring_bytes(self, payload_bytes: int) -> int:
         """Bytes that each worker sends, and receives, in a ring all-reduce: 2 (p-1)/p of it."""
         return 2 * (self.group.size - 1) * payload_bytes // self.group.size
+
+
+def _wait(work: dist.Work, *, poll: bool) -> None:
+    try:
+        # Polled, so that signals (Ctrl-C among them) are seen while a worker is late.
+        while poll and not work.is_completed():
+            time.sleep(_POLL_SECONDS)
+        work.wait()
+    except RuntimeError as error:
+        raise ExchangeError(
+            "An exchange could not be completed: another worker ended or lost its connection, or"
+            f" did not answer within the timeout. Look for its error first. ({error})"
+        ) from error

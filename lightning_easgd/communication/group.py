@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 
 import torch
@@ -36,28 +36,32 @@ class WorkerGroup:
                 dist.broadcast(values.view(-1).view(torch.uint8), src=0, group=self.data)
                 tensor.detach().copy_(values)
 
-    def require_equal_modules(self, module: nn.Module) -> None:
-        """Check at set-up that all workers hold a module of the same names, shapes and precisions.
+    def require_equal(self, module: nn.Module, options: Sequence[str]) -> None:
+        """Check at set-up that all workers hold the same module and were given the same options.
+
+        Args:
+            module: compared by names, shapes, precisions and requires_grad.
+            options: one line each.
 
         Raises:
             ValueError: on every worker, with the first lines that differ.
         """
         everybody: list[list[str]] = [[] for _ in range(self.size)]
-        dist.all_gather_object(everybody, _signature(module), group=self.control)
+        dist.all_gather_object(everybody, [*options, *_signature(module)], group=self.control)
         for rank, theirs in enumerate(everybody):
             if theirs != everybody[0]:
                 mine_only = [line for line in everybody[0] if line not in set(theirs)][:3]
                 theirs_only = [line for line in theirs if line not in set(everybody[0])][:3]
                 raise ValueError(
-                    f"The modules of worker 0 and worker {rank} differ: only worker 0 has"
-                    f" {mine_only}, only worker {rank} has {theirs_only} (or their order differs)."
-                    " Build the same module on every worker: same names, shapes, precisions and"
-                    " requires_grad."
+                    f"The modules or options of worker 0 and worker {rank} differ: only worker 0"
+                    f" has {mine_only}, only worker {rank} has {theirs_only} (or their order"
+                    " differs). Build the same module on every worker (same names, shapes,"
+                    " precisions and requires_grad) and give the strategy the same options."
                 )
 
     def close(self) -> None:
         """Leave the groups; nothing may be in flight."""
-        for group in {self.control, self.data}:
+        for group in dict.fromkeys([self.control, self.data]):
             dist.destroy_process_group(group)
 
 

@@ -23,7 +23,7 @@ class Header:
     fingerprint: int
     """Hash of the names and shapes of the parameters in this exchange."""
     announced: int
-    """The same, with parameters that were unfrozen since and wait to join."""
+    """The same, with parameters that were unfrozen since and join with the next exchange."""
     done: bool
     """This is the worker's last exchange."""
     stop: bool
@@ -70,13 +70,12 @@ def verify(headers: Sequence[Header]) -> None:
         "Workers hold different sets of trainable parameters",
         "Build, freeze and unfreeze the same parameters on every worker.",
     )
-    if headers[0].done:
-        _same(
-            headers,
-            lambda h: f"parameter set {h.announced:014x}",
-            "Some workers unfroze parameters that others did not",
-            "Unfreeze the same parameters at the same step on every worker.",
-        )
+    _same(
+        headers,
+        lambda h: f"parameter set {h.announced:014x}",
+        "Some workers unfroze parameters that others did not",
+        "Unfreeze the same parameters at the same step on every worker.",
+    )
     _same(
         headers,
         lambda h: f"center checksum {h.checksum:x}",

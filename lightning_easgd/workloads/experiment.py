@@ -54,7 +54,7 @@ def callbacks(strategy: Strategy, checkpoint: ModelCheckpoint | None, seed: int)
 
 @dataclass(frozen=True)
 class Report:
-    """What a run reached and cost. Bytes and seconds are of worker 0."""
+    """What a run reached and cost. Bytes and seconds are of this node's first worker."""
 
     strategy: str
     workers: int

@@ -84,6 +84,33 @@ if rank == "0":
     assert alive(tmp_path) == []
 
 
+def test_a_second_ctrl_c_leaves_no_worker_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launching, "_GRACE_SECONDS", 1.0)
+    ignore = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+
+    def interrupt_twice() -> None:
+        deadline = time.monotonic() + 30
+        while len(list(tmp_path.glob("*.pid"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.3)
+
+    killer = threading.Thread(target=interrupt_twice)
+    killer.start()
+    with pytest.raises(KeyboardInterrupt):
+        run_workers(
+            [*program(ignore + WRITE_PID + SLEEP), str(tmp_path)],
+            workers=2,
+            nodes=1,
+            logs=tmp_path,
+        )
+    killer.join()
+    assert alive(tmp_path) == []
+
+
 @pytest.mark.parametrize(
     ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
 )
