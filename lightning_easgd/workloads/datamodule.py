@@ -35,9 +35,10 @@ class ImageData(LightningDataModule, ABC):
     The validation set is the test set: the experiments report the test error as it falls, as the
     paper does, and choose nothing by it. Choose nothing by it either, or hold out images first.
 
-    Batches are float32 images of shape (batch, in_channels, image_size, image_size) in [0, 1] and
-    int64 labels of shape (batch,). The last incomplete training batch is dropped so that all
-    workers make equally many steps; evaluation sees each image once over all ranks.
+    Batches are float32 images of shape (batch, in_channels, image_size, image_size), in [0, 1]
+    before they are standardized, and int64 labels of shape (batch,). The last incomplete training
+    batch is dropped so that all workers make equally many steps; evaluation sees each image once
+    over all ranks.
     """
 
     title: ClassVar[str]
@@ -51,6 +52,8 @@ class ImageData(LightningDataModule, ABC):
         image_size: int,
         in_channels: int,
         num_classes: int,
+        mean: float = 0.0,
+        std: float = 1.0,
         download: bool = False,
         sampling: Sampling = "sharded",
         augment: Augment = "none",
@@ -65,6 +68,8 @@ class ImageData(LightningDataModule, ABC):
             image_size: Height and width in pixels of the square handed to the model.
             in_channels: Channels of the images.
             num_classes: Number of classes.
+            mean: Subtracted from every pixel value in [0, 1].
+            std: Divides every pixel value after that.
             download: Whether to download what is not under `root`.
             sampling: "sharded" gives each worker its share of the training set, newly drawn in each
                 epoch; "whole" lets each worker shuffle all of it by itself, as in the paper.
@@ -74,11 +79,13 @@ class ImageData(LightningDataModule, ABC):
             seed: Of the shuffling under sampling="whole"; Lightning's own seeds the rest.
 
         Raises:
-            ValueError: If `batch_size`, `sampling` or `augment` is not one of those above.
+            ValueError: If `batch_size`, `std`, `sampling` or `augment` is not allowed.
         """
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"Got data.batch_size={batch_size}; allowed is 1 or more.")
+        if not std > 0:
+            raise ValueError(f"Got data.std={std}; allowed is a number above 0, 1 for no scaling.")
         if sampling not in {"sharded", "whole"}:
             raise ValueError(f"Got data.sampling={sampling!r}; allowed are 'sharded' and 'whole'.")
         if augment not in {"none", "crop_flip"}:
@@ -88,6 +95,8 @@ class ImageData(LightningDataModule, ABC):
         self.image_size = image_size
         self.in_channels = in_channels
         self.num_classes = num_classes
+        self.mean = mean
+        self.std = std
         self.download = download
         self.sampling = sampling
         self.augment = augment
@@ -177,7 +186,7 @@ class ImageData(LightningDataModule, ABC):
             batch_size=self.batch_size,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            collate_fn=_identity,
+            collate_fn=partial(_standardize, mean=self.mean, std=self.std),
             **options,
         )
 
@@ -227,5 +236,6 @@ class ImageData(LightningDataModule, ABC):
         return partial(random_crop_flip if augmented else center_crop, size=self.image_size)
 
 
-def _identity(batch: Any) -> Any:
-    return batch
+def _standardize(batch: Batch, *, mean: float, std: float) -> Batch:
+    images, labels = batch
+    return (images - mean) / std, labels

@@ -26,19 +26,11 @@ def _require_size(model: str, image_size: int, smallest: int) -> None:
         )
 
 
-def _init_he(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d | nn.Linear):
-        nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
 class CNN(nn.Sequential):
     """Two 3x3 convolutions of 32 and 64 channels, each halved by pooling, and 256 hidden units.
 
     It has 0.82 million parameters at 28x28x1 and 0.09 million at 8x8x1, and no BatchNorm, so that
-    the average of several copies needs no statistics of its own. The weights are He's: torch's
-    default, some 2.4 times smaller, takes twice the steps on small images.
+    the average of several copies needs no statistics of its own.
     """
 
     def __init__(
@@ -74,7 +66,6 @@ class CNN(nn.Sequential):
             nn.Dropout(dropout),
             nn.Linear(256, num_classes),
         )
-        self.apply(_init_he)
 
 
 class ConvNet7(nn.Sequential):

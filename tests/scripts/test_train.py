@@ -65,6 +65,16 @@ def test_reports_accuracy_bytes_waits_and_the_checkpoint(tmp_path: Path) -> None
     assert "test accuracy" in tested
 
 
+def test_the_command_of_the_readme_reaches_97_percent_on_the_digits(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT), "trainer.enable_progress_bar=false"]
+    subprocess.run(
+        [*command, "hydra.run.dir=run"], cwd=tmp_path, check=True, timeout=170, capture_output=True
+    )
+    found = report(tmp_path / "run")
+    assert found["workers"] == 4
+    assert found["test_accuracy"] >= 0.97
+
+
 def test_a_seed_repeats_exactly_and_resuming_goes_on(tmp_path: Path) -> None:
     common = ["trainer.devices=2", "strategy=eamsgd", "model=mlp", "seed=3"]
     for name in ("first", "second"):

@@ -83,6 +83,17 @@ def test_crops_are_random_in_training_and_central_in_evaluation():
     assert not torch.equal(first, second)
 
 
+def test_pixels_are_standardized_by_the_configured_mean_and_deviation():
+    plain, scaled = of_rank(0, 1), of_rank(0, 1, mean=0.5, std=0.25)
+    for loader in ("train_dataloader", "val_dataloader"):
+        torch.manual_seed(0)
+        images, labels = next(iter(getattr(plain, loader)()))
+        torch.manual_seed(0)
+        others, same_labels = next(iter(getattr(scaled, loader)()))
+        torch.testing.assert_close(others, (images - 0.5) / 0.25)
+        assert torch.equal(labels, same_labels)
+
+
 def test_a_set_smaller_than_a_batch_is_refused():
     with pytest.raises(ValueError, match=r"batch_size=400, but each worker has 360"):
         of_rank(0, 4, batch_size=400).train_dataloader()
@@ -92,6 +103,7 @@ def test_a_set_smaller_than_a_batch_is_refused():
     ("options", "message"),
     [
         ({"batch_size": 0}, r"batch_size=0; allowed is 1"),
+        ({"std": 0.0}, r"std=0.0; allowed is a number above 0"),
         ({"sampling": "some"}, r"sampling='some'; allowed are 'sharded' and 'whole'"),
         ({"augment": "flip"}, r"augment='flip'; allowed are 'none' and 'crop_flip'"),
     ],
