@@ -79,11 +79,6 @@ class FlatLayout:
         self.slots = tuple(slots)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of one flat copy of all tensors."""
-        return sum(size * dtype.itemsize for dtype, size in self.sizes.items())
-
-    @property
     def fingerprint(self) -> int:
         """A hash of names, shapes and precisions, equal on every worker with the same layout."""
         text = ";".join(f"{slot.name}:{slot.shape}:{slot.dtype}" for slot in self.slots)

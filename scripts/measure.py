@@ -264,12 +264,8 @@ def memory_worker(name: str, numel: int, folder: str) -> None:
     loader = DataLoader(Endless(torch.zeros(1)), batch_size=None)
     fit(Large(numel), loader, strategy, watch, steps=13, devices=workers)
     rank = os.environ["LOCAL_RANK"]
-    Path(folder, f"{rank}.json").write_text(json.dumps(vars_of(watch)))
-
-
-def vars_of(watch: Memory) -> dict[str, list[int]]:
-    """What a :class:`Memory` saw."""
-    return {"after": watch.after, "peaks": watch.peaks}
+    seen = {"after": watch.after, "peaks": watch.peaks}
+    Path(folder, f"{rank}.json").write_text(json.dumps(seen))
 
 
 def network(repetitions: int, tau: int, steps: int) -> None:
