@@ -6,6 +6,7 @@ evaluates or saves it, and keeps Lightning from coupling the workers between exc
 
 from __future__ import annotations
 
+import atexit
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -22,7 +23,7 @@ from typing_extensions import override
 
 from lightning_easgd.arguments import refuse, require_choice
 from lightning_easgd.center import BufferPolicy, Center
-from lightning_easgd.communication import AllReduce, WorkerGroup
+from lightning_easgd.communication import AllReduce, WorkerGroup, leave_all_groups
 from lightning_easgd.exchange import ElasticPoint, Exchange, Rules
 from lightning_easgd.optimizers import LocalOptimizers
 from lightning_easgd.schedules import Period, Rate, Strength
@@ -178,6 +179,12 @@ class EASGDStrategy(DDPStrategy):
         super()._configure_launcher()
 
     @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        atexit.unregister(leave_all_groups)  # of an earlier trainer in this process
+        atexit.register(leave_all_groups)
+
+    @override
     def setup(self, trainer: pl.Trainer) -> None:
         self._restore_signals = relay_sigterm(trainer, self._request_stop)
         fitting = trainer.state.fn == TrainerFn.FITTING
@@ -300,6 +307,7 @@ class EASGDStrategy(DDPStrategy):
     def on_exception(self, exception: BaseException) -> None:
         # Another worker may be gone: await nothing, leave no group; the center stays readable.
         self._failed = True
+        atexit.unregister(leave_all_groups)
         if self._exchange is not None:
             self._exchange.center.show_worker()
         super().on_exception(exception)

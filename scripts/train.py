@@ -54,6 +54,7 @@ def count_devices(cfg: DictConfig) -> int:
 
 def run(cfg: DictConfig) -> Report:
     """What one worker does."""
+    from lightning_easgd.communication import leave_all_groups
     from lightning_easgd.workloads import experiment
 
     experiment.seed(cfg.seed)
@@ -69,6 +70,7 @@ def run(cfg: DictConfig) -> Report:
         print(report.table())
     if trainer.local_rank == 0:
         Path(cfg.output_dir, "report.json").write_text(report.to_json())
+    leave_all_groups()  # under DDP too, which does not
     return report
 
 

@@ -21,10 +21,15 @@ from lightning_easgd import EASGDStrategy
 SGD = partial(torch.optim.SGD, lr=0.1)
 
 SCRIPT = """
-import json, sys
+import atexit, json, os, sys
 from functools import partial
 import torch
 from toy import Toy, loader, trainer, weights
+
+@atexit.register
+def fail_in_a_group():
+    if torch.distributed.is_initialized():
+        os._exit(1)
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -65,6 +65,17 @@ class WorkerGroup:
             dist.destroy_process_group(group)
 
 
+def leave_all_groups() -> None:
+    """Destroy the process groups of this process, if it has any; nothing may be in flight.
+
+    gloo's threads let go of the tensors of a finished collective late. One that does so while the
+    interpreter shuts down aborts the process (pytorch/pytorch#190489); destroying the groups before
+    ends the threads.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def _new_group(backend: str, timeout: timedelta | None) -> dist.ProcessGroup:
     group = dist.new_group(backend=backend, timeout=timeout)
     assert isinstance(group, dist.ProcessGroup)
