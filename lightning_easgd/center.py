@@ -7,7 +7,7 @@ the module shows the center.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -32,6 +32,10 @@ class Segment:
         self.center.read_(self.parameters)
         self.total = FlatVector(layout, device)
 
+    def named(self, vector: FlatVector) -> dict[int, Tensor]:
+        """The values of the center or the sum, by the identity of the parameter."""
+        return {id(p): view for p, view in zip(self.parameters, vector.views, strict=True)}
+
 
 class Statistics:
     """Float buffers of a module (BatchNorm's running statistics and others), and their center.
@@ -52,7 +56,7 @@ class Statistics:
             (name, owner.get_buffer(key)) for name, owner, key in self._places
         )
         if self._places:
-            device = self._buffers()[0].device
+            device = self.buffers()[0].device
             self.center = FlatVector(self._layout, device)
             self.total = FlatVector(self._layout, device)
             self.read_center()
@@ -60,8 +64,8 @@ class Statistics:
     def __bool__(self) -> bool:
         return bool(self._places)
 
-    def _buffers(self) -> list[Tensor]:
-        # Looked up each time: modules may replace a buffer instead of writing into it.
+    def buffers(self) -> list[Tensor]:
+        """The module's buffers now: modules may replace a buffer instead of writing into it."""
         buffers = [owner.get_buffer(key) for _, owner, key in self._places]
         for buffer, slot in zip(buffers, self._layout.slots, strict=True):
             if tuple(buffer.shape) != slot.shape:
@@ -77,7 +81,7 @@ class Statistics:
         if not self:
             return []
         if healthy and self._speaks:
-            self.total.read_(self._buffers())
+            self.total.read_(self.buffers())
             self._mend()
         else:
             self.total.zero_()
@@ -89,7 +93,7 @@ class Statistics:
         parts = zip(self.total.parts, self.center.parts, strict=True)
         if any(bool((mine.isfinite() != center.isfinite()).any()) for mine, center in parts):
             self.load_center()
-            self.total.read_(self._buffers())
+            self.total.read_(self.buffers())
 
     def apply(self, healthy: Sequence[bool]) -> None:
         """Take over the sum that arrived; ``healthy`` says which workers contributed."""
@@ -101,28 +105,26 @@ class Statistics:
     def read_center(self) -> None:
         """Make the module's buffers those of the center."""
         if self:
-            self.center.read_(self._buffers())
+            self.center.read_(self.buffers())
 
-    def named_center(self) -> dict[int, Tensor]:
-        """The center's values by the identity of the buffer in the module."""
-        if not self:
-            return {}
-        return {id(b): view for b, view in zip(self._buffers(), self.center.views, strict=True)}
+    def named(self, vector: FlatVector) -> dict[int, Tensor]:
+        """The values of the center or the sum, by the identity of the buffer in the module."""
+        return {id(b): view for b, view in zip(self.buffers(), vector.views, strict=True)}
 
     def set_worker_aside(self) -> None:
         """Keep the worker's own buffers while the module shows the center."""
         if self:
-            self.total.read_(self._buffers())
+            self.total.read_(self.buffers())
 
     def load_center(self) -> None:
         """Overwrite the module's buffers by the center's."""
         if self:
-            self.center.write_to(self._buffers())
+            self.center.write_to(self.buffers())
 
     def load_worker(self) -> None:
         """Give the worker the buffers that were set aside."""
         if self:
-            self.total.write_to(self._buffers())
+            self.total.write_to(self.buffers())
 
 
 class Center:
@@ -193,18 +195,62 @@ class Center:
         Neither the module nor a buffer of an exchange is written to, so that this is possible at
         any time, between a forward and a backward pass too.
         """
-        values = self.statistics.named_center()
+        if self.lent:
+            return _copied_state(module, {})
+        values = self.statistics.named(self.statistics.center) if self.statistics else {}
         for segment in self.segments:
-            pairs = zip(segment.parameters, segment.center.views, strict=True)
-            values |= {id(parameter): view for parameter, view in pairs}
-        state: dict[str, Any] = module.state_dict(keep_vars=True)
-        for key, tensor in state.items():
-            if isinstance(tensor, Tensor):
-                copy = tensor.detach().clone()
-                if id(tensor) in values and not self.lent:
-                    as_real(copy).copy_(values[id(tensor)])
-                state[key] = copy
-        return state
+            values |= segment.named(segment.center)
+        return _copied_state(module, values)
+
+    def worker_state_dict(self, module: nn.Module) -> dict[str, Any]:
+        """The module's state dict with the worker's own values; a copy only where it is lent."""
+        if not self.lent:
+            return module.state_dict()
+        values = self.statistics.named(self.statistics.total) if self.statistics else {}
+        for segment in self.segments:
+            values |= segment.named(segment.total)
+        return _copied_state(module, values)
+
+    def shared_state(self) -> dict[str, Any]:
+        """What the state dict does not tell of the center, for a checkpoint.
+
+        The segments by the names of their parameters, how many joined, and the values whose own
+        precision in the module is lower than the center's.
+        """
+        vectors: list[tuple[Sequence[Tensor], FlatVector]] = [
+            (segment.parameters, segment.center) for segment in self.segments
+        ]
+        if self.statistics:
+            vectors.append((self.statistics.buffers(), self.statistics.center))
+        return {
+            "segments": [segment.center.layout.names for segment in self.segments],
+            "joined": self.joined,
+            "exact": {
+                slot.name: view.clone()
+                for tensors, vector in vectors
+                for tensor, slot, view in zip(
+                    tensors, vector.layout.slots, vector.views, strict=True
+                )
+                if as_real(tensor.detach()).dtype != slot.dtype
+            },
+        }
+
+    def load_shared_state(self, state: Mapping[str, Any]) -> None:
+        """Form the segments of :meth:`shared_state` again; the module holds the center."""
+        named = dict(self._dormant)
+        for segment in self.segments:
+            named |= zip(segment.center.layout.names, segment.parameters, strict=True)
+        groups = [[(n, named.pop(n)) for n in names if n in named] for names in state["segments"]]
+        self.segments = [Segment(group) for group in groups if group]
+        self._dormant = list(named.items())
+        self.join(min(state["joined"], len(self.segments)))
+        self.adopt_unfrozen()
+        self.read_module()
+        vectors = [segment.center for segment in self.segments]
+        for vector in [*vectors, *([self.statistics.center] if self.statistics else [])]:
+            for name, view in zip(vector.layout.names, vector.views, strict=True):
+                if name in state["exact"]:
+                    view.copy_(state["exact"][name])
 
     def show(self) -> None:
         """Put the center into the module until :meth:`show_worker`. Nothing may be in flight."""
@@ -241,6 +287,18 @@ class Center:
         for segment in self.segments:
             segment.center.write_to(segment.parameters)
         self.statistics.load_center()
+
+
+def _copied_state(module: nn.Module, values: Mapping[int, Tensor]) -> dict[str, Any]:
+    """A copy of the module's state dict, with other values for tensors by their identity."""
+    state: dict[str, Any] = module.state_dict(keep_vars=True)
+    for key, tensor in state.items():
+        if isinstance(tensor, Tensor):
+            copy = tensor.detach().clone()
+            if id(tensor) in values:
+                as_real(copy).copy_(values[id(tensor)])
+            state[key] = copy
+    return state
 
 
 def _float_buffers(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:

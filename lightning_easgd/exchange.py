@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -119,6 +119,11 @@ class Exchange:
         self._stop_requested = True
         return not self._finished
 
+    @property
+    def stopped_together(self) -> bool:
+        """Whether all workers end their training with this step, or have ended it."""
+        return self.stopping or self._finished
+
     @contextmanager
     def step(self, optimizer: Optimizer) -> Iterator[None]:
         """Surrounds one step of one of the worker's optimizers; begins the exchange that is due.
@@ -180,10 +185,52 @@ class Exchange:
         self._finished = True
         self.center.overwrite_worker()
 
-    def center_state_dict(self, module: nn.Module) -> dict[str, Any]:
-        """The module's state dict with the center's weights; a copy, so it stays as it is."""
-        self.drain()
+    def center_state_dict(self, module: nn.Module, *, latest: bool = True) -> dict[str, Any]:
+        """The module's state dict with the center's weights; a copy, so it stays as it is.
+
+        Args:
+            module: the worker's.
+            latest: whether the exchange in flight is awaited first.
+        """
+        if latest:
+            self.drain()
         return self.center.state_dict(module)
+
+    def shared_state(self) -> dict[str, Any]:
+        """What all workers hold alike, for a checkpoint. Nothing may be in flight."""
+        assert self._in_flight is None
+        return {
+            "clock": self.clock,
+            "tau": self.telemetry.tau,
+            "next_due": self._next_due,
+            **self.center.shared_state(),
+        }
+
+    def own_state(self, module: nn.Module) -> dict[str, Any]:
+        """What this worker alone knows, for a checkpoint."""
+        return {
+            "weights": self.center.worker_state_dict(module),
+            "look_ahead": self._optimizers.look_ahead_state(),
+            "telemetry": self.telemetry.counters(),
+        }
+
+    def load_state(self, shared: Mapping[str, Any], own: Mapping[str, Any] | None) -> None:
+        """Go on from a checkpoint; the module holds the center.
+
+        Args:
+            shared: of :meth:`shared_state`.
+            own: of :meth:`own_state`, whose weights the caller loads; None to start at the center.
+        """
+        self.center.load_shared_state(shared)
+        self.clock = shared["clock"]
+        if self._rules.period.is_constant:
+            # Perhaps another one now. An exchange that is due at the clock was not begun yet.
+            self.telemetry.tau, self._next_due = self._rules.period.after(max(0, self.clock - 1))
+        else:
+            self.telemetry.tau, self._next_due = shared["tau"], shared["next_due"]
+        if own is not None:
+            self._optimizers.load_look_ahead_state(own["look_ahead"])
+            self.telemetry.load_counters(own["telemetry"])
 
     def read_module(self) -> None:
         """Start again from the module's weights, which are equal on all workers."""

@@ -79,6 +79,11 @@ class FlatLayout:
         self.slots = tuple(slots)
 
     @property
+    def names(self) -> list[str]:
+        """The names of the tensors, in order."""
+        return [slot.name for slot in self.slots]
+
+    @property
     def fingerprint(self) -> int:
         """A hash of names, shapes and precisions, equal on every worker with the same layout."""
         text = ";".join(f"{slot.name}:{slot.shape}:{slot.dtype}" for slot in self.slots)

@@ -42,6 +42,14 @@ class LocalOptimizers:
                 lr = lr.clone() if isinstance(lr, Tensor) else lr
                 self._made_with[key] = lr, group["momentum"]
 
+    def look_ahead_state(self) -> list[tuple[int, int, float | Tensor, float]]:
+        """Optimizer, group, learning rate and momentum of the latest step, for a checkpoint."""
+        return [(*key, *made_with) for key, made_with in self._made_with.items()]
+
+    def load_look_ahead_state(self, state: Sequence[Sequence[Any]]) -> None:
+        """The inverse of :meth:`look_ahead_state`."""
+        self._made_with = {(number, group): (lr, delta) for number, group, lr, delta in state}
+
     def undo_look_ahead_(self, points: Mapping[int, Tensor]) -> None:
         """Turn stored look-ahead points y = x + δv into the paper's iterates x, in place.
 

@@ -38,6 +38,11 @@ class Period:
         if not callable(self.tau):
             self._check(self.tau)
 
+    @property
+    def is_constant(self) -> bool:
+        """Whether τ is a number."""
+        return not callable(self.tau)
+
     def after(self, step: int) -> tuple[int, int]:
         """τ in force after ``step`` steps, and the next step that begins with an exchange.
 

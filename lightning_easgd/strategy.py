@@ -7,11 +7,14 @@ evaluates or saves it, and keeps Lightning from coupling the workers between exc
 from __future__ import annotations
 
 import atexit
+import os
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.strategies.registry import _StrategyRegistry
+from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
@@ -23,9 +26,12 @@ from typing_extensions import override
 
 from lightning_easgd.arguments import refuse, require_choice
 from lightning_easgd.center import BufferPolicy, Center
-from lightning_easgd.communication import AllReduce, WorkerGroup, leave_all_groups
+from lightning_easgd.checkpoint import Gather, Resumed, WorkerCheckpoints
+from lightning_easgd.checkpoint_io import AtomicCheckpointIO
+from lightning_easgd.communication import AllReduce, WorkerGroup, gather, leave_all_groups
 from lightning_easgd.exchange import ElasticPoint, Exchange, Rules
 from lightning_easgd.optimizers import LocalOptimizers
+from lightning_easgd.resuming import begin_epoch_as_usual
 from lightning_easgd.schedules import Period, Rate, Strength
 from lightning_easgd.signals import relay_sigterm, stop_training
 from lightning_easgd.telemetry import Telemetry
@@ -67,6 +73,8 @@ class EASGDStrategy(DDPStrategy):
         elastic_point: from where a worker is pulled under ``torch.optim.SGD(nesterov=True)``: the
             paper's iterate x, or the stored look-ahead parameter y = x + δv.
         final_exchange: one last exchange at the end of ``fit``.
+        strict_resume: whether it is an error if the own state of a worker is missing or damaged in
+            the checkpoint that training resumes from; else that worker starts at the center.
         bucket_bytes: the most that one all-reduce carries, in bytes.
         accelerator: as for DDPStrategy, like all that follow.
         parallel_devices: the devices of this node.
@@ -99,6 +107,7 @@ class EASGDStrategy(DDPStrategy):
         buffers: BufferPolicy = "average",
         elastic_point: ElasticPoint = "iterate",
         final_exchange: bool = True,
+        strict_resume: bool = False,
         bucket_bytes: int = 25 * 2**20,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
@@ -122,7 +131,7 @@ class EASGDStrategy(DDPStrategy):
             accelerator=accelerator,
             parallel_devices=parallel_devices,
             cluster_environment=cluster_environment,
-            checkpoint_io=checkpoint_io,
+            checkpoint_io=checkpoint_io or AtomicCheckpointIO(),
             precision_plugin=precision_plugin,
             process_group_backend=process_group_backend,
             timeout=timeout,
@@ -133,12 +142,14 @@ class EASGDStrategy(DDPStrategy):
         self._evaluate_on = evaluate_on
         self._buffer_policy = buffers
         self._final_exchange = final_exchange
+        self._strict_resume = strict_resume
         self._bucket_bytes = bucket_bytes
         self.telemetry = Telemetry()
         self._group: WorkerGroup | None = None
         self._center: Center | None = None
         self._exchange: Exchange | None = None
         self._failed = False
+        self._resumed: Resumed | None = None
         self._restore_signals: Callable[[], None] | None = None
 
     @classmethod
@@ -165,7 +176,77 @@ class EASGDStrategy(DDPStrategy):
         """The weights that checkpoints hold: the center. The single place that names them."""
         if self._exchange is None or self.lightning_module is None:
             return super().lightning_module_state_dict()
-        return self._exchange.center_state_dict(self.lightning_module)
+        latest = not self._alone
+        return self._exchange.center_state_dict(self.lightning_module, latest=latest)
+
+    @property
+    def _alone(self) -> bool:
+        """Whether this worker handles an exception that the others may know nothing of."""
+        if self._exchange is None or self.lightning_module is None:
+            return False
+        return self.lightning_module.trainer.interrupted and not self._exchange.stopped_together
+
+    @override
+    def save_checkpoint(
+        self,
+        checkpoint: dict[str, Any],
+        filepath: str | Path,
+        storage_options: Any = None,
+    ) -> None:
+        """Write the center, and beside it every worker's own state; see checkpoint.py.
+
+        After an exception that one worker may be alone with, and for weights only, the center.
+        """
+        path, exchange, module = os.fspath(filepath), self._exchange, self.lightning_module
+        weights_only = "optimizer_states" not in checkpoint
+        if exchange is None or module is None or self._alone or weights_only:
+            self._checkpoints().save_center_only(checkpoint, path, storage_options)
+        else:
+            self._checkpoints().save(
+                checkpoint,
+                path,
+                exchange=exchange,
+                module=module,
+                storage_options=storage_options,
+            )
+
+    @override
+    def remove_checkpoint(self, filepath: str | Path) -> None:
+        self._checkpoints().remove(os.fspath(filepath))
+
+    @override
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only)
+        assert self.lightning_module is not None
+        if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
+            self._resumed = self._checkpoints().resume(
+                checkpoint,
+                os.fspath(checkpoint_path),
+                weights_only=weights_only,
+                strict=self._strict_resume,
+            )
+        return checkpoint
+
+    def _checkpoints(self) -> WorkerCheckpoints:
+        collect: Gather = self._group.gather if self._group is not None else gather
+        return WorkerCheckpoints(
+            self.checkpoint_io, rank=self.global_rank, workers=self.world_size, gather=collect
+        )
+
+    @override
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        if not self._alone:
+            super().barrier(*args, **kwargs)
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        return obj if self._alone else super().broadcast(obj, src)
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        return decision if self._alone else super().reduce_boolean_decision(decision, all)
 
     @override
     def _configure_launcher(self) -> None:
@@ -180,6 +261,7 @@ class EASGDStrategy(DDPStrategy):
 
     @override
     def setup_environment(self) -> None:
+        self._resumed = None
         super().setup_environment()
         atexit.unregister(leave_all_groups)  # of an earlier trainer in this process
         atexit.register(leave_all_groups)
@@ -238,6 +320,19 @@ class EASGDStrategy(DDPStrategy):
         if self._exchange is not None:
             self._exchange.read_module()
 
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        super().load_optimizer_state_dict(checkpoint)
+        if self._resumed is None:
+            return
+        assert self._exchange is not None
+        assert self.lightning_module is not None
+        module = self.lightning_module
+        self._resumed.restore(self._exchange, module, strict=module.strict_loading)
+        rank_zero_info(self._resumed.note(self.world_size))
+        for warning in self._resumed.warnings():
+            rank_zero_warn(warning)
+
     def _set_up_exchange(self) -> None:
         assert self._group is not None
         assert self._center is not None
@@ -263,7 +358,11 @@ class EASGDStrategy(DDPStrategy):
     def on_train_start(self) -> None:
         assert self._exchange is not None
         assert self.lightning_module is not None
-        self._exchange.start_clock(self.lightning_module.trainer.global_step)
+        if self._resumed is None:
+            self._exchange.start_clock(self.lightning_module.trainer.global_step)
+        else:
+            self._resumed.restore_random_state()
+            begin_epoch_as_usual(self.lightning_module.trainer)
 
     @override
     def optimizer_step(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+
+_COUNTERS = ("steps", "exchanges", "bytes_sent", "bytes_received", "wait_seconds", "non_finite")
 
 
 @dataclass
@@ -40,6 +43,15 @@ class Telemetry:
     def ddp_bytes_sent(self) -> int:
         """Bytes this worker would have sent so far if gradients were all-reduced at every step."""
         return self.steps * self.ddp_bytes_per_step
+
+    def counters(self) -> dict[str, float]:
+        """What adds up over a run, to be carried on when it resumes."""
+        return {name: getattr(self, name) for name in _COUNTERS}
+
+    def load_counters(self, counters: Mapping[str, float]) -> None:
+        """The inverse of :meth:`counters`."""
+        for name, value in counters.items():
+            setattr(self, name, value)
 
     def metrics(self) -> dict[str, float]:
         """The scalars that are worth a curve, by name."""

@@ -10,17 +10,21 @@ import lightning_easgd
 ROOT = Path(lightning_easgd.__file__).parent
 
 LAYERS = [
-    {"arguments", "flat", "schedules", "telemetry"},
+    {"arguments", "fingerprint", "flat", "random_state", "schedules", "telemetry"},
     {"algorithms"},
     {"center", "communication", "optimizers"},
     {"rates"},
-    {"exchange", "signals"},
+    {"exchange", "resuming", "signals"},
+    {"checkpoint", "checkpoint_io"},
     {"strategy"},
     {"callbacks"},
 ]
 """From low to high; a module imports only from lower layers, or from its own folder."""
 
-LIGHTNING = {"strategy", "signals", "callbacks", "workloads", "__init__"}
+LIGHTNING = {
+    *("checkpoint_io", "resuming", "strategy", "signals", "callbacks"),
+    *("workloads", "__init__"),
+}
 DISTRIBUTED = {"communication"}
 SCRIPTS_ONLY = {"hydra", "matplotlib", "numpy", "omegaconf", "sklearn", "torchmetrics"}
 

@@ -1,7 +1,7 @@
 """HOW the bytes move: the only folder that calls torch.distributed or opens a socket."""
 
 from lightning_easgd.communication.all_reduce import AllReduce, PendingSum
-from lightning_easgd.communication.group import WorkerGroup, leave_all_groups
+from lightning_easgd.communication.group import WorkerGroup, gather, leave_all_groups
 from lightning_easgd.communication.header import ExchangeError, Header, verify
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "Header",
     "PendingSum",
     "WorkerGroup",
+    "gather",
     "leave_all_groups",
     "verify",
 ]

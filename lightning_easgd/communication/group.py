@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,6 +37,10 @@ class WorkerGroup:
                 dist.broadcast(values.view(-1).view(torch.uint8), src=0, group=self.data)
                 tensor.detach().copy_(values)
 
+    def gather(self, value: Any) -> list[Any]:
+        """A small picklable value of every worker, in rank order."""
+        return gather(value, self.control)
+
     def require_equal(self, module: nn.Module, options: Sequence[str]) -> None:
         """Check at set-up that all workers hold the same module and were given the same options.
 
@@ -46,8 +51,7 @@ class WorkerGroup:
         Raises:
             ValueError: on every worker, with the first lines that differ.
         """
-        everybody: list[list[str]] = [[] for _ in range(self.size)]
-        dist.all_gather_object(everybody, [*options, *_signature(module)], group=self.control)
+        everybody = self.gather([*options, *_signature(module)])
         for rank, theirs in enumerate(everybody):
             if theirs != everybody[0]:
                 mine_only = [line for line in everybody[0] if line not in set(theirs)][:3]
@@ -63,6 +67,13 @@ class WorkerGroup:
         """Leave the groups; nothing may be in flight."""
         for group in dict.fromkeys([self.control, self.data]):
             dist.destroy_process_group(group)
+
+
+def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """A small picklable value of every member of a group (None: all processes), in rank order."""
+    everybody: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everybody, value, group=group)
+    return everybody
 
 
 def leave_all_groups() -> None:

@@ -149,10 +149,13 @@ def run(
 
 
 def _save_end(trainer: pl.Trainer) -> str | None:
-    """Replace the last checkpoint by one with the weights after the final exchange."""
+    """Save what was delivered, the weights after the final exchange, beside the checkpoints.
+
+    The checkpoints themselves stay points to resume from.
+    """
     checkpoint = trainer.checkpoint_callback
     if not isinstance(checkpoint, ModelCheckpoint) or checkpoint.dirpath is None:
         return None
-    path = os.path.join(checkpoint.dirpath, f"{checkpoint.filename or 'last'}.ckpt")
-    trainer.save_checkpoint(path, weights_only=False)
+    path = os.path.join(checkpoint.dirpath, "final.ckpt")
+    trainer.save_checkpoint(path, weights_only=True)
     return path

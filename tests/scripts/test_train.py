@@ -48,16 +48,16 @@ def test_reports_accuracy_bytes_waits_and_the_checkpoint(tmp_path: Path) -> None
         "sent by each worker",
         "DDP would have sent",
         "waited for the network",
-        str(run / "checkpoints" / "last.ckpt"),
+        str(run / "checkpoints" / "final.ckpt"),
     ):
         assert label in printed
     assert "easgd/wait_seconds" in (run / "csv" / "version_0" / "metrics.csv").read_text()
-    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    state = torch.load(run / "checkpoints" / "final.ckpt", weights_only=True)
     assert any(key.startswith("net.") for key in state["state_dict"])
     tested = train(
         tmp_path,
         "train=false",
-        f'ckpt_path="{run}/checkpoints/last.ckpt"',
+        f'ckpt_path="{run}/checkpoints/final.ckpt"',
         "trainer.devices=1",
         "hydra.run.dir=tested",
     )
@@ -75,19 +75,27 @@ def test_the_command_of_the_readme_reaches_97_percent_on_the_digits(tmp_path: Pa
     assert found["test_accuracy"] >= 0.97
 
 
-def test_a_seed_repeats_exactly_and_resuming_goes_on(tmp_path: Path) -> None:
-    common = ["trainer.devices=2", "strategy=eamsgd", "model=mlp", "seed=3"]
-    for name in ("first", "second"):
-        train(tmp_path, *common, f"hydra.run.dir={name}")
-    one, two = (
-        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-        for name in ("first", "second")
+def test_a_seed_repeats_exactly_and_resuming_too(tmp_path: Path) -> None:
+    common = [
+        "trainer.devices=2",
+        "strategy=eamsgd",
+        "strategy.tau=7",
+        "seed=3",
+        "schedule=constant",
+    ]
+    two_epochs = "trainer.max_epochs=2"
+    train(tmp_path, *common, "hydra.run.dir=first")
+    resume = f"ckpt_path={tmp_path}/first/checkpoints/last.ckpt"
+    for name, more in (("resumed", [resume]), ("straight", []), ("again", [])):
+        train(tmp_path, *common, *more, two_epochs, f"hydra.run.dir={name}")
+    resumed, straight, again = (
+        torch.load(tmp_path / name / "checkpoints" / "final.ckpt", weights_only=True)["state_dict"]
+        for name in ("resumed", "straight", "again")
     )
-    for key, value in one.items():
-        assert torch.equal(value, two[key]), key
-    resumed = f"ckpt_path={tmp_path}/first/checkpoints/last.ckpt"
-    train(tmp_path, *common, resumed, "trainer.max_epochs=2", "hydra.run.dir=third")
-    assert report(tmp_path / "third")["steps"] == 2 * report(tmp_path / "first")["steps"]
+    for key, value in straight.items():
+        assert torch.equal(value, again[key]), key
+        assert torch.equal(value, resumed[key]), key
+    assert report(tmp_path / "resumed")["bytes_sent"] == report(tmp_path / "straight")["bytes_sent"]
 
 
 def test_sweeps_over_anything_leave_each_job_its_folder(tmp_path: Path) -> None:

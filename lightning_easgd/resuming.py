@@ -1,0 +1,36 @@
+"""The first epoch after resuming draws the same batches as if training had not stopped.
+
+[Note: iterators] An epoch begins by making the loader's iterator, which draws random numbers (the
+order of a shuffling loader, the seeds of its processes) and may read the sampler at once. When
+Lightning resumes it makes the iterator before the sampler is told the epoch, and does not make
+another. So the iterator of an epoch that begins with the resumed run is made once more, at the
+moment at which training makes it otherwise: with the random state restored and the epoch known.
+Loaders that keep their own state, and epochs that were stopped in the middle, stay as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+
+
+def begin_epoch_as_usual(trainer: pl.Trainer) -> None:
+    """Make the iterator of the first resumed epoch when the epoch begins; on this trainer only."""
+    fit_loop = trainer.fit_loop
+    epoch_loop = fit_loop.epoch_loop
+    lightnings_own = epoch_loop.on_run_start
+
+    def on_run_start(data_fetcher: Any) -> None:
+        del epoch_loop.on_run_start
+        resumed = fit_loop.is_resuming or epoch_loop.restarting
+        begins = epoch_loop.batch_progress.current.ready == 0
+        if resumed and begins and not _keeps_state(fit_loop._combined_loader):
+            iter(data_fetcher)
+        lightnings_own(data_fetcher)
+
+    epoch_loop.on_run_start = on_run_start  # type: ignore[method-assign]
+
+
+def _keeps_state(combined_loader: Any) -> bool:
+    return any(hasattr(loader, "load_state_dict") for loader in combined_loader.flattened)

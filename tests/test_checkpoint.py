@@ -1,0 +1,467 @@
+"""Stopping and going on: what is saved, and that a resumed run is the same run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.strategies import DDPStrategy
+from processes import run_workers
+from torch import Tensor
+from torch.utils.data import DataLoader
+from toy import Batches, Toy, trainer, weights
+
+from lightning_easgd import EASGDStrategy
+from lightning_easgd.checkpoint import workers_folder
+from lightning_easgd.checkpoint_io import AtomicCheckpointIO
+from lightning_easgd.fingerprint import fingerprint
+
+# Most resumed runs here save nothing themselves.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory"),
+]
+
+SGD = partial(torch.optim.SGD, lr=0.1)
+NESTEROV = partial(torch.optim.SGD, lr=0.05, momentum=0.9, nesterov=True)
+ADAMW = partial(torch.optim.AdamW, lr=0.05)
+STEPS = 6
+"""Steps of an epoch."""
+
+
+class Resumable:
+    """A loader that knows where it stands, as stateful loaders do."""
+
+    def __init__(self, rank: int) -> None:
+        self.items = Batches(rank, STEPS)
+        self.position = 0
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[Any]:
+        self.position %= len(self)
+        while self.position < len(self):
+            self.position += 1
+            yield self.items[self.position - 1]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
+
+
+class Noisy(Toy):
+    """Draws from torch's generator in every step, as dropout does, under a cosine schedule."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_buffer("running", torch.zeros(2))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        self.running.lerp_(x.mean().float() + torch.zeros(2), 0.1)
+        return super().training_step((x + 0.1 * torch.randn_like(x), y), batch_idx)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4 * STEPS)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+class Trace(Callback):
+    """The worker's own weights after every step."""
+
+    def __init__(self) -> None:
+        self.weights: dict[int, Any] = {}
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        own = {n: v.tobytes() for n, v in weights(pl_module).items()}
+        self.weights[trainer.global_step] = own, pl_module.running.tolist()
+
+
+def everything(fitting: pl.Trainer, module: pl.LightningModule) -> Any:
+    """The center, the worker's optimizer and the counters, comparable."""
+    state = [optimizer.state_dict() for optimizer in fitting.optimizers]
+    telemetry = fitting.strategy.telemetry
+    return fingerprint(module.state_dict()), fingerprint(state), telemetry.exchanges, telemetry.tau
+
+
+def fit(
+    rank: int,
+    folder: Path,
+    make: Any,
+    options: dict[str, Any],
+    *,
+    resume: str | None = None,
+    stateful: bool = True,
+    **checkpointing: Any,
+) -> Any:
+    torch.manual_seed(100 + rank)
+    module, trace = Noisy(make), Trace()
+    callbacks: list[Callback] = [trace]
+    if checkpointing:
+        callbacks.append(ModelCheckpoint(folder, **{"filename": "{step}", **checkpointing}))
+    fitting = trainer(
+        2,
+        EASGDStrategy(**options),
+        max_epochs=4,
+        callbacks=callbacks,
+        enable_checkpointing=bool(checkpointing),
+    )
+    shuffled = DataLoader(Batches(rank, STEPS), batch_size=None, shuffle=True)
+    fitting.fit(module, Resumable(rank) if stateful else shuffled, ckpt_path=resume)
+    return trace.weights, everything(fitting, module)
+
+
+def resumed_everywhere(rank: int, folder: Path, make: Any, options: dict[str, Any]) -> Any:
+    saving = {"every_n_train_steps": 1, "save_top_k": -1}
+    undisturbed = fit(rank, folder, make, options, **saving)
+    outcomes = {}
+    for step in (4, 5, 6, 10, 12, 17):
+        path = str(folder / f"step={step}.ckpt")
+        outcomes[step] = fit(rank, folder, make, options, resume=path)
+    return undisturbed, outcomes
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (SGD, {"tau": 4}),
+        (NESTEROV, {"tau": 5}),
+        (NESTEROV, {"tau": 3, "overlap": False}),
+        (ADAMW, {"tau": 4, "buffers": "local"}),
+        (NESTEROV, {"tau": lambda step: 2 + step % 3}),
+    ],
+    ids=["sgd", "nesterov", "blocking", "adamw", "callable"],
+)
+def test_a_resumed_run_has_the_bits_of_one_that_never_stopped(
+    make: Any, options: dict[str, Any], tmp_path: Path
+) -> None:
+    for undisturbed, outcomes in run_workers(
+        resumed_everywhere, tmp_path, make, options, workers=2, timeout=120
+    ):
+        for step, (steps, end) in outcomes.items():
+            assert steps == {n: w for n, w in undisturbed[0].items() if n > step}, step
+            assert end == undisturbed[1], step
+
+
+def resumed_at_epochs(rank: int, folder: Path) -> Any:
+    """Saved by validation, which shows the center, between epochs of a shuffling loader."""
+    options: dict[str, Any] = {"tau": 4}
+    undisturbed = fit(rank, folder, NESTEROV, options, stateful=False, save_top_k=-1)
+    path = str(folder / f"step={2 * STEPS}.ckpt")
+    return undisturbed, fit(rank, folder, NESTEROV, options, stateful=False, resume=path)
+
+
+def test_an_epoch_that_is_shuffled_afresh_is_the_same_after_resuming(tmp_path: Path) -> None:
+    for undisturbed, (steps, end) in run_workers(resumed_at_epochs, tmp_path, workers=2):
+        assert steps == {n: w for n, w in undisturbed[0].items() if n > 2 * STEPS}
+        assert end == undisturbed[1]
+
+
+class Validated(Noisy):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("seen", float(self.w.sum()), sync_dist=True)
+
+
+def saved_while_validating(rank: int, folder: Path, precision: Any) -> Any:
+    def run(resume: str | None) -> Any:
+        torch.manual_seed(rank)
+        dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
+        module, trace = Validated(NESTEROV, dtype=dtype), Trace()
+        saving = ModelCheckpoint(folder, "{step}", monitor="seen", save_top_k=-1)
+        fitting = trainer(
+            2,
+            EASGDStrategy(tau=4),
+            max_epochs=3,
+            precision=precision,
+            callbacks=[trace, saving],
+            enable_checkpointing=True,
+            val_check_interval=3,
+            num_sanity_val_steps=0,
+        )
+        data = Resumable(rank)
+        data.items = Batches(rank, STEPS, dtype)
+        fitting.fit(
+            module, data, DataLoader(Batches(0, 1, dtype), batch_size=None), ckpt_path=resume
+        )
+        return trace.weights, everything(fitting, module)
+
+    return run(None), run(str(folder / "step=9.ckpt"))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_a_checkpoint_made_while_the_module_shows_the_center(
+    precision: str, tmp_path: Path
+) -> None:
+    for undisturbed, (steps, end) in run_workers(
+        saved_while_validating, tmp_path, precision, workers=2
+    ):
+        assert steps == {n: w for n, w in undisturbed[0].items() if n > 9}
+        assert end == undisturbed[1]
+
+
+SAVING = {"every_n_train_steps": 9, "save_top_k": -1}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with step=9.ckpt and step=18.ckpt of two workers; not to be written to."""
+    folder = tmp_path_factory.mktemp("saved")
+    run_workers(partial(fit, **SAVING), folder, NESTEROV, {"tau": 4}, workers=2)
+    return folder
+
+
+@pytest.fixture
+def copy(saved: Path, tmp_path: Path) -> Path:
+    """step=9.ckpt of two workers, to be spoilt."""
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "step=9.ckpt"
+
+
+def worker_file(path: Path, rank: int) -> Path:
+    (found,) = Path(workers_folder(path)).glob(f"*/{rank}.ckpt")
+    return found
+
+
+def test_the_main_file_is_a_lightning_checkpoint_of_the_center(saved: Path) -> None:
+    content = torch.load(saved / "step=9.ckpt", weights_only=True)
+    own = [torch.load(worker_file(saved / "step=9.ckpt", r), weights_only=True) for r in range(2)]
+    w = [part["exchange"]["weights"]["w"] for part in own]
+    assert not torch.equal(w[0], w[1])
+    assert not any(torch.equal(content["state_dict"]["w"], each) for each in w)
+    assert {"epoch", "global_step", "loops", "callbacks", "optimizer_states"} <= content.keys()
+    assert "state_dict" not in own[0]["checkpoint"]
+    moments = [part["checkpoint"]["optimizer_states"][0]["state"][0] for part in own]
+    assert not torch.equal(*(each["momentum_buffer"] for each in moments))
+    files = sorted(p.name for p in Path(workers_folder(saved / "step=9.ckpt")).glob("*/*"))
+    assert files == ["0.ckpt", "1.ckpt", "manifest.ckpt"]
+
+
+def started(rank: int, path: str, workers: int, strategy: Any = None, lines: Any = None) -> Any:
+    """What a worker holds when its first batch begins, and how training ends."""
+    module, seen = Noisy(NESTEROV), {}
+
+    def look(*_: Any) -> None:
+        if not seen:
+            (group,) = module.optimizers().param_groups
+            moments = len(module.optimizers().state)
+            seen.update(w=weights(module)["w"].tolist(), moments=moments, lr=group["lr"])
+
+    module.on_train_batch_start = look
+    fitting = trainer(workers, strategy or EASGDStrategy(tau=4), max_epochs=3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.filterwarnings("always", ".*fresh optimizers")
+        fitting.fit(module, Resumable(rank), ckpt_path=path)
+    texts = [str(w.message) for w in caught if "fresh optimizers" in str(w.message)]
+    return seen, texts, fitting.global_step, getattr(fitting.strategy, "telemetry", None)
+
+
+def expected(path: Path, rank: int | None) -> Any:
+    """The weights of a worker's file; of the main file without a rank."""
+    content = torch.load(path if rank is None else worker_file(path, rank), weights_only=True)
+    state = content["state_dict"] if rank is None else content["exchange"]["weights"]
+    return state["w"].tolist()
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_another_number_of_workers_goes_on(workers: int, saved: Path) -> None:
+    path = saved / "step=9.ckpt"
+    outcomes = run_workers(started, str(path), workers, workers=workers)
+    for rank, (seen, _, steps, telemetry) in enumerate(outcomes):
+        assert seen["w"] == expected(path, rank if rank < 2 else None)
+        assert seen["moments"] == (2 if rank < 2 else 0)
+        assert seen["lr"] == outcomes[0][0]["lr"] < 0.05
+        assert steps == 3 * STEPS
+        assert telemetry.alpha == pytest.approx(0.9 / workers)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def alter(path: Path) -> None:
+    content = torch.load(path, weights_only=True)
+    content["exchange"]["weights"]["w"][0, 0] += 1e-3
+    torch.save(content, path)
+
+
+def garble(path: Path) -> None:
+    path.write_bytes(b"no checkpoint")
+
+
+SPOIL = [Path.unlink, truncate, alter, garble]
+
+
+@pytest.mark.parametrize("spoil", SPOIL)
+def test_a_damaged_worker_starts_at_the_center_with_a_warning(spoil: Any, copy: Path) -> None:
+    own = expected(copy, 0)
+    spoil(worker_file(copy, 1))
+    zero, one = run_workers(started, str(copy), 2, workers=2)
+    assert zero[0]["w"] == own
+    assert zero[0]["moments"] == 2
+    assert one[0] == {"w": expected(copy, None), "moments": 0, "lr": zero[0]["lr"]}
+    (text,) = zero[1]
+    assert text.startswith("Worker 1 starts at the center")
+    assert "1.ckpt" in text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize("spoil", SPOIL)
+def test_a_damaged_worker_is_an_error_on_all_if_strict(spoil: Any, copy: Path) -> None:
+    spoil(worker_file(copy, 1))
+    strategy = EASGDStrategy(tau=4, strict_resume=True)
+    for outcome in run_workers(started, str(copy), 2, strategy, workers=2, check=False):
+        assert outcome.error == "CheckpointError"
+        assert "worker 1: " in outcome.message
+        assert "strict_resume" in outcome.message
+
+
+def test_without_the_folder_all_workers_start_at_the_center(copy: Path) -> None:
+    shutil.rmtree(workers_folder(copy))
+    for seen, _, steps, _ in run_workers(started, str(copy), 2, workers=2):
+        assert seen["w"] == expected(copy, None)
+        assert seen["moments"] == 0
+        assert steps == 3 * STEPS
+
+
+def test_a_link_finds_the_workers_of_its_target(copy: Path) -> None:
+    link = copy.with_name("last.ckpt")
+    link.symlink_to(copy.name)
+    for rank, (seen, texts, *_) in enumerate(run_workers(started, str(link), 2, workers=2)):
+        assert seen["w"] == expected(copy, rank)
+        assert not texts
+
+
+def test_ddp_goes_on_from_a_checkpoint_of_ours(saved: Path) -> None:
+    path = saved / "step=9.ckpt"
+    for seen, *_ in run_workers(started, str(path), 2, DDPStrategy(), workers=2):
+        assert seen["w"] == expected(path, None)
+        assert seen["moments"] == 2
+
+
+def other_model(rank: int, path: str) -> None:
+    module = Noisy(NESTEROV)
+    module.extra = torch.nn.Parameter(torch.zeros(1))
+    trainer(2, EASGDStrategy()).fit(module, Resumable(rank), ckpt_path=path)
+
+
+def test_another_model_is_refused_with_the_keys_that_differ(saved: Path) -> None:
+    path = str(saved / "step=9.ckpt")
+    for outcome in run_workers(other_model, path, workers=2, check=False):
+        assert outcome.error == "RuntimeError"
+        assert 'Missing key(s) in state_dict: "extra"' in outcome.message
+
+
+def test_a_newer_layout_is_refused(copy: Path) -> None:
+    content = torch.load(copy, weights_only=True)
+    content["lightning_easgd"]["format"] = 99
+    torch.save(content, copy)
+    for outcome in run_workers(started, str(copy), 2, workers=2, check=False):
+        assert outcome.error == "CheckpointError"
+        assert "layout 99" in outcome.message
+
+
+def kept(rank: int, folder: Path) -> list[str]:
+    fit(rank, folder, SGD, {"tau": 4}, every_n_train_steps=5, save_top_k=1, save_last=True)
+    return sorted(os.listdir(folder))
+
+
+def test_removing_a_checkpoint_removes_its_workers(tmp_path: Path) -> None:
+    run_workers(kept, tmp_path, workers=2)
+    names = {"last.ckpt", "step=20.ckpt"}
+    assert {p.name for p in tmp_path.iterdir()} == names | {n + ".workers" for n in names}
+    for name in names:
+        assert len(list(Path(workers_folder(tmp_path / name)).iterdir())) == 1
+
+
+class Failing(AtomicCheckpointIO):
+    """Fails on one worker from the second save on, while it writes what matches."""
+
+    def __init__(self, rank: int, what: str) -> None:
+        self.rank, self.what, self.left = rank, what, 1
+
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        if str(path).endswith(self.what) and os.environ["RANK"] == str(self.rank):
+            self.left -= 1
+            if self.left < 0:
+                raise OSError("disk full")
+        super().save_checkpoint(checkpoint, path, storage_options)
+
+
+def failing(rank: int, folder: Path, who: int, what: str) -> None:
+    saving = {"every_n_train_steps": 5, "filename": "last", "enable_version_counter": False}
+    storage = Failing(who, what)
+    fit(rank, folder, SGD, {"tau": 4, "checkpoint_io": storage}, save_top_k=1, **saving)
+
+
+@pytest.mark.parametrize(("who", "what"), [(1, "1.ckpt"), (0, "0.ckpt")])
+def test_a_worker_that_cannot_write_fails_all_and_leaves_the_checkpoint_before(
+    who: int, what: str, tmp_path: Path
+) -> None:
+    outcomes = run_workers(failing, tmp_path, who, what, workers=2, check=False)
+    assert outcomes[who].error == "OSError"
+    assert outcomes[1 - who].error == "CheckpointError"
+    assert f"worker {who}: OSError: disk full" in outcomes[1 - who].message
+    path = tmp_path / "last.ckpt"
+    assert torch.load(path, weights_only=True)["global_step"] == 5
+    for rank, (seen, texts, *_) in enumerate(run_workers(started, str(path), 2, workers=2)):
+        save = torch.load(path, weights_only=True)["lightning_easgd"]["save"]
+        own = torch.load(f"{workers_folder(path)}/{save}/{rank}.ckpt", weights_only=True)
+        assert seen["w"] == own["exchange"]["weights"]["w"].tolist()
+        assert not texts
+
+
+def raising(rank: int, folder: Path, who: int) -> None:
+    module = Noisy(SGD)
+
+    def fail(batch: Any, batch_idx: int) -> None:
+        if rank == who and batch_idx == 1:
+            raise ZeroDivisionError("on one worker")
+
+    module.on_train_batch_start = fail
+    callbacks = [
+        OnExceptionCheckpoint(folder / "exception"),
+        ModelCheckpoint(folder, "saved", save_on_exception=True, save_last=True),
+    ]
+    options = {"callbacks": callbacks, "enable_checkpointing": True, "max_epochs": 4}
+    trainer(2, EASGDStrategy(tau=2), **options).fit(module, Resumable(rank))
+
+
+@pytest.mark.filterwarnings("ignore:.*ckpt_path")  # OnExceptionCheckpoint looks for one to resume
+@pytest.mark.parametrize("who", [0, 1])
+def test_an_exception_on_one_worker_saves_the_center_without_waiting(
+    who: int, tmp_path: Path
+) -> None:
+    outcomes = run_workers(raising, tmp_path, who, workers=2, timeout=30, check=False)
+    assert outcomes[who].error == "ZeroDivisionError"
+    assert outcomes[1 - who].error == "ExchangeError"
+    content = torch.load(tmp_path / "saved.ckpt", weights_only=True)
+    assert content["global_step"] in range(1, 5)
+    assert "lightning_easgd" not in content
+    assert not Path(workers_folder(tmp_path / "saved.ckpt")).exists()
+
+
+def asynchronous(rank: int, folder: Path) -> Any:
+    options = {"tau": 4, "checkpoint_io": AsyncCheckpointIO()}
+    return fit(rank, folder, NESTEROV, options, **SAVING)
+
+
+def test_asynchronous_io(tmp_path: Path, saved: Path) -> None:
+    run_workers(asynchronous, tmp_path, workers=2)
+    path = tmp_path / "step=9.ckpt"
+    for rank, (seen, texts, *_) in enumerate(run_workers(started, str(path), 2, workers=2)):
+        assert seen["w"] == expected(saved / "step=9.ckpt", rank)
+        assert not texts
