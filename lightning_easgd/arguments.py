@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import timedelta
+
+from lightning_easgd.schedules import is_number
 
 _GRADIENT_REDUCTION = {
     "broadcast_buffers",
@@ -34,6 +37,23 @@ def require_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
         )
 
 
+def require_duration(name: str, value: float | timedelta) -> timedelta:
+    """A positive duration, given in seconds or as a timedelta.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(value, timedelta):
+        if value > timedelta(0):
+            return value
+    elif is_number(value) and value > 0:
+        return timedelta(seconds=value)
+    raise ValueError(
+        f"{name}={value!r} is not allowed. Allowed: a positive number of seconds, or a positive"
+        " datetime.timedelta."
+    )
+
+
 def refuse(unsupported: Mapping[str, object]) -> None:
     """Refuse keyword arguments that the strategy does not have.
 
@@ -50,5 +70,6 @@ def refuse(unsupported: Mapping[str, object]) -> None:
             )
         raise TypeError(
             f"EASGDStrategy got an unknown argument {name}={value!r}. Its own are tau, beta, alpha,"
-            " rho, overlap, evaluate_on, buffers, elastic_point, final_exchange and bucket_bytes."
+            " rho, overlap, evaluate_on, buffers, elastic_point, final_exchange, strict_resume,"
+            " exchange_timeout and bucket_bytes."
         )

@@ -24,7 +24,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
-from lightning_easgd.arguments import refuse, require_choice
+from lightning_easgd.arguments import refuse, require_choice, require_duration
 from lightning_easgd.center import BufferPolicy, Center
 from lightning_easgd.checkpoint import Gather, Resumed, WorkerCheckpoints
 from lightning_easgd.checkpoint_io import AtomicCheckpointIO
@@ -75,6 +75,8 @@ class EASGDStrategy(DDPStrategy):
         final_exchange: one last exchange at the end of ``fit``.
         strict_resume: whether it is an error if the own state of a worker is missing or damaged in
             the checkpoint that training resumes from; else that worker starts at the center.
+        exchange_timeout: how long an exchange waits for workers that do not come, in seconds or as
+            a timedelta, before an error names them.
         bucket_bytes: the most that one all-reduce carries, in bytes.
         accelerator: as for DDPStrategy, like all that follow.
         parallel_devices: the devices of this node.
@@ -82,7 +84,7 @@ class EASGDStrategy(DDPStrategy):
         checkpoint_io: how checkpoints are written.
         precision_plugin: the precision plugin.
         process_group_backend: "nccl", "gloo", ...; None chooses by device.
-        timeout: how long a collective may take before it fails.
+        timeout: how long a collective of Lightning's may take before it fails.
         start_method: how the workers of this node are started.
         **unsupported: refused, with the reason.
 
@@ -108,6 +110,7 @@ class EASGDStrategy(DDPStrategy):
         elastic_point: ElasticPoint = "iterate",
         final_exchange: bool = True,
         strict_resume: bool = False,
+        exchange_timeout: float | timedelta = timedelta(minutes=5),
         bucket_bytes: int = 25 * 2**20,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
@@ -143,6 +146,7 @@ class EASGDStrategy(DDPStrategy):
         self._buffer_policy = buffers
         self._final_exchange = final_exchange
         self._strict_resume = strict_resume
+        self._exchange_timeout = require_duration("exchange_timeout", exchange_timeout)
         self._bucket_bytes = bucket_bytes
         self.telemetry = Telemetry()
         self._group: WorkerGroup | None = None
@@ -296,7 +300,7 @@ class EASGDStrategy(DDPStrategy):
         """Make the workers equal instead of wrapping the module: no gradient is ever reduced."""
         module = self.lightning_module
         assert module is not None
-        self._group = WorkerGroup(self._timeout)
+        self._group = WorkerGroup(self._exchange_timeout, self._timeout)
         self._group.require_equal(module, self._options())
         self._group.broadcast_([*module.parameters(), *module.buffers()])
         self._center = Center(module, buffers=self._buffer_policy, rank=self._group.rank)
@@ -409,6 +413,8 @@ class EASGDStrategy(DDPStrategy):
         atexit.unregister(leave_all_groups)
         if self._exchange is not None:
             self._exchange.center.show_worker()
+        if self._group is not None:
+            self._group.abandon(f"ended with {type(exception).__name__}: {exception}")
         super().on_exception(exception)
 
     @override

@@ -70,11 +70,13 @@ class Workers:
             process.close()
             pipe.close()
 
-    def collect(self, timeout: float) -> list[Outcome]:
-        """Wait for all workers to end, at most ``timeout`` seconds."""
+    def collect(self, timeout: float, without: int | None = None) -> list[Outcome]:
+        """Wait at most ``timeout`` seconds for all workers, or all but ``without``, to end."""
         deadline = time.monotonic() + timeout
         outcomes = []
         for rank, pipe in enumerate(self.pipes):
+            if rank == without:
+                continue
             assert pipe.poll(max(0.0, deadline - time.monotonic())), (
                 f"worker {rank} was not back after {timeout} s: a deadlock?"
             )

@@ -10,8 +10,8 @@ import lightning_easgd
 ROOT = Path(lightning_easgd.__file__).parent
 
 LAYERS = [
-    {"arguments", "fingerprint", "flat", "random_state", "schedules", "telemetry"},
-    {"algorithms"},
+    {"fingerprint", "flat", "random_state", "schedules", "telemetry"},
+    {"algorithms", "arguments"},
     {"center", "communication", "optimizers"},
     {"rates"},
     {"exchange", "resuming", "signals"},

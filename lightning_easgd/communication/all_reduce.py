@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 import torch
@@ -10,10 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_easgd.communication.group import WorkerGroup
-from lightning_easgd.communication.header import ExchangeError, Header
+from lightning_easgd.communication.header import Header
 from lightning_easgd.flat import bucket_slices
-
-_POLL_SECONDS = 1e-4
 
 
 class PendingSum:
@@ -25,8 +22,8 @@ class PendingSum:
         header_work: the collective that gathers the headers.
         headers: where the headers arrive, one tensor per worker.
         works: the collectives that sum.
-        blocking: whether a collective ends when its data is there (gloo), or may be queued behind
-            on an accelerator's stream (nccl).
+        group: the workers.
+        what: it is, for messages.
     """
 
     def __init__(
@@ -35,12 +32,15 @@ class PendingSum:
         headers: Sequence[Tensor],
         works: Sequence[dist.Work],
         *,
-        blocking: bool,
+        group: WorkerGroup,
+        what: str,
     ) -> None:
         self._header_work = header_work
         self._headers = headers
         self._works = works
-        self._blocking = blocking
+        self._group = group
+        self._what = what
+        self._blocking = group.data is group.control
 
     def headers(self) -> list[Header]:
         """Wait for the headers of all workers; in rank order.
@@ -48,7 +48,7 @@ class PendingSum:
         Raises:
             ExchangeError: a worker left or did not answer in time.
         """
-        _wait(self._header_work, poll=True)
+        self._group.wait(self._header_work, self._what)
         return [Header.unpack(header.tolist()) for header in self._headers]
 
     def wait(self) -> None:
@@ -58,7 +58,7 @@ class PendingSum:
             ExchangeError: a worker left or did not answer in time.
         """
         for work in self._works:
-            _wait(work, poll=self._blocking)
+            self._group.wait(work, self._what, poll=self._blocking)
 
 
 class AllReduce:
@@ -88,8 +88,8 @@ class AllReduce:
         ]
         assert gather is not None
         in_flight = [work for work in sums if work is not None]
-        blocking = self.group.data is self.group.control
-        return PendingSum(gather, headers, in_flight, blocking=blocking)
+        what = f"The exchange that worker {self.group.rank} began at step {header.clock}"
+        return PendingSum(gather, headers, in_flight, group=self.group, what=what)
 
     def traffic_bytes(self, payload_bytes: int) -> int:
         """Bytes that each worker sends, and receives: a ring all-reduce and the headers."""
@@ -99,16 +99,3 @@ class AllReduce:
     def ring_bytes(self, payload_bytes: int) -> int:
         """Bytes that each worker sends, and receives, in a ring all-reduce: 2 (p-1)/p of it."""
         return 2 * (self.group.size - 1) * payload_bytes // self.group.size
-
-
-def _wait(work: dist.Work, *, poll: bool) -> None:
-    try:
-        # Polled, so that signals (Ctrl-C among them) are seen while a worker is late.
-        while poll and not work.is_completed():
-            time.sleep(_POLL_SECONDS)
-        work.wait()
-    except RuntimeError as error:
-        raise ExchangeError(
-            "An exchange could not be completed: another worker ended or lost its connection, or"
-            f" did not answer within the timeout. Look for its error first. ({error})"
-        ) from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import time
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -9,6 +11,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from lightning_easgd.communication.header import ExchangeError
+from lightning_easgd.communication.liveness import Liveness
+
+_NEVER = timedelta(days=30)
+_POLL_SECONDS = 1e-4
 
 
 class WorkerGroup:
@@ -19,14 +27,19 @@ class WorkerGroup:
     it.
 
     Args:
-        timeout: how long a collective may take before it fails; None for the default of torch.
+        timeout: how long this worker waits for others; see :meth:`wait`.
+        device_timeout: what torch allows a sum on an accelerator from its start on, which is up to
+            a round before anybody waits for it.
     """
 
-    def __init__(self, timeout: timedelta | None) -> None:
+    def __init__(self, timeout: timedelta, device_timeout: timedelta | None) -> None:
         backend = dist.get_backend()
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.control = _new_group("gloo", timeout)
-        self.data = self.control if backend == "gloo" else _new_group(backend, timeout)
+        # gloo counts from the start of a collective too; wait() counts from when somebody waits.
+        self.control = _new_group("gloo", _NEVER)
+        self.data = self.control if backend == "gloo" else _new_group(backend, device_timeout)
+        self._timeout = timeout.total_seconds()
+        self._liveness = Liveness(self.rank, self.size)
 
     def broadcast_(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite tensors with those of worker 0."""
@@ -34,12 +47,66 @@ class WorkerGroup:
             values = tensor.detach().contiguous().clone()
             if values.numel():
                 # As bytes: backends differ in the element types that they know.
-                dist.broadcast(values.view(-1).view(torch.uint8), src=0, group=self.data)
+                data = values.view(-1).view(torch.uint8)
+                work = dist.broadcast(data, src=0, group=self.data, async_op=True)
+                assert work is not None
+                self.wait(work, "Making the workers equal", poll=self.data is self.control)
                 tensor.detach().copy_(values)
 
     def gather(self, value: Any) -> list[Any]:
-        """A small picklable value of every worker, in rank order."""
-        return gather(value, self.control)
+        """A small picklable value of every worker, in rank order.
+
+        Raises:
+            ExchangeError: a worker left or did not answer in time.
+        """
+        mine = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        sizes = self._gather_tensors(torch.tensor([mine.numel()]))
+        padded = torch.zeros(int(max(sizes)), dtype=torch.uint8)
+        padded[: mine.numel()] = mine
+        everybody = self._gather_tensors(padded)
+        return [
+            pickle.loads(bytes(data[: int(size)].tolist()))
+            for data, size in zip(everybody, sizes, strict=True)
+        ]
+
+    def _gather_tensors(self, mine: Tensor) -> list[Tensor]:
+        everybody = [torch.empty_like(mine) for _ in range(self.size)]
+        work = dist.all_gather(everybody, mine, group=self.control, async_op=True)
+        assert work is not None
+        self.wait(work, "An agreement between the workers")
+        return everybody
+
+    def wait(self, work: dist.Work, what: str, *, poll: bool = True) -> None:
+        """Wait for a collective.
+
+        Args:
+            work: the collective.
+            what: it is part of, for the message.
+            poll: whether it ends when its data is there (gloo), so that it can be watched; an
+                accelerator's is only queued behind what its stream does.
+
+        Raises:
+            ExchangeError: another worker is gone or did not come within the timeout; says which.
+        """
+        deadline = time.monotonic() + self._timeout
+        try:
+            # Polled, so that signals (Ctrl-C among them) are seen while a worker is late.
+            while poll and not work.is_completed():
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"not completed within {self._timeout:g} s")
+                time.sleep(_POLL_SECONDS)
+            work.wait()
+        except (RuntimeError, TimeoutError) as error:
+            raise ExchangeError(
+                f"{what} could not be completed. {self._who_is_missing()} Look for their errors"
+                f" first; then resume from the last checkpoint. ({error})"
+            ) from error
+
+    def _who_is_missing(self) -> str:
+        missing = self._liveness.missing()
+        if not missing:
+            return "All workers are alive, but one is too late, or the network between them failed."
+        return "; ".join(f"Worker {rank} {reason}" for rank, reason in missing.items()) + "."
 
     def require_equal(self, module: nn.Module, options: Sequence[str]) -> None:
         """Check at set-up that all workers hold the same module and were given the same options.
@@ -63,8 +130,13 @@ class WorkerGroup:
                     " precisions and requires_grad) and give the strategy the same options."
                 )
 
+    def abandon(self, reason: str) -> None:
+        """Stop taking part, after an error; the others are told the reason."""
+        self._liveness.stop(reason)
+
     def close(self) -> None:
         """Leave the groups; nothing may be in flight."""
+        self._liveness.stop()
         for group in dict.fromkeys([self.control, self.data]):
             dist.destroy_process_group(group)
 
