@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 
 from lightning_easgd.algorithms import elastic
 from lightning_easgd.center import Center
-from lightning_easgd.communication import AllReduce, ExchangeError, Header, PendingSum, verify
+from lightning_easgd.communication import AllReduce, ExchangeError, Header, PendingSum, Stop, verify
 from lightning_easgd.flat import FlatVector
 from lightning_easgd.optimizers import LocalOptimizers
 from lightning_easgd.rates import MovingRates
@@ -88,16 +88,16 @@ class Exchange:
     ) -> None:
         self.center = center
         self.telemetry = telemetry
-        self.stopping = False
-        """Training ends with this step, on every worker."""
+        self.stopping = Stop.NO
+        """Why training ends with this step, on every worker."""
         self._all_reduce = all_reduce
         self._optimizers = optimizers
         self._rules = rules
         self._in_flight: InFlight | None = None
         self._count = 0
         self._finished = False
-        self._stop_requested = False
-        self.stop_agreed = False
+        self._stop_requested = Stop.NO
+        self.stop_agreed = Stop.NO
         group = all_reduce.group
         self._speaks = group.rank == 0
         self._rates = MovingRates(
@@ -110,19 +110,19 @@ class Exchange:
         self.clock = step
         self.telemetry.tau, self._next_due = self._rules.period.after(step)
 
-    def request_stop(self) -> bool:
+    def request_stop(self, why: Stop) -> bool:
         """Ask all workers to stop at the same step, within two periods. Signal-safe.
 
         Returns:
             False if no header will leave that could say so.
         """
-        self._stop_requested = True
+        self._stop_requested = max(self._stop_requested, why)
         return not self._finished
 
     @property
     def stopped_together(self) -> bool:
         """Whether all workers end their training with this step, or have ended it."""
-        return self.stopping or self._finished
+        return bool(self.stopping) or self._finished
 
     @contextmanager
     def step(self, optimizer: Optimizer) -> Iterator[None]:
@@ -294,7 +294,7 @@ class Exchange:
 
     @torch.no_grad()
     def _apply(self, flight: InFlight, headers: Sequence[Header]) -> None:
-        self.stop_agreed |= any(header.stop for header in headers)
+        self.stop_agreed = max(self.stop_agreed, *(header.stop for header in headers))
         self.telemetry.worker_wait_seconds = [1e-6 * h.wait_microseconds for h in headers]
         healthy = [not header.non_finite for header in headers]
         self._report_non_finite(flight.clock, healthy)

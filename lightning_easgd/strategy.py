@@ -21,19 +21,18 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
 from lightning_easgd.arguments import refuse, require_choice, require_duration
 from lightning_easgd.center import BufferPolicy, Center
 from lightning_easgd.checkpoint import Gather, Resumed, WorkerCheckpoints
 from lightning_easgd.checkpoint_io import AtomicCheckpointIO
-from lightning_easgd.communication import AllReduce, WorkerGroup, gather, leave_all_groups
+from lightning_easgd.communication import AllReduce, Stop, WorkerGroup, gather, leave_all_groups
 from lightning_easgd.exchange import ElasticPoint, Exchange, Rules
 from lightning_easgd.optimizers import LocalOptimizers
 from lightning_easgd.resuming import begin_epoch_as_usual
 from lightning_easgd.schedules import Period, Rate, Strength
-from lightning_easgd.signals import relay_sigterm, stop_training
+from lightning_easgd.signals import SignalRelay, exception_of
 from lightning_easgd.telemetry import Telemetry
 
 if TYPE_CHECKING:
@@ -154,7 +153,7 @@ class EASGDStrategy(DDPStrategy):
         self._exchange: Exchange | None = None
         self._failed = False
         self._resumed: Resumed | None = None
-        self._restore_signals: Callable[[], None] | None = None
+        self._signals: SignalRelay | None = None
 
     @classmethod
     @override
@@ -272,7 +271,7 @@ class EASGDStrategy(DDPStrategy):
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
-        self._restore_signals = relay_sigterm(trainer, self._request_stop)
+        self._signals = SignalRelay(trainer, self._request_stop)
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:
             self._refuse_features(trainer)
@@ -353,10 +352,10 @@ class EASGDStrategy(DDPStrategy):
             telemetry=self.telemetry,
         )
 
-    def _request_stop(self) -> bool:
+    def _request_stop(self, why: Stop) -> bool:
         if self._exchange is None or self._failed:
             return False
-        return self._exchange.request_stop()
+        return self._exchange.request_stop(why)
 
     @override
     def on_train_start(self) -> None:
@@ -382,11 +381,11 @@ class EASGDStrategy(DDPStrategy):
         gradient accumulation, for any of several optimizers.
         """
         assert self._exchange is not None
-        assert self.lightning_module is not None
+        assert self._signals is not None
         with self._exchange.step(optimizer):
             output = super().optimizer_step(optimizer, closure, model, **kwargs)
         if self._exchange.stopping:
-            stop_training(self.lightning_module.trainer)
+            self._signals.stop_training(self._exchange.stopping)
         return output
 
     @override
@@ -404,7 +403,7 @@ class EASGDStrategy(DDPStrategy):
         assert self._exchange is not None
         self._exchange.finish(exchange=self._final_exchange)
         if self._exchange.stop_agreed:
-            raise SIGTERMException
+            raise exception_of(self._exchange.stop_agreed)
 
     @override
     def on_exception(self, exception: BaseException) -> None:
@@ -419,9 +418,9 @@ class EASGDStrategy(DDPStrategy):
 
     @override
     def teardown(self) -> None:
-        if self._restore_signals is not None:
-            self._restore_signals()
-            self._restore_signals = None
+        if self._signals is not None:
+            self._signals.restore()
+            self._signals = None
         if not self._failed:
             self._exchange = self._center = None
             if self._group is not None:

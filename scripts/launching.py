@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-_GRACE_SECONDS = 20.0
+_GRACE_SECONDS = 60.0
 _POLL_SECONDS = 0.05
 _LINES_OF_LOG = 25
 _ENDING = (signal.SIGINT, signal.SIGTERM)
@@ -38,7 +38,7 @@ def run_workers(command: Sequence[str], *, workers: int, nodes: int, logs: Path)
     """Run ``command`` as the workers of this node, and wait for all of them.
 
     Worker 0 writes to the terminal, the others to ``logs/worker<local rank>.log``. When one fails,
-    on Ctrl-C and on SIGTERM, the others are asked to end, and killed after 20 seconds.
+    on Ctrl-C and on SIGTERM, the others are asked to end, and killed after 60 seconds.
 
     Args:
         command: the program and its arguments.
@@ -56,7 +56,6 @@ def run_workers(command: Sequence[str], *, workers: int, nodes: int, logs: Path)
     shared = _shared_environment(workers, nodes)
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     processes: list[subprocess.Popen[bytes]] = []
-    asked = signal.SIGTERM
     try:
         with ExitStack() as files:
             for rank in range(workers):
@@ -67,11 +66,8 @@ def run_workers(command: Sequence[str], *, workers: int, nodes: int, logs: Path)
                     subprocess.Popen(command, env=environment, stdout=log, stderr=errors)
                 )
         _wait(processes, logs)
-    except KeyboardInterrupt:
-        asked = signal.SIGINT
-        raise
     finally:
-        _end(processes, asked)
+        _end(processes)
         signal.signal(signal.SIGTERM, before)
 
 
@@ -123,13 +119,14 @@ def _end_of_log(path: Path) -> str:
     return "\n".join([f" The end of {path}:", *lines])
 
 
-def _end(processes: Sequence[subprocess.Popen[bytes]], asked: signal.Signals) -> None:
+def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     # A second Ctrl-C must not keep a worker alive.
     ignored = {number: signal.signal(number, signal.SIG_IGN) for number in _ENDING}
     deadline = time.monotonic() + _GRACE_SECONDS
     try:
         for process in processes:
-            process.send_signal(asked)
+            # After Ctrl-C too, which a terminal sends to all: a second one would end them at once.
+            process.terminate()
         for process in processes:
             try:
                 process.wait(max(0.0, deadline - time.monotonic()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import warnings
 from collections.abc import Iterator
 from functools import partial
@@ -465,3 +466,40 @@ def test_asynchronous_io(tmp_path: Path, saved: Path) -> None:
     for rank, (seen, texts, *_) in enumerate(run_workers(started, str(path), 2, workers=2)):
         assert seen["w"] == expected(saved / "step=9.ckpt", rank)
         assert not texts
+
+
+def stopped_and_resumed(rank: int, folder: Path, number: signal.Signals) -> Any:
+    undisturbed = fit(rank, folder, NESTEROV, {"tau": 4})
+    torch.manual_seed(100 + rank)
+    module, count = Noisy(NESTEROV), []
+
+    def on_train_batch_start(batch: Any, batch_idx: int) -> None:
+        count.append(batch_idx)
+        if rank == 1 and len(count) == 6:
+            os.kill(os.getpid(), number)
+
+    module.on_train_batch_start = on_train_batch_start
+    saving = ModelCheckpoint(folder, "stopped", save_on_exception=True, every_n_epochs=100)
+    options = {"max_epochs": 4, "callbacks": [saving], "enable_checkpointing": True}
+    fitting = trainer(2, EASGDStrategy(tau=4), **options)
+    error = None
+    try:
+        fitting.fit(module, Resumable(rank))
+    except BaseException as raised:
+        error = type(raised).__name__
+    resumed = fit(rank, folder, NESTEROV, {"tau": 4}, resume=str(folder / "stopped.ckpt"))
+    return error, fitting.global_step, undisturbed, resumed
+
+
+@pytest.mark.parametrize(
+    ("number", "error"), [(signal.SIGTERM, "SIGTERMException"), (signal.SIGINT, "SystemExit")]
+)
+def test_a_signal_to_one_worker_stops_all_at_one_step_from_which_they_go_on(
+    number: signal.Signals, error: str, tmp_path: Path
+) -> None:
+    outcomes = run_workers(stopped_and_resumed, tmp_path, number, workers=2)
+    for found, step, undisturbed, (steps, end) in outcomes:
+        # Batch 6 is in the round that ends with the exchange of step 8, seen by all at that of 12.
+        assert (found, step) == (error, 13)
+        assert steps == {n: w for n, w in undisturbed[0].items() if n > step}
+        assert end == undisturbed[1]

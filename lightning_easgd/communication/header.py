@@ -8,10 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
+from enum import IntEnum
 
 
 class ExchangeError(RuntimeError):
     """An exchange failed, or showed that the workers no longer train the same model in step."""
+
+
+class Stop(IntEnum):
+    """Why training should stop; of several, the highest counts."""
+
+    NO = 0
+    INTERRUPTED = 1
+    """Ctrl-C (SIGINT)."""
+    TERMINATED = 2
+    """SIGTERM."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +37,8 @@ class Header:
     """The same, with parameters that were unfrozen since and join with the next exchange."""
     done: bool
     """This is the worker's last exchange."""
-    stop: bool
-    """The worker was asked to stop (SIGTERM)."""
+    stop: Stop
+    """Why the worker was asked to stop."""
     non_finite: bool
     """The worker's weights are not finite; its difference is left out."""
     checksum: int
@@ -44,7 +55,7 @@ class Header:
         """The inverse of :meth:`pack`."""
         clock, fingerprint, announced, done, stop, non_finite, checksum, wait = values
         return cls(
-            clock, fingerprint, announced, bool(done), bool(stop), bool(non_finite), checksum, wait
+            clock, fingerprint, announced, bool(done), Stop(stop), bool(non_finite), checksum, wait
         )
 
 

@@ -88,7 +88,7 @@ def test_a_second_ctrl_c_leaves_no_worker_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launching, "_GRACE_SECONDS", 1.0)
-    ignore = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    ignore = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
 
     def interrupt_twice() -> None:
         deadline = time.monotonic() + 30
