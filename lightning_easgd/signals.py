@@ -40,7 +40,8 @@ class SignalRelay:
         trainer._signal_connector._sigterm_notifier_fn = self._terminate  # type: ignore[method-assign]
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = self._before_batch  # type: ignore[method-assign]
         self._on_interrupt = signal.getsignal(signal.SIGINT)
-        if trainer.world_size > 1 and threading.current_thread() is threading.main_thread():
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if trainer.world_size > 1 and in_main_thread and callable(self._on_interrupt):
             signal.signal(signal.SIGINT, self._interrupt)
 
     def restore(self) -> None:
@@ -72,7 +73,8 @@ class SignalRelay:
                 "\nCtrl-C: all workers will stop together, at one of the next two exchanges. Press"
                 " it again to end at once."
             )
-        elif callable(self._on_interrupt):
+        else:
+            assert callable(self._on_interrupt)
             self._on_interrupt(signum, frame)
 
     def _before_batch(self) -> None:
