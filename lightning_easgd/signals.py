@@ -41,7 +41,7 @@ class SignalRelay:
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = self._before_batch  # type: ignore[method-assign]
         self._on_interrupt = signal.getsignal(signal.SIGINT)
         in_main_thread = threading.current_thread() is threading.main_thread()
-        if trainer.world_size > 1 and in_main_thread and callable(self._on_interrupt):
+        if trainer.world_size > 1 and in_main_thread and self._on_interrupt is not signal.SIG_IGN:
             signal.signal(signal.SIGINT, self._interrupt)
 
     def restore(self) -> None:
@@ -73,9 +73,10 @@ class SignalRelay:
                 "\nCtrl-C: all workers will stop together, at one of the next two exchanges. Press"
                 " it again to end at once."
             )
-        else:
-            assert callable(self._on_interrupt)
+        elif callable(self._on_interrupt):
             self._on_interrupt(signum, frame)
+        else:
+            raise KeyboardInterrupt
 
     def _before_batch(self) -> None:
         """Instead of the broadcast: between exchanges nobody waits for anybody."""

@@ -200,23 +200,6 @@ def test_centers_that_drift_apart_are_noticed() -> None:
     assert all("copies of the center have drifted apart" in o.message for o in outcomes)
 
 
-def gone(rank: int) -> None:
-    module = Toy(SGD)
-
-    def on_train_batch_start(batch: Any, batch_idx: int) -> None:
-        if rank == 1 and batch_idx == 3:
-            raise ZeroDivisionError("worker 1 fails")
-
-    module.on_train_batch_start = on_train_batch_start
-    trainer(2, EASGDStrategy(tau=2)).fit(module, loader(rank, 20))
-
-
-def test_a_worker_that_dies_is_named_as_the_cause_not_waited_for() -> None:
-    outcomes = run_workers(gone, workers=2, check=False)
-    assert [o.error for o in outcomes] == ["ExchangeError", "ZeroDivisionError"]
-    assert "another worker ended or lost its connection" in outcomes[0].message
-
-
 def own_group(rank: int) -> bool:
     module, seen = Toy(SGD), []
     strategy = EASGDStrategy(tau=2)
