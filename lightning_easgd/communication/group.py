@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import pickle
 import time
 from collections.abc import Iterable, Sequence
@@ -131,8 +132,14 @@ class WorkerGroup:
                 )
 
     def abandon(self, reason: str) -> None:
-        """Stop taking part, after an error; the others are told the reason."""
+        """Stop taking part, after an error; the others are told the reason.
+
+        What is in flight may never end, and destroying its group would wait for it, so the groups
+        are kept for as long as the process lives, the shutdown of the interpreter included.
+        """
         self._liveness.stop(reason)
+        for group in dict.fromkeys([self.control, self.data]):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
     def close(self) -> None:
         """Leave the groups; nothing may be in flight."""
