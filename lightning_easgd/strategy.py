@@ -366,6 +366,7 @@ class EASGDStrategy(DDPStrategy):
         else:
             self._resumed.restore_random_state()
             begin_epoch_as_usual(self.lightning_module.trainer)
+            self._resumed = None  # as large as the worker's state
 
     @override
     def optimizer_step(
