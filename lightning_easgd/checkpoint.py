@@ -110,7 +110,8 @@ class Resumed:
         """How ``workers`` workers go on with what was saved, in a line."""
         before = self.shared["workers"]
         if before == workers:
-            return f"All {workers} worker(s) go on with their own state."
+            kept = workers - len(self.problems)
+            return f"{kept} of {workers} worker(s) go on with their own state."
         rest = "the others start at the center" if workers > before else "the rest is dropped"
         return (
             f"{workers} worker(s) resume what {before} trained: the first {min(before, workers)}"
