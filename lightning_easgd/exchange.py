@@ -8,6 +8,11 @@ momentum, weight decay or clipping. At t = 0 the difference is zero and no excha
 [Note: who decides] Nothing that one worker knows alone decides whether a collective runs or how
 large it is. What a worker wants to change (a new parameter joins, training stops) is announced in
 the header of one exchange and takes effect at the next, when every worker has read every header.
+
+[Note: standing still] Workers may have different numbers of batches. One that has no step to take
+sends a header that says so, reads those of the others, and takes part in the exchange if one of
+them began one: like a worker whose gradients are zero, it is pulled and pulls. Nothing is counted
+twice, since what it gives to the center it loses itself. When all stand still they go on together.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -26,7 +31,15 @@ from torch.optim import Optimizer
 
 from lightning_easgd.algorithms import elastic
 from lightning_easgd.center import Center
-from lightning_easgd.communication import AllReduce, ExchangeError, Header, PendingSum, Stop, verify
+from lightning_easgd.communication import (
+    AllReduce,
+    ExchangeError,
+    Header,
+    PendingSum,
+    Place,
+    Stop,
+    verify,
+)
 from lightning_easgd.flat import FlatVector
 from lightning_easgd.optimizers import LocalOptimizers
 from lightning_easgd.rates import MovingRates
@@ -122,7 +135,7 @@ class Exchange:
     @property
     def stopped_together(self) -> bool:
         """Whether all workers end their training with this step, or have ended it."""
-        return bool(self.stopping) or self._finished
+        return self.stopping.by_exception or self._finished
 
     @contextmanager
     def step(self, optimizer: Optimizer) -> Iterator[None]:
@@ -137,10 +150,11 @@ class Exchange:
             yield
         finally:
             self._optimizers.after_step(optimizer)
-            for segment, vector in zip(self.center.segments, pull, strict=False):
-                vector.subtract_from(segment.parameters)
+            self._pull_worker(pull)
             self.clock += 1
             self.telemetry.steps += 1
+        if self.stopping.by_exception:
+            self.drain()  # for workers that stand still, and learn here that this one does not
 
     def drain(self) -> None:
         """Wait for the exchange in flight, if any, and move the center.
@@ -152,18 +166,43 @@ class Exchange:
         flight = self._in_flight
         if flight is None:
             return
-        began = time.perf_counter()
-        try:
-            headers = flight.pending.headers()
-            # Before the sums: workers that do not meet may not have brought the same ones.
-            verify(headers)
+        headers = self._await_headers(flight)
+        with self._waiting():
             flight.pending.wait()
-        except ExchangeError:
-            self._in_flight = None
-            raise
         self._in_flight = None
-        self.telemetry.wait_seconds += time.perf_counter() - began
         self._apply(flight, headers)
+
+    def meet(self, place: Place) -> bool:
+        """Stand still until all workers do, answering the exchanges of those that still train.
+
+        The clocks are then set to the latest. A worker at the end of its fit stays until all are.
+
+        Args:
+            place: where this worker stands still; not in training.
+
+        Returns:
+            False if all stop before; :attr:`stopping` says why.
+
+        Raises:
+            ExchangeError: as for :meth:`drain`.
+        """
+        while True:
+            self.drain()
+            self.stopping = self.stop_agreed
+            healthy = self._take_differences()
+            flight = self._start(place, healthy=healthy, payload=[])
+            headers = self._await_headers(flight)
+            training = [header.clock for header in headers if header.place is Place.TRAINING]
+            if training:
+                self._answer(flight, training[0], healthy)
+                if self.stopping.by_exception:
+                    self.drain()
+                    return False
+            else:
+                self.drain()
+                self.clock = max(header.clock for header in headers)
+                if place is not Place.FIT_END or all(h.place is place for h in headers):
+                    return True
 
     def show_center(self) -> None:
         """Put the center into the module until ``center.show_worker``."""
@@ -173,14 +212,13 @@ class Exchange:
     def finish(self, *, exchange: bool) -> None:
         """End training: a last exchange if wanted, then the module holds the center everywhere.
 
-        Parameters that wait to join are let in first, so that nothing of theirs is lost.
+        Waits for all workers. Parameters that wait to join are let in first, so that nothing of
+        theirs is lost. Does nothing more if all stop before; :attr:`stopping` says why.
         """
-        self.drain()
-        # Headers alone first: who waits is let in by all workers, and what ranks disagree in shows.
-        self._start(healthy=True, done=True, payload=[])
-        self.drain()
+        if not self.meet(Place.FIT_END):
+            return
         if exchange:
-            self._begin(done=True)
+            self._begin()
             self.drain()
         self._finished = True
         self.center.overwrite_worker()
@@ -242,11 +280,30 @@ class Exchange:
         self.drain()
         self.stopping = self.stop_agreed
         self.telemetry.tau, self._next_due = self._rules.period.after(self.clock)
-        return self._begin(done=False)
+        return self._begin()
+
+    def _begin(self) -> list[FlatVector]:
+        """Send this worker's differences off; the caller owes the worker the returned pull."""
+        healthy = self._take_differences()
+        pull, payload = self._contribute(healthy)
+        self._start(Place.TRAINING, healthy=healthy, payload=payload)
+        if not self._rules.overlap:
+            self.drain()
+        return pull
+
+    def _answer(self, flight: InFlight, clock: int, healthy: bool) -> None:
+        """Take part in the exchange that others began at ``clock``, whose headers are here."""
+        self.clock = clock
+        self.telemetry.tau, self._next_due = self._rules.period.after(clock)
+        pull, payload = self._contribute(healthy)
+        self._all_reduce.join(flight.pending, payload)
+        self._count_bytes(payload)
+        self._in_flight = replace(flight, clock=clock, carries_sums=True)
+        self._pull_worker(pull)
 
     @torch.no_grad()
-    def _begin(self, *, done: bool) -> list[FlatVector]:
-        """Send this worker's differences off; the caller owes the worker the returned pull."""
+    def _take_differences(self) -> bool:
+        """Put x - c where the sum will be; whether it is finite."""
         segments = self.center.elastic()
         for segment in segments:
             segment.total.read_(segment.parameters)
@@ -260,45 +317,72 @@ class Exchange:
             )
         for segment in segments:
             elastic.difference_(segment.total.parts, segment.center.parts)
-        healthy = self._measure()
+        return self._measure()
+
+    @torch.no_grad()
+    def _contribute(self, healthy: bool) -> tuple[list[FlatVector], list[torch.Tensor]]:
+        """This worker's pull, and what it adds to the sums."""
         pull = self._scale() if healthy else self._restart_worker()
-        payload = [part for segment in segments for part in segment.total.parts]
+        payload = [part for segment in self.center.elastic() for part in segment.total.parts]
         payload += self.center.statistics.contribute(healthy)
         if not healthy:
             self.center.overwrite_worker()
         self.telemetry.exchanges += 1
-        self._start(healthy=healthy, done=done, payload=payload)
-        if not self._rules.overlap:
-            self.drain()
-        return pull
+        return pull, payload
 
-    def _start(self, *, healthy: bool, done: bool, payload: list[torch.Tensor]) -> None:
+    def _pull_worker(self, pull: Sequence[FlatVector]) -> None:
+        for segment, vector in zip(self.center.segments, pull, strict=False):
+            vector.subtract_from(segment.parameters)
+
+    def _start(self, place: Place, *, healthy: bool, payload: list[torch.Tensor]) -> InFlight:
         segments = len(self.center.segments)
-        check = done or self._count % _CHECKSUM_EVERY == 0
+        check = self._count % _CHECKSUM_EVERY == 0 or place is Place.FIT_END
         self._count += 1
         header = Header(
             clock=self.clock,
             fingerprint=self.center.fingerprint(self.center.joined),
             announced=self.center.fingerprint(segments),
-            done=done,
+            place=place,
             stop=self._stop_requested,
             non_finite=not healthy,
             checksum=self.center.checksum() if check else 0,
             wait_microseconds=int(1e6 * self.telemetry.wait_seconds),
         )
         pending = self._all_reduce.start(payload, header)
+        self._count_bytes(payload)
         self._in_flight = InFlight(self.clock, segments, bool(payload), pending)
+        return self._in_flight
+
+    def _count_bytes(self, payload: Sequence[torch.Tensor]) -> None:
         moved = self._all_reduce.traffic_bytes(sum(part.nbytes for part in payload))
         self.telemetry.bytes_sent += moved
         self.telemetry.bytes_received += moved
+
+    def _await_headers(self, flight: InFlight) -> list[Header]:
+        with self._waiting():
+            headers = flight.pending.headers()
+            # Before the sums: workers that do not meet may not have brought the same ones.
+            verify(headers)
+        return headers
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Count the time; what fails meanwhile is not in flight any more."""
+        began = time.perf_counter()
+        try:
+            yield
+        except ExchangeError:
+            self._in_flight = None
+            raise
+        self.telemetry.wait_seconds += time.perf_counter() - began
 
     @torch.no_grad()
     def _apply(self, flight: InFlight, headers: Sequence[Header]) -> None:
         self.stop_agreed = max(self.stop_agreed, *(header.stop for header in headers))
         self.telemetry.worker_wait_seconds = [1e-6 * h.wait_microseconds for h in headers]
-        healthy = [not header.non_finite for header in headers]
-        self._report_non_finite(flight.clock, healthy)
         if flight.carries_sums:
+            healthy = [not header.non_finite for header in headers]
+            self._report_non_finite(flight.clock, healthy)
             for segment in self.center.elastic():
                 elastic.move_center_(segment.center.parts, segment.total.parts)
             self.center.statistics.apply(healthy)
