@@ -59,11 +59,11 @@ class SignalRelay:
     def stop_after_batch(self, why: Stop) -> None:
         """End training when this batch is done; all workers must call it at the same step."""
         if why is Stop.ENOUGH:
-            self._trainer.should_stop = True
-            return
-        if why is Stop.TERMINATED:
+            self._end_in_time()
+        elif why is Stop.TERMINATED:
             self._hooks.mark_terminated()
-        self._stop_before_batch = why
+        if why.by_exception:
+            self._stop_before_batch = why
 
     def stop_now(self, why: Stop) -> None:
         """End training between batches; all workers must call it at the same step.
@@ -73,7 +73,7 @@ class SignalRelay:
             SIGTERMException: for the other signals, likewise.
         """
         if why is Stop.ENOUGH:
-            self._trainer.should_stop = True
+            self._end_in_time()
         elif why is Stop.INTERRUPTED:
             raise KeyboardInterrupt
         elif why:
@@ -82,9 +82,14 @@ class SignalRelay:
             self._hooks.mark_terminated()
             raise SIGTERMException
 
-    def end_in_time(self) -> None:
-        """Ask all workers to stop because a time limit is over."""
+    def time_is_over(self) -> None:
+        """Ask all workers to stop because a time limit is reached."""
         self._request_stop(Stop.ENOUGH)
+
+    def _end_in_time(self) -> None:
+        if not self._trainer.should_stop:
+            rank_zero_info("Time limit reached: all workers end their training together.")
+        self._trainer.should_stop = True
 
     def _terminate(self, signum: int, _: FrameType | None) -> None:
         if self._request_stop(Stop.TERMINATED):

@@ -273,7 +273,7 @@ class EASGDStrategy(PersistentStrategy):
             self._resumed.restore_random_state()
             begin_epoch_as_usual(trainer, self._hooks)
             self._resumed = None  # as large as the worker's state
-        self._hooks.on_time_limit(self._signals.end_in_time)
+        self._hooks.on_time_limit(self._signals.time_is_over)
         if len(set(batches)) > 1 or None in batches:
             self._hooks.before_validation(lambda: self._meet(Place.VALIDATION))
             self._hooks.before_epoch_end(lambda: self._meet(Place.EPOCH_END))
