@@ -17,7 +17,6 @@ twice, since what it gives to the center it loses itself. When all stand still t
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,6 +39,7 @@ from lightning_easgd.communication import (
     Stop,
     verify,
 )
+from lightning_easgd.contribution import Contribution
 from lightning_easgd.flat import FlatVector
 from lightning_easgd.optimizers import LocalOptimizers
 from lightning_easgd.rates import MovingRates
@@ -113,8 +113,13 @@ class Exchange:
         self.stop_agreed = Stop.NO
         group = all_reduce.group
         self._speaks = group.rank == 0
-        self._rates = MovingRates(
-            rules.strength, optimizers, workers=group.size, speaks=self._speaks
+        rates = MovingRates(rules.strength, optimizers, workers=group.size, speaks=self._speaks)
+        self._contribution = Contribution(
+            center,
+            optimizers,
+            rates,
+            telemetry=telemetry,
+            from_iterate=rules.elastic_point == "iterate",
         )
         self.start_clock(0)
 
@@ -150,7 +155,7 @@ class Exchange:
             yield
         finally:
             self._optimizers.after_step(optimizer)
-            self._pull_worker(pull)
+            self._contribution.pull_worker(pull)
             self.clock += 1
             self.telemetry.steps += 1
         if self.stopping.by_exception:
@@ -189,7 +194,7 @@ class Exchange:
         while True:
             self.drain()
             self.stopping = self.stop_agreed
-            healthy = self._take_differences()
+            healthy = self._contribution.take_differences()
             flight = self._start(place, healthy=healthy, payload=[])
             headers = self._await_headers(flight)
             training = [header.clock for header in headers if header.place is Place.TRAINING]
@@ -284,8 +289,8 @@ class Exchange:
 
     def _begin(self) -> list[FlatVector]:
         """Send this worker's differences off; the caller owes the worker the returned pull."""
-        healthy = self._take_differences()
-        pull, payload = self._contribute(healthy)
+        healthy = self._contribution.take_differences()
+        pull, payload = self._contribution.give(healthy, self.clock)
         self._start(Place.TRAINING, healthy=healthy, payload=payload)
         if not self._rules.overlap:
             self.drain()
@@ -295,44 +300,11 @@ class Exchange:
         """Take part in the exchange that others began at ``clock``, whose headers are here."""
         self.clock = clock
         self.telemetry.tau, self._next_due = self._rules.period.after(clock)
-        pull, payload = self._contribute(healthy)
+        pull, payload = self._contribution.give(healthy, self.clock)
         self._all_reduce.join(flight.pending, payload)
-        self._count_bytes(payload)
+        self._count_bytes(self._all_reduce.ring_bytes(payload))
         self._in_flight = replace(flight, clock=clock, carries_sums=True)
-        self._pull_worker(pull)
-
-    @torch.no_grad()
-    def _take_differences(self) -> bool:
-        """Put x - c where the sum will be; whether it is finite."""
-        segments = self.center.elastic()
-        for segment in segments:
-            segment.total.read_(segment.parameters)
-        if self._rules.elastic_point == "iterate":
-            self._optimizers.undo_look_ahead_(
-                {
-                    id(parameter): view
-                    for segment in segments
-                    for parameter, view in zip(segment.parameters, segment.total.views, strict=True)
-                }
-            )
-        for segment in segments:
-            elastic.difference_(segment.total.parts, segment.center.parts)
-        return self._measure()
-
-    @torch.no_grad()
-    def _contribute(self, healthy: bool) -> tuple[list[FlatVector], list[torch.Tensor]]:
-        """This worker's pull, and what it adds to the sums."""
-        pull = self._scale() if healthy else self._restart_worker()
-        payload = [part for segment in self.center.elastic() for part in segment.total.parts]
-        payload += self.center.statistics.contribute(healthy)
-        if not healthy:
-            self.center.overwrite_worker()
-        self.telemetry.exchanges += 1
-        return pull, payload
-
-    def _pull_worker(self, pull: Sequence[FlatVector]) -> None:
-        for segment, vector in zip(self.center.segments, pull, strict=False):
-            vector.subtract_from(segment.parameters)
+        self._contribution.pull_worker(pull)
 
     def _start(self, place: Place, *, healthy: bool, payload: list[torch.Tensor]) -> InFlight:
         segments = len(self.center.segments)
@@ -349,12 +321,11 @@ class Exchange:
             wait_microseconds=int(1e6 * self.telemetry.wait_seconds),
         )
         pending = self._all_reduce.start(payload, header)
-        self._count_bytes(payload)
+        self._count_bytes(self._all_reduce.header_bytes + self._all_reduce.ring_bytes(payload))
         self._in_flight = InFlight(self.clock, segments, bool(payload), pending)
         return self._in_flight
 
-    def _count_bytes(self, payload: Sequence[torch.Tensor]) -> None:
-        moved = self._all_reduce.traffic_bytes(sum(part.nbytes for part in payload))
+    def _count_bytes(self, moved: int) -> None:
         self.telemetry.bytes_sent += moved
         self.telemetry.bytes_received += moved
 
@@ -387,31 +358,6 @@ class Exchange:
                 elastic.move_center_(segment.center.parts, segment.total.parts)
             self.center.statistics.apply(healthy)
         self.center.join(flight.segments)
-
-    def _measure(self) -> bool:
-        """Record the consensus distance; whether the differences are finite."""
-        segments = self.center.elastic()
-        distance = math.hypot(*(segment.total.norm() for segment in segments))
-        size = math.hypot(*(segment.center.norm() for segment in segments))
-        self.telemetry.consensus_distance = distance / max(size, 1e-30)
-        return math.isfinite(distance) or all(s.total.is_finite() for s in segments)
-
-    def _scale(self) -> list[FlatVector]:
-        """Turn x - c into α (x - c); a copy of it is the worker's own pull."""
-        segments = self.center.elastic()
-        alphas, default = self._rates.at(self.clock)
-        self.telemetry.alpha = max([*alphas.values(), default])
-        for segment in segments:
-            rates = [alphas.get(id(parameter), default) for parameter in segment.parameters]
-            elastic.scale_(segment.total.views, rates)
-        return [segment.total.clone() for segment in segments]
-
-    def _restart_worker(self) -> list[FlatVector]:
-        """Leave a worker with non-finite weights out of the sum and forget what made it so."""
-        for segment in self.center.elastic():
-            segment.total.zero_()
-            self._optimizers.forget(segment.parameters)
-        return []
 
     def _report_non_finite(self, clock: int, healthy: Sequence[bool]) -> None:
         sick = [rank for rank, well in enumerate(healthy) if not well]

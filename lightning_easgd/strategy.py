@@ -242,7 +242,7 @@ class EASGDStrategy(PersistentStrategy):
         self.telemetry = Telemetry()
         all_reduce = AllReduce(self._group, self._bucket_bytes)
         gradients = [p for p in self.lightning_module.parameters() if p.requires_grad]
-        self.telemetry.ddp_bytes_per_step = all_reduce.ring_bytes(sum(p.nbytes for p in gradients))
+        self.telemetry.ddp_bytes_per_step = all_reduce.ring_bytes(gradients)
         self._exchange = Exchange(
             self._center,
             all_reduce,

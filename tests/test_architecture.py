@@ -14,6 +14,7 @@ LAYERS = [
     {"algorithms", "arguments"},
     {"center", "communication", "optimizers"},
     {"rates"},
+    {"contribution"},
     {"exchange", "internals"},
     {"checkpoint", "checkpoint_io", "resuming", "signals"},
     {"persistence"},

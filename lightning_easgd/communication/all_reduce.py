@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -94,11 +94,12 @@ class AllReduce:
                 assert work is not None
                 pending.works.append(work)
 
-    def traffic_bytes(self, payload_bytes: int) -> int:
-        """Bytes that each worker sends, and receives: a ring all-reduce and the headers."""
-        header_bytes = 8 * len(Header.__dataclass_fields__)
-        return self.ring_bytes(payload_bytes) + (self.group.size - 1) * header_bytes
+    @property
+    def header_bytes(self) -> int:
+        """Bytes of headers that each worker sends, and receives, in an exchange."""
+        return 8 * len(Header.__dataclass_fields__) * (self.group.size - 1)
 
-    def ring_bytes(self, payload_bytes: int) -> int:
-        """Bytes that each worker sends, and receives, in a ring all-reduce: 2 (p-1)/p of it."""
-        return 2 * (self.group.size - 1) * payload_bytes // self.group.size
+    def ring_bytes(self, tensors: Iterable[Tensor]) -> int:
+        """Bytes that each worker sends, and receives, in ring all-reduces: 2 (p-1)/p of them."""
+        payload = sum(tensor.nbytes for tensor in tensors)
+        return 2 * (self.group.size - 1) * payload // self.group.size
