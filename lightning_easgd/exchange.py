@@ -173,8 +173,11 @@ class Exchange:
     def finish(self, *, exchange: bool) -> None:
         """End training: a last exchange if wanted, then the module holds the center everywhere.
 
-        Parameters that wait to join are let in first, so that nothing of theirs is lost.
+        Parameters that wait to join are let in first, so that nothing of theirs is lost. Does
+        nothing a second time.
         """
+        if self._finished:
+            return
         self.drain()
         # Headers alone first: who waits is let in by all workers, and what ranks disagree in shows.
         self._start(healthy=True, done=True, payload=[])

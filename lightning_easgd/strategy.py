@@ -423,6 +423,9 @@ class EASGDStrategy(DDPStrategy):
             self._signals.restore()
             self._signals = None
         if not self._failed:
+            if self._exchange is not None:
+                # Resumed from the end of training: Lightning runs no loop, and ends none.
+                self._exchange.finish(exchange=self._final_exchange)
             self._exchange = self._center = None
             if self._group is not None:
                 self._group.close()

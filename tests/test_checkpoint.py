@@ -130,7 +130,7 @@ def resumed_everywhere(rank: int, folder: Path, make: Any, options: dict[str, An
     saving = {"every_n_train_steps": 1, "save_top_k": -1}
     undisturbed = fit(rank, folder, make, options, **saving)
     outcomes = {}
-    for step in (4, 5, 6, 10, 12, 17):
+    for step in (4, 5, 6, 10, 12, 17, 24):
         path = str(folder / f"step={step}.ckpt")
         outcomes[step] = fit(rank, folder, make, options, resume=path)
     return undisturbed, outcomes
@@ -162,14 +162,18 @@ def resumed_at_epochs(rank: int, folder: Path) -> Any:
     """Saved by validation, which shows the center, between epochs of a shuffling loader."""
     options: dict[str, Any] = {"tau": 4}
     undisturbed = fit(rank, folder, NESTEROV, options, stateful=False, save_top_k=-1)
-    path = str(folder / f"step={2 * STEPS}.ckpt")
-    return undisturbed, fit(rank, folder, NESTEROV, options, stateful=False, resume=path)
+    resumed = {}
+    for step in (2 * STEPS, 4 * STEPS):
+        path = str(folder / f"step={step}.ckpt")
+        resumed[step] = fit(rank, folder, NESTEROV, options, stateful=False, resume=path)
+    return undisturbed, resumed
 
 
-def test_an_epoch_that_is_shuffled_afresh_is_the_same_after_resuming(tmp_path: Path) -> None:
-    for undisturbed, (steps, end) in run_workers(resumed_at_epochs, tmp_path, workers=2):
-        assert steps == {n: w for n, w in undisturbed[0].items() if n > 2 * STEPS}
-        assert end == undisturbed[1]
+def test_between_epochs_and_after_the_last_the_rest_is_the_same(tmp_path: Path) -> None:
+    for undisturbed, resumed in run_workers(resumed_at_epochs, tmp_path, workers=2):
+        for step, (steps, end) in resumed.items():
+            assert steps == {n: w for n, w in undisturbed[0].items() if n > step}, step
+            assert end == undisturbed[1], step
 
 
 class Validated(Noisy):
