@@ -6,6 +6,10 @@ Lightning resumes it makes the iterator before the sampler is told the epoch, an
 another. So the iterator of an epoch that begins with the resumed run is made once more, at the
 moment at which training makes it otherwise: with the random state restored and the epoch known.
 Loaders that keep their own state, and epochs that were stopped in the middle, stay as they are.
+
+[Note: loaders made early] A module that asks for ``trainer.estimated_stepping_batches``, as
+schedules do, makes Lightning make the loader before the checkpoint is read, and never give it its
+state. So that state is given to it when the epoch begins.
 """
 
 from __future__ import annotations
@@ -25,7 +29,12 @@ def begin_epoch_as_usual(trainer: pl.Trainer) -> None:
         del epoch_loop.on_run_start
         resumed = fit_loop.is_resuming or epoch_loop.restarting
         begins = epoch_loop.batch_progress.current.ready == 0
-        if resumed and begins and not _keeps_state(fit_loop._combined_loader):
+        states = fit_loop._combined_loader_states_to_load
+        if states:
+            assert fit_loop._combined_loader is not None
+            fit_loop._combined_loader._load_state_dicts(states)
+            fit_loop._combined_loader_states_to_load = []
+        if states or (resumed and begins and not _keeps_state(fit_loop._combined_loader)):
             iter(data_fetcher)
         lightnings_own(data_fetcher)
 

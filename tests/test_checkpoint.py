@@ -107,10 +107,11 @@ def fit(
     *,
     resume: str | None = None,
     stateful: bool = True,
+    kind: type[Noisy] = Noisy,
     **checkpointing: Any,
 ) -> Any:
     torch.manual_seed(100 + rank)
-    module, trace = Noisy(make), Trace()
+    module, trace = kind(make), Trace()
     callbacks: list[Callback] = [trace]
     if checkpointing:
         callbacks.append(ModelCheckpoint(folder, **{"filename": "{step}", **checkpointing}))
@@ -174,6 +175,25 @@ def test_between_epochs_and_after_the_last_the_rest_is_the_same(tmp_path: Path) 
         for step, (steps, end) in resumed.items():
             assert steps == {n: w for n, w in undisturbed[0].items() if n > step}, step
             assert end == undisturbed[1], step
+
+
+class Estimating(Noisy):
+    def configure_optimizers(self) -> Any:
+        assert self.trainer.estimated_stepping_batches == 4 * STEPS
+        return super().configure_optimizers()
+
+
+def resumed_after_estimating(rank: int, folder: Path) -> Any:
+    options: dict[str, Any] = {"tau": 4}
+    undisturbed = fit(rank, folder, NESTEROV, options, kind=Estimating, **SAVING)
+    path = str(folder / "step=9.ckpt")
+    return undisturbed, fit(rank, folder, NESTEROV, options, kind=Estimating, resume=path)
+
+
+def test_a_loader_made_to_estimate_the_steps_gets_its_state_too(tmp_path: Path) -> None:
+    for undisturbed, (steps, end) in run_workers(resumed_after_estimating, tmp_path, workers=2):
+        assert steps == {n: w for n, w in undisturbed[0].items() if n > 9}
+        assert end == undisturbed[1]
 
 
 class Validated(Noisy):
