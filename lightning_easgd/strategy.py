@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -21,6 +22,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
 from lightning_easgd.arguments import refuse, require_choice, require_duration
@@ -410,6 +412,8 @@ class EASGDStrategy(DDPStrategy):
     def on_exception(self, exception: BaseException) -> None:
         # Another worker may be gone: await nothing, leave no group; the center stays readable.
         self._failed = True
+        if isinstance(exception, SIGTERMException):
+            exception.code = 128 + signal.SIGTERM  # not 0: training did not end well
         atexit.unregister(leave_all_groups)
         if self._exchange is not None:
             self._exchange.center.show_worker()
