@@ -10,6 +10,9 @@ Loaders that keep their own state, and epochs that were stopped in the middle, s
 [Note: loaders made early] A module that asks for ``trainer.estimated_stepping_batches``, as
 schedules do, makes Lightning make the loader before the checkpoint is read, and never give it its
 state. So that state is given to it when the epoch begins.
+
+[Note: epochs not counted] After a checkpoint of an epoch's last batch Lightning does not count the
+next epoch as begun. A checkpoint that is made in it would, when resumed from, add an epoch.
 """
 
 from __future__ import annotations
@@ -36,6 +39,10 @@ def begin_epoch_as_usual(trainer: pl.Trainer) -> None:
             fit_loop._combined_loader_states_to_load = []
         if states or (resumed and begins and not _keeps_state(fit_loop._combined_loader)):
             iter(data_fetcher)
+        progress = fit_loop.epoch_progress
+        if progress.total.ready == trainer.current_epoch:
+            progress.increment_ready()
+            progress.increment_started()
         lightnings_own(data_fetcher)
 
     epoch_loop.on_run_start = on_run_start  # type: ignore[method-assign]

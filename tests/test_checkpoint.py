@@ -177,6 +177,23 @@ def test_between_epochs_and_after_the_last_the_rest_is_the_same(tmp_path: Path) 
             assert end == undisturbed[1], step
 
 
+def resumed_again(rank: int, folder: Path, stops: tuple[int, ...]) -> Any:
+    saving = {"every_n_train_steps": 1, "save_top_k": -1, "enable_version_counter": False}
+    undisturbed = fit(rank, folder, NESTEROV, {"tau": 4}, **saving)
+    for step in stops:
+        path = str(folder / f"step={step}.ckpt")
+        steps, end = fit(rank, folder, NESTEROV, {"tau": 4}, resume=path, **saving)
+        assert steps == {n: w for n, w in undisturbed[0].items() if n > step}, step
+        assert end == undisturbed[1], step
+
+
+@pytest.mark.parametrize("stops", [(3, 10, 17, 24), (6, 12, 18, 24), (6, 10, 11, 18, 19)])
+def test_a_run_that_is_resumed_again_and_again_has_the_same_bits(
+    stops: tuple[int, ...], tmp_path: Path
+) -> None:
+    run_workers(resumed_again, tmp_path, stops, workers=2)
+
+
 class Estimating(Noisy):
     def configure_optimizers(self) -> Any:
         assert self.trainer.estimated_stepping_batches == 4 * STEPS
