@@ -218,9 +218,10 @@ class Exchange:
         """End training: a last exchange if wanted, then the module holds the center everywhere.
 
         Waits for all workers. Parameters that wait to join are let in first, so that nothing of
-        theirs is lost. Does nothing more if all stop before; :attr:`stopping` says why.
+        theirs is lost. Does nothing more if all stop before; :attr:`stopping` says why. Does
+        nothing a second time.
         """
-        if not self.meet(Place.FIT_END):
+        if self._finished or not self.meet(Place.FIT_END):
             return
         if exchange:
             self._begin()

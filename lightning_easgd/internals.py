@@ -117,6 +117,25 @@ def train_loaders(trainer: pl.Trainer) -> list[Any]:
     return [] if combined is None else combined.flattened
 
 
+def load_loader_states(trainer: pl.Trainer) -> bool:
+    """Give the loaders the states that Lightning read and did not use; whether there were any."""
+    fit_loop = trainer.fit_loop
+    states = fit_loop._combined_loader_states_to_load
+    if not states or fit_loop._combined_loader is None:
+        return False
+    fit_loop._combined_loader._load_state_dicts(states)
+    fit_loop._combined_loader_states_to_load = []
+    return True
+
+
+def count_epoch(trainer: pl.Trainer) -> None:
+    """Count the epoch that begins, if Lightning did not."""
+    progress = trainer.fit_loop.epoch_progress
+    if progress.total.ready == trainer.current_epoch:
+        progress.increment_ready()
+        progress.increment_started()
+
+
 def starts_resumed_epoch(trainer: pl.Trainer) -> bool:
     """Whether a resumed run is about to take the first batch of an epoch."""
     fit_loop, epoch_loop = trainer.fit_loop, trainer.fit_loop.epoch_loop

@@ -7,6 +7,7 @@ evaluates or saves it, and keeps Lightning from coupling the workers between exc
 from __future__ import annotations
 
 import atexit
+import signal
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -17,6 +18,7 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import IterableDataset
 from typing_extensions import override
 
@@ -327,6 +329,8 @@ class EASGDStrategy(PersistentStrategy):
     def on_exception(self, exception: BaseException) -> None:
         # Another worker may be gone: await nothing, leave no group; the center stays readable.
         self._failed = True
+        if isinstance(exception, SIGTERMException):
+            exception.code = 128 + signal.SIGTERM  # not 0: training did not end well
         atexit.unregister(leave_all_groups)
         if self._exchange is not None:
             self._exchange.center.show_worker()
@@ -341,6 +345,9 @@ class EASGDStrategy(PersistentStrategy):
             self._hooks.restore()
             self._signals = self._hooks = None
         if not self._failed:
+            if self._exchange is not None:
+                # Resumed from the end of training: Lightning runs no loop, and ends none.
+                self._exchange.finish(exchange=self._final_exchange)
             self._exchange = self._center = None
             if self._group is not None:
                 self._group.close()
