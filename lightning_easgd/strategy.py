@@ -21,6 +21,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from lightning_easgd.arguments import refuse, require_choice, require_duration
@@ -293,6 +294,13 @@ class EASGDStrategy(DDPStrategy):
                     f"{type(callback).__name__} averages one worker's weights and puts the result"
                     " where EASGD delivers the center. Remove it: the center is an average already."
                 )
+        module = trainer.lightning_module
+        tensors = [*module.named_parameters(), *module.named_buffers()]
+        if lazy := [name for name, tensor in tensors if is_lazy(tensor)]:
+            raise MisconfigurationException(
+                f"The lazy layers with {lazy} have no shapes yet, so there is nothing to average."
+                " Pass them an example input in configure_model."
+            )
 
     @override
     def configure_ddp(self) -> None:
