@@ -294,6 +294,12 @@ class EASGDStrategy(DDPStrategy):
                     f"{type(callback).__name__} averages one worker's weights and puts the result"
                     " where EASGD delivers the center. Remove it: the center is an average already."
                 )
+        by_clock = getattr(trainer, "_val_check_time_interval", None) is not None
+        if by_clock and self.world_size > 1:
+            raise MisconfigurationException(
+                "Trainer(val_check_interval=<a time>) makes every worker validate by its own clock,"
+                " hence at another step than the others. Give a number of batches."
+            )
         module = trainer.lightning_module
         tensors = [*module.named_parameters(), *module.named_buffers()]
         if lazy := [name for name, tensor in tensors if is_lazy(tensor)]:
