@@ -17,7 +17,7 @@ from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -293,6 +293,11 @@ class EASGDStrategy(DDPStrategy):
                 raise MisconfigurationException(
                     f"{type(callback).__name__} averages one worker's weights and puts the result"
                     " where EASGD delivers the center. Remove it: the center is an average already."
+                )
+            if isinstance(callback, ModelPruning):
+                raise MisconfigurationException(
+                    "ModelPruning prunes the weights of each worker, in other places, and so none"
+                    " of the center, which EASGD delivers. Remove it, and prune after fit."
                 )
         by_clock = getattr(trainer, "_val_check_time_interval", None) is not None
         if by_clock and self.world_size > 1:
