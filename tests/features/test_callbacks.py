@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     Callback,
     ModelCheckpoint,
+    ModelPruning,
     StochasticWeightAveraging,
     WeightAveraging,
 )
@@ -92,12 +93,13 @@ def refused(rank: int, options: Any) -> None:
     [
         ({"callbacks": [WeightAveraging()]}, "WeightAveraging averages one worker's weights"),
         ({"callbacks": [StochasticWeightAveraging(0.1)]}, "StochasticWeightAveraging averages"),
+        ({"callbacks": [ModelPruning("l1_unstructured")]}, "Remove it, and prune after fit"),
         (
             {"val_check_interval": timedelta(seconds=1), "check_val_every_n_epoch": None},
             "Give a number of batches",
         ),
     ],
-    ids=["average", "swa", "val_check_interval"],
+    ids=["average", "swa", "pruning", "val_check_interval"],
 )
 def test_what_cannot_work_is_refused(options: Any, message: str) -> None:
     for outcome in run_workers(refused, options, workers=2, check=False):
