@@ -196,7 +196,7 @@ def test_a_module_without_parameters_is_refused() -> None:
 
 def fit_compiled(rank: int, what: str) -> Any:
     torch.manual_seed(0)
-    module, strategy = Net(partial(nn.Linear, 3, 2)), EASGDStrategy(tau=3)
+    module, strategy = Net(Tied), EASGDStrategy(tau=3)
     fitted: Any = module
     if what == "module":
         fitted = torch.compile(module, backend="aot_eager")
