@@ -94,6 +94,55 @@ def test_the_best_checkpoint_is_the_center_that_was_best(tmp_path: Path) -> None
     assert_like_on_a_spring(scenario)
 
 
+def go_on(rank: int, folder: Path, epochs: list[int]) -> Any:
+    """Fit to each number of epochs, from the checkpoint of the one before."""
+    module, trace = Everything(), Trace()
+    saving = ModelCheckpoint(folder, "{epoch}", save_top_k=-1, enable_version_counter=False)
+    options = {"callbacks": [trace, saving], "enable_checkpointing": True}
+    fitting, path = trainer(2, EASGDStrategy(tau=3), **options), None
+    for limit in epochs:
+        fitting.fit_loop.max_epochs = limit
+        fitting.fit(module, loader(rank, 8), loader(rank, 2), ckpt_path=path)
+        path = folder / f"epoch={limit - 1}.ckpt"
+    training = [seen for seen in trace.seen if seen[0] == "train"]
+    return training, state(module)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_a_trainer_that_goes_on_from_its_own_checkpoint(tmp_path: Path) -> None:
+    whole = run_workers(go_on, tmp_path, [3], workers=2)
+    pieces = run_workers(go_on, tmp_path, [1, 2, 3], workers=2)
+    np.testing.assert_equal(pieces, whole)
+
+
+def fit_again(rank: int) -> Any:
+    module, finals = Everything(), []
+    begin = state(module)
+
+    def fail(batch: Any, batch_idx: int) -> None:
+        if batch_idx == 5:
+            raise ZeroDivisionError
+
+    fitting = trainer(2, EASGDStrategy(tau=2))
+    module.on_train_batch_start = fail
+    with pytest.raises(ZeroDivisionError):
+        fitting.fit(module, loader(rank, 8))
+    del module.on_train_batch_start
+    for again in (fitting, trainer(2, EASGDStrategy(tau=2))):
+        module.load_state_dict({key: torch.from_numpy(value) for key, value in begin.items()})
+        again.fit(module, loader(rank, 8))
+        finals.append(state(module))
+    return finals
+
+
+def test_a_trainer_whose_module_raised_on_all_workers_fits_again() -> None:
+    results = run_workers(fit_again, workers=2)
+    for _, elsewhere in results:
+        np.testing.assert_equal(elsewhere, results[0][1])
+    for here, _ in results:
+        np.testing.assert_equal(here, results[0][0])
+
+
 def compare_elsewhere(rank: int, strategy: str, devices: int) -> Any:
     module = Everything()
     trained = trainer(2, EASGDStrategy(tau=3))

@@ -113,7 +113,7 @@ def test_sparse_gradients(make: Any) -> None:
     assert_like_on_a_spring(training(partial(Net, Sparse, make)))
 
 
-@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "64-true"])
+@pytest.mark.parametrize("precision", ["16-true", "bf16-true", "bf16-mixed", "64-true"])
 def test_precisions(precision: str) -> None:
     module = partial(Net, partial(nn.Linear, 3, 2))
     assert_like_on_a_spring(training(module, precision=precision))

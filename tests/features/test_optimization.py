@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -122,6 +123,40 @@ class Gan(Validated):
 def test_a_gan_under_manual_optimization() -> None:
     *_, steps, _ = assert_like_on_a_spring(training(Gan, max_epochs=2))
     assert steps == 16 + 8
+
+
+class Customized(Validated):
+    """Overrides what Lightning lets a module do itself: backward, clipping, steps and schedules."""
+
+    def __init__(self) -> None:
+        super().__init__(SGD)
+
+    def backward(self, loss: Any) -> None:
+        (2 * loss).backward()
+
+    def configure_gradient_clipping(self, optimizer: Any, **_: Any) -> None:
+        self.clip_gradients(optimizer, 0.3, "value")
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, closure: Any) -> None:
+        if batch_idx % 3 == 2:
+            closure()  # a batch without a step
+        else:
+            optimizer.step(closure=closure)
+
+    def lr_scheduler_step(self, schedule: Any, metric: Any) -> None:
+        schedule.step(epoch=self.trainer.global_step)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        schedule = lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step")
+def test_a_module_that_overrides_the_steps() -> None:
+    seen, *_ = assert_like_on_a_spring(training(Customized, max_epochs=2))
+    w = [weights["w"].tolist() for stage, *_, weights in seen if stage == "train"]
+    assert [a == b for a, b in pairwise(w[:6])] == [False, True, False, False, True]
 
 
 class Growing(Validated):
