@@ -252,3 +252,19 @@ def test_only_worker_0_logs_and_chooses_where_checkpoints_go(tmp_path: Path) -> 
     names = {path.name for path in (tmp_path / "0").rglob("*") if path.is_file()}
     assert {"hparams.yaml", "epoch=1-step=8.ckpt", "0.ckpt", "1.ckpt"} <= names
     assert not list((tmp_path / "1").iterdir())
+
+
+def save_weights(rank: int, folder: Path) -> Any:
+    saving = ModelCheckpoint(folder, "weights", save_weights_only=True)
+    options = {"callbacks": [saving], "enable_checkpointing": True}
+    module, strategy, centers = Everything(), EASGDStrategy(tau=3), []
+    module.on_train_epoch_end = lambda: centers.append(_arrays(strategy.center_state_dict()))
+    trainer(2, strategy, **options).fit(module, loader(rank, 8))
+    return centers[-1]
+
+
+def test_a_checkpoint_of_weights_only_is_the_center_alone(tmp_path: Path) -> None:
+    center, _ = run_workers(save_weights, tmp_path, workers=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["weights.ckpt"]
+    loaded = Everything.load_from_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    np.testing.assert_equal(state(loaded), center)

@@ -213,6 +213,7 @@ def fit_compiled(rank: int, what: str) -> Any:
     return state(module), graphs, strategy.telemetry.exchanges
 
 
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0")
 @pytest.mark.parametrize("what", ["module", "part"])
 def test_a_compiled_module_is_not_compiled_again_by_an_exchange(what: str) -> None:
     results = run_workers(fit_compiled, what, workers=2)
