@@ -9,6 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
+from lightning_easgd.internals import logged_step
 from lightning_easgd.strategy import EASGDStrategy
 
 
@@ -43,7 +44,7 @@ class EASGDMonitor(Callback):
         batch_idx: int,
     ) -> None:
         period = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
-        if trainer.fit_loop.epoch_loop._batches_that_stepped % period == 0:
+        if logged_step(trainer) % period == 0:
             self._log(trainer)
 
     @override
@@ -52,7 +53,7 @@ class EASGDMonitor(Callback):
 
     def _log(self, trainer: pl.Trainer) -> None:
         assert isinstance(trainer.strategy, EASGDStrategy)
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        step = logged_step(trainer)
         if step == self._logged:  # batches whose gradients are accumulated share a step
             return
         self._logged = step

@@ -197,19 +197,13 @@ class Center:
         """
         if self.lent:
             return _copied_state(module, {})
-        values = self.statistics.named(self.statistics.center) if self.statistics else {}
-        for segment in self.segments:
-            values |= segment.named(segment.center)
-        return _copied_state(module, values)
+        return _copied_state(module, self._values("center"))
 
     def worker_state_dict(self, module: nn.Module) -> dict[str, Any]:
         """The module's state dict with the worker's own values; a copy only where it is lent."""
         if not self.lent:
             return module.state_dict()
-        values = self.statistics.named(self.statistics.total) if self.statistics else {}
-        for segment in self.segments:
-            values |= segment.named(segment.total)
-        return _copied_state(module, values)
+        return _copied_state(module, self._values("total"))
 
     def shared_state(self) -> dict[str, Any]:
         """What the state dict does not tell of the center, for a checkpoint.
@@ -282,6 +276,15 @@ class Center:
             segment.center.read_(segment.parameters)
         self.statistics.read_center()
         self.lent = False
+
+    def _values(self, which: Literal["center", "total"]) -> dict[int, Tensor]:
+        """What the center, or the sum in flight, holds for each tensor of the module."""
+        values: dict[int, Tensor] = {}
+        for segment in self.segments:
+            values |= segment.named(getattr(segment, which))
+        if self.statistics:
+            values |= self.statistics.named(getattr(self.statistics, which))
+        return values
 
     def _load_center(self) -> None:
         for segment in self.segments:

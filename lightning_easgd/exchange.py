@@ -8,16 +8,20 @@ momentum, weight decay or clipping. At t = 0 the difference is zero and no excha
 [Note: who decides] Nothing that one worker knows alone decides whether a collective runs or how
 large it is. What a worker wants to change (a new parameter joins, training stops) is announced in
 the header of one exchange and takes effect at the next, when every worker has read every header.
+
+[Note: standing still] Workers may have different numbers of batches. One that has no step to take
+sends a header that says so, reads those of the others, and takes part in the exchange if one of
+them began one: like a worker whose gradients are zero, it is pulled and pulls. Nothing is counted
+twice, since what it gives to the center it loses itself. When all stand still they go on together.
 """
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -26,7 +30,16 @@ from torch.optim import Optimizer
 
 from lightning_easgd.algorithms import elastic
 from lightning_easgd.center import Center
-from lightning_easgd.communication import AllReduce, ExchangeError, Header, PendingSum, Stop, verify
+from lightning_easgd.communication import (
+    AllReduce,
+    ExchangeError,
+    Header,
+    PendingSum,
+    Place,
+    Stop,
+    verify,
+)
+from lightning_easgd.contribution import Contribution
 from lightning_easgd.flat import FlatVector
 from lightning_easgd.optimizers import LocalOptimizers
 from lightning_easgd.rates import MovingRates
@@ -100,8 +113,13 @@ class Exchange:
         self.stop_agreed = Stop.NO
         group = all_reduce.group
         self._speaks = group.rank == 0
-        self._rates = MovingRates(
-            rules.strength, optimizers, workers=group.size, speaks=self._speaks
+        rates = MovingRates(rules.strength, optimizers, workers=group.size, speaks=self._speaks)
+        self._contribution = Contribution(
+            center,
+            optimizers,
+            rates,
+            telemetry=telemetry,
+            from_iterate=rules.elastic_point == "iterate",
         )
         self.start_clock(0)
 
@@ -122,7 +140,7 @@ class Exchange:
     @property
     def stopped_together(self) -> bool:
         """Whether all workers end their training with this step, or have ended it."""
-        return bool(self.stopping) or self._finished
+        return self.stopping.by_exception or self._finished
 
     @contextmanager
     def step(self, optimizer: Optimizer) -> Iterator[None]:
@@ -137,10 +155,11 @@ class Exchange:
             yield
         finally:
             self._optimizers.after_step(optimizer)
-            for segment, vector in zip(self.center.segments, pull, strict=False):
-                vector.subtract_from(segment.parameters)
+            self._contribution.pull_worker(pull)
             self.clock += 1
             self.telemetry.steps += 1
+        if self.stopping.by_exception:
+            self.drain()  # for workers that stand still, and learn here that this one does not
 
     def drain(self) -> None:
         """Wait for the exchange in flight, if any, and move the center.
@@ -152,18 +171,43 @@ class Exchange:
         flight = self._in_flight
         if flight is None:
             return
-        began = time.perf_counter()
-        try:
-            headers = flight.pending.headers()
-            # Before the sums: workers that do not meet may not have brought the same ones.
-            verify(headers)
+        headers = self._await_headers(flight)
+        with self._waiting():
             flight.pending.wait()
-        except ExchangeError:
-            self._in_flight = None
-            raise
         self._in_flight = None
-        self.telemetry.wait_seconds += time.perf_counter() - began
         self._apply(flight, headers)
+
+    def meet(self, place: Place) -> bool:
+        """Stand still until all workers do, answering the exchanges of those that still train.
+
+        The clocks are then set to the latest. A worker at the end of its fit stays until all are.
+
+        Args:
+            place: where this worker stands still; not in training.
+
+        Returns:
+            False if all stop before; :attr:`stopping` says why.
+
+        Raises:
+            ExchangeError: as for :meth:`drain`.
+        """
+        while True:
+            self.drain()
+            self.stopping = self.stop_agreed
+            healthy = self._contribution.take_differences()
+            flight = self._start(place, healthy=healthy, payload=[])
+            headers = self._await_headers(flight)
+            training = [header.clock for header in headers if header.place is Place.TRAINING]
+            if training:
+                self._answer(flight, training[0], healthy)
+                if self.stopping.by_exception:
+                    self.drain()
+                    return False
+            else:
+                self.drain()
+                self.clock = max(header.clock for header in headers)
+                if place is not Place.FIT_END or all(h.place is place for h in headers):
+                    return True
 
     def show_center(self) -> None:
         """Put the center into the module until ``center.show_worker``."""
@@ -173,14 +217,13 @@ class Exchange:
     def finish(self, *, exchange: bool) -> None:
         """End training: a last exchange if wanted, then the module holds the center everywhere.
 
-        Parameters that wait to join are let in first, so that nothing of theirs is lost.
+        Waits for all workers. Parameters that wait to join are let in first, so that nothing of
+        theirs is lost. Does nothing more if all stop before; :attr:`stopping` says why.
         """
-        self.drain()
-        # Headers alone first: who waits is let in by all workers, and what ranks disagree in shows.
-        self._start(healthy=True, done=True, payload=[])
-        self.drain()
+        if not self.meet(Place.FIT_END):
+            return
         if exchange:
-            self._begin(done=True)
+            self._begin()
             self.drain()
         self._finished = True
         self.center.overwrite_worker()
@@ -242,92 +285,79 @@ class Exchange:
         self.drain()
         self.stopping = self.stop_agreed
         self.telemetry.tau, self._next_due = self._rules.period.after(self.clock)
-        return self._begin(done=False)
+        return self._begin()
 
-    @torch.no_grad()
-    def _begin(self, *, done: bool) -> list[FlatVector]:
+    def _begin(self) -> list[FlatVector]:
         """Send this worker's differences off; the caller owes the worker the returned pull."""
-        segments = self.center.elastic()
-        for segment in segments:
-            segment.total.read_(segment.parameters)
-        if self._rules.elastic_point == "iterate":
-            self._optimizers.undo_look_ahead_(
-                {
-                    id(parameter): view
-                    for segment in segments
-                    for parameter, view in zip(segment.parameters, segment.total.views, strict=True)
-                }
-            )
-        for segment in segments:
-            elastic.difference_(segment.total.parts, segment.center.parts)
-        healthy = self._measure()
-        pull = self._scale() if healthy else self._restart_worker()
-        payload = [part for segment in segments for part in segment.total.parts]
-        payload += self.center.statistics.contribute(healthy)
-        if not healthy:
-            self.center.overwrite_worker()
-        self.telemetry.exchanges += 1
-        self._start(healthy=healthy, done=done, payload=payload)
+        healthy = self._contribution.take_differences()
+        pull, payload = self._contribution.give(healthy, self.clock)
+        self._start(Place.TRAINING, healthy=healthy, payload=payload)
         if not self._rules.overlap:
             self.drain()
         return pull
 
-    def _start(self, *, healthy: bool, done: bool, payload: list[torch.Tensor]) -> None:
+    def _answer(self, flight: InFlight, clock: int, healthy: bool) -> None:
+        """Take part in the exchange that others began at ``clock``, whose headers are here."""
+        self.clock = clock
+        self.telemetry.tau, self._next_due = self._rules.period.after(clock)
+        pull, payload = self._contribution.give(healthy, self.clock)
+        self._all_reduce.join(flight.pending, payload)
+        self._count_bytes(self._all_reduce.ring_bytes(payload))
+        self._in_flight = replace(flight, clock=clock, carries_sums=True)
+        self._contribution.pull_worker(pull)
+
+    def _start(self, place: Place, *, healthy: bool, payload: list[torch.Tensor]) -> InFlight:
         segments = len(self.center.segments)
-        check = done or self._count % _CHECKSUM_EVERY == 0
+        check = self._count % _CHECKSUM_EVERY == 0 or place is Place.FIT_END
         self._count += 1
         header = Header(
             clock=self.clock,
             fingerprint=self.center.fingerprint(self.center.joined),
             announced=self.center.fingerprint(segments),
-            done=done,
+            place=place,
             stop=self._stop_requested,
             non_finite=not healthy,
             checksum=self.center.checksum() if check else 0,
             wait_microseconds=int(1e6 * self.telemetry.wait_seconds),
         )
         pending = self._all_reduce.start(payload, header)
+        self._count_bytes(self._all_reduce.header_bytes + self._all_reduce.ring_bytes(payload))
         self._in_flight = InFlight(self.clock, segments, bool(payload), pending)
-        moved = self._all_reduce.traffic_bytes(sum(part.nbytes for part in payload))
+        return self._in_flight
+
+    def _count_bytes(self, moved: int) -> None:
         self.telemetry.bytes_sent += moved
         self.telemetry.bytes_received += moved
+
+    def _await_headers(self, flight: InFlight) -> list[Header]:
+        with self._waiting():
+            headers = flight.pending.headers()
+            # Before the sums: workers that do not meet may not have brought the same ones.
+            verify(headers)
+        return headers
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Count the time; what fails meanwhile is not in flight any more."""
+        began = time.perf_counter()
+        try:
+            yield
+        except ExchangeError:
+            self._in_flight = None
+            raise
+        self.telemetry.wait_seconds += time.perf_counter() - began
 
     @torch.no_grad()
     def _apply(self, flight: InFlight, headers: Sequence[Header]) -> None:
         self.stop_agreed = max(self.stop_agreed, *(header.stop for header in headers))
         self.telemetry.worker_wait_seconds = [1e-6 * h.wait_microseconds for h in headers]
-        healthy = [not header.non_finite for header in headers]
-        self._report_non_finite(flight.clock, healthy)
         if flight.carries_sums:
+            healthy = [not header.non_finite for header in headers]
+            self._report_non_finite(flight.clock, healthy)
             for segment in self.center.elastic():
                 elastic.move_center_(segment.center.parts, segment.total.parts)
             self.center.statistics.apply(healthy)
         self.center.join(flight.segments)
-
-    def _measure(self) -> bool:
-        """Record the consensus distance; whether the differences are finite."""
-        segments = self.center.elastic()
-        distance = math.hypot(*(segment.total.norm() for segment in segments))
-        size = math.hypot(*(segment.center.norm() for segment in segments))
-        self.telemetry.consensus_distance = distance / max(size, 1e-30)
-        return math.isfinite(distance) or all(s.total.is_finite() for s in segments)
-
-    def _scale(self) -> list[FlatVector]:
-        """Turn x - c into α (x - c); a copy of it is the worker's own pull."""
-        segments = self.center.elastic()
-        alphas, default = self._rates.at(self.clock)
-        self.telemetry.alpha = max([*alphas.values(), default])
-        for segment in segments:
-            rates = [alphas.get(id(parameter), default) for parameter in segment.parameters]
-            elastic.scale_(segment.total.views, rates)
-        return [segment.total.clone() for segment in segments]
-
-    def _restart_worker(self) -> list[FlatVector]:
-        """Leave a worker with non-finite weights out of the sum and forget what made it so."""
-        for segment in self.center.elastic():
-            segment.total.zero_()
-            self._optimizers.forget(segment.parameters)
-        return []
 
     def _report_non_finite(self, clock: int, healthy: Sequence[bool]) -> None:
         sick = [rank for rank, well in enumerate(healthy) if not well]

@@ -14,23 +14,15 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from lightning_easgd.internals import LoopHooks, starts_resumed_epoch, train_loaders
 
-def begin_epoch_as_usual(trainer: pl.Trainer) -> None:
-    """Make the iterator of the first resumed epoch when the epoch begins; on this trainer only."""
-    fit_loop = trainer.fit_loop
-    epoch_loop = fit_loop.epoch_loop
-    lightnings_own = epoch_loop.on_run_start
 
-    def on_run_start(data_fetcher: Any) -> None:
-        del epoch_loop.on_run_start
-        resumed = fit_loop.is_resuming or epoch_loop.restarting
-        begins = epoch_loop.batch_progress.current.ready == 0
-        if resumed and begins and not _keeps_state(fit_loop._combined_loader):
+def begin_epoch_as_usual(trainer: pl.Trainer, hooks: LoopHooks) -> None:
+    """Make the iterator of the first resumed epoch when the epoch begins."""
+
+    def renew(data_fetcher: Any) -> None:
+        stateful = any(hasattr(loader, "load_state_dict") for loader in train_loaders(trainer))
+        if starts_resumed_epoch(trainer) and not stateful:
             iter(data_fetcher)
-        lightnings_own(data_fetcher)
 
-    epoch_loop.on_run_start = on_run_start  # type: ignore[method-assign]
-
-
-def _keeps_state(combined_loader: Any) -> bool:
-    return any(hasattr(loader, "load_state_dict") for loader in combined_loader.flattened)
+    hooks.before_first_batch(renew)

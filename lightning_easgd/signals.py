@@ -1,12 +1,12 @@
-"""Signals without collectives: what the strategy replaces in one trainer, and why.
+"""Signals without collectives: they reach all workers in the headers of the exchanges.
 
 [Note: signals] Lightning's training epoch loop broadcasts a SIGTERM flag from rank 0 before every
-batch (``_TrainingEpochLoop._broadcast_sigterm_tensor``, since 2.5.2), which makes every worker wait
-for rank 0 at every step. Its signal handler (``_SignalConnector._sigterm_notifier_fn``) runs a
-collective that no other rank has been told of, so a signal to one rank hangs. Under EASGD the flag
-travels in the header of the exchanges instead. Both are replaced on the trainer's own objects,
-before Lightning registers its handlers, so that no signal finds the stock one; other trainers and
-strategies keep theirs. Ctrl-C, which reaches every worker in another step, travels the same way.
+batch (since 2.5.2), which makes every worker wait for rank 0 at every step. Its handlers run
+collectives that no other rank has been told of, so a signal to one rank hangs: SIGTERM's
+broadcasts, SLURM's saves a checkpoint, a Timer's limit is broadcast after every batch. Under EASGD
+all of them ask for a stop in the header of the next exchange, and so does Ctrl-C, which reaches
+every worker in another step; all workers then stop at the same step. Replaced on the trainer's own
+objects, before Lightning registers its handlers, so that no signal finds the stock one.
 """
 
 from __future__ import annotations
@@ -21,50 +21,87 @@ from lightning.fabric.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_easgd.communication import Stop
+from lightning_easgd.internals import LoopHooks
 
 
 class SignalRelay:
-    """Passes SIGTERM and Ctrl-C to one worker on to all, until :meth:`restore`.
+    """Passes what ends training on one worker on to all, until :meth:`restore`.
 
     Args:
-        trainer: whose handlers are not registered yet.
+        trainer: of this worker.
+        hooks: of the trainer.
         request_stop: passes a request on to all workers; False if no training is under way, in
             which case the signal is handled as for a single process.
     """
 
-    def __init__(self, trainer: pl.Trainer, request_stop: Callable[[Stop], bool]) -> None:
+    def __init__(
+        self, trainer: pl.Trainer, hooks: LoopHooks, request_stop: Callable[[Stop], bool]
+    ) -> None:
         self._trainer = trainer
+        self._hooks = hooks
         self._request_stop = request_stop
         self._interrupted = False
-        self._raise_next = False
-        trainer._signal_connector._sigterm_notifier_fn = self._terminate  # type: ignore[method-assign]
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = self._before_batch  # type: ignore[method-assign]
+        self._stop_before_batch = Stop.NO
+        hooks.before_batch(self._before_batch)
+        hooks.on_sigterm(self._terminate)
+        self._save_and_requeue = hooks.on_preemption(self._preempt)
         self._on_interrupt = signal.getsignal(signal.SIGINT)
         in_main_thread = threading.current_thread() is threading.main_thread()
         if trainer.world_size > 1 and in_main_thread and self._on_interrupt is not signal.SIG_IGN:
             signal.signal(signal.SIGINT, self._interrupt)
 
     def restore(self) -> None:
-        """Put back what was replaced."""
-        self._trainer._signal_connector.__dict__.pop("_sigterm_notifier_fn", None)
-        self._trainer.fit_loop.epoch_loop.__dict__.pop("_broadcast_sigterm_tensor", None)
+        """Put Ctrl-C's handler back."""
         # Not if Lightning ignores it by now, while it shuts down.
         if signal.getsignal(signal.SIGINT) == self._interrupt:
             signal.signal(signal.SIGINT, self._on_interrupt)
 
-    def stop_training(self, why: Stop) -> None:
-        """Make Lightning raise the exception of the signal when this batch is done."""
-        if why is Stop.TERMINATED:
-            self._trainer._signal_connector.received_sigterm = True
-        self._raise_next = True
+    def stop_after_batch(self, why: Stop) -> None:
+        """End training when this batch is done; all workers must call it at the same step."""
+        if why is Stop.ENOUGH:
+            self._end_in_time()
+        elif why is Stop.TERMINATED:
+            self._hooks.mark_terminated()
+        if why.by_exception:
+            self._stop_before_batch = why
+
+    def stop_now(self, why: Stop) -> None:
+        """End training between batches; all workers must call it at the same step.
+
+        Raises:
+            KeyboardInterrupt: for Ctrl-C, as Lightning does.
+            SIGTERMException: for the other signals, likewise.
+        """
+        if why is Stop.ENOUGH:
+            self._end_in_time()
+        elif why is Stop.INTERRUPTED:
+            raise KeyboardInterrupt
+        elif why:
+            if why is Stop.PREEMPTED:
+                self._save_and_requeue(signal.SIGUSR1, None)
+            self._hooks.mark_terminated()
+            raise SIGTERMException
+
+    def time_is_over(self) -> None:
+        """Ask all workers to stop because a time limit is reached."""
+        self._request_stop(Stop.ENOUGH)
+
+    def _end_in_time(self) -> None:
+        if not self._trainer.should_stop:
+            rank_zero_info("Time limit reached: all workers end their training together.")
+        self._trainer.should_stop = True
 
     def _terminate(self, signum: int, _: FrameType | None) -> None:
         if self._request_stop(Stop.TERMINATED):
             return
-        connector, launcher = self._trainer._signal_connector, self._trainer.strategy.launcher
-        if launcher is not None and not connector.received_sigterm:
+        launcher = self._trainer.strategy.launcher
+        if launcher is not None and not self._hooks.terminated:
             launcher.kill(signum)
-        connector.received_sigterm = True
+        self._hooks.mark_terminated()
+
+    def _preempt(self, signum: int, frame: FrameType | None) -> None:
+        if not self._request_stop(Stop.PREEMPTED):
+            self._save_and_requeue(signum, frame)
 
     def _interrupt(self, signum: int, frame: FrameType | None) -> None:
         if not self._interrupted and self._request_stop(Stop.INTERRUPTED):
@@ -79,11 +116,5 @@ class SignalRelay:
             raise KeyboardInterrupt
 
     def _before_batch(self) -> None:
-        """Instead of the broadcast: between exchanges nobody waits for anybody."""
-        if self._raise_next:
-            raise KeyboardInterrupt
-
-
-def exception_of(why: Stop) -> BaseException:
-    """What Lightning raises for a signal."""
-    return SIGTERMException() if why is Stop.TERMINATED else KeyboardInterrupt()
+        """Between exchanges nobody waits for anybody: there is nothing to ask here."""
+        self.stop_now(self._stop_before_batch)

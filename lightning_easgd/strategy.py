@@ -7,37 +7,39 @@ evaluates or saves it, and keeps Lightning from coupling the workers between exc
 from __future__ import annotations
 
 import atexit
-import os
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.fabric.strategies.registry import _StrategyRegistry
-from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
+from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.nn.parameter import is_lazy
+from torch.utils.data import IterableDataset
 from typing_extensions import override
 
 from lightning_easgd.arguments import refuse, require_choice, require_duration
 from lightning_easgd.center import BufferPolicy, Center
-from lightning_easgd.checkpoint import Gather, Resumed, WorkerCheckpoints
-from lightning_easgd.checkpoint_io import AtomicCheckpointIO
-from lightning_easgd.communication import AllReduce, Stop, WorkerGroup, gather, leave_all_groups
+from lightning_easgd.communication import AllReduce, Place, Stop, WorkerGroup, leave_all_groups
 from lightning_easgd.exchange import ElasticPoint, Exchange, Rules
+from lightning_easgd.internals import (
+    LoopHooks,
+    StrategyRegistry,
+    train_loaders,
+    validates_by_clock,
+)
 from lightning_easgd.optimizers import LocalOptimizers
+from lightning_easgd.persistence import PersistentStrategy
 from lightning_easgd.resuming import begin_epoch_as_usual
 from lightning_easgd.schedules import Period, Rate, Strength
-from lightning_easgd.signals import SignalRelay, exception_of
+from lightning_easgd.signals import SignalRelay
 from lightning_easgd.telemetry import Telemetry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     import lightning.pytorch as pl
     import torch
@@ -48,7 +50,7 @@ EvaluateOn = Literal["center", "worker"]
 StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
 
 
-class EASGDStrategy(DDPStrategy):
+class EASGDStrategy(PersistentStrategy):
     """Elastic Averaging SGD: every worker trains on its own and is tied to a shared center.
 
     Every ``tau`` optimizer steps a worker x and the center c pull at each other with the moving
@@ -134,7 +136,8 @@ class EASGDStrategy(DDPStrategy):
             accelerator=accelerator,
             parallel_devices=parallel_devices,
             cluster_environment=cluster_environment,
-            checkpoint_io=checkpoint_io or AtomicCheckpointIO(),
+            strict_resume=strict_resume,
+            checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
             process_group_backend=process_group_backend,
             timeout=timeout,
@@ -145,20 +148,17 @@ class EASGDStrategy(DDPStrategy):
         self._evaluate_on = evaluate_on
         self._buffer_policy = buffers
         self._final_exchange = final_exchange
-        self._strict_resume = strict_resume
         self._exchange_timeout = require_duration("exchange_timeout", exchange_timeout)
         self._bucket_bytes = bucket_bytes
         self.telemetry = Telemetry()
-        self._group: WorkerGroup | None = None
         self._center: Center | None = None
-        self._exchange: Exchange | None = None
         self._failed = False
-        self._resumed: Resumed | None = None
+        self._hooks: LoopHooks | None = None
         self._signals: SignalRelay | None = None
 
     @classmethod
     @override
-    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
+    def register_strategies(cls, strategy_registry: StrategyRegistry) -> None:
         methods = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "fork"}
         for suffix, start_method in methods.items():
             strategy_registry.register(
@@ -174,83 +174,6 @@ class EASGDStrategy(DDPStrategy):
         Waits for the exchange in flight. After ``fit`` it is the module itself.
         """
         return self.lightning_module_state_dict()
-
-    @override
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The weights that checkpoints hold: the center. The single place that names them."""
-        if self._exchange is None or self.lightning_module is None:
-            return super().lightning_module_state_dict()
-        latest = not self._alone
-        return self._exchange.center_state_dict(self.lightning_module, latest=latest)
-
-    @property
-    def _alone(self) -> bool:
-        """Whether this worker handles an exception that the others may know nothing of."""
-        if self._exchange is None or self.lightning_module is None:
-            return False
-        return self.lightning_module.trainer.interrupted and not self._exchange.stopped_together
-
-    @override
-    def save_checkpoint(
-        self,
-        checkpoint: dict[str, Any],
-        filepath: str | Path,
-        storage_options: Any = None,
-    ) -> None:
-        """Write the center, and beside it every worker's own state; see checkpoint.py.
-
-        After an exception that one worker may be alone with, and for weights only, the center.
-        """
-        path, exchange, module = os.fspath(filepath), self._exchange, self.lightning_module
-        weights_only = "optimizer_states" not in checkpoint
-        if exchange is None or module is None or self._alone or weights_only:
-            self._checkpoints().save_center_only(checkpoint, path, storage_options)
-        else:
-            self._checkpoints().save(
-                checkpoint,
-                path,
-                exchange=exchange,
-                module=module,
-                storage_options=storage_options,
-            )
-
-    @override
-    def remove_checkpoint(self, filepath: str | Path) -> None:
-        self._checkpoints().remove(os.fspath(filepath))
-
-    @override
-    def load_checkpoint(
-        self, checkpoint_path: str | Path, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only)
-        assert self.lightning_module is not None
-        if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
-            self._resumed = self._checkpoints().resume(
-                checkpoint,
-                os.fspath(checkpoint_path),
-                weights_only=weights_only,
-                strict=self._strict_resume,
-            )
-        return checkpoint
-
-    def _checkpoints(self) -> WorkerCheckpoints:
-        collect: Gather = self._group.gather if self._group is not None else gather
-        return WorkerCheckpoints(
-            self.checkpoint_io, rank=self.global_rank, workers=self.world_size, gather=collect
-        )
-
-    @override
-    def barrier(self, *args: Any, **kwargs: Any) -> None:
-        if not self._alone:
-            super().barrier(*args, **kwargs)
-
-    @override
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        return obj if self._alone else super().broadcast(obj, src)
-
-    @override
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        return decision if self._alone else super().reduce_boolean_decision(decision, all)
 
     @override
     def _configure_launcher(self) -> None:
@@ -272,7 +195,8 @@ class EASGDStrategy(DDPStrategy):
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
-        self._signals = SignalRelay(trainer, self._request_stop)
+        self._hooks = LoopHooks(trainer)
+        self._signals = SignalRelay(trainer, self._hooks, self._request_stop)
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:
             self._refuse_features(trainer)
@@ -299,8 +223,7 @@ class EASGDStrategy(DDPStrategy):
                     "ModelPruning prunes the weights of each worker, in other places, and so none"
                     " of the center, which EASGD delivers. Remove it, and prune after fit."
                 )
-        by_clock = getattr(trainer, "_val_check_time_interval", None) is not None
-        if by_clock and self.world_size > 1:
+        if validates_by_clock(trainer) and self.world_size > 1:
             raise MisconfigurationException(
                 "Trainer(val_check_interval=<a time>) makes every worker validate by its own clock,"
                 " hence at another step than the others. Give a number of batches."
@@ -335,26 +258,6 @@ class EASGDStrategy(DDPStrategy):
             f"bucket_bytes={self._bucket_bytes}",
         ]
 
-    @override
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        super().load_model_state_dict(checkpoint, strict)
-        # While training is set up already, as the learning-rate finder does when it is done.
-        if self._exchange is not None:
-            self._exchange.read_module()
-
-    @override
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        super().load_optimizer_state_dict(checkpoint)
-        if self._resumed is None:
-            return
-        assert self._exchange is not None
-        assert self.lightning_module is not None
-        module = self.lightning_module
-        self._resumed.restore(self._exchange, module, strict=module.strict_loading)
-        rank_zero_info(self._resumed.note(self.world_size))
-        for warning in self._resumed.warnings():
-            rank_zero_warn(warning)
-
     def _set_up_exchange(self) -> None:
         assert self._group is not None
         assert self._center is not None
@@ -362,7 +265,7 @@ class EASGDStrategy(DDPStrategy):
         self.telemetry = Telemetry()
         all_reduce = AllReduce(self._group, self._bucket_bytes)
         gradients = [p for p in self.lightning_module.parameters() if p.requires_grad]
-        self.telemetry.ddp_bytes_per_step = all_reduce.ring_bytes(sum(p.nbytes for p in gradients))
+        self.telemetry.ddp_bytes_per_step = all_reduce.ring_bytes(gradients)
         self._exchange = Exchange(
             self._center,
             all_reduce,
@@ -379,13 +282,31 @@ class EASGDStrategy(DDPStrategy):
     @override
     def on_train_start(self) -> None:
         assert self._exchange is not None
+        assert self._group is not None
+        assert self._hooks is not None
+        assert self._signals is not None
         assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        steps, batches = zip(
+            *self._group.gather((trainer.global_step, _batches(trainer))), strict=True
+        )
         if self._resumed is None:
-            self._exchange.start_clock(self.lightning_module.trainer.global_step)
+            self._exchange.start_clock(max(steps))
         else:
             self._resumed.restore_random_state()
-            begin_epoch_as_usual(self.lightning_module.trainer)
+            begin_epoch_as_usual(trainer, self._hooks)
             self._resumed = None  # as large as the worker's state
+        self._hooks.on_time_limit(self._signals.time_is_over)
+        if len(set(batches)) > 1 or None in batches:
+            self._hooks.before_validation(lambda: self._meet(Place.VALIDATION))
+            self._hooks.before_epoch_end(lambda: self._meet(Place.EPOCH_END))
+
+    def _meet(self, place: Place) -> None:
+        """Wait for workers that have more batches than this one, answering their exchanges."""
+        assert self._exchange is not None
+        assert self._signals is not None
+        self._exchange.meet(place)
+        self._signals.stop_now(self._exchange.stopping)
 
     @override
     def optimizer_step(
@@ -405,7 +326,7 @@ class EASGDStrategy(DDPStrategy):
         with self._exchange.step(optimizer):
             output = super().optimizer_step(optimizer, closure, model, **kwargs)
         if self._exchange.stopping:
-            self._signals.stop_training(self._exchange.stopping)
+            self._signals.stop_after_batch(self._exchange.stopping)
         return output
 
     @override
@@ -421,9 +342,9 @@ class EASGDStrategy(DDPStrategy):
     @override
     def on_train_end(self) -> None:
         assert self._exchange is not None
+        assert self._signals is not None
         self._exchange.finish(exchange=self._final_exchange)
-        if self._exchange.stop_agreed:
-            raise exception_of(self._exchange.stop_agreed)
+        self._signals.stop_now(self._exchange.stop_agreed)
 
     @override
     def on_exception(self, exception: BaseException) -> None:
@@ -438,12 +359,23 @@ class EASGDStrategy(DDPStrategy):
 
     @override
     def teardown(self) -> None:
-        if self._signals is not None:
+        if self._signals is not None and self._hooks is not None:
             self._signals.restore()
-            self._signals = None
+            self._hooks.restore()
+            self._signals = self._hooks = None
         if not self._failed:
             self._exchange = self._center = None
             if self._group is not None:
                 self._group.close()
                 self._group = None
         super().teardown()
+
+
+def _batches(trainer: pl.Trainer) -> int | None:
+    """Batches of every training epoch of this worker; None where they cannot be relied upon."""
+    unknown = any(
+        sized_len(loader) is None or isinstance(getattr(loader, "dataset", None), IterableDataset)
+        for loader in train_loaders(trainer)
+    )
+    reloaded = trainer.reload_dataloaders_every_n_epochs > 0  # type: ignore[attr-defined]
+    return None if unknown or reloaded else int(trainer.num_training_batches)

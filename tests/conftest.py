@@ -1,5 +1,6 @@
 import multiprocessing
 import os
+import signal
 import threading
 
 import pytest
@@ -7,6 +8,9 @@ import torch
 
 # One thread: workers are forked from this process, and a fork does not survive OpenMP's threads.
 torch.set_num_threads(1)
+
+# A shell that started pytest in the background made it, and all that it starts, deaf to Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

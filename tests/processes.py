@@ -93,6 +93,23 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def become_slurm_task(rank: int, port: int) -> None:
+    """Replace this worker's variables by those that srun sets for 2 tasks on one node."""
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR"):
+        del os.environ[name]
+    os.environ.update(
+        SLURM_JOB_ID="7",
+        SLURM_JOB_NAME="train",
+        SLURM_NTASKS="2",
+        SLURM_NTASKS_PER_NODE="2",
+        SLURM_NODELIST="127.0.0.1",
+        SLURM_PROCID=str(rank),
+        SLURM_LOCALID=str(rank),
+        SLURM_NODEID="0",
+        MASTER_PORT=str(port),
+    )
+
+
 def _worker(target: Any, rank: int, workers: int, port: int, sender: Any, args: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ.update(

@@ -93,10 +93,13 @@ def easgd(
     accumulate: int = 1,
     final_exchange: bool = False,
 ) -> tuple[State, list[State]]:
-    """The center and the workers' iterates after all batches; ``batches`` by worker."""
+    """The center and the workers' iterates after all batches; ``batches`` by worker.
+
+    A worker whose batch is None, or that has no more, takes no step but takes part in exchanges.
+    """
     p = len(batches)
     workers, center = [dict(start) for _ in range(p)], dict(start)
-    steps = len(batches[0]) // accumulate
+    steps = max(len(own) for own in batches) // accumulate
     for t in range(steps + 1):
         pulls = [{k: 0.0 * x[k] for k in x} for x in workers]
         if (t % tau == 0 and t < steps) or (final_exchange and t == steps):
@@ -104,6 +107,8 @@ def easgd(
         if t < steps:
             for i in range(p):
                 micro = batches[i][t * accumulate : (t + 1) * accumulate]
+                if not micro or micro[0] is None:
+                    continue
                 point = optimizers[i].gradient_point(workers[i])
                 gradients = [toy_gradient(point, batch) for batch in micro]
                 mean = {k: sum(g[k] for g in gradients) / accumulate for k in point}

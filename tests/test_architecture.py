@@ -14,16 +14,18 @@ LAYERS = [
     {"algorithms", "arguments"},
     {"center", "communication", "optimizers"},
     {"rates"},
-    {"exchange", "resuming", "signals"},
-    {"checkpoint", "checkpoint_io"},
+    {"contribution"},
+    {"exchange", "internals"},
+    {"checkpoint", "checkpoint_io", "resuming", "signals"},
+    {"persistence"},
     {"strategy"},
     {"callbacks"},
 ]
 """From low to high; a module imports only from lower layers, or from its own folder."""
 
 LIGHTNING = {
-    *("checkpoint_io", "resuming", "strategy", "signals", "callbacks"),
-    *("workloads", "__init__"),
+    *("checkpoint_io", "internals", "resuming", "signals"),
+    *("persistence", "strategy", "callbacks", "workloads", "__init__"),
 }
 DISTRIBUTED = {"communication"}
 SCRIPTS_ONLY = {"hydra", "matplotlib", "numpy", "omegaconf", "sklearn", "torchmetrics"}

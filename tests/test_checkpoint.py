@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import warnings
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from processes import run_workers
 from torch import Tensor
 from torch.utils.data import DataLoader
-from toy import Batches, Toy, trainer, weights
+from toy import Batches, Resumable, Toy, trainer, weights
 
 from lightning_easgd import EASGDStrategy
 from lightning_easgd.checkpoint import workers_folder
@@ -38,29 +37,6 @@ NESTEROV = partial(torch.optim.SGD, lr=0.05, momentum=0.9, nesterov=True)
 ADAMW = partial(torch.optim.AdamW, lr=0.05)
 STEPS = 6
 """Steps of an epoch."""
-
-
-class Resumable:
-    """A loader that knows where it stands, as stateful loaders do."""
-
-    def __init__(self, rank: int) -> None:
-        self.items = Batches(rank, STEPS)
-        self.position = 0
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __iter__(self) -> Iterator[Any]:
-        self.position %= len(self)
-        while self.position < len(self):
-            self.position += 1
-            yield self.items[self.position - 1]
-
-    def state_dict(self) -> dict[str, int]:
-        return {"position": self.position}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.position = state["position"]
 
 
 class Noisy(Toy):
@@ -122,7 +98,7 @@ def fit(
         enable_checkpointing=bool(checkpointing),
     )
     shuffled = DataLoader(Batches(rank, STEPS), batch_size=None, shuffle=True)
-    fitting.fit(module, Resumable(rank) if stateful else shuffled, ckpt_path=resume)
+    fitting.fit(module, Resumable(rank, STEPS) if stateful else shuffled, ckpt_path=resume)
     return trace.weights, everything(fitting, module)
 
 
@@ -193,7 +169,7 @@ def saved_while_validating(rank: int, folder: Path, precision: Any) -> Any:
             val_check_interval=3,
             num_sanity_val_steps=0,
         )
-        data = Resumable(rank)
+        data = Resumable(rank, STEPS)
         data.items = Batches(rank, STEPS, dtype)
         fitting.fit(
             module, data, DataLoader(Batches(0, 1, dtype), batch_size=None), ckpt_path=resume
@@ -265,7 +241,7 @@ def started(rank: int, path: str, workers: int, strategy: Any = None, lines: Any
     fitting = trainer(workers, strategy or EASGDStrategy(tau=4), max_epochs=3)
     with warnings.catch_warnings(record=True) as caught:
         warnings.filterwarnings("always", ".*fresh optimizers")
-        fitting.fit(module, Resumable(rank), ckpt_path=path)
+        fitting.fit(module, Resumable(rank, STEPS), ckpt_path=path)
     texts = [str(w.message) for w in caught if "fresh optimizers" in str(w.message)]
     return seen, texts, fitting.global_step, getattr(fitting.strategy, "telemetry", None)
 
@@ -356,7 +332,7 @@ def test_ddp_goes_on_from_a_checkpoint_of_ours(saved: Path) -> None:
 def other_model(rank: int, path: str) -> None:
     module = Noisy(NESTEROV)
     module.extra = torch.nn.Parameter(torch.zeros(1))
-    trainer(2, EASGDStrategy()).fit(module, Resumable(rank), ckpt_path=path)
+    trainer(2, EASGDStrategy()).fit(module, Resumable(rank, STEPS), ckpt_path=path)
 
 
 def test_another_model_is_refused_with_the_keys_that_differ(saved: Path) -> None:
@@ -438,7 +414,7 @@ def raising(rank: int, folder: Path, who: int) -> None:
         ModelCheckpoint(folder, "saved", save_on_exception=True, save_last=True),
     ]
     options = {"callbacks": callbacks, "enable_checkpointing": True, "max_epochs": 4}
-    trainer(2, EASGDStrategy(tau=2), **options).fit(module, Resumable(rank))
+    trainer(2, EASGDStrategy(tau=2), **options).fit(module, Resumable(rank, STEPS))
 
 
 @pytest.mark.filterwarnings("ignore:.*ckpt_path")  # OnExceptionCheckpoint looks for one to resume
@@ -484,7 +460,7 @@ def stopped_and_resumed(rank: int, folder: Path, number: signal.Signals) -> Any:
     fitting = trainer(2, EASGDStrategy(tau=4), **options)
     error = None
     try:
-        fitting.fit(module, Resumable(rank))
+        fitting.fit(module, Resumable(rank, STEPS))
     except BaseException as raised:
         error = type(raised).__name__
     resumed = fit(rank, folder, NESTEROV, {"tau": 4}, resume=str(folder / "stopped.ckpt"))

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.cli import LightningCLI
-from processes import free_port, run_workers
+from processes import become_slurm_task, free_port, run_workers
 from toy import Toy, loader, trainer, weights
 
 from lightning_easgd import EASGDStrategy
@@ -76,19 +76,7 @@ def test_launchers_train_the_same_center(prefix: list[str], strategy: str, tmp_p
 
 
 def under_slurm(rank: int, port: int) -> Any:
-    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR"):
-        del os.environ[name]
-    os.environ.update(
-        SLURM_JOB_ID="1",
-        SLURM_JOB_NAME="train",
-        SLURM_NTASKS="2",
-        SLURM_NTASKS_PER_NODE="2",
-        SLURM_NODELIST="127.0.0.1",
-        SLURM_PROCID=str(rank),
-        SLURM_LOCALID=str(rank),
-        SLURM_NODEID="0",
-        MASTER_PORT=str(port),
-    )
+    become_slurm_task(rank, port)
     module, fitting = Toy(SGD), trainer(2, "easgd", max_epochs=3)
     fitting.fit(module, loader(0, 5))
     return type(fitting.strategy.cluster_environment).__name__, weights(module)["w"].tolist()

@@ -1,4 +1,4 @@
-"""SIGTERM on any worker stops all of them at the same step."""
+"""SIGTERM and time limits on any worker stop all of them at the same step."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from processes import run_workers
+from test_exchange import recorded_collectives
 from toy import Toy, loader, trainer, weights
 
 from lightning_easgd import EASGDStrategy
@@ -77,21 +78,26 @@ def test_sigterm_outside_training_ends_that_worker_and_hangs_nobody() -> None:
     assert outcomes[1].error == "SIGTERMException"
 
 
-def replaced(fitting: pl.Trainer) -> tuple[bool, bool]:
-    return (
-        "_broadcast_sigterm_tensor" in vars(fitting.fit_loop.epoch_loop),
-        "_sigterm_notifier_fn" in vars(fitting._signal_connector),
-    )
+def timed(rank: int, who: int, at: int) -> Any:
+    """Train with a time limit that passes on worker ``who`` in batch ``at``."""
+    module = Toy(SGD)
+    fitting = trainer(2, EASGDStrategy(tau=4), max_epochs=3, max_time={"hours": 1})
+    (timer,) = [c for c in fitting.callbacks if isinstance(c, pl.callbacks.Timer)]
+    calls: list[str] = []
+
+    def on_train_batch_start(batch: Any, batch_idx: int) -> None:
+        if rank == who and batch_idx == at:
+            timer._offset = 2 * 3600.0
+
+    module.on_train_batch_start = on_train_batch_start
+    with recorded_collectives(calls):
+        module.on_train_epoch_start = calls.clear
+        fitting.fit(module, loader(rank, 18))
+    return fitting.global_step, weights(module)["w"].tobytes(), "broadcast" in calls
 
 
-def watch_replacement(rank: int, strategy: str) -> Any:
-    module, seen = Toy(SGD), []
-    fitting = trainer(1, strategy)
-    module.on_train_start = lambda: seen.append(replaced(fitting))
-    fitting.fit(module, loader(rank, 2))
-    return seen, replaced(fitting)
-
-
-def test_only_this_trainer_is_changed_and_only_while_it_runs() -> None:
-    assert run_workers(watch_replacement, "easgd", workers=1) == [([(True, True)], (False, False))]
-    assert run_workers(watch_replacement, "ddp", workers=1) == [([(False, False)], (False, False))]
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_time_limit_stops_all_at_the_same_step_without_a_broadcast(who: int) -> None:
+    results = run_workers(timed, who, 5, workers=2, timeout=30)
+    # Announced at step 8, in force at step 12; a fit that ends well has its final exchange.
+    assert results == [(13, results[0][1], False)] * 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -47,6 +47,29 @@ class Batches(Dataset):
 
 def loader(rank: int, count: int, dtype: torch.dtype = torch.float64) -> DataLoader:
     return DataLoader(Batches(rank, count, dtype), batch_size=None)
+
+
+class Resumable:
+    """A loader that knows where it stands, as stateful loaders do."""
+
+    def __init__(self, rank: int, count: int) -> None:
+        self.items = Batches(rank, count)
+        self.position = 0
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[Any]:
+        self.position %= len(self)
+        while self.position < len(self):
+            self.position += 1
+            yield self.items[self.position - 1]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
 
 
 class Toy(pl.LightningModule):

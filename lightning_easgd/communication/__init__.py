@@ -2,13 +2,14 @@
 
 from lightning_easgd.communication.all_reduce import AllReduce, PendingSum
 from lightning_easgd.communication.group import WorkerGroup, gather, leave_all_groups
-from lightning_easgd.communication.header import ExchangeError, Header, Stop, verify
+from lightning_easgd.communication.header import ExchangeError, Header, Place, Stop, verify
 
 __all__ = [
     "AllReduce",
     "ExchangeError",
     "Header",
     "PendingSum",
+    "Place",
     "Stop",
     "WorkerGroup",
     "gather",

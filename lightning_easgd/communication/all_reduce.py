@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,6 @@ class PendingSum:
     Args:
         header_work: the collective that gathers the headers.
         headers: where the headers arrive, one tensor per worker.
-        works: the collectives that sum.
         group: the workers.
         what: it is, for messages.
     """
@@ -30,14 +29,14 @@ class PendingSum:
         self,
         header_work: dist.Work,
         headers: Sequence[Tensor],
-        works: Sequence[dist.Work],
         *,
         group: WorkerGroup,
         what: str,
     ) -> None:
         self._header_work = header_work
         self._headers = headers
-        self._works = works
+        self.works: list[dist.Work] = []
+        """The collectives that sum."""
         self._group = group
         self._what = what
         self._blocking = group.data is group.control
@@ -57,7 +56,7 @@ class PendingSum:
         Raises:
             ExchangeError: a worker left or did not answer in time.
         """
-        for work in self._works:
+        for work in self.works:
             self._group.wait(work, self._what, poll=self._blocking)
 
 
@@ -81,21 +80,26 @@ class AllReduce:
         mine = torch.tensor(header.pack(), dtype=torch.int64)
         headers = [torch.empty_like(mine) for _ in range(self.group.size)]
         gather = dist.all_gather(headers, mine, group=self.group.control, async_op=True)
-        sums = [
-            dist.all_reduce(tensor[bucket], group=self.group.data, async_op=True)
-            for tensor in payload
-            for bucket in bucket_slices(tensor.numel(), tensor.itemsize, self.bucket_bytes)
-        ]
         assert gather is not None
-        in_flight = [work for work in sums if work is not None]
         what = f"The exchange that worker {self.group.rank} began at step {header.clock}"
-        return PendingSum(gather, headers, in_flight, group=self.group, what=what)
+        pending = PendingSum(gather, headers, group=self.group, what=what)
+        self.join(pending, payload)
+        return pending
 
-    def traffic_bytes(self, payload_bytes: int) -> int:
-        """Bytes that each worker sends, and receives: a ring all-reduce and the headers."""
-        header_bytes = 8 * len(Header.__dataclass_fields__)
-        return self.ring_bytes(payload_bytes) + (self.group.size - 1) * header_bytes
+    def join(self, pending: PendingSum, payload: Sequence[Tensor]) -> None:
+        """Begin to sum ``payload`` as :meth:`start` does, in an exchange whose header has left."""
+        for tensor in payload:
+            for bucket in bucket_slices(tensor.numel(), tensor.itemsize, self.bucket_bytes):
+                work = dist.all_reduce(tensor[bucket], group=self.group.data, async_op=True)
+                assert work is not None
+                pending.works.append(work)
 
-    def ring_bytes(self, payload_bytes: int) -> int:
-        """Bytes that each worker sends, and receives, in a ring all-reduce: 2 (p-1)/p of it."""
-        return 2 * (self.group.size - 1) * payload_bytes // self.group.size
+    @property
+    def header_bytes(self) -> int:
+        """Bytes of headers that each worker sends, and receives, in an exchange."""
+        return 8 * len(Header.__dataclass_fields__) * (self.group.size - 1)
+
+    def ring_bytes(self, tensors: Iterable[Tensor]) -> int:
+        """Bytes that each worker sends, and receives, in ring all-reduces: 2 (p-1)/p of them."""
+        payload = sum(tensor.nbytes for tensor in tensors)
+        return 2 * (self.group.size - 1) * payload // self.group.size

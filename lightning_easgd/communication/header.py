@@ -6,7 +6,7 @@ all raise the same error. Nothing else about an exchange is agreed on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from enum import IntEnum
 
@@ -19,10 +19,30 @@ class Stop(IntEnum):
     """Why training should stop; of several, the highest counts."""
 
     NO = 0
-    INTERRUPTED = 1
+    ENOUGH = 1
+    """The time limit: training ends as if it had reached its last step."""
+    INTERRUPTED = 2
     """Ctrl-C (SIGINT)."""
-    TERMINATED = 2
+    TERMINATED = 3
     """SIGTERM."""
+    PREEMPTED = 4
+    """SLURM's signal to save and to requeue the job."""
+
+    @property
+    def by_exception(self) -> bool:
+        """Whether training is left by an exception."""
+        return self > Stop.ENOUGH
+
+
+class Place(IntEnum):
+    """Where a worker is when it sends a header."""
+
+    TRAINING = 0
+    """In a step that begins an exchange."""
+    VALIDATION = 1
+    """Before a validation, waiting for the others; so below."""
+    EPOCH_END = 2
+    FIT_END = 3
 
 
 @dataclass(frozen=True)
@@ -35,8 +55,8 @@ class Header:
     """Hash of the names and shapes of the parameters in this exchange."""
     announced: int
     """The same, with parameters that were unfrozen since and join with the next exchange."""
-    done: bool
-    """This is the worker's last exchange."""
+    place: Place
+    """Whether the worker begins an exchange, or stands still and answers those of others."""
     stop: Stop
     """Why the worker was asked to stop."""
     non_finite: bool
@@ -53,10 +73,9 @@ class Header:
     @classmethod
     def unpack(cls, values: Sequence[int]) -> Header:
         """The inverse of :meth:`pack`."""
-        clock, fingerprint, announced, done, stop, non_finite, checksum, wait = values
-        return cls(
-            clock, fingerprint, announced, bool(done), Stop(stop), bool(non_finite), checksum, wait
-        )
+        clock, fingerprint, announced, place, stop, non_finite, checksum, wait = values
+        where, why, sick = Place(place), Stop(stop), bool(non_finite)
+        return cls(clock, fingerprint, announced, where, why, sick, checksum, wait)
 
 
 def verify(headers: Sequence[Header]) -> None:
@@ -68,38 +87,38 @@ def verify(headers: Sequence[Header]) -> None:
     Raises:
         ExchangeError: they did not; the message says which worker holds what.
     """
+    named = {f"worker {rank}": header for rank, header in enumerate(headers)}
+    training = {who: h for who, h in named.items() if h.place is Place.TRAINING}
     _same(
-        headers,
-        lambda h: f"step {h.clock}" + (", at the end of training" if h.done else ""),
+        {who: f"step {h.clock}" for who, h in training.items()},
         "Workers met in an exchange at different optimizer steps",
-        "All must take the same number of steps: give every worker the same number of batches, and"
-        " let nothing that only one worker knows decide tau or when training stops.",
+        "Let nothing that only one worker knows decide tau.",
     )
+    if not training and any(header.place is Place.VALIDATION for header in headers):
+        _same(
+            {who: h.place.name.lower().replace("_", " ") for who, h in named.items()},
+            "Not all workers begin a validation",
+            "If they have different numbers of batches, validate at the end of epochs.",
+        )
     _same(
-        headers,
-        lambda h: f"parameter set {h.fingerprint:014x}",
+        {who: f"parameter set {h.fingerprint:014x}" for who, h in named.items()},
         "Workers hold different sets of trainable parameters",
         "Build, freeze and unfreeze the same parameters on every worker.",
     )
     _same(
-        headers,
-        lambda h: f"parameter set {h.announced:014x}",
+        {who: f"parameter set {h.announced:014x}" for who, h in named.items()},
         "Some workers unfroze parameters that others did not",
         "Unfreeze the same parameters at the same step on every worker.",
     )
     _same(
-        headers,
-        lambda h: f"center checksum {h.checksum:x}",
+        {who: f"center checksum {h.checksum:x}" for who, h in named.items() if h.checksum},
         "The workers' copies of the center have drifted apart",
         "Resume from the last checkpoint; if this happens again, the hardware or the all-reduce"
         " is faulty.",
     )
 
 
-def _same(
-    headers: Sequence[Header], describe: Callable[[Header], str], problem: str, remedy: str
-) -> None:
-    seen = [describe(header) for header in headers]
-    if len(set(seen)) > 1:
-        listing = "; ".join(f"worker {rank}: {text}" for rank, text in enumerate(seen))
+def _same(seen: Mapping[str, str], problem: str, remedy: str) -> None:
+    if len(set(seen.values())) > 1:
+        listing = "; ".join(f"{who}: {what}" for who, what in seen.items())
         raise ExchangeError(f"{problem} ({listing}). {remedy}")

@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from lightning_easgd.communication import ExchangeError, Header, verify
+from lightning_easgd.communication import ExchangeError, Header, Place, Stop, verify
 
 HEADER = Header(
     clock=2**40,
     fingerprint=2**56 - 1,
     announced=7,
-    done=False,
-    stop=True,
+    place=Place.TRAINING,
+    stop=Stop.TERMINATED,
     non_finite=False,
     checksum=2**63 - 1,
     wait_microseconds=5,
@@ -23,14 +23,25 @@ def test_a_header_survives_the_journey():
 
 
 def test_what_may_differ_between_workers():
-    verify([HEADER, replace(HEADER, stop=False, non_finite=True, wait_microseconds=9)])
+    verify([HEADER, replace(HEADER, stop=Stop.NO, non_finite=True, wait_microseconds=9)])
+
+
+def test_workers_that_stand_still_may_be_at_other_steps_and_places():
+    verify([HEADER, replace(HEADER, place=Place.EPOCH_END, clock=3, checksum=0)])
+    verify([HEADER, *(replace(HEADER, place=place, clock=3) for place in list(Place)[1:])])
+    verify([replace(HEADER, place=place, clock=3) for place in (Place.EPOCH_END, Place.FIT_END)])
+
+
+def test_a_validation_is_begun_by_all_workers_or_none():
+    headers = [replace(HEADER, place=place) for place in (Place.VALIDATION, Place.EPOCH_END)]
+    with pytest.raises(ExchangeError, match="worker 0: validation; worker 1: epoch end"):
+        verify(headers)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"clock": 3}, r"worker 0: step 1099511627776; worker 1: step 3\)"),
-        ({"done": True}, "worker 1: step 1099511627776, at the end of training"),
         ({"fingerprint": 1}, "different sets of trainable parameters .*worker 1: parameter set 0"),
         ({"announced": 1}, "Some workers unfroze parameters that others did not"),
         ({"checksum": 1}, "center have drifted apart .*worker 1: center checksum 1"),

@@ -1,0 +1,113 @@
+"""What one worker brings to an exchange, and what it loses by it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from lightning_easgd.algorithms import elastic
+from lightning_easgd.center import Center
+from lightning_easgd.flat import FlatVector
+from lightning_easgd.optimizers import LocalOptimizers
+from lightning_easgd.rates import MovingRates
+from lightning_easgd.telemetry import Telemetry
+
+
+class Contribution:
+    """The elastic differences of one worker.
+
+    Args:
+        center: of this worker's module.
+        optimizers: the worker's own.
+        rates: the moving rates α.
+        telemetry: where exchanges and distances are recorded.
+        from_iterate: whether x is the paper's iterate where a parameter is its look-ahead point.
+    """
+
+    def __init__(
+        self,
+        center: Center,
+        optimizers: LocalOptimizers,
+        rates: MovingRates,
+        *,
+        telemetry: Telemetry,
+        from_iterate: bool,
+    ) -> None:
+        self._center = center
+        self._optimizers = optimizers
+        self._rates = rates
+        self._telemetry = telemetry
+        self._from_iterate = from_iterate
+        self._distance = 0.0
+
+    @torch.no_grad()
+    def take_differences(self) -> bool:
+        """Put x - c where the sum will be; whether it is finite."""
+        segments = self._center.elastic()
+        for segment in segments:
+            segment.total.read_(segment.parameters)
+        if self._from_iterate:
+            self._optimizers.undo_look_ahead_(
+                {
+                    id(parameter): view
+                    for segment in segments
+                    for parameter, view in zip(segment.parameters, segment.total.views, strict=True)
+                }
+            )
+        for segment in segments:
+            elastic.difference_(segment.total.parts, segment.center.parts)
+        return self._measure()
+
+    @torch.no_grad()
+    def give(self, healthy: bool, clock: int) -> tuple[list[FlatVector], list[torch.Tensor]]:
+        """Take part in an exchange.
+
+        Args:
+            healthy: whether the differences were finite; else the worker starts again from the
+                center, with fresh optimizer state.
+            clock: the step of the exchange.
+
+        Returns:
+            What the worker is owed by :meth:`pull_worker`, and what it adds to the sums, as flat
+            tensors that are the sums' from now on.
+        """
+        pull = self._scale(clock) if healthy else self._restart_worker()
+        payload = [part for segment in self._center.elastic() for part in segment.total.parts]
+        payload += self._center.statistics.contribute(healthy)
+        if not healthy:
+            self._center.overwrite_worker()
+        self._telemetry.exchanges += 1
+        self._telemetry.consensus_distance = self._distance
+        return pull, payload
+
+    def pull_worker(self, pull: Sequence[FlatVector]) -> None:
+        """Move the worker towards the center: x <- x - α (x - c)."""
+        for segment, vector in zip(self._center.segments, pull, strict=False):
+            vector.subtract_from(segment.parameters)
+
+    def _measure(self) -> bool:
+        """Measure the consensus distance; whether the differences are finite."""
+        segments = self._center.elastic()
+        distance = math.hypot(*(segment.total.norm() for segment in segments))
+        size = math.hypot(*(segment.center.norm() for segment in segments))
+        self._distance = distance / max(size, 1e-30)
+        return math.isfinite(distance) or all(s.total.is_finite() for s in segments)
+
+    def _scale(self, clock: int) -> list[FlatVector]:
+        """Turn x - c into α (x - c); a copy of it is the worker's own pull."""
+        segments = self._center.elastic()
+        alphas, default = self._rates.at(clock)
+        self._telemetry.alpha = max([*alphas.values(), default])
+        for segment in segments:
+            rates = [alphas.get(id(parameter), default) for parameter in segment.parameters]
+            elastic.scale_(segment.total.views, rates)
+        return [segment.total.clone() for segment in segments]
+
+    def _restart_worker(self) -> list[FlatVector]:
+        """Leave a worker with non-finite weights out of the sum and forget what made it so."""
+        for segment in self._center.elastic():
+            segment.total.zero_()
+            self._optimizers.forget(segment.parameters)
+        return []

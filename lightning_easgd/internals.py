@@ -1,0 +1,134 @@
+"""Lightning's private names: all that are used, here and nowhere else.
+
+tests/test_internals.py fails with the name of one that a new Lightning moved. What the strategy
+inherits from DDPStrategy, the seams made for subclasses, is checked there too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.strategies.registry import _StrategyRegistry
+from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+
+SignalHandler = Callable[[int, Any], None]
+StrategyRegistry = _StrategyRegistry
+
+
+class LoopHooks:
+    """Methods of one trainer's own objects that are replaced until :meth:`restore`.
+
+    Other trainers and strategies keep theirs.
+
+    Args:
+        trainer: whose signal handlers are not registered yet.
+    """
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self._trainer = trainer
+        self._fit_loop = trainer.fit_loop
+        self._epoch_loop = trainer.fit_loop.epoch_loop
+        self._connector = trainer._signal_connector
+        self._replaced: list[tuple[Any, str]] = []
+
+    def restore(self) -> None:
+        """Put back what was replaced."""
+        for owner, name in self._replaced:
+            owner.__dict__.pop(name, None)
+        self._replaced.clear()
+
+    def on_sigterm(self, handler: SignalHandler) -> None:
+        """Handle SIGTERM by ``handler`` instead of by a collective."""
+        self._replace(self._connector, "_sigterm_notifier_fn", handler)
+
+    def on_preemption(self, handler: SignalHandler) -> SignalHandler:
+        """Handle SLURM's requeue signal by ``handler``; returns what saves and requeues."""
+        lightnings_own: SignalHandler = self._connector._slurm_sigusr_handler_fn
+        self._replace(self._connector, "_slurm_sigusr_handler_fn", handler)
+        return lightnings_own
+
+    def before_batch(self, action: Callable[[], None]) -> None:
+        """Call ``action`` before every batch instead of broadcasting a SIGTERM flag."""
+        self._replace(self._epoch_loop, "_broadcast_sigterm_tensor", action)
+
+    def before_validation(self, action: Callable[[], None]) -> None:
+        """Call ``action`` before a validation of a fit, ahead of everything that belongs to it."""
+        self._precede(self._epoch_loop.val_loop, "run", action)
+
+    def before_epoch_end(self, action: Callable[[], None]) -> None:
+        """Call ``action`` when a training epoch is over, ahead of hooks and epoch metrics."""
+        self._precede(self._fit_loop, "on_advance_end", action)
+
+    def before_first_batch(self, action: Callable[[Any], None]) -> None:
+        """Call ``action`` with the data fetcher, once, when the next epoch begins its batches."""
+
+        def once(data_fetcher: Any) -> None:
+            del self._epoch_loop.on_run_start
+            action(data_fetcher)
+            self._epoch_loop.on_run_start(data_fetcher)
+
+        self._replace(self._epoch_loop, "on_run_start", once)
+
+    def on_time_limit(self, action: Callable[[], None]) -> None:
+        """Call ``action`` when a step ends past a Timer's limit, instead of broadcasting it."""
+
+        def without_broadcast(timer: Timer) -> Callable[..., None]:
+            def on_train_batch_end(*args: Any, **kwargs: Any) -> None:
+                remaining = timer.time_remaining()
+                if remaining is not None and remaining <= 0:
+                    action()
+
+            return on_train_batch_end
+
+        for timer in self._trainer.callbacks:  # type: ignore[attr-defined]
+            stock = type(timer).on_train_batch_end is Timer.on_train_batch_end
+            if stock and timer._interval == "step":
+                self._replace(timer, "on_train_batch_end", without_broadcast(timer))
+
+    def mark_terminated(self) -> None:
+        """Let Lightning raise its SIGTERMException when this batch is done."""
+        self._connector.received_sigterm = True
+
+    @property
+    def terminated(self) -> bool:
+        """Whether Lightning knows of a SIGTERM."""
+        return self._connector.received_sigterm
+
+    def _precede(self, owner: Any, name: str, action: Callable[[], None]) -> None:
+        lightnings_own = getattr(owner, name)
+
+        def both(*args: Any, **kwargs: Any) -> Any:
+            action()
+            return lightnings_own(*args, **kwargs)
+
+        self._replace(owner, name, both)
+
+    def _replace(self, owner: Any, name: str, method: Any) -> None:
+        setattr(owner, name, method)
+        self._replaced.append((owner, name))
+
+
+def train_loaders(trainer: pl.Trainer) -> list[Any]:
+    """The loaders that training draws from."""
+    combined: CombinedLoader | None = trainer.fit_loop._combined_loader
+    return [] if combined is None else combined.flattened
+
+
+def starts_resumed_epoch(trainer: pl.Trainer) -> bool:
+    """Whether a resumed run is about to take the first batch of an epoch."""
+    fit_loop, epoch_loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
+    resumed = fit_loop.is_resuming or epoch_loop.restarting
+    return resumed and epoch_loop.batch_progress.current.ready == 0
+
+
+def logged_step(trainer: pl.Trainer) -> int:
+    """The step under which Lightning's loggers file what is logged now."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def validates_by_clock(trainer: pl.Trainer) -> bool:
+    """Whether validation is due after a time, not after a number of batches."""
+    return trainer._val_check_time_interval is not None  # type: ignore[attr-defined]

@@ -1,0 +1,140 @@
+"""Checkpoints as Lightning asks a strategy for them: the center, and beside it every worker.
+
+[Note: alone] An exception may be one worker's only, and the others know nothing of it. Whatever
+Lightning does then (its callbacks may save a checkpoint) happens without the others: no collective
+runs, and what is saved is the center as this worker knows it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from typing_extensions import override
+
+from lightning_easgd.checkpoint import Gather, Resumed, WorkerCheckpoints
+from lightning_easgd.checkpoint_io import AtomicCheckpointIO
+from lightning_easgd.communication import WorkerGroup, gather
+from lightning_easgd.exchange import Exchange
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+class PersistentStrategy(DDPStrategy):
+    """Saves and restores the exchange that a subclass sets up.
+
+    Args:
+        strict_resume: whether it is an error if the own state of a worker is missing or damaged in
+            the checkpoint that training resumes from.
+        **options: of DDPStrategy.
+    """
+
+    def __init__(self, *, strict_resume: bool, **options: Any) -> None:
+        options["checkpoint_io"] = options["checkpoint_io"] or AtomicCheckpointIO()
+        super().__init__(**options)
+        self._strict_resume = strict_resume
+        self._group: WorkerGroup | None = None
+        self._exchange: Exchange | None = None
+        self._resumed: Resumed | None = None
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The weights that checkpoints hold: the center. The single place that names them."""
+        if self._exchange is None or self.lightning_module is None:
+            return super().lightning_module_state_dict()
+        latest = not self._alone
+        return self._exchange.center_state_dict(self.lightning_module, latest=latest)
+
+    @override
+    def save_checkpoint(
+        self,
+        checkpoint: dict[str, Any],
+        filepath: str | Path,
+        storage_options: Any = None,
+    ) -> None:
+        """Write the center, and beside it every worker's own state; see checkpoint.py.
+
+        After an exception that one worker may be alone with, and for weights only, the center.
+        """
+        path, exchange, module = os.fspath(filepath), self._exchange, self.lightning_module
+        weights_only = "optimizer_states" not in checkpoint
+        if exchange is None or module is None or self._alone or weights_only:
+            self._checkpoints().save_center_only(checkpoint, path, storage_options)
+        else:
+            self._checkpoints().save(
+                checkpoint,
+                path,
+                exchange=exchange,
+                module=module,
+                storage_options=storage_options,
+            )
+
+    @override
+    def remove_checkpoint(self, filepath: str | Path) -> None:
+        self._checkpoints().remove(os.fspath(filepath))
+
+    @override
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only)
+        assert self.lightning_module is not None
+        if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
+            self._resumed = self._checkpoints().resume(
+                checkpoint,
+                os.fspath(checkpoint_path),
+                weights_only=weights_only,
+                strict=self._strict_resume,
+            )
+        return checkpoint
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        super().load_model_state_dict(checkpoint, strict)
+        # While training is set up already, as the learning-rate finder does when it is done.
+        if self._exchange is not None:
+            self._exchange.read_module()
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        super().load_optimizer_state_dict(checkpoint)
+        if self._resumed is None:
+            return
+        assert self._exchange is not None
+        assert self.lightning_module is not None
+        module = self.lightning_module
+        self._resumed.restore(self._exchange, module, strict=module.strict_loading)
+        rank_zero_info(self._resumed.note(self.world_size))
+        for warning in self._resumed.warnings():
+            rank_zero_warn(warning)
+
+    @override
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        if not self._alone:
+            super().barrier(*args, **kwargs)
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        return obj if self._alone else super().broadcast(obj, src)
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        return decision if self._alone else super().reduce_boolean_decision(decision, all)
+
+    @property
+    def _alone(self) -> bool:
+        """Whether this worker handles an exception that the others may know nothing of."""
+        if self._exchange is None or self.lightning_module is None:
+            return False
+        return self.lightning_module.trainer.interrupted and not self._exchange.stopped_together
+
+    def _checkpoints(self) -> WorkerCheckpoints:
+        collect: Gather = self._group.gather if self._group is not None else gather
+        return WorkerCheckpoints(
+            self.checkpoint_io, rank=self.global_rank, workers=self.world_size, gather=collect
+        )

@@ -1,0 +1,1 @@
+"""What scripts/measure.py measures, one module each."""

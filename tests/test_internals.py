@@ -1,0 +1,108 @@
+"""Lightning's private names: each is where we expect it, and what is replaced is put back."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from processes import run_workers
+from toy import Toy, loader, trainer
+
+import lightning_easgd
+
+SGD = partial(torch.optim.SGD, lr=0.1)
+PYTORCH = "lightning.pytorch"
+
+CLASSES = {
+    f"{PYTORCH}.trainer.connectors.signal_connector:_SignalConnector": [
+        *("_sigterm_notifier_fn", "_slurm_sigusr_handler_fn"),
+    ],
+    f"{PYTORCH}.loops.training_epoch_loop:_TrainingEpochLoop": [
+        *("_broadcast_sigterm_tensor", "on_run_start"),
+    ],
+    f"{PYTORCH}.loops.fit_loop:_FitLoop": ["on_advance_end", "is_resuming"],
+    f"{PYTORCH}.loops.evaluation_loop:_EvaluationLoop": ["run"],
+    f"{PYTORCH}.strategies:DDPStrategy": ["_configure_launcher"],
+    "lightning.fabric.strategies.registry:_StrategyRegistry": ["register"],
+}
+"""Private classes and methods that are used."""
+
+ATTRIBUTES = {
+    "_val_check_time_interval": type(None),
+    "_signal_connector.received_sigterm": bool,
+    "fit_loop._combined_loader": type(None),
+    "fit_loop.epoch_loop._batches_that_stepped": int,
+    "fit_loop.epoch_loop.restarting": bool,
+    "fit_loop.epoch_loop.batch_progress.current.ready": int,
+    "strategy._layer_sync": type(None),
+    "strategy._timeout": object,
+}
+"""Attributes of a new trainer that are used, and their types."""
+
+
+@pytest.mark.parametrize(("where", "names"), CLASSES.items(), ids=str)
+def test_methods_are_where_they_were(where: str, names: list[str]) -> None:
+    module, cls = where.split(":")
+    owner = getattr(importlib.import_module(module), cls)
+    assert [name for name in names if not hasattr(owner, name)] == []
+
+
+@pytest.mark.parametrize(("path", "kind"), ATTRIBUTES.items(), ids=str)
+def test_attributes_are_where_they_were(path: str, kind: type) -> None:
+    value: Any = pl.Trainer(strategy="easgd", accelerator="cpu", devices=1, logger=False)
+    for name in path.split("."):
+        value = getattr(value, name)
+    assert isinstance(value, kind)
+
+
+def test_a_timers_interval_is_where_it_was() -> None:
+    assert pl.callbacks.Timer(duration={"hours": 1})._interval == "step"
+
+
+def test_the_flag_is_broadcast_before_every_batch_of_several_workers() -> None:
+    """Should this fail, Lightning may no longer need the replacement."""
+    from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+
+    assert "self._broadcast_sigterm_tensor()" in inspect.getsource(_TrainingEpochLoop.advance)
+
+
+def test_no_other_module_uses_a_private_name_of_lightnings() -> None:
+    root = Path(lightning_easgd.__file__).parent
+    ours = {"_wrap", "_foreach_copy_", "_foreach_sub_", "_foreach_mul_", "_foreach_add_"}
+    torchs = {"_buffers", "_non_persistent_buffers_set", "_get_default_store"}
+    for path in root.rglob("*.py"):
+        if path.name == "internals.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Attribute) or not node.attr.startswith("_"):
+                continue
+            inherited = ast.unparse(node.value) in ("self", "cls", "super()")
+            dunder = node.attr.startswith("__")
+            assert inherited or dunder or node.attr in ours | torchs, f"{path}: {node.attr}"
+
+
+def replaced(fitting: pl.Trainer) -> tuple[bool, bool]:
+    return (
+        "_broadcast_sigterm_tensor" in vars(fitting.fit_loop.epoch_loop),
+        "_sigterm_notifier_fn" in vars(fitting._signal_connector),
+    )
+
+
+def watch_replacement(rank: int, strategy: str) -> Any:
+    module, seen = Toy(SGD), []
+    fitting = trainer(1, strategy)
+    module.on_train_start = lambda: seen.append(replaced(fitting))
+    fitting.fit(module, loader(rank, 2))
+    return seen, replaced(fitting)
+
+
+def test_only_this_trainer_is_changed_and_only_while_it_runs() -> None:
+    assert run_workers(watch_replacement, "easgd", workers=1) == [([(True, True)], (False, False))]
+    assert run_workers(watch_replacement, "ddp", workers=1) == [([(False, False)], (False, False))]

@@ -1,0 +1,193 @@
+"""Workers with different numbers of batches: who is done answers the exchanges of the others."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from processes import run_workers
+from test_reference import LR, OPTIMIZERS, reference_optimizers
+from torch.utils.data import DataLoader, IterableDataset
+from toy import Batches, Toy, batches, initial_weights, loader, trainer, weights
+
+from lightning_easgd import EASGDStrategy
+
+COUNTS = [10, 14, 5]
+WORKERS = len(COUNTS)
+SGD = OPTIMIZERS["sgd"]
+
+
+class Stream(IterableDataset):
+    """The batches of a worker, without a length."""
+
+    def __init__(self, rank: int, count: int) -> None:
+        self.rank, self.count = rank, count
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(Batches(self.rank, self.count))
+
+
+def stream(rank: int, count: int) -> DataLoader:
+    return DataLoader(Stream(rank, count), batch_size=None)
+
+
+def expected(name: str, epochs: int, **options: Any) -> reference.State:
+    longest = max(COUNTS)
+    by_worker = [
+        epochs * (batches(rank, count) + (longest - count) * [None])
+        for rank, count in enumerate(COUNTS)
+    ]
+    center, _ = reference.easgd(
+        initial_weights(),
+        by_worker,
+        reference_optimizers(name, lambda name, t: LR, WORKERS),
+        tau=4,
+        alpha=lambda name, t: 0.9 / WORKERS,
+        **options,
+    )
+    return center
+
+
+def fit(rank: int, name: str, make_loader: Any, final: bool, options: dict[str, Any]) -> Any:
+    module = Toy(OPTIMIZERS[name])
+    strategy = EASGDStrategy(tau=4, final_exchange=final)
+    fitting = trainer(WORKERS, strategy, **options)
+    fitting.fit(module, make_loader(rank, COUNTS[rank]))
+    return weights(module), fitting.global_step, strategy.telemetry.exchanges
+
+
+@pytest.mark.parametrize("final", [True, False])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_worker_that_is_done_is_one_whose_gradients_are_zero(name: str, final: bool) -> None:
+    results = run_workers(fit, name, loader, final, {}, workers=WORKERS)
+    assert [(steps, exchanges) for _, steps, exchanges in results] == [
+        (count, 3 + final) for count in COUNTS
+    ]
+    center = expected(name, 1, final_exchange=final)
+    for got, *_ in results:
+        for key, value in got.items():
+            np.testing.assert_allclose(value, center[key], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("make_loader", [loader, stream])
+def test_all_begin_the_next_epoch_together(make_loader: Any) -> None:
+    results = run_workers(fit, "sgd", make_loader, True, {"max_epochs": 3}, workers=WORKERS)
+    center = expected("sgd", 3, final_exchange=True)
+    assert [steps for _, steps, _ in results] == [3 * count for count in COUNTS]
+    for got, *_ in results:
+        for key, value in got.items():
+            np.testing.assert_allclose(value, center[key], rtol=1e-9, atol=1e-11)
+
+
+class Validated(Toy):
+    """Reduces a metric over the workers in every validation and at the end of every epoch."""
+
+    def __init__(self) -> None:
+        super().__init__(SGD)
+        self.validated: list[float] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self.log("batches", 1.0, on_step=False, on_epoch=True, reduce_fx="sum", sync_dist=True)
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("size", self.w.norm(), sync_dist=True)
+
+    def on_validation_epoch_end(self) -> None:
+        self.validated.append(float(self.trainer.callback_metrics["size"]))
+
+
+def validated(rank: int, options: dict[str, Any]) -> Any:
+    module = Validated()
+    fitting = trainer(WORKERS, EASGDStrategy(tau=4), max_epochs=2, **options)
+    fitting.fit(module, stream(rank, COUNTS[rank]), loader(0, 2))
+    return module.validated, float(fitting.callback_metrics["batches"]), weights(module)
+
+
+def test_validation_and_epoch_metrics_wait_for_the_slowest() -> None:
+    results = run_workers(validated, {"num_sanity_val_steps": 0}, workers=WORKERS)
+    for sizes, count, _ in results:
+        assert sizes == results[0][0]
+        assert len(sizes) == 2
+        assert count == sum(COUNTS)
+
+
+def test_a_validation_that_not_all_begin_is_an_error_on_all() -> None:
+    options = {"num_sanity_val_steps": 0, "val_check_interval": 4}
+    outcomes = run_workers(validated, options, workers=WORKERS, check=False, timeout=30)
+    assert [o.error for o in outcomes] == ["ExchangeError"] * WORKERS
+    assert "worker 0: validation; worker 1: validation; worker 2: epoch end" in outcomes[0].message
+
+
+def resumed(rank: int, folder: Path, path: str | None) -> Any:
+    module = Toy(OPTIMIZERS["nesterov"])
+    saving = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+    options = {"max_epochs": 3, "callbacks": [saving], "enable_checkpointing": True}
+    fitting = trainer(WORKERS, EASGDStrategy(tau=4), **options)
+    fitting.fit(module, loader(rank, COUNTS[rank]), ckpt_path=path)
+    return {name: value.tobytes() for name, value in weights(module).items()}
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_resuming_at_an_epoch_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    straight = run_workers(resumed, tmp_path, None, workers=WORKERS)
+    again = run_workers(resumed, tmp_path, str(tmp_path / "epoch=0.ckpt"), workers=WORKERS)
+    assert again == straight
+
+
+def stopped(rank: int, who: int, at: int) -> Any:
+    module, strategy = Toy(SGD), EASGDStrategy(tau=4)
+
+    def on_train_batch_start(batch: Any, batch_idx: int) -> None:
+        if rank == 1 and batch_idx == at:
+            # Worker 2 was done after 5 batches.
+            os.kill(pids[who], signal.SIGTERM)
+
+    module.on_train_batch_start = on_train_batch_start
+    fitting = trainer(WORKERS, strategy)
+    pids: list[int] = []
+    module.on_train_start = lambda: pids.extend(strategy._group.gather(os.getpid()))
+    try:
+        fitting.fit(module, loader(rank, 40 if rank < 2 else 5))
+    except BaseException as error:
+        return type(error).__name__, fitting.global_step
+    return None
+
+
+@pytest.mark.parametrize("who", [1, 2])
+def test_a_signal_stops_those_that_train_and_those_that_are_done(who: int) -> None:
+    results = run_workers(stopped, who, 9, workers=WORKERS, timeout=30)
+    assert [error for error, _ in results] == ["SIGTERMException"] * WORKERS
+    steps = [steps for _, steps in results]
+    assert steps[0] == steps[1] <= 21
+    assert steps[2] == 5
+
+
+def empty_for_one(rank: int) -> Any:
+    module = Toy(SGD)
+    fitting = trainer(2, EASGDStrategy(tau=4), max_epochs=2)
+    fitting.fit(module, stream(rank, 8 * rank))
+    return weights(module), fitting.global_step
+
+
+def test_a_worker_whose_stream_is_empty_is_pulled_along() -> None:
+    results = run_workers(empty_for_one, workers=2, timeout=40)
+    assert [steps for _, steps in results] == [0, 16]
+    center, _ = reference.easgd(
+        initial_weights(),
+        [16 * [None], 2 * batches(1, 8)],
+        reference_optimizers("sgd", lambda name, t: LR, 2),
+        tau=4,
+        alpha=lambda name, t: 0.45,
+        final_exchange=True,
+    )
+    for got, _ in results:
+        np.testing.assert_allclose(got["w"], center["w"], rtol=1e-9, atol=1e-11)
