@@ -85,8 +85,8 @@ class Scripted(Toy):
             self.log("score", self.scores[self.trainer.current_epoch], **self.options)
 
 
-def monitor(rank: int, scores: list[list[float]], make: Any) -> None:
-    strategy = EASGDStrategy(tau=3, exchange_timeout=10)
+def monitor(rank: int, scores: list[list[float]], make: Any, timeout: float) -> None:
+    strategy = EASGDStrategy(tau=3, exchange_timeout=timeout)
     options = {"max_epochs": 4, "callbacks": [make()], "enable_checkpointing": True}
     fitting = trainer(2, strategy, **options)
     fitting.fit(Scripted(scores[rank]), loader(rank, 4), loader(rank, 1))
@@ -113,17 +113,27 @@ def test_early_stopping_stops_all_at_one_epoch(options: Any, best: list[float]) 
         assert w == results[0][3]
 
 
-@pytest.mark.parametrize("callback", [EarlyStopping, ModelCheckpoint])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (partial(EarlyStopping, "score"), "conditioned on metric `score` which is not available"),
+        (
+            partial(EarlyStopping, "score", strict=False),
+            "All workers are alive, but one is too late",
+        ),
+        (partial(ModelCheckpoint, monitor="score"), "could not find the monitored key"),
+    ],
+    ids=["stopping", "not strict", "checkpoint"],
+)
 @pytest.mark.parametrize("who", [0, 1])
 def test_a_monitor_that_one_worker_does_not_log_ends_all(
-    who: int, callback: Any, tmp_path: Path
+    who: int, make: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     scores = [[1.0] * 6, [1.0] * 6]
     scores[who] = []
-    arguments = {"dirpath": tmp_path} if callback is ModelCheckpoint else {}
-    make = partial(callback, monitor="score", **arguments)
-    outcomes = run_workers(monitor, scores, make, workers=2, check=False, timeout=40)
-    assert "score" in outcomes[who].message
+    outcomes = run_workers(monitor, scores, make, 5.0, workers=2, check=False, timeout=40)
+    assert message in outcomes[who].message
     # It waits for the decision of the other, in a collective of Lightning's.
     assert "Connection" in outcomes[1 - who].message
 
@@ -131,7 +141,7 @@ def test_a_monitor_that_one_worker_does_not_log_ends_all(
 def test_a_score_in_the_name_may_differ_by_worker(tmp_path: Path) -> None:
     scores = [[3.0, 2.0, 5.0, 1.0], [4.0, 3.0, 2.0, 1.5]]
     make = partial(ModelCheckpoint, tmp_path, "{score}", monitor="score", save_top_k=2)
-    run_workers(monitor, scores, make, workers=2)
+    run_workers(monitor, scores, make, 60.0, workers=2)
     # Those of worker 0. Saved where all workers had found a better score, as under DDP.
     names = {"score=1.0.ckpt", "score=2.0.ckpt"}
     assert {path.name for path in tmp_path.glob("*.ckpt")} == names
