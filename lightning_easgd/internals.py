@@ -146,3 +146,8 @@ def starts_resumed_epoch(trainer: pl.Trainer) -> bool:
 def logged_step(trainer: pl.Trainer) -> int:
     """The step under which Lightning's loggers file what is logged now."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def validates_by_clock(trainer: pl.Trainer) -> bool:
+    """Whether validation is due after a time, not after a number of batches."""
+    return trainer._val_check_time_interval is not None  # type: ignore[attr-defined]

@@ -15,10 +15,11 @@ from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.nn.parameter import is_lazy
 from torch.utils.data import IterableDataset
 from typing_extensions import override
 
@@ -26,7 +27,12 @@ from lightning_easgd.arguments import refuse, require_choice, require_duration
 from lightning_easgd.center import BufferPolicy, Center
 from lightning_easgd.communication import AllReduce, Place, Stop, WorkerGroup, leave_all_groups
 from lightning_easgd.exchange import ElasticPoint, Exchange, Rules
-from lightning_easgd.internals import LoopHooks, StrategyRegistry, train_loaders
+from lightning_easgd.internals import (
+    LoopHooks,
+    StrategyRegistry,
+    train_loaders,
+    validates_by_clock,
+)
 from lightning_easgd.optimizers import LocalOptimizers
 from lightning_easgd.persistence import PersistentStrategy
 from lightning_easgd.resuming import begin_epoch_as_usual
@@ -214,6 +220,23 @@ class EASGDStrategy(PersistentStrategy):
                     f"{type(callback).__name__} averages one worker's weights and puts the result"
                     " where EASGD delivers the center. Remove it: the center is an average already."
                 )
+            if isinstance(callback, ModelPruning):
+                raise MisconfigurationException(
+                    "ModelPruning prunes the weights of each worker, in other places, and so none"
+                    " of the center, which EASGD delivers. Remove it, and prune after fit."
+                )
+        if validates_by_clock(trainer) and self.world_size > 1:
+            raise MisconfigurationException(
+                "Trainer(val_check_interval=<a time>) makes every worker validate by its own clock,"
+                " hence at another step than the others. Give a number of batches."
+            )
+        module = trainer.lightning_module
+        tensors = [*module.named_parameters(), *module.named_buffers()]
+        if lazy := [name for name, tensor in tensors if is_lazy(tensor)]:
+            raise MisconfigurationException(
+                f"The lazy layers with {lazy} have no shapes yet, so there is nothing to average."
+                " Pass them an example input in configure_model."
+            )
 
     @override
     def configure_ddp(self) -> None:
