@@ -41,10 +41,12 @@ class Contribution:
         self._telemetry = telemetry
         self._from_iterate = from_iterate
         self._distance = 0.0
+        self.healthy = True
+        """Whether the differences that were taken last are finite."""
 
     @torch.no_grad()
-    def take_differences(self) -> bool:
-        """Put x - c where the sum will be; whether it is finite."""
+    def take_differences(self) -> None:
+        """Put x - c where the sum will be."""
         segments = self._center.elastic()
         for segment in segments:
             segment.total.read_(segment.parameters)
@@ -58,25 +60,25 @@ class Contribution:
             )
         for segment in segments:
             elastic.difference_(segment.total.parts, segment.center.parts)
-        return self._measure()
+        self._measure()
 
     @torch.no_grad()
-    def give(self, healthy: bool, clock: int) -> tuple[list[FlatVector], list[torch.Tensor]]:
-        """Take part in an exchange.
+    def give(self, clock: int) -> tuple[list[FlatVector], list[torch.Tensor]]:
+        """Take part in an exchange with the differences that were taken.
+
+        If they are not finite, the worker starts again from the center, with fresh optimizer state.
 
         Args:
-            healthy: whether the differences were finite; else the worker starts again from the
-                center, with fresh optimizer state.
             clock: the step of the exchange.
 
         Returns:
             What the worker is owed by :meth:`pull_worker`, and what it adds to the sums, as flat
             tensors that are the sums' from now on.
         """
-        pull = self._scale(clock) if healthy else self._restart_worker()
+        pull = self._scale(clock) if self.healthy else self._restart_worker()
         payload = [part for segment in self._center.elastic() for part in segment.total.parts]
-        payload += self._center.statistics.contribute(healthy)
-        if not healthy:
+        payload += self._center.statistics.contribute(self.healthy)
+        if not self.healthy:
             self._center.overwrite_worker()
         self._telemetry.exchanges += 1
         self._telemetry.consensus_distance = self._distance
@@ -87,13 +89,12 @@ class Contribution:
         for segment, vector in zip(self._center.segments, pull, strict=False):
             vector.subtract_from(segment.parameters)
 
-    def _measure(self) -> bool:
-        """Measure the consensus distance; whether the differences are finite."""
+    def _measure(self) -> None:
         segments = self._center.elastic()
         distance = math.hypot(*(segment.total.norm() for segment in segments))
         size = math.hypot(*(segment.center.norm() for segment in segments))
         self._distance = distance / max(size, 1e-30)
-        return math.isfinite(distance) or all(s.total.is_finite() for s in segments)
+        self.healthy = math.isfinite(distance) or all(s.total.is_finite() for s in segments)
 
     def _scale(self, clock: int) -> list[FlatVector]:
         """Turn x - c into α (x - c); a copy of it is the worker's own pull."""

@@ -12,7 +12,9 @@ schedules do, makes Lightning make the loader before the checkpoint is read, and
 state. So that state is given to it when the epoch begins.
 
 [Note: epochs not counted] After a checkpoint of an epoch's last batch Lightning does not count the
-next epoch as begun. A checkpoint that is made in it would, when resumed from, add an epoch.
+next epoch as begun. A checkpoint that is made in it would, when resumed from, add an epoch. And
+one that a worker made while it stood still after its last batch, waiting to validate with the
+others, would add a batch.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import lightning.pytorch as pl
 from lightning_easgd.internals import (
     LoopHooks,
     count_epoch,
+    end_saved_epoch,
     load_loader_states,
     starts_resumed_epoch,
     train_loaders,
@@ -38,5 +41,6 @@ def begin_epoch_as_usual(trainer: pl.Trainer, hooks: LoopHooks) -> None:
         if load_loader_states(trainer) or (starts_resumed_epoch(trainer) and not stateful):
             iter(data_fetcher)
         count_epoch(trainer)
+        end_saved_epoch(trainer, data_fetcher)
 
     hooks.before_first_batch(renew)

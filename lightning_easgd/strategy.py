@@ -12,26 +12,21 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from torch.nn.parameter import is_lazy
-from torch.utils.data import IterableDataset
 from typing_extensions import override
 
 from lightning_easgd.arguments import refuse, require_choice, require_duration
 from lightning_easgd.center import BufferPolicy, Center
 from lightning_easgd.communication import AllReduce, Place, Stop, WorkerGroup, leave_all_groups
 from lightning_easgd.exchange import ElasticPoint, Exchange, Rules
+from lightning_easgd.features import batches_per_epoch, refuse_features
 from lightning_easgd.internals import (
     LoopHooks,
     StrategyRegistry,
-    train_loaders,
-    validates_by_clock,
 )
 from lightning_easgd.optimizers import LocalOptimizers
 from lightning_easgd.persistence import PersistentStrategy
@@ -155,6 +150,7 @@ class EASGDStrategy(PersistentStrategy):
         self.telemetry = Telemetry()
         self._center: Center | None = None
         self._failed = False
+        self._uneven = False
         self._hooks: LoopHooks | None = None
         self._signals: SignalRelay | None = None
 
@@ -198,45 +194,15 @@ class EASGDStrategy(PersistentStrategy):
     @override
     def setup(self, trainer: pl.Trainer) -> None:
         self._hooks = LoopHooks(trainer)
+        self._hooks.before_batch(self._before_batch)
         self._signals = SignalRelay(trainer, self._hooks, self._request_stop)
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:
-            self._refuse_features(trainer)
-        self._exchange, self._failed = None, False
+            refuse_features(trainer, sync_batchnorm=self._layer_sync is not None)
+        self._exchange, self._failed, self._uneven = None, False, False
         super().setup(trainer)
         if fitting:
             self._set_up_exchange()
-
-    def _refuse_features(self, trainer: pl.Trainer) -> None:
-        if self._layer_sync is not None:
-            raise MisconfigurationException(
-                "Trainer(sync_batchnorm=True) makes all workers wait for each other at every step,"
-                " which EASGD exists to avoid. Remove it; EASGDStrategy(buffers='average') averages"
-                " the statistics."
-            )
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
-                raise MisconfigurationException(
-                    f"{type(callback).__name__} averages one worker's weights and puts the result"
-                    " where EASGD delivers the center. Remove it: the center is an average already."
-                )
-            if isinstance(callback, ModelPruning):
-                raise MisconfigurationException(
-                    "ModelPruning prunes the weights of each worker, in other places, and so none"
-                    " of the center, which EASGD delivers. Remove it, and prune after fit."
-                )
-        if validates_by_clock(trainer) and self.world_size > 1:
-            raise MisconfigurationException(
-                "Trainer(val_check_interval=<a time>) makes every worker validate by its own clock,"
-                " hence at another step than the others. Give a number of batches."
-            )
-        module = trainer.lightning_module
-        tensors = [*module.named_parameters(), *module.named_buffers()]
-        if lazy := [name for name, tensor in tensors if is_lazy(tensor)]:
-            raise MisconfigurationException(
-                f"The lazy layers with {lazy} have no shapes yet, so there is nothing to average."
-                " Pass them an example input in configure_model."
-            )
 
     @override
     def configure_ddp(self) -> None:
@@ -290,7 +256,7 @@ class EASGDStrategy(PersistentStrategy):
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
         steps, batches = zip(
-            *self._group.gather((trainer.global_step, _batches(trainer))), strict=True
+            *self._group.gather((trainer.global_step, batches_per_epoch(trainer))), strict=True
         )
         if self._resumed is None:
             self._exchange.start_clock(max(steps))
@@ -299,16 +265,29 @@ class EASGDStrategy(PersistentStrategy):
             begin_epoch_as_usual(trainer, self._hooks)
             self._resumed = None  # as large as the worker's state
         self._hooks.on_time_limit(self._signals.time_is_over)
-        if len(set(batches)) > 1 or None in batches:
+        self._uneven = len(set(batches)) > 1 or None in batches
+        if self._uneven:
             self._hooks.before_validation(lambda: self._meet(Place.VALIDATION))
             self._hooks.before_epoch_end(lambda: self._meet(Place.EPOCH_END))
+
+    def _before_batch(self) -> None:
+        # Between exchanges nobody waits for anybody, but whoever leaves, leaves with all others.
+        if self._exchange is not None and self._exchange.stopping.by_exception:
+            self._meet(Place.STOP)
 
     def _meet(self, place: Place) -> None:
         """Wait for workers that have more batches than this one, answering their exchanges."""
         assert self._exchange is not None
         assert self._signals is not None
         self._exchange.meet(place)
-        self._signals.stop_now(self._exchange.stopping)
+        self._signals.stop(self._exchange.stopping)
+
+    @override
+    def _gathered(self) -> bool:
+        gathered = super()._gathered()
+        if gathered and self._uneven and self._exchange is not None and self._exchange.trains:
+            self._meet(Place.COLLECTIVE)
+        return gathered
 
     @override
     def optimizer_step(
@@ -327,8 +306,8 @@ class EASGDStrategy(PersistentStrategy):
         assert self._signals is not None
         with self._exchange.step(optimizer):
             output = super().optimizer_step(optimizer, closure, model, **kwargs)
-        if self._exchange.stopping:
-            self._signals.stop_after_batch(self._exchange.stopping)
+        if self._exchange.stopping is Stop.ENOUGH:
+            self._signals.stop(Stop.ENOUGH)
         return output
 
     @override
@@ -345,8 +324,9 @@ class EASGDStrategy(PersistentStrategy):
     def on_train_end(self) -> None:
         assert self._exchange is not None
         assert self._signals is not None
-        self._exchange.finish(exchange=self._final_exchange)
-        self._signals.stop_now(self._exchange.stop_agreed)
+        finished = self._exchange.finish(exchange=self._final_exchange)
+        if not (finished and self._exchange.stopping is Stop.PREEMPTED):  # nothing is left to do
+            self._signals.stop(self._exchange.stopping)
 
     @override
     def on_exception(self, exception: BaseException) -> None:
@@ -376,13 +356,3 @@ class EASGDStrategy(PersistentStrategy):
                 self._group.close()
                 self._group = None
         super().teardown()
-
-
-def _batches(trainer: pl.Trainer) -> int | None:
-    """Batches of every training epoch of this worker; None where they cannot be relied upon."""
-    unknown = any(
-        sized_len(loader) is None or isinstance(getattr(loader, "dataset", None), IterableDataset)
-        for loader in train_loaders(trainer)
-    )
-    reloaded = trainer.reload_dataloaders_every_n_epochs > 0  # type: ignore[attr-defined]
-    return None if unknown or reloaded else int(trainer.num_training_batches)

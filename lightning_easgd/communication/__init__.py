@@ -2,7 +2,14 @@
 
 from lightning_easgd.communication.all_reduce import AllReduce, PendingSum
 from lightning_easgd.communication.group import WorkerGroup, gather, leave_all_groups
-from lightning_easgd.communication.header import ExchangeError, Header, Place, Stop, verify
+from lightning_easgd.communication.header import (
+    ExchangeError,
+    Header,
+    Place,
+    Stop,
+    verify,
+    verify_places,
+)
 
 __all__ = [
     "AllReduce",
@@ -15,4 +22,5 @@ __all__ = [
     "gather",
     "leave_all_groups",
     "verify",
+    "verify_places",
 ]
