@@ -239,6 +239,7 @@ class Exchange:
         """Start again from the module's weights, which are equal on all workers."""
         self.drain()
         self.center.read_module()
+        self._finished = False
 
     def _begin_due(self) -> list[FlatVector]:
         # Stops at an exchange, not when a header is read: that is not the same step on all workers.
