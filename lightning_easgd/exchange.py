@@ -302,6 +302,7 @@ class Exchange:
         """Start again from the module's weights, which are equal on all workers."""
         self.drain()
         self.center.read_module()
+        self._finished = False
 
     def _reopen(self) -> None:
         # The learning-rate finder ends a training of its own before the one that it was called in.

@@ -21,6 +21,8 @@ HERE = Path(__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 TRAIN = HERE.parent / "scripts" / "train.py"
 
+pytestmark = pytest.mark.timeout(400)
+
 
 def processes_of(folder: Path) -> dict[int, str]:
     """Command lines of running processes that name ``folder``."""
@@ -99,7 +101,7 @@ def test_a_run_whose_worker_is_struck_ends_with_the_bits_of_one_that_was_not(
     options = ["--standalone", "--nproc-per-node=2", "--max-restarts=1", "--monitor-interval=0.1"]
     agent = start(*TORCHRUN, *options, HERE / "restarted.py", folder, who, what)
     try:
-        assert agent.wait(90) == 0
+        assert agent.wait(140) == 0
     finally:
         agent.kill()
         agent.wait()
@@ -124,8 +126,8 @@ def test_a_machine_is_lost_and_the_other_goes_on_alone(folder: Path) -> None:
         for node in ("stays", "leaves")
     ]
     try:
-        assert agents[1].wait(90) == -signal.SIGKILL
-        assert agents[0].wait(90) == 0
+        assert agents[1].wait(140) == -signal.SIGKILL
+        assert agents[0].wait(140) == 0
     finally:
         for agent in agents:
             agent.kill()
@@ -140,18 +142,18 @@ def test_the_training_script_restarts_by_itself(folder: Path) -> None:
         *("checkpoint.every_n_train_steps=7", "trainer.enable_progress_bar=false"),
     ]
     alone = [TRAIN, *overrides, "trainer.devices=2", f"hydra.run.dir={folder}/undisturbed"]
-    assert start(sys.executable, *alone).wait(90) == 0
+    assert start(sys.executable, *alone).wait(140) == 0
 
     checkpoints = folder / "struck" / "checkpoints"
     options = ["--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     agent = start(*TORCHRUN, *options, TRAIN, *overrides, f"hydra.run.dir={folder}/struck")
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 100
         while not (checkpoints / "last.ckpt").exists() and time.monotonic() < deadline:
             time.sleep(0.01)
         os.kill(worker_of(folder, 0), signal.SIGKILL)
         assert not (checkpoints / "final.ckpt").exists()
-        assert agent.wait(90) == 0
+        assert agent.wait(140) == 0
     finally:
         agent.kill()
         agent.wait()
