@@ -286,7 +286,6 @@ class Exchange:
             shared: of :meth:`shared_state`.
             own: of :meth:`own_state`, whose weights the caller loads; None to start at the center.
         """
-        self._reopen()
         self.center.load_shared_state(shared)
         self.clock = shared["clock"]
         if self._rules.period.is_constant:
@@ -302,7 +301,7 @@ class Exchange:
         """Start again from the module's weights, which are equal on all workers."""
         self.drain()
         self.center.read_module()
-        self._finished = False
+        self._reopen()
 
     def _reopen(self) -> None:
         # The learning-rate finder ends a training of its own before the one that it was called in.
