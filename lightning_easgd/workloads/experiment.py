@@ -85,12 +85,13 @@ class Report:
     def _costs(self) -> list[tuple[str, str]]:
         assert self.bytes_sent is not None
         assert self.ddp_bytes_sent is not None
-        less = self.ddp_bytes_sent / self.bytes_sent if self.bytes_sent else 0.0
-        compared = f", {less:.1f} times less" if self.bytes_sent else ""
+        sent = f"{self.bytes_sent / 1e6:.2f} MB"
+        if self.ddp_bytes_sent:
+            share = self.bytes_sent / self.ddp_bytes_sent
+            sent += f", {100 * share:.1f} % of DDP's {self.ddp_bytes_sent / 1e6:.2f} MB"
         return [
             ("exchanges", str(self.exchanges)),
-            ("sent by each worker", f"{self.bytes_sent / 1e6:.2f} MB"),
-            ("DDP would have sent", f"{self.ddp_bytes_sent / 1e6:.2f} MB{compared}"),
+            ("sent by each worker", sent),
             ("waited for the network", f"{self.wait_seconds:.2f} s"),
         ]
 
