@@ -69,7 +69,7 @@ def test_every_experiment_can_be_built(config, name):
     assert isinstance(instantiate(cfg.strategy), EASGDStrategy)
     assert isinstance(instantiate(cfg.module), LightningModule)
     assert isinstance(instantiate(cfg.data), LightningDataModule)
-    own = OmegaConf.load(CONF / "experiment" / f"{name}.yaml").strategy
+    own = OmegaConf.load(CONF / "experiment" / f"{name}.yaml").get("strategy", {})
     other = config(f"experiment={name}", "strategy=ddp", *(f"~strategy.{key}" for key in own))
     assert isinstance(instantiate(other.strategy), DDPStrategy)
     assert other.optimizer == cfg.optimizer
@@ -129,6 +129,19 @@ def test_the_experiment_of_the_paper_has_the_numbers_of_the_paper(config):
     assert (data.sampling, cfg.strategy.tau) == ("whole", 10)
     assert (optimizer.momentum, optimizer.weight_decay) == (0.99, 1e-4)
     assert (cfg.schedule, cfg.model.image_size) == ("constant", 28)
+
+
+def test_experiments_choose_a_period_that_strategies_without_one_ignore(config):
+    fashion = "experiment=fashion_mnist"
+    assert [config(fashion, f"strategy={name}").strategy.tau for name in ("easgd", "eamsgd")] == [
+        4,
+        4,
+    ]
+    assert config(fashion, "strategy.tau=16").strategy.tau == 16
+    assert config(fashion, "tau=16").strategy.tau == 16
+    assert config().strategy.tau == 10
+    for name, kind in (("ddp", DDPStrategy), ("single", SingleDeviceStrategy)):
+        assert isinstance(instantiate(config(fashion, f"strategy={name}").strategy), kind)
 
 
 def test_an_elastic_run_takes_its_size_from_torchrun(config, monkeypatch):
