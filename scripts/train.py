@@ -6,6 +6,7 @@ Every key of conf/ can be set: python scripts/train.py model=resnet strategy.tau
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import traceback
 from pathlib import Path
@@ -84,6 +85,7 @@ def run(cfg: DictConfig) -> Report:
     from lightning_easgd.communication import leave_all_groups
     from lightning_easgd.workloads import experiment
 
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(is_no_advertisement)
     experiment.seed(cfg.seed)
     datamodule, module = instantiate(cfg.data), instantiate(cfg.module)
     strategy, logger = instantiate(cfg.strategy), instantiate(cfg.logger)
@@ -99,6 +101,11 @@ def run(cfg: DictConfig) -> Report:
         Path(cfg.output_dir, "report.json").write_text(report.to_json())
     leave_all_groups()  # under DDP too, which does not
     return report
+
+
+def is_no_advertisement(record: logging.LogRecord) -> bool:
+    """Whether it is not Lightning's tip to install its makers' service."""
+    return "litlogger" not in record.getMessage()
 
 
 def work(config: str) -> None:

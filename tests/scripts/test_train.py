@@ -50,6 +50,8 @@ def test_reports_accuracy_bytes_waits_and_the_checkpoint(tmp_path: Path) -> None
         str(run / "checkpoints" / "final.ckpt"),
     ):
         assert label in printed
+    assert "litlogger" not in printed
+    assert not (run / "train.log").exists()
     assert "easgd/wait_seconds" in (run / "csv" / "version_0" / "metrics.csv").read_text()
     state = torch.load(run / "checkpoints" / "final.ckpt", weights_only=True)
     assert any(key.startswith("net.") for key in state["state_dict"])
@@ -98,9 +100,17 @@ def test_a_seed_repeats_exactly_and_resuming_too(tmp_path: Path) -> None:
 
 
 def test_sweeps_over_anything_leave_each_job_its_folder(tmp_path: Path) -> None:
-    overrides = ["trainer.devices=2,1", "model=mlp", "hydra.sweep.dir=sweep"]
+    overrides = ["trainer.devices=2,1", "model=mlp", "logger=none", "hydra.sweep.dir=sweep"]
     train(tmp_path, *overrides, multirun=True)
-    assert [report(tmp_path / "sweep" / str(job))["workers"] for job in (0, 1)] == [2, 1]
+    folders = [tmp_path / "sweep" / str(job) for job in (0, 1)]
+    assert [report(folder)["workers"] for folder in folders] == [2, 1]
+    assert not [path for folder in folders for path in folder.rglob("metrics.csv")]
+
+
+def test_help_lists_the_choices_of_every_axis(tmp_path: Path) -> None:
+    printed = train(tmp_path, "--help")
+    assert "\ndata: cifar10, digits, fashion_mnist, image_folder, mnist\n" in printed
+    assert "\nlogger: csv, none, tensorboard\n" in printed
 
 
 def test_failing_jobs_name_themselves_and_are_listed_at_the_end_of_the_sweep(
