@@ -19,7 +19,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
-from lightning_easgd.arguments import refuse, require_choice, require_duration
+from lightning_easgd.arguments import (
+    refuse,
+    require_bools,
+    require_choice,
+    require_count,
+    require_duration,
+    require_timedelta,
+)
 from lightning_easgd.center import BufferPolicy, Center
 from lightning_easgd.communication import AllReduce, Place, Stop, WorkerGroup, leave_all_groups
 from lightning_easgd.exchange import ElasticPoint, Exchange, Rules
@@ -125,10 +132,7 @@ class EASGDStrategy(PersistentStrategy):
         require_choice("evaluate_on", evaluate_on, get_args(EvaluateOn))
         require_choice("buffers", buffers, get_args(BufferPolicy))
         require_choice("elastic_point", elastic_point, get_args(ElasticPoint))
-        if bucket_bytes < 1:
-            raise ValueError(
-                f"bucket_bytes={bucket_bytes!r} is not allowed. Allowed: at least 1 byte."
-            )
+        require_bools(overlap=overlap, final_exchange=final_exchange, strict_resume=strict_resume)
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -137,7 +141,7 @@ class EASGDStrategy(PersistentStrategy):
             checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
             process_group_backend=process_group_backend,
-            timeout=timeout,
+            timeout=require_timedelta("timeout", timeout),
             start_method=start_method,
         )
         strength = Strength.choose(beta=beta, alpha=alpha, rho=rho)
@@ -146,7 +150,7 @@ class EASGDStrategy(PersistentStrategy):
         self._buffer_policy = buffers
         self._final_exchange = final_exchange
         self._exchange_timeout = require_duration("exchange_timeout", exchange_timeout)
-        self._bucket_bytes = bucket_bytes
+        self._bucket_bytes = require_count("bucket_bytes", bucket_bytes, "bytes")
         self.telemetry = Telemetry()
         self._center: Center | None = None
         self._failed = False
@@ -167,10 +171,18 @@ class EASGDStrategy(PersistentStrategy):
             )
 
     def center_state_dict(self) -> dict[str, Any]:
-        """The module's state dict with the center's weights, at any time; a copy.
+        """The module's state dict with the center's weights, at any time from ``fit`` on.
 
         Waits for the exchange in flight. After ``fit`` it is the module itself.
+
+        Raises:
+            RuntimeError: the strategy has no module yet.
         """
+        if self.lightning_module is None:
+            raise RuntimeError(
+                "center_state_dict() has no module to read before Trainer.fit(module) was called."
+                " Call it while or after the trainer runs, or use module.state_dict()."
+            )
         return self.lightning_module_state_dict()
 
     @override

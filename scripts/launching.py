@@ -30,7 +30,10 @@ class WorkerError(RuntimeError):
 
 def is_worker() -> bool:
     """Whether this process was started as one of several: by us, torchrun, srun or mpirun."""
-    names = ("LOCAL_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+    names = ["LOCAL_RANK", "OMPI_COMM_WORLD_RANK"]
+    # Lightning's rule: an interactive shell is srun's task, but what is typed in it is none.
+    if os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+        names += ["SLURM_NTASKS", "PMI_RANK"]
     return any(name in os.environ for name in names)
 
 

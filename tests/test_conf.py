@@ -16,13 +16,10 @@ from lightning_easgd import EASGDStrategy
 
 CONF = Path(__file__).parents[1] / "conf"
 FILES = sorted(CONF.rglob("*.yaml"))
-# A leading underscore marks what other files include; it is no choice.
-CHOICES = sorted(
-    (path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if not path.stem.startswith("_")
-)
+CHOICES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
 KINDS = {
     "data": LightningDataModule,
-    "logger": Logger,
+    "logger": (Logger, bool),
     "model": nn.Module,
     "optimizer": partial,
     "strategy": Strategy,
@@ -60,7 +57,7 @@ def test_every_trainer_takes_the_strategy_and_any_logger(config, name, logger):
     trainer = instantiate(cfg.trainer, strategy=strategy, logger=logger)
     assert isinstance(trainer, Trainer)
     assert trainer.strategy is strategy
-    assert trainer.logger is logger
+    assert trainer.loggers == ([logger] if logger else [])
 
 
 @pytest.mark.parametrize("name", of("experiment"))
@@ -69,7 +66,7 @@ def test_every_experiment_can_be_built(config, name):
     assert isinstance(instantiate(cfg.strategy), EASGDStrategy)
     assert isinstance(instantiate(cfg.module), LightningModule)
     assert isinstance(instantiate(cfg.data), LightningDataModule)
-    own = OmegaConf.load(CONF / "experiment" / f"{name}.yaml").strategy
+    own = OmegaConf.load(CONF / "experiment" / f"{name}.yaml").get("strategy", {})
     other = config(f"experiment={name}", "strategy=ddp", *(f"~strategy.{key}" for key in own))
     assert isinstance(instantiate(other.strategy), DDPStrategy)
     assert other.optimizer == cfg.optimizer
@@ -129,6 +126,19 @@ def test_the_experiment_of_the_paper_has_the_numbers_of_the_paper(config):
     assert (data.sampling, cfg.strategy.tau) == ("whole", 10)
     assert (optimizer.momentum, optimizer.weight_decay) == (0.99, 1e-4)
     assert (cfg.schedule, cfg.model.image_size) == ("constant", 28)
+
+
+def test_experiments_choose_a_period_that_strategies_without_one_ignore(config):
+    fashion = "experiment=fashion_mnist"
+    assert [config(fashion, f"strategy={name}").strategy.tau for name in ("easgd", "eamsgd")] == [
+        4,
+        4,
+    ]
+    assert config(fashion, "strategy.tau=16").strategy.tau == 16
+    assert config(fashion, "tau=16").strategy.tau == 16
+    assert config().strategy.tau == 10
+    for name, kind in (("ddp", DDPStrategy), ("single", SingleDeviceStrategy)):
+        assert isinstance(instantiate(config(fashion, f"strategy={name}").strategy), kind)
 
 
 def test_an_elastic_run_takes_its_size_from_torchrun(config, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -649,7 +650,16 @@ def test_bad_set_up_is_an_error_on_every_worker(
         ({"evaluate_on": "mean"}, ValueError, "evaluate_on='mean' .* Allowed: 'center', 'worker'"),
         ({"buffers": "sync"}, ValueError, "Allowed: 'average', 'local', 'broadcast'"),
         ({"elastic_point": "x"}, ValueError, "Allowed: 'iterate', 'parameter'"),
-        ({"bucket_bytes": 0}, ValueError, "at least 1 byte"),
+        ({"bucket_bytes": 0}, ValueError, "bucket_bytes=0 .* a whole number of bytes, at least 1"),
+        ({"bucket_bytes": 1.5}, ValueError, "a whole number of bytes"),
+        ({"bucket_bytes": float("nan")}, ValueError, "a whole number of bytes"),
+        ({"bucket_bytes": "x"}, ValueError, "a whole number of bytes"),
+        ({"bucket_bytes": True}, ValueError, "a whole number of bytes"),
+        ({"overlap": "yes"}, ValueError, "overlap='yes' is not allowed. Allowed: True, False"),
+        ({"final_exchange": None}, ValueError, "final_exchange=None .* Allowed: True, False"),
+        ({"strict_resume": 1}, ValueError, "strict_resume=1 .* Allowed: True, False"),
+        ({"timeout": 30}, ValueError, "timeout=30 .* Allowed: a positive datetime.timedelta"),
+        ({"timeout": timedelta(0)}, ValueError, "Allowed: a positive datetime.timedelta"),
         ({"ddp_comm_hook": print}, TypeError, "never reduce gradients"),
         ({"find_unused_parameters": True}, TypeError, "never reduce gradients"),
         ({"static_graph": True}, TypeError, "Remove the argument"),
@@ -660,6 +670,15 @@ def test_bad_set_up_is_an_error_on_every_worker(
 def test_bad_arguments_are_refused_at_construction(options: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
         EASGDStrategy(**options)
+
+
+def test_a_whole_number_of_bytes_may_be_a_float() -> None:
+    assert "bucket_bytes=1000000" in EASGDStrategy(bucket_bytes=1e6)._options()
+
+
+def test_the_center_before_fit_is_an_error_that_says_when_there_is_one() -> None:
+    with pytest.raises(RuntimeError, match=r"before Trainer.fit\(module\) was called"):
+        EASGDStrategy().center_state_dict()
 
 
 def test_an_accelerator_that_cannot_average_is_refused_at_construction() -> None:

@@ -1,5 +1,6 @@
 """The `LightningModule` of all experiments: cross-entropy, accuracy, a learning-rate schedule."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -9,7 +10,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
@@ -105,7 +106,9 @@ class Classifier(LightningModule):
                 f"schedule='cosine' got a run of {steps} steps; allowed is a known end. Set "
                 "max_epochs or max_steps, or schedule='constant'."
             )
-        scheduler = CosineAnnealingLR(optimizer, T_max=steps)
+        # Unlike CosineAnnealingLR's, its length is not saved: a run that is resumed to another end
+        # falls to zero there.
+        scheduler = LambdaLR(optimizer, lambda step: _cosine(step / steps))
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
@@ -117,6 +120,11 @@ class Classifier(LightningModule):
         # Summed with its weight: the last batch of a rank is smaller than the others.
         loss.update(cross_entropy(logits, labels), torch.tensor(len(labels)))
         accuracy.update(logits, labels)
+
+
+def _cosine(progress: float) -> float:
+    """Fraction of the first learning rate after a fraction of the run; 0 beyond its end."""
+    return (1 + math.cos(math.pi * min(progress, 1.0))) / 2
 
 
 def _accuracy(num_classes: int, **options: Any) -> MulticlassAccuracy:

@@ -85,12 +85,13 @@ class Report:
     def _costs(self) -> list[tuple[str, str]]:
         assert self.bytes_sent is not None
         assert self.ddp_bytes_sent is not None
-        less = self.ddp_bytes_sent / self.bytes_sent if self.bytes_sent else 0.0
-        compared = f", {less:.1f} times less" if self.bytes_sent else ""
+        sent = f"{self.bytes_sent / 1e6:.2f} MB"
+        if self.ddp_bytes_sent:
+            share = self.bytes_sent / self.ddp_bytes_sent
+            sent += f", {100 * share:.1f} % of DDP's {self.ddp_bytes_sent / 1e6:.2f} MB"
         return [
             ("exchanges", str(self.exchanges)),
-            ("sent by each worker", f"{self.bytes_sent / 1e6:.2f} MB"),
-            ("DDP would have sent", f"{self.ddp_bytes_sent / 1e6:.2f} MB{compared}"),
+            ("sent by each worker", sent),
             ("waited for the network", f"{self.wait_seconds:.2f} s"),
         ]
 
@@ -115,7 +116,8 @@ def run(
         ckpt_path: a checkpoint to resume from or to test; "last" for the newest, if there is one.
 
     Raises:
-        ValueError: the strategy does not use all processes that were started.
+        ValueError: the strategy does not use all processes that were started, or there is neither
+            training nor a checkpoint to test.
     """
     processes = int(os.environ.get("WORLD_SIZE", trainer.world_size))
     if processes != trainer.world_size:
@@ -130,14 +132,16 @@ def run(
         # It is meant to be missing on the first start, and to be there on all others.
         warnings.filterwarnings("ignore", ".*there is no last checkpoint available")
         warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
-    saved = None
+    checkpoint: str | None = None
     if train:
         trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path)
-        saved = _save_end(trainer)
+        checkpoint = _save_end(trainer)
     tested: Mapping[str, float] = {}
     if test:
         path = None if train else ckpt_path
         (tested,) = trainer.test(module, datamodule=datamodule, ckpt_path=path, verbose=False)
+        if not train:
+            checkpoint = _tested(trainer)
     telemetry = getattr(trainer.strategy, "telemetry", None) if train else None
     return Report(
         strategy=type(trainer.strategy).__name__,
@@ -148,7 +152,7 @@ def run(
         bytes_sent=getattr(telemetry, "bytes_sent", None),
         ddp_bytes_sent=getattr(telemetry, "ddp_bytes_sent", None),
         wait_seconds=getattr(telemetry, "wait_seconds", None),
-        checkpoint=saved,
+        checkpoint=checkpoint,
     )
 
 
@@ -163,3 +167,13 @@ def _save_end(trainer: pl.Trainer) -> str | None:
     path = os.path.join(checkpoint.dirpath, "final.ckpt")
     trainer.save_checkpoint(path, weights_only=True)
     return path
+
+
+def _tested(trainer: pl.Trainer) -> str:
+    """The checkpoint that was tested."""
+    if trainer.ckpt_path is None:
+        raise ValueError(
+            "train=false tested a network that nothing was loaded into. Set ckpt_path to a"
+            " checkpoint that exists."
+        )
+    return os.fspath(trainer.ckpt_path)

@@ -12,7 +12,7 @@ from pathlib import Path
 def accuracy(seeds: int, folder: str) -> None:
     """Print test accuracies on Fashion-MNIST, each contender with its better learning rate."""
     contenders = {
-        "ddp": ["strategy=ddp", "~strategy.tau"],
+        "ddp": ["strategy=ddp"],
         "easgd, tau=4": ["strategy.tau=4"],
         "easgd, tau=16": ["strategy.tau=16"],
     }
@@ -33,7 +33,7 @@ def accuracy(seeds: int, folder: str) -> None:
 
 def accuracy_of(folder: str, overrides: list[str], lr: float, seed: int) -> float:
     """Test accuracy, in percent, of one run of scripts/train.py."""
-    run = Path(folder, "-".join([*overrides, str(lr), str(seed)]).replace("=", "").replace("~", ""))
+    run = Path(folder, "-".join([*overrides, str(lr), str(seed)]).replace("=", ""))
     report = run / "report.json"
     if not report.exists():
         subprocess.run(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import launching
 import pytest
-from launching import WorkerError, run_workers
+from launching import WorkerError, is_worker, run_workers
 
 SLEEP = "import time; time.sleep(60)"
 
@@ -31,6 +31,26 @@ import os, sys
 rank = os.environ["LOCAL_RANK"]
 open(sys.argv[1] + "/" + rank + ".pid", "w").write(str(os.getpid()))
 """
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, False),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_JOB_NAME": "train"}, True),
+        ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_JOB_NAME": "bash"}, False),
+        ({"SLURM_NTASKS": "1", "PMI_RANK": "0", "SLURM_JOB_NAME": "interactive"}, False),
+        ({"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "bash", "LOCAL_RANK": "0"}, True),
+        ({"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "bash", "OMPI_COMM_WORLD_RANK": "0"}, True),
+        ({"PMI_RANK": "0"}, True),
+    ],
+    ids=str,
+)
+def test_a_shell_under_srun_is_no_worker_and_what_a_launcher_starts_is(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: bool
+) -> None:
+    monkeypatch.setattr(os, "environ", variables)
+    assert is_worker() is expected
 
 
 def test_every_worker_gets_its_rank_and_a_log(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@ from functools import partial
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from torch.nn.functional import cross_entropy
 
 from lightning_easgd.workloads.classifier import Classifier
@@ -40,6 +40,56 @@ def test_the_schedule_reaches_its_end_with_the_run(schedule, last):
     assert run.global_step == 28
     assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(last, abs=1e-9)
     assert {"train/loss", "train/accuracy", "val/loss", "val/accuracy"} <= set(run.callback_metrics)
+
+
+class Rates(Callback):
+    """Records the learning rate of every step."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def rates(epochs, ckpt_path=None, **options):
+    """The trainer after ``epochs`` epochs of 14 steps, and the learning rates of its steps."""
+    torch.manual_seed(0)
+    recorded = Rates()
+    run = trainer(max_epochs=epochs, callbacks=[recorded], **options)
+    run.fit(mlp(), digits(), ckpt_path=ckpt_path)
+    return run, recorded.seen
+
+
+def test_the_cosine_is_that_of_torch():
+    _, seen = rates(2)
+    optimizer = SGD(MLP((2,), image_size=8).parameters())
+    reference = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=28)
+    expected = []
+    for _ in range(28):
+        expected += reference.get_last_lr()
+        optimizer.step()
+        reference.step()
+    assert seen == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_run_resumed_to_a_later_end_follows_the_longer_cosine(tmp_path, epochs):
+    run, _ = rates(epochs)
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    _, straight = rates(4)
+    longer, seen = rates(4, ckpt_path=tmp_path / "end.ckpt")
+    # The step after resuming still has the rate that was saved with the optimizer.
+    assert seen[0] == pytest.approx(0, abs=1e-9)
+    assert seen[1:] == pytest.approx(straight[14 * epochs + 1 :])
+    assert longer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
+
+
+def test_a_run_resumed_beyond_its_end_keeps_the_rate_at_zero(tmp_path):
+    run, _ = rates(4)
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    _, seen = rates(5, ckpt_path=tmp_path / "end.ckpt", limit_train_batches=7)
+    assert seen == pytest.approx([0] * 7, abs=1e-9)
 
 
 def test_the_cosine_is_stepped_after_every_batch():
