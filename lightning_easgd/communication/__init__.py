@@ -1,17 +1,24 @@
 """HOW the bytes move: the only folder that calls torch.distributed or opens a socket."""
 
-from lightning_easgd.communication.all_reduce import AllReduce, PendingSum
+from lightning_easgd.communication.all_reduce import AllReduce, Payload, PendingSum
+from lightning_easgd.communication.codecs import CODECS, Codec, choose_codec
+from lightning_easgd.communication.compressed import CompressedAllReduce
 from lightning_easgd.communication.group import WorkerGroup, gather, leave_all_groups
 from lightning_easgd.communication.header import ExchangeError, Header, Place, Stop, verify
 
 __all__ = [
+    "CODECS",
     "AllReduce",
+    "Codec",
+    "CompressedAllReduce",
     "ExchangeError",
     "Header",
+    "Payload",
     "PendingSum",
     "Place",
     "Stop",
     "WorkerGroup",
+    "choose_codec",
     "gather",
     "leave_all_groups",
     "verify",
