@@ -16,8 +16,7 @@ from processes import Workers, run_workers
 from test_reference import LR, batches, initial_weights, reference, reference_optimizers
 from toy import Resumable, Toy, loader, trainer, weights
 
-from lightning_easgd import EASGDStrategy
-from lightning_easgd.communication.codecs import Int8, TopK
+from lightning_easgd import EASGDStrategy, Int8, TopK
 
 SGD = partial(torch.optim.SGD, lr=LR)
 CODECS = ["bf16", "fp16", "int8", TopK(0.3)]

@@ -1,7 +1,7 @@
 """HOW the bytes move: the only folder that calls torch.distributed or opens a socket."""
 
 from lightning_easgd.communication.all_reduce import AllReduce, Payload, PendingSum
-from lightning_easgd.communication.codecs import CODECS, Codec, choose_codec
+from lightning_easgd.communication.codecs import CODECS, Codec, Int8, TopK, choose_codec
 from lightning_easgd.communication.compressed import CompressedAllReduce
 from lightning_easgd.communication.group import WorkerGroup, gather, leave_all_groups
 from lightning_easgd.communication.header import ExchangeError, Header, Place, Stop, verify
@@ -13,10 +13,12 @@ __all__ = [
     "CompressedAllReduce",
     "ExchangeError",
     "Header",
+    "Int8",
     "Payload",
     "PendingSum",
     "Place",
     "Stop",
+    "TopK",
     "WorkerGroup",
     "choose_codec",
     "gather",

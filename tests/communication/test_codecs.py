@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from lightning_easgd.communication import CODECS, choose_codec
-from lightning_easgd.communication.codecs import Int8, TopK
+from lightning_easgd.communication import CODECS, Int8, TopK, choose_codec
 
 ARRAYS = hnp.arrays(
     dtype=st.sampled_from([np.float32, np.float64]),
