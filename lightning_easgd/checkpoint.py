@@ -148,7 +148,7 @@ class WorkerCheckpoints:
 
         Args:
             checkpoint: Lightning's, as this worker dumped it.
-            path: of the main file, the same on all workers.
+            path: of the main file; that of worker 0 counts, as under DDP.
             exchange: of this worker.
             module: of this worker.
             storage_options: passed on to the storage.
@@ -157,14 +157,8 @@ class WorkerCheckpoints:
             CheckpointError: another worker could not write its part; the main file is as it was.
         """
         exchange.drain()
-        calls = self._gather((uuid.uuid4().hex[:12], os.fspath(path)))
-        save = calls[0][0]
-        if len({where for _, where in calls}) > 1:
-            listing = "; ".join(f"worker {rank}: {where}" for rank, (_, where) in enumerate(calls))
-            raise CheckpointError(
-                f"Workers save different checkpoints at the same time ({listing}). Give them the"
-                " same dirpath and filename, without anything that only one worker knows."
-            )
+        # A name may hold a score that every worker computed by itself.
+        save, path = self._gather((uuid.uuid4().hex[:12], os.fspath(path)))[0]
         folder = f"{workers_folder(path)}/{save}"
         content = {
             "checkpoint": {key: v for key, v in checkpoint.items() if key not in _SHARED},

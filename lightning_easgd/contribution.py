@@ -45,10 +45,12 @@ class Contribution:
         self._round_ = round_
         self._from_iterate = from_iterate
         self._distance = 0.0
+        self.healthy = True
+        """Whether the differences that were taken last are finite."""
 
     @torch.no_grad()
-    def take_differences(self) -> bool:
-        """Put x - c where the sum will be; whether it is finite."""
+    def take_differences(self) -> None:
+        """Put x - c where the sum will be."""
         segments = self._center.elastic()
         for segment in segments:
             segment.total.read_(segment.parameters)
@@ -62,26 +64,24 @@ class Contribution:
             )
         for segment in segments:
             elastic.difference_(segment.total.parts, segment.center.parts)
-        return self._measure()
+        self._measure()
 
     @torch.no_grad()
-    def give(
-        self, healthy: bool, clock: int, *, last: bool = False
-    ) -> tuple[list[FlatVector], Payload]:
-        """Take part in an exchange.
+    def give(self, clock: int, *, last: bool = False) -> tuple[list[FlatVector], Payload]:
+        """Take part in an exchange with the differences that were taken.
+
+        If they are not finite, the worker starts again from the center, with fresh optimizer state.
 
         Args:
-            healthy: whether the differences were finite; else the worker starts again from the
-                center, with fresh optimizer state.
             clock: the step of the exchange.
             last: whether the differences travel as they are.
 
         Returns:
             What the worker is owed by :meth:`pull_worker`, and what it adds to the sums.
         """
-        pull = self._scale(clock, last) if healthy else self._restart_worker()
-        payload = Payload(self._totals(), self._center.statistics.contribute(healthy))
-        if not healthy:
+        pull = self._scale(clock, last) if self.healthy else self._restart_worker()
+        payload = Payload(self._totals(), self._center.statistics.contribute(self.healthy))
+        if not self.healthy:
             self._center.overwrite_worker()
         self._telemetry.exchanges += 1
         self._telemetry.consensus_distance = self._distance
@@ -89,6 +89,7 @@ class Contribution:
 
     def nothing(self) -> Payload:
         """Differences of zero, for what is held back to be added to."""
+        self.healthy = True
         for total in self._totals():
             total.zero_()
         return Payload(self._totals())
@@ -98,13 +99,12 @@ class Contribution:
         for segment, vector in zip(self._center.segments, pull, strict=False):
             vector.subtract_from(segment.parameters)
 
-    def _measure(self) -> bool:
-        """Measure the consensus distance; whether the differences are finite."""
+    def _measure(self) -> None:
         segments = self._center.elastic()
         distance = math.hypot(*(segment.total.norm() for segment in segments))
         size = math.hypot(*(segment.center.norm() for segment in segments))
         self._distance = distance / max(size, 1e-30)
-        return math.isfinite(distance) or all(s.total.is_finite() for s in segments)
+        self.healthy = math.isfinite(distance) or all(s.total.is_finite() for s in segments)
 
     def _scale(self, clock: int, last: bool) -> list[FlatVector]:
         """Turn x - c into α (x - c); a copy of it is the worker's own pull."""

@@ -39,6 +39,7 @@ from lightning_easgd.communication import (
     Place,
     Stop,
     verify,
+    verify_places,
 )
 from lightning_easgd.contribution import Contribution
 from lightning_easgd.flat import FlatVector
@@ -110,8 +111,9 @@ class Exchange:
         self._in_flight: InFlight | None = None
         self._count = 0
         self._finished = False
+        self._last_header_left = False
         self._stop_requested = Stop.NO
-        self.stop_agreed = Stop.NO
+        self._stop_agreed = Stop.NO
         group = all_reduce.group
         self._speaks = group.rank == 0
         rates = MovingRates(rules.strength, optimizers, workers=group.size, speaks=self._speaks)
@@ -126,23 +128,33 @@ class Exchange:
         self.start_clock(0)
 
     def start_clock(self, step: int) -> None:
-        """Set the number of optimizer steps taken so far, equal on all workers."""
+        """Begin to train after ``step`` optimizer steps, equal on all workers."""
+        self._reopen()
         self.clock = step
         self.telemetry.tau, self._next_due = self._rules.period.after(step)
 
     def request_stop(self, why: Stop) -> bool:
-        """Ask all workers to stop at the same step, within two periods. Signal-safe.
+        """Ask all workers to stop at the same step. Signal-safe.
+
+        They do within two periods; three if this worker stands still, whose header has left.
 
         Returns:
             False if no header will leave that could say so.
         """
+        if self._last_header_left:
+            return why is Stop.PREEMPTED  # there is nothing left to be saved and gone on with
         self._stop_requested = max(self._stop_requested, why)
-        return not self._finished
+        return True
 
     @property
     def stopped_together(self) -> bool:
         """Whether all workers end their training with this step, or have ended it."""
         return self.stopping.by_exception or self._finished
+
+    @property
+    def trains(self) -> bool:
+        """Whether the module holds the worker, which may take another step."""
+        return not (self._finished or self.center.lent)
 
     @contextmanager
     def step(self, optimizer: Optimizer) -> Iterator[None]:
@@ -160,8 +172,6 @@ class Exchange:
             self._contribution.pull_worker(pull)
             self.clock += 1
             self.telemetry.steps += 1
-        if self.stopping.by_exception:
-            self.drain()  # for workers that stand still, and learn here that this one does not
 
     def drain(self) -> None:
         """Wait for the exchange in flight, if any, and move the center.
@@ -182,56 +192,66 @@ class Exchange:
     def meet(self, place: Place) -> bool:
         """Stand still until all workers do, answering the exchanges of those that still train.
 
-        The clocks are then set to the latest. A worker at the end of its fit stays until all are.
+        The clocks are then set to the latest. A worker at the end of its fit stays until all are,
+        however long they train. Who leaves because all stop, leaves from here, and so together.
 
         Args:
             place: where this worker stands still; not in training.
 
         Returns:
-            False if all stop before; :attr:`stopping` says why.
+            False if all stop; :attr:`stopping` says why.
 
         Raises:
             ExchangeError: as for :meth:`drain`.
         """
         while True:
             self.drain()
-            self.stopping = self.stop_agreed
-            healthy = self._contribution.take_differences()
-            flight = self._start(place, healthy=healthy, payload=Payload())
-            headers = self._await_headers(flight)
+            self.stopping = self._stop_agreed
+            self.center.adopt_unfrozen()
+            self._contribution.take_differences()
+            flight = self._start(place, Payload())
+            headers = self._await_headers(flight, patiently=True)
             training = [header.clock for header in headers if header.place is Place.TRAINING]
             if training:
-                self._answer(flight, training[0], healthy)
-                if self.stopping.by_exception:
-                    self.drain()
-                    return False
-            else:
-                self.drain()
-                self.clock = max(header.clock for header in headers)
-                if place is not Place.FIT_END or all(h.place is place for h in headers):
-                    return True
+                self._answer(flight, training[0])
+                continue
+            self.drain()
+            self.clock = max(header.clock for header in headers)
+            if self.stopping.by_exception:
+                return False
+            verify_places(headers)
+            if place is not Place.FIT_END or all(h.place is place for h in headers):
+                return True
 
     def show_center(self) -> None:
         """Put the center into the module until ``center.show_worker``."""
         self.drain()
         self.center.show()
 
-    def finish(self, *, exchange: bool) -> None:
+    def finish(self, *, exchange: bool) -> bool:
         """End training: a last exchange if wanted, then the module holds the center everywhere.
 
         Waits for all workers. Parameters that wait to join are let in first, so that nothing of
-        theirs is lost. Does nothing more if all stop before; :attr:`stopping` says why.
+        theirs is lost. Does nothing a second time.
+
+        Returns:
+            False if all stop before; :attr:`stopping` says why.
         """
+        if self._finished:
+            return True
         if not self.meet(Place.FIT_END):
-            return
+            return False
+        self._last_header_left = True
         if exchange:
             self._begin(last=True)
-        elif self._all_reduce.holds_back:
-            payload = self._contribution.nothing()
-            self._start(Place.TRAINING, healthy=True, payload=payload, last=True)
+        else:
+            payload = self._contribution.nothing() if self._all_reduce.holds_back else Payload()
+            self._start(Place.FIT_END, payload, last=True)
         self.drain()
         self._finished = True
+        self.stopping = self._stop_agreed
         self.center.overwrite_worker()
+        return True
 
     def center_state_dict(self, module: nn.Module, *, latest: bool = True) -> dict[str, Any]:
         """The module's state dict with the center's weights; a copy, so it stays as it is.
@@ -286,36 +306,39 @@ class Exchange:
         """Start again from the module's weights, which are equal on all workers."""
         self.drain()
         self.center.read_module()
+        self._reopen()
+
+    def _reopen(self) -> None:
+        # The learning-rate finder ends a training of its own before the one that it was called in.
+        self._finished = self._last_header_left = False
 
     def _begin_due(self) -> list[FlatVector]:
         # Stops at an exchange, not when a header is read: that is not the same step on all workers.
         self.drain()
-        self.stopping = self.stop_agreed
+        self.stopping = self._stop_agreed
         self.telemetry.tau, self._next_due = self._rules.period.after(self.clock)
         return self._begin()
 
     def _begin(self, *, last: bool = False) -> list[FlatVector]:
         """Send this worker's differences off; the caller owes the worker the returned pull."""
-        healthy = self._contribution.take_differences()
-        pull, payload = self._contribution.give(healthy, self.clock, last=last)
-        self._start(Place.TRAINING, healthy=healthy, payload=payload, last=last)
+        self._contribution.take_differences()
+        pull, payload = self._contribution.give(self.clock, last=last)
+        self._start(Place.TRAINING, payload, last=last)
         if not self._rules.overlap:
             self.drain()
         return pull
 
-    def _answer(self, flight: InFlight, clock: int, healthy: bool) -> None:
+    def _answer(self, flight: InFlight, clock: int) -> None:
         """Take part in the exchange that others began at ``clock``, whose headers are here."""
         self.clock = clock
         self.telemetry.tau, self._next_due = self._rules.period.after(clock)
-        pull, payload = self._contribution.give(healthy, self.clock)
+        pull, payload = self._contribution.give(self.clock)
         self._all_reduce.join(flight.pending, payload)
         self._count_bytes(self._all_reduce.sum_bytes(payload))
         self._in_flight = replace(flight, clock=clock, payload=payload)
         self._contribution.pull_worker(pull)
 
-    def _start(
-        self, place: Place, *, healthy: bool, payload: Payload, last: bool = False
-    ) -> InFlight:
+    def _start(self, place: Place, payload: Payload, *, last: bool = False) -> InFlight:
         segments = len(self.center.segments)
         check = self._count % _CHECKSUM_EVERY == 0 or place is Place.FIT_END
         self._count += 1
@@ -325,7 +348,7 @@ class Exchange:
             announced=self.center.fingerprint(segments),
             place=place,
             stop=self._stop_requested,
-            non_finite=not healthy,
+            non_finite=not self._contribution.healthy,
             checksum=self.center.checksum() if check else 0,
             wait_microseconds=int(1e6 * self.telemetry.wait_seconds),
         )
@@ -339,9 +362,9 @@ class Exchange:
         self.telemetry.bytes_sent += moved
         self.telemetry.bytes_received += moved
 
-    def _await_headers(self, flight: InFlight) -> list[Header]:
+    def _await_headers(self, flight: InFlight, *, patiently: bool = False) -> list[Header]:
         with self._waiting():
-            headers = flight.pending.headers()
+            headers = flight.pending.headers(patiently=patiently)
             # Before the sums: workers that do not meet may not have brought the same ones.
             verify(headers)
         return headers
@@ -359,7 +382,7 @@ class Exchange:
 
     @torch.no_grad()
     def _apply(self, flight: InFlight, headers: Sequence[Header]) -> None:
-        self.stop_agreed = max(self.stop_agreed, *(header.stop for header in headers))
+        self._stop_agreed = max(self._stop_agreed, *(header.stop for header in headers))
         self.telemetry.worker_wait_seconds = [1e-6 * h.wait_microseconds for h in headers]
         if flight.payload:
             healthy = [not header.non_finite for header in headers]

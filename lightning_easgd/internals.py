@@ -6,6 +6,7 @@ inherits from DDPStrategy, the seams made for subclasses, is checked there too.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -32,23 +33,22 @@ class LoopHooks:
         self._fit_loop = trainer.fit_loop
         self._epoch_loop = trainer.fit_loop.epoch_loop
         self._connector = trainer._signal_connector
-        self._replaced: list[tuple[Any, str]] = []
+        self._replaced: dict[tuple[int, str], tuple[Any, Any]] = {}
 
     def restore(self) -> None:
         """Put back what was replaced."""
-        for owner, name in self._replaced:
-            owner.__dict__.pop(name, None)
-        self._replaced.clear()
+        for owner, name in [(owner, name) for (_, name), (owner, _) in self._replaced.items()]:
+            self._undo(owner, name)
 
     def on_sigterm(self, handler: SignalHandler) -> None:
         """Handle SIGTERM by ``handler`` instead of by a collective."""
         self._replace(self._connector, "_sigterm_notifier_fn", handler)
 
-    def on_preemption(self, handler: SignalHandler) -> SignalHandler:
+    def on_preemption(self, handler: SignalHandler) -> Callable[[], None]:
         """Handle SLURM's requeue signal by ``handler``; returns what saves and requeues."""
-        lightnings_own: SignalHandler = self._connector._slurm_sigusr_handler_fn
+        save_and_requeue = self._connector._slurm_sigusr_handler_fn
         self._replace(self._connector, "_slurm_sigusr_handler_fn", handler)
-        return lightnings_own
+        return lambda: save_and_requeue(signal.SIGUSR1, None)  # type: ignore[arg-type]
 
     def before_batch(self, action: Callable[[], None]) -> None:
         """Call ``action`` before every batch instead of broadcasting a SIGTERM flag."""
@@ -66,7 +66,7 @@ class LoopHooks:
         """Call ``action`` with the data fetcher, once, when the next epoch begins its batches."""
 
         def once(data_fetcher: Any) -> None:
-            del self._epoch_loop.on_run_start
+            self._undo(self._epoch_loop, "on_run_start")
             action(data_fetcher)
             self._epoch_loop.on_run_start(data_fetcher)
 
@@ -84,12 +84,11 @@ class LoopHooks:
             return on_train_batch_end
 
         for timer in self._trainer.callbacks:  # type: ignore[attr-defined]
-            stock = type(timer).on_train_batch_end is Timer.on_train_batch_end
-            if stock and timer._interval == "step":
+            if isinstance(timer, Timer) and _is_stock(timer) and timer._interval == "step":
                 self._replace(timer, "on_train_batch_end", without_broadcast(timer))
 
     def mark_terminated(self) -> None:
-        """Let Lightning raise its SIGTERMException when this batch is done."""
+        """Let Lightning know of a SIGTERM."""
         self._connector.received_sigterm = True
 
     @property
@@ -98,6 +97,7 @@ class LoopHooks:
         return self._connector.received_sigterm
 
     def _precede(self, owner: Any, name: str, action: Callable[[], None]) -> None:
+        self._undo(owner, name)
         lightnings_own = getattr(owner, name)
 
         def both(*args: Any, **kwargs: Any) -> Any:
@@ -107,14 +107,58 @@ class LoopHooks:
         self._replace(owner, name, both)
 
     def _replace(self, owner: Any, name: str, method: Any) -> None:
+        self._undo(owner, name)
+        self._replaced[id(owner), name] = owner, vars(owner).get(name)
         setattr(owner, name, method)
-        self._replaced.append((owner, name))
+
+    def _undo(self, owner: Any, name: str) -> None:
+        if (id(owner), name) in self._replaced:
+            _, before = self._replaced.pop((id(owner), name))
+            vars(owner).pop(name, None)
+            if before is not None:
+                setattr(owner, name, before)
+
+
+def _is_stock(timer: Timer) -> bool:
+    names = ("on_train_batch_end", "_check_time_remaining")
+    return all(getattr(type(timer), name) is getattr(Timer, name) for name in names)
 
 
 def train_loaders(trainer: pl.Trainer) -> list[Any]:
     """The loaders that training draws from."""
     combined: CombinedLoader | None = trainer.fit_loop._combined_loader
     return [] if combined is None else combined.flattened
+
+
+def load_loader_states(trainer: pl.Trainer) -> bool:
+    """Give the loaders the states that Lightning read and did not use; whether there were any."""
+    fit_loop = trainer.fit_loop
+    states = fit_loop._combined_loader_states_to_load
+    if not states or fit_loop._combined_loader is None:
+        return False
+    fit_loop._combined_loader._load_state_dicts(states)
+    fit_loop._combined_loader_states_to_load = []
+    return True
+
+
+def count_epoch(trainer: pl.Trainer) -> None:
+    """Count the epoch that begins, if Lightning did not."""
+    progress = trainer.fit_loop.epoch_progress
+    if progress.total.ready == trainer.current_epoch:
+        progress.increment_ready()
+        progress.increment_started()
+
+
+def end_saved_epoch(trainer: pl.Trainer, data_fetcher: Any) -> None:
+    """Validate after the last batch of an epoch, if it was saved before that.
+
+    Lightning would take another batch, or begin the next epoch without the validation.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    begun = loop.batch_progress.current.ready and not loop.val_loop.batch_progress.total.ready
+    if loop.restarting and begun and loop._is_training_done:
+        loop.restarting = False
+        loop.on_advance_end(data_fetcher)
 
 
 def starts_resumed_epoch(trainer: pl.Trainer) -> bool:
@@ -127,3 +171,8 @@ def starts_resumed_epoch(trainer: pl.Trainer) -> bool:
 def logged_step(trainer: pl.Trainer) -> int:
     """The step under which Lightning's loggers file what is logged now."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def validates_by_clock(trainer: pl.Trainer) -> bool:
+    """Whether validation is due after a time, not after a number of batches."""
+    return trainer._val_check_time_interval is not None  # type: ignore[attr-defined]

@@ -115,16 +115,20 @@ class PersistentStrategy(DDPStrategy):
 
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
-        if not self._alone:
+        if self._gathered():
             super().barrier(*args, **kwargs)
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        return obj if self._alone else super().broadcast(obj, src)
+        return super().broadcast(obj, src) if self._gathered() else obj
 
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        return decision if self._alone else super().reduce_boolean_decision(decision, all)
+        return super().reduce_boolean_decision(decision, all) if self._gathered() else decision
+
+    def _gathered(self) -> bool:
+        """Whether all workers are here for a collective of Lightning's; none is if not."""
+        return not self._alone
 
     @property
     def _alone(self) -> bool:

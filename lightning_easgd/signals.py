@@ -41,8 +41,6 @@ class SignalRelay:
         self._hooks = hooks
         self._request_stop = request_stop
         self._interrupted = False
-        self._stop_before_batch = Stop.NO
-        hooks.before_batch(self._before_batch)
         hooks.on_sigterm(self._terminate)
         self._save_and_requeue = hooks.on_preemption(self._preempt)
         self._on_interrupt = signal.getsignal(signal.SIGINT)
@@ -56,17 +54,8 @@ class SignalRelay:
         if signal.getsignal(signal.SIGINT) == self._interrupt:
             signal.signal(signal.SIGINT, self._on_interrupt)
 
-    def stop_after_batch(self, why: Stop) -> None:
-        """End training when this batch is done; all workers must call it at the same step."""
-        if why is Stop.ENOUGH:
-            self._end_in_time()
-        elif why is Stop.TERMINATED:
-            self._hooks.mark_terminated()
-        if why.by_exception:
-            self._stop_before_batch = why
-
-    def stop_now(self, why: Stop) -> None:
-        """End training between batches; all workers must call it at the same step.
+    def stop(self, why: Stop) -> None:
+        """End training between batches, if there is a reason; all workers call it together.
 
         Raises:
             KeyboardInterrupt: for Ctrl-C, as Lightning does.
@@ -76,9 +65,9 @@ class SignalRelay:
             self._end_in_time()
         elif why is Stop.INTERRUPTED:
             raise KeyboardInterrupt
-        elif why:
+        elif why.by_exception:
             if why is Stop.PREEMPTED:
-                self._save_and_requeue(signal.SIGUSR1, None)
+                self._save_and_requeue()
             self._hooks.mark_terminated()
             raise SIGTERMException
 
@@ -101,7 +90,7 @@ class SignalRelay:
 
     def _preempt(self, signum: int, frame: FrameType | None) -> None:
         if not self._request_stop(Stop.PREEMPTED):
-            self._save_and_requeue(signum, frame)
+            self._save_and_requeue()
 
     def _interrupt(self, signum: int, frame: FrameType | None) -> None:
         if not self._interrupted and self._request_stop(Stop.INTERRUPTED):
@@ -114,7 +103,3 @@ class SignalRelay:
             self._on_interrupt(signum, frame)
         else:
             raise KeyboardInterrupt
-
-    def _before_batch(self) -> None:
-        """Between exchanges nobody waits for anybody: there is nothing to ask here."""
-        self.stop_now(self._stop_before_batch)

@@ -7,17 +7,16 @@ evaluates or saves it, and keeps Lightning from coupling the workers between exc
 from __future__ import annotations
 
 import atexit
+import signal
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
-from torch.utils.data import IterableDataset
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
 from lightning_easgd.arguments import refuse, require_choice, require_duration
@@ -33,7 +32,11 @@ from lightning_easgd.communication import (
     leave_all_groups,
 )
 from lightning_easgd.exchange import ElasticPoint, Exchange, Rules
-from lightning_easgd.internals import LoopHooks, StrategyRegistry, train_loaders
+from lightning_easgd.features import batches_per_epoch, refuse_features
+from lightning_easgd.internals import (
+    LoopHooks,
+    StrategyRegistry,
+)
 from lightning_easgd.optimizers import LocalOptimizers
 from lightning_easgd.persistence import PersistentStrategy
 from lightning_easgd.resuming import begin_epoch_as_usual
@@ -161,6 +164,7 @@ class EASGDStrategy(PersistentStrategy):
         self.telemetry = Telemetry()
         self._center: Center | None = None
         self._failed = False
+        self._uneven = False
         self._hooks: LoopHooks | None = None
         self._signals: SignalRelay | None = None
 
@@ -204,28 +208,15 @@ class EASGDStrategy(PersistentStrategy):
     @override
     def setup(self, trainer: pl.Trainer) -> None:
         self._hooks = LoopHooks(trainer)
+        self._hooks.before_batch(self._before_batch)
         self._signals = SignalRelay(trainer, self._hooks, self._request_stop)
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:
-            self._refuse_features(trainer)
-        self._exchange, self._failed = None, False
+            refuse_features(trainer, sync_batchnorm=self._layer_sync is not None)
+        self._exchange, self._failed, self._uneven = None, False, False
         super().setup(trainer)
         if fitting:
             self._set_up_exchange()
-
-    def _refuse_features(self, trainer: pl.Trainer) -> None:
-        if self._layer_sync is not None:
-            raise MisconfigurationException(
-                "Trainer(sync_batchnorm=True) makes all workers wait for each other at every step,"
-                " which EASGD exists to avoid. Remove it; EASGDStrategy(buffers='average') averages"
-                " the statistics."
-            )
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
-                raise MisconfigurationException(
-                    f"{type(callback).__name__} averages one worker's weights and puts the result"
-                    " where EASGD delivers the center. Remove it: the center is an average already."
-                )
 
     @override
     def configure_ddp(self) -> None:
@@ -285,7 +276,7 @@ class EASGDStrategy(PersistentStrategy):
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
         steps, batches = zip(
-            *self._group.gather((trainer.global_step, _batches(trainer))), strict=True
+            *self._group.gather((trainer.global_step, batches_per_epoch(trainer))), strict=True
         )
         if self._resumed is None:
             self._exchange.start_clock(max(steps))
@@ -294,16 +285,29 @@ class EASGDStrategy(PersistentStrategy):
             begin_epoch_as_usual(trainer, self._hooks)
             self._resumed = None  # as large as the worker's state
         self._hooks.on_time_limit(self._signals.time_is_over)
-        if len(set(batches)) > 1 or None in batches:
+        self._uneven = len(set(batches)) > 1 or None in batches
+        if self._uneven:
             self._hooks.before_validation(lambda: self._meet(Place.VALIDATION))
             self._hooks.before_epoch_end(lambda: self._meet(Place.EPOCH_END))
+
+    def _before_batch(self) -> None:
+        # Between exchanges nobody waits for anybody, but whoever leaves, leaves with all others.
+        if self._exchange is not None and self._exchange.stopping.by_exception:
+            self._meet(Place.STOP)
 
     def _meet(self, place: Place) -> None:
         """Wait for workers that have more batches than this one, answering their exchanges."""
         assert self._exchange is not None
         assert self._signals is not None
         self._exchange.meet(place)
-        self._signals.stop_now(self._exchange.stopping)
+        self._signals.stop(self._exchange.stopping)
+
+    @override
+    def _gathered(self) -> bool:
+        gathered = super()._gathered()
+        if gathered and self._uneven and self._exchange is not None and self._exchange.trains:
+            self._meet(Place.COLLECTIVE)
+        return gathered
 
     @override
     def optimizer_step(
@@ -322,8 +326,8 @@ class EASGDStrategy(PersistentStrategy):
         assert self._signals is not None
         with self._exchange.step(optimizer):
             output = super().optimizer_step(optimizer, closure, model, **kwargs)
-        if self._exchange.stopping:
-            self._signals.stop_after_batch(self._exchange.stopping)
+        if self._exchange.stopping is Stop.ENOUGH:
+            self._signals.stop(Stop.ENOUGH)
         return output
 
     @override
@@ -340,13 +344,16 @@ class EASGDStrategy(PersistentStrategy):
     def on_train_end(self) -> None:
         assert self._exchange is not None
         assert self._signals is not None
-        self._exchange.finish(exchange=self._final_exchange)
-        self._signals.stop_now(self._exchange.stop_agreed)
+        finished = self._exchange.finish(exchange=self._final_exchange)
+        if not (finished and self._exchange.stopping is Stop.PREEMPTED):  # nothing is left to do
+            self._signals.stop(self._exchange.stopping)
 
     @override
     def on_exception(self, exception: BaseException) -> None:
         # Another worker may be gone: await nothing, leave no group; the center stays readable.
         self._failed = True
+        if isinstance(exception, SIGTERMException):
+            exception.code = 128 + signal.SIGTERM  # not 0: training did not end well
         atexit.unregister(leave_all_groups)
         if self._exchange is not None:
             self._exchange.center.show_worker()
@@ -361,18 +368,11 @@ class EASGDStrategy(PersistentStrategy):
             self._hooks.restore()
             self._signals = self._hooks = None
         if not self._failed:
+            if self._exchange is not None:
+                # Resumed from the end of training: Lightning runs no loop, and ends none.
+                self._exchange.finish(exchange=self._final_exchange)
             self._exchange = self._center = None
             if self._group is not None:
                 self._group.close()
                 self._group = None
         super().teardown()
-
-
-def _batches(trainer: pl.Trainer) -> int | None:
-    """Batches of every training epoch of this worker; None where they cannot be relied upon."""
-    unknown = any(
-        sized_len(loader) is None or isinstance(getattr(loader, "dataset", None), IterableDataset)
-        for loader in train_loaders(trainer)
-    )
-    reloaded = trainer.reload_dataloaders_every_n_epochs > 0  # type: ignore[attr-defined]
-    return None if unknown or reloaded else int(trainer.num_training_batches)

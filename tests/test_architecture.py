@@ -16,7 +16,7 @@ LAYERS = [
     {"rates"},
     {"contribution"},
     {"exchange", "internals"},
-    {"checkpoint", "checkpoint_io", "resuming", "signals"},
+    {"checkpoint", "checkpoint_io", "features", "resuming", "signals"},
     {"persistence"},
     {"strategy"},
     {"callbacks"},
@@ -24,7 +24,7 @@ LAYERS = [
 """From low to high; a module imports only from lower layers, or from its own folder."""
 
 LIGHTNING = {
-    *("checkpoint_io", "internals", "resuming", "signals"),
+    *("checkpoint_io", "features", "internals", "resuming", "signals"),
     *("persistence", "strategy", "callbacks", "workloads", "__init__"),
 }
 DISTRIBUTED = {"communication"}

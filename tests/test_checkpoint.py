@@ -83,10 +83,11 @@ def fit(
     *,
     resume: str | None = None,
     stateful: bool = True,
+    kind: type[Noisy] = Noisy,
     **checkpointing: Any,
 ) -> Any:
     torch.manual_seed(100 + rank)
-    module, trace = Noisy(make), Trace()
+    module, trace = kind(make), Trace()
     callbacks: list[Callback] = [trace]
     if checkpointing:
         callbacks.append(ModelCheckpoint(folder, **{"filename": "{step}", **checkpointing}))
@@ -106,7 +107,7 @@ def resumed_everywhere(rank: int, folder: Path, make: Any, options: dict[str, An
     saving = {"every_n_train_steps": 1, "save_top_k": -1}
     undisturbed = fit(rank, folder, make, options, **saving)
     outcomes = {}
-    for step in (4, 5, 6, 10, 12, 17):
+    for step in (4, 5, 6, 10, 12, 17, 24):
         path = str(folder / f"step={step}.ckpt")
         outcomes[step] = fit(rank, folder, make, options, resume=path)
     return undisturbed, outcomes
@@ -138,13 +139,53 @@ def resumed_at_epochs(rank: int, folder: Path) -> Any:
     """Saved by validation, which shows the center, between epochs of a shuffling loader."""
     options: dict[str, Any] = {"tau": 4}
     undisturbed = fit(rank, folder, NESTEROV, options, stateful=False, save_top_k=-1)
-    path = str(folder / f"step={2 * STEPS}.ckpt")
-    return undisturbed, fit(rank, folder, NESTEROV, options, stateful=False, resume=path)
+    resumed = {}
+    for step in (2 * STEPS, 4 * STEPS):
+        path = str(folder / f"step={step}.ckpt")
+        resumed[step] = fit(rank, folder, NESTEROV, options, stateful=False, resume=path)
+    return undisturbed, resumed
 
 
-def test_an_epoch_that_is_shuffled_afresh_is_the_same_after_resuming(tmp_path: Path) -> None:
-    for undisturbed, (steps, end) in run_workers(resumed_at_epochs, tmp_path, workers=2):
-        assert steps == {n: w for n, w in undisturbed[0].items() if n > 2 * STEPS}
+def test_between_epochs_and_after_the_last_the_rest_is_the_same(tmp_path: Path) -> None:
+    for undisturbed, resumed in run_workers(resumed_at_epochs, tmp_path, workers=2):
+        for step, (steps, end) in resumed.items():
+            assert steps == {n: w for n, w in undisturbed[0].items() if n > step}, step
+            assert end == undisturbed[1], step
+
+
+def resumed_again(rank: int, folder: Path, stops: tuple[int, ...]) -> Any:
+    saving = {"every_n_train_steps": 1, "save_top_k": -1, "enable_version_counter": False}
+    undisturbed = fit(rank, folder, NESTEROV, {"tau": 4}, **saving)
+    for step in stops:
+        path = str(folder / f"step={step}.ckpt")
+        steps, end = fit(rank, folder, NESTEROV, {"tau": 4}, resume=path, **saving)
+        assert steps == {n: w for n, w in undisturbed[0].items() if n > step}, step
+        assert end == undisturbed[1], step
+
+
+@pytest.mark.parametrize("stops", [(3, 10, 17, 24), (6, 12, 18, 24), (6, 10, 11, 18, 19)])
+def test_a_run_that_is_resumed_again_and_again_has_the_same_bits(
+    stops: tuple[int, ...], tmp_path: Path
+) -> None:
+    run_workers(resumed_again, tmp_path, stops, workers=2)
+
+
+class Estimating(Noisy):
+    def configure_optimizers(self) -> Any:
+        assert self.trainer.estimated_stepping_batches == 4 * STEPS
+        return super().configure_optimizers()
+
+
+def resumed_after_estimating(rank: int, folder: Path) -> Any:
+    options: dict[str, Any] = {"tau": 4}
+    undisturbed = fit(rank, folder, NESTEROV, options, kind=Estimating, **SAVING)
+    path = str(folder / "step=9.ckpt")
+    return undisturbed, fit(rank, folder, NESTEROV, options, kind=Estimating, resume=path)
+
+
+def test_a_loader_made_to_estimate_the_steps_gets_its_state_too(tmp_path: Path) -> None:
+    for undisturbed, (steps, end) in run_workers(resumed_after_estimating, tmp_path, workers=2):
+        assert steps == {n: w for n, w in undisturbed[0].items() if n > 9}
         assert end == undisturbed[1]
 
 

@@ -174,6 +174,20 @@ def test_a_poisoned_worker_is_left_out(codec: Any) -> None:
         assert all(np.isfinite(value).all() for value in got.values())
 
 
+def uneven(rank: int, codec: Any) -> Any:
+    module = Toy(SGD, dtype=torch.float32)
+    fitting = trainer(2, EASGDStrategy(tau=2, compression=codec), max_epochs=2)
+    fitting.fit(module, loader(rank, [5, 12][rank], torch.float32))
+    return weights(module), fitting.global_step
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+def test_workers_with_different_numbers_of_batches(codec: Any) -> None:
+    (one, first), (two, second) = run_workers(uneven, codec, workers=2)
+    assert (first, second) == (10, 24)
+    assert all(np.array_equal(one[key], two[key]) for key in one)
+
+
 def killed(rank: int) -> None:
     module = Toy(SGD)
 

@@ -9,6 +9,7 @@ from hydra.utils import instantiate
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from omegaconf import OmegaConf
 from torch import nn
 
 from lightning_easgd import EASGDStrategy
@@ -68,7 +69,8 @@ def test_every_experiment_can_be_built(config, name):
     assert isinstance(instantiate(cfg.strategy), EASGDStrategy)
     assert isinstance(instantiate(cfg.module), LightningModule)
     assert isinstance(instantiate(cfg.data), LightningDataModule)
-    other = config(f"experiment={name}", "strategy=ddp", "~strategy.tau")
+    own = OmegaConf.load(CONF / "experiment" / f"{name}.yaml").strategy
+    other = config(f"experiment={name}", "strategy=ddp", *(f"~strategy.{key}" for key in own))
     assert isinstance(instantiate(other.strategy), DDPStrategy)
     assert other.optimizer == cfg.optimizer
 
@@ -127,6 +129,15 @@ def test_the_experiment_of_the_paper_has_the_numbers_of_the_paper(config):
     assert (data.sampling, cfg.strategy.tau) == ("whole", 10)
     assert (optimizer.momentum, optimizer.weight_decay) == (0.99, 1e-4)
     assert (cfg.schedule, cfg.model.image_size) == ("constant", 28)
+
+
+def test_an_elastic_run_takes_its_size_from_torchrun(config, monkeypatch):
+    alone = config("experiment=elastic").trainer
+    assert (alone.devices, alone.num_nodes) == (4, 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "3")
+    started = config("experiment=elastic").trainer
+    assert (started.devices, started.num_nodes) == (2, 3)
 
 
 def test_a_misspelt_experiment_is_refused(config):

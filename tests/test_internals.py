@@ -35,6 +35,7 @@ CLASSES = {
 """Private classes and methods that are used."""
 
 ATTRIBUTES = {
+    "_val_check_time_interval": type(None),
     "_signal_connector.received_sigterm": bool,
     "fit_loop._combined_loader": type(None),
     "fit_loop.epoch_loop._batches_that_stepped": int,

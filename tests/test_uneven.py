@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -127,6 +126,76 @@ def test_a_validation_that_not_all_begin_is_an_error_on_all() -> None:
     assert "worker 0: validation; worker 1: validation; worker 2: epoch end" in outcomes[0].message
 
 
+def checkpointed(rank: int, folder: Path, counts: list[int], options: dict[str, Any]) -> int:
+    saving = {"enable_checkpointing": True, "default_root_dir": folder}
+    fitting = trainer(2, EASGDStrategy(tau=4), **saving, **options)
+    fitting.fit(Toy(SGD), stream(rank, counts[rank]))
+    return fitting.global_step
+
+
+def test_lightnings_default_checkpoint_has_worker_0s_name(tmp_path: Path) -> None:
+    assert run_workers(checkpointed, tmp_path, [5, 9], {}, workers=2) == [5, 9]
+    assert (tmp_path / "checkpoints" / "epoch=0-step=5.ckpt").exists()
+
+
+@pytest.mark.parametrize(
+    ("counts", "options", "places"),
+    [
+        ([10, 6], {"max_epochs": -1, "max_steps": 20}, "worker 0: fit end; worker 1: collective"),
+        ([0, 9], {"max_epochs": 2}, "worker 0: epoch end; worker 1: collective"),
+    ],
+)
+def test_a_checkpoint_that_not_all_save_is_an_error_on_all(
+    counts: list[int], options: dict[str, Any], places: str, tmp_path: Path
+) -> None:
+    arguments = tmp_path, counts, options
+    outcomes = run_workers(checkpointed, *arguments, workers=2, check=False, timeout=30)
+    assert [o.error for o in outcomes] == ["ExchangeError"] * 2
+    assert all(places in o.message for o in outcomes)
+
+
+def slow(rank: int) -> int:
+    """Worker 1 has a round that takes longer than the timeout, while worker 0 stands still."""
+    module = Toy(SGD)
+    if rank == 1:
+        module.on_train_batch_start = lambda batch, batch_idx: time.sleep(0.7)
+    fitting = trainer(2, EASGDStrategy(tau=8, exchange_timeout=2))
+    fitting.fit(module, loader(rank, [3, 9][rank]))
+    return fitting.global_step
+
+
+def test_who_stands_still_waits_as_long_as_all_others_are_alive() -> None:
+    assert run_workers(slow, workers=2, timeout=40) == [3, 9]
+
+
+class Thawing(Toy):
+    """Unfreezes a parameter when its second epoch begins."""
+
+    def __init__(self) -> None:
+        super().__init__(SGD)
+        self.more = torch.nn.Parameter(torch.ones(2, dtype=torch.float64), requires_grad=False)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return super().training_step(batch, batch_idx) + (self.more**2).sum()
+
+    def configure_optimizers(self) -> Any:
+        return SGD(self.parameters())
+
+    def on_train_epoch_start(self) -> None:
+        self.more.requires_grad_(self.current_epoch > 0)
+
+
+def thaw(rank: int) -> Any:
+    module = Thawing()
+    trainer(2, EASGDStrategy(tau=4), max_epochs=3).fit(module, stream(rank, 9 * rank))
+    return weights(module)["more"].tolist()
+
+
+def test_parameters_join_on_a_worker_that_has_no_batch() -> None:
+    one, two = run_workers(thaw, workers=2)
+    assert one == two != [1.0, 1.0]
+
+
 def resumed(rank: int, folder: Path, path: str | None) -> Any:
     module = Toy(OPTIMIZERS["nesterov"])
     saving = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
@@ -141,34 +210,6 @@ def test_resuming_at_an_epoch_goes_on_bit_for_bit(tmp_path: Path) -> None:
     straight = run_workers(resumed, tmp_path, None, workers=WORKERS)
     again = run_workers(resumed, tmp_path, str(tmp_path / "epoch=0.ckpt"), workers=WORKERS)
     assert again == straight
-
-
-def stopped(rank: int, who: int, at: int) -> Any:
-    module, strategy = Toy(SGD), EASGDStrategy(tau=4)
-
-    def on_train_batch_start(batch: Any, batch_idx: int) -> None:
-        if rank == 1 and batch_idx == at:
-            # Worker 2 was done after 5 batches.
-            os.kill(pids[who], signal.SIGTERM)
-
-    module.on_train_batch_start = on_train_batch_start
-    fitting = trainer(WORKERS, strategy)
-    pids: list[int] = []
-    module.on_train_start = lambda: pids.extend(strategy._group.gather(os.getpid()))
-    try:
-        fitting.fit(module, loader(rank, 40 if rank < 2 else 5))
-    except BaseException as error:
-        return type(error).__name__, fitting.global_step
-    return None
-
-
-@pytest.mark.parametrize("who", [1, 2])
-def test_a_signal_stops_those_that_train_and_those_that_are_done(who: int) -> None:
-    results = run_workers(stopped, who, 9, workers=WORKERS, timeout=30)
-    assert [error for error, _ in results] == ["SIGTERMException"] * WORKERS
-    steps = [steps for _, steps in results]
-    assert steps[0] == steps[1] <= 21
-    assert steps[2] == 5
 
 
 def empty_for_one(rank: int) -> Any:

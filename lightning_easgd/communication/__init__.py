@@ -4,7 +4,14 @@ from lightning_easgd.communication.all_reduce import AllReduce, Payload, Pending
 from lightning_easgd.communication.codecs import CODECS, Codec, Int8, TopK, choose_codec
 from lightning_easgd.communication.compressed import CompressedAllReduce
 from lightning_easgd.communication.group import WorkerGroup, gather, leave_all_groups
-from lightning_easgd.communication.header import ExchangeError, Header, Place, Stop, verify
+from lightning_easgd.communication.header import (
+    ExchangeError,
+    Header,
+    Place,
+    Stop,
+    verify,
+    verify_places,
+)
 
 __all__ = [
     "CODECS",
@@ -24,4 +31,5 @@ __all__ = [
     "gather",
     "leave_all_groups",
     "verify",
+    "verify_places",
 ]

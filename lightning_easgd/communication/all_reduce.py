@@ -56,13 +56,16 @@ class PendingSum:
         self._headers = headers
         self._group = group
 
-    def headers(self) -> list[Header]:
+    def headers(self, *, patiently: bool = False) -> list[Header]:
         """Wait for the headers of all workers; in rank order.
+
+        Args:
+            patiently: as long as all workers are alive.
 
         Raises:
             ExchangeError: a worker left or did not answer in time.
         """
-        self._group.wait(self._header_work, self.what)
+        self._group.wait(self._header_work, self.what, patiently=patiently)
         return [Header.unpack(header.tolist()) for header in self._headers]
 
     def wait(self) -> None:

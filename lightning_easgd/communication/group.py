@@ -85,7 +85,9 @@ class WorkerGroup:
         self.wait(work, "An agreement between the workers")
         return everybody
 
-    def wait(self, work: dist.Work, what: str, *, poll: bool = True) -> None:
+    def wait(
+        self, work: dist.Work, what: str, *, poll: bool = True, patiently: bool = False
+    ) -> None:
         """Wait for a collective.
 
         Args:
@@ -93,6 +95,7 @@ class WorkerGroup:
             what: it is part of, for the message.
             poll: whether it ends when its data is there (gloo), so that it can be watched; an
                 accelerator's is only queued behind what its stream does.
+            patiently: go on after the timeout as long as all workers are alive.
 
         Raises:
             ExchangeError: another worker is gone or did not come within the timeout; says which.
@@ -102,7 +105,9 @@ class WorkerGroup:
             # Polled, so that signals (Ctrl-C among them) are seen while a worker is late.
             while poll and not work.is_completed():
                 if time.monotonic() > deadline:
-                    raise TimeoutError(f"not completed within {self._timeout:g} s")
+                    if not patiently or self._liveness.missing():
+                        raise TimeoutError(f"not completed within {self._timeout:g} s")
+                    deadline = time.monotonic() + self._timeout
                 time.sleep(_POLL_SECONDS)
             work.wait()
         except (RuntimeError, TimeoutError) as error:

@@ -38,11 +38,17 @@ class Place(IntEnum):
     """Where a worker is when it sends a header."""
 
     TRAINING = 0
-    """In a step that begins an exchange."""
+    """In a step that begins an exchange; at all other places it stands still."""
     VALIDATION = 1
-    """Before a validation, waiting for the others; so below."""
+    """Before a validation."""
     EPOCH_END = 2
+    """After the last batch of an epoch."""
     FIT_END = 3
+    """After the last epoch."""
+    COLLECTIVE = 4
+    """Before a collective of Lightning's."""
+    STOP = 5
+    """Between two batches, about to leave training together with all others."""
 
 
 @dataclass(frozen=True)
@@ -87,19 +93,12 @@ def verify(headers: Sequence[Header]) -> None:
     Raises:
         ExchangeError: they did not; the message says which worker holds what.
     """
-    named = {f"worker {rank}": header for rank, header in enumerate(headers)}
-    training = {who: h for who, h in named.items() if h.place is Place.TRAINING}
+    named = _named(headers)
     _same(
-        {who: f"step {h.clock}" for who, h in training.items()},
+        {who: f"step {h.clock}" for who, h in named.items() if h.place is Place.TRAINING},
         "Workers met in an exchange at different optimizer steps",
         "Let nothing that only one worker knows decide tau.",
     )
-    if not training and any(header.place is Place.VALIDATION for header in headers):
-        _same(
-            {who: h.place.name.lower().replace("_", " ") for who, h in named.items()},
-            "Not all workers begin a validation",
-            "If they have different numbers of batches, validate at the end of epochs.",
-        )
     _same(
         {who: f"parameter set {h.fingerprint:014x}" for who, h in named.items()},
         "Workers hold different sets of trainable parameters",
@@ -116,6 +115,26 @@ def verify(headers: Sequence[Header]) -> None:
         "Resume from the last checkpoint; if this happens again, the hardware or the all-reduce"
         " is faulty.",
     )
+
+
+def verify_places(headers: Sequence[Header]) -> None:
+    """Check that all workers, which stand still, can go on.
+
+    Raises:
+        ExchangeError: on all of them, if some wait for the others to validate or to decide
+            something with them; the message says who stands where.
+    """
+    if not {header.place for header in headers} <= {Place.EPOCH_END, Place.FIT_END}:
+        _same(
+            {who: h.place.name.lower().replace("_", " ") for who, h in _named(headers).items()},
+            "Workers wait for each other at different places",
+            "With different numbers of batches, validate and save at the end of epochs, end by"
+            " max_epochs, and give every worker a batch in every epoch.",
+        )
+
+
+def _named(headers: Sequence[Header]) -> dict[str, Header]:
+    return {f"worker {rank}": header for rank, header in enumerate(headers)}
 
 
 def _same(seen: Mapping[str, str], problem: str, remedy: str) -> None:

@@ -19,6 +19,7 @@ from lightning_easgd.workloads.images import (
     center_crop,
     random_crop_flip,
 )
+from lightning_easgd.workloads.loading import ResumableLoader
 from lightning_easgd.workloads.sampling import (
     Sampling,
     evaluation_shard,
@@ -156,9 +157,9 @@ class ImageData(LightningDataModule, ABC):
             images, sampling=self.sampling, batch_size=self.batch_size, world_size=world_size
         )
         if self.sampling == "sharded":
-            return self._loader(images, shuffle=True, drop_last=True)
+            return self._loader(ResumableLoader, images, shuffle=True, drop_last=True)
         sampler = whole_set_sampler(images, seed=self.seed, rank=rank)
-        return self._loader(images, sampler=sampler, drop_last=True)
+        return self._loader(ResumableLoader, images, sampler=sampler, drop_last=True)
 
     @override
     def val_dataloader(self) -> DataLoader[Batch]:
@@ -169,7 +170,7 @@ class ImageData(LightningDataModule, ABC):
         """
         rank, world_size = self._rank_and_world_size()
         shard, sampler = evaluation_shard(self._sets["test"], rank=rank, world_size=world_size)
-        return self._loader(shard, sampler=sampler)
+        return self._loader(DataLoader, shard, sampler=sampler)
 
     @override
     def test_dataloader(self) -> DataLoader[Batch]:
@@ -180,8 +181,10 @@ class ImageData(LightningDataModule, ABC):
         """
         return self.val_dataloader()
 
-    def _loader(self, images: Any, **options: Any) -> DataLoader[Batch]:
-        return DataLoader(
+    def _loader(
+        self, kind: type[DataLoader[Batch]], images: Any, **options: Any
+    ) -> DataLoader[Batch]:
+        return kind(
             images,
             batch_size=self.batch_size,
             num_workers=self.num_workers,

@@ -112,7 +112,7 @@ def run(
         datamodule: the data.
         train: whether to train, from the checkpoint if one is given.
         test: whether to test at the end: what was trained, else the checkpoint.
-        ckpt_path: a checkpoint to resume from or to test.
+        ckpt_path: a checkpoint to resume from or to test; "last" for the newest, if there is one.
 
     Raises:
         ValueError: the strategy does not use all processes that were started.
@@ -126,6 +126,10 @@ def run(
         )
     # Lightning 2.6 on newer torch warns of itself, on every worker.
     warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*", FutureWarning)
+    if ckpt_path == "last":
+        # It is meant to be missing on the first start, and to be there on all others.
+        warnings.filterwarnings("ignore", ".*there is no last checkpoint available")
+        warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
     saved = None
     if train:
         trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from lightning_easgd.communication import ExchangeError, Header, Place, Stop, verify
+from lightning_easgd.communication import ExchangeError, Header, Place, Stop, verify, verify_places
 
 HEADER = Header(
     clock=2**40,
@@ -32,10 +32,16 @@ def test_workers_that_stand_still_may_be_at_other_steps_and_places():
     verify([replace(HEADER, place=place, clock=3) for place in (Place.EPOCH_END, Place.FIT_END)])
 
 
-def test_a_validation_is_begun_by_all_workers_or_none():
-    headers = [replace(HEADER, place=place) for place in (Place.VALIDATION, Place.EPOCH_END)]
-    with pytest.raises(ExchangeError, match="worker 0: validation; worker 1: epoch end"):
-        verify(headers)
+@pytest.mark.parametrize("place", [Place.VALIDATION, Place.COLLECTIVE])
+@pytest.mark.parametrize("other", [Place.EPOCH_END, Place.FIT_END])
+def test_who_waits_for_another_that_stands_elsewhere_is_told(place: Place, other: Place):
+    verify_places([replace(HEADER, place=p) for p in (place, place)])
+    with pytest.raises(ExchangeError, match=f"worker 0: {place.name.lower()}; worker 1: .* end"):
+        verify_places([replace(HEADER, place=p) for p in (place, other)])
+
+
+def test_who_ended_an_epoch_goes_on_without_who_ended_its_training():
+    verify_places([replace(HEADER, place=p) for p in (Place.EPOCH_END, Place.FIT_END)])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,59 @@
+"""What of Lightning cannot work under elastic averaging, and what a trainer's data tells of it."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.data import sized_len
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
+from torch.nn.parameter import is_lazy
+from torch.utils.data import IterableDataset
+
+from lightning_easgd.internals import train_loaders, validates_by_clock
+
+
+def refuse_features(trainer: pl.Trainer, *, sync_batchnorm: bool) -> None:
+    """Refuse what couples all workers at every step, or puts something else in the center's place.
+
+    Raises:
+        MisconfigurationException: with the reason, and what to do instead.
+    """
+    if sync_batchnorm:
+        raise MisconfigurationException(
+            "Trainer(sync_batchnorm=True) makes all workers wait for each other at every step,"
+            " which EASGD exists to avoid. Remove it; EASGDStrategy(buffers='average') averages"
+            " the statistics."
+        )
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
+            raise MisconfigurationException(
+                f"{type(callback).__name__} averages one worker's weights and puts the result"
+                " where EASGD delivers the center. Remove it: the center is an average already."
+            )
+        if isinstance(callback, ModelPruning):
+            raise MisconfigurationException(
+                "ModelPruning prunes the weights of each worker, in other places, and so none"
+                " of the center, which EASGD delivers. Remove it, and prune after fit."
+            )
+    if validates_by_clock(trainer) and trainer.world_size > 1:
+        raise MisconfigurationException(
+            "Trainer(val_check_interval=<a time>) makes every worker validate by its own clock,"
+            " hence at another step than the others. Give a number of batches."
+        )
+    module = trainer.lightning_module
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    if lazy := [name for name, tensor in tensors if is_lazy(tensor)]:
+        raise MisconfigurationException(
+            f"The lazy layers with {lazy} have no shapes yet, so there is nothing to average."
+            " Pass them an example input in configure_model."
+        )
+
+
+def batches_per_epoch(trainer: pl.Trainer) -> int | None:
+    """Batches of every training epoch of this worker; None where they cannot be relied upon."""
+    unknown = any(
+        sized_len(loader) is None or isinstance(getattr(loader, "dataset", None), IterableDataset)
+        for loader in train_loaders(trainer)
+    )
+    reloaded = trainer.reload_dataloaders_every_n_epochs > 0  # type: ignore[attr-defined]
+    return None if unknown or reloaded else int(trainer.num_training_batches)

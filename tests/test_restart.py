@@ -1,0 +1,165 @@
+"""torchrun starts all workers again after one, or a machine, is gone; they resume by themselves."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import restarted
+import torch
+from processes import free_port, run_workers
+
+HERE = Path(__file__).parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+TRAIN = HERE.parent / "scripts" / "train.py"
+
+pytestmark = pytest.mark.timeout(400)
+
+
+def processes_of(folder: Path) -> dict[int, str]:
+    """Command lines of running processes that name ``folder``."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes().decode().replace("\0", " ")
+        except OSError:
+            continue
+        if str(folder) in line:
+            found[int(path.parent.name)] = line
+    return found
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """Where the processes of a test write; those that name it must have ended with the test."""
+    yield tmp_path
+    left = processes_of(tmp_path)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
+
+
+def worker_of(folder: Path, rank: int) -> int:
+    """The process that torchrun started for a rank."""
+    (found,) = [
+        pid
+        for pid in processes_of(folder)
+        if f"RANK={rank}" in Path(f"/proc/{pid}/environ").read_text().split("\0")
+    ]
+    return found
+
+
+def start(*command: object, **environment: str) -> subprocess.Popen[bytes]:
+    variables = {
+        "PYTHONPATH": f"{HERE.parent}:{HERE}",
+        "OMP_NUM_THREADS": "1",
+        # Else the workers that are started again read where those before were (pytorch#135712).
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        **environment,
+    }
+    return subprocess.Popen([*map(str, command)], env=os.environ | variables)
+
+
+def undisturbed(rank: int, folder: Path) -> None:
+    warnings.filterwarnings("ignore", ".*there is no last checkpoint available")
+    restarted.train(folder)
+
+
+@pytest.fixture(scope="module")
+def center(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """What two workers deliver that nothing happens to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run_workers(undisturbed, folder, workers=2)
+    return torch.load(folder / "center.pt", weights_only=True)
+
+
+def starts(folder: Path, rank: int) -> list[tuple[int, int]]:
+    """The number of workers and the step at every start of a rank."""
+    lines = (folder / f"starts{rank}").read_text().splitlines()
+    return [(int(world), int(step)) for world, step in map(str.split, lines)]
+
+
+@pytest.mark.parametrize(
+    ("who", "what", "resumed"),
+    [
+        (0, "kill", 8),
+        (1, "kill", 8),
+        (1, "terminate", 12),  # it trains on until all stop together, in step 13
+    ],
+)
+def test_a_run_whose_worker_is_struck_ends_with_the_bits_of_one_that_was_not(
+    who: int, what: str, resumed: int, folder: Path, center: dict[str, Any]
+) -> None:
+    options = ["--standalone", "--nproc-per-node=2", "--max-restarts=1", "--monitor-interval=0.1"]
+    agent = start(*TORCHRUN, *options, HERE / "restarted.py", folder, who, what)
+    try:
+        assert agent.wait(140) == 0
+    finally:
+        agent.kill()
+        agent.wait()
+    assert starts(folder, 0) == starts(folder, 1) == [(2, 0), (2, resumed)]
+    found = torch.load(folder / "center.pt", weights_only=True)
+    assert found.keys() == center.keys()
+    assert all(torch.equal(found[key], center[key]) for key in center)
+
+
+def test_a_machine_is_lost_and_the_other_goes_on_alone(folder: Path) -> None:
+    port = free_port()
+    patience = "join_timeout=60,last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3"
+    agents = [
+        start(
+            *(*TORCHRUN, "--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3"),
+            *("--monitor-interval=0.1", "--rdzv-backend=c10d"),
+            f"--rdzv-endpoint=127.0.0.1:{port}",
+            f"--rdzv-conf={patience},is_host={int(node == 'stays')}",
+            *(HERE / "restarted.py", folder, "leaves", "lose_machine"),
+            NODE=node,
+        )
+        for node in ("stays", "leaves")
+    ]
+    try:
+        assert agents[1].wait(140) == -signal.SIGKILL
+        assert agents[0].wait(140) == 0
+    finally:
+        for agent in agents:
+            agent.kill()
+            agent.wait()
+    assert starts(folder, 0) == [(2, 0), (1, 8)]
+    assert (folder / "center.pt").exists()
+
+
+def test_the_training_script_restarts_by_itself(folder: Path) -> None:
+    overrides = [
+        *("experiment=elastic", "model=mlp", "data.batch_size=64", "trainer.max_epochs=20"),
+        *("checkpoint.every_n_train_steps=7", "trainer.enable_progress_bar=false"),
+    ]
+    alone = [TRAIN, *overrides, "trainer.devices=2", f"hydra.run.dir={folder}/undisturbed"]
+    assert start(sys.executable, *alone).wait(140) == 0
+
+    checkpoints = folder / "struck" / "checkpoints"
+    options = ["--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    agent = start(*TORCHRUN, *options, TRAIN, *overrides, f"hydra.run.dir={folder}/struck")
+    try:
+        deadline = time.monotonic() + 100
+        while not (checkpoints / "last.ckpt").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(worker_of(folder, 0), signal.SIGKILL)
+        assert not (checkpoints / "final.ckpt").exists()
+        assert agent.wait(140) == 0
+    finally:
+        agent.kill()
+        agent.wait()
+    assert len(list((folder / "struck" / "csv").iterdir())) == 2  # a table for each start
+    found, expected = (
+        torch.load(folder / name / "checkpoints" / "final.ckpt", weights_only=True)["state_dict"]
+        for name in ("struck", "undisturbed")
+    )
+    assert all(torch.equal(found[key], expected[key]) for key in expected)

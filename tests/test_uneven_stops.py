@@ -1,0 +1,184 @@
+"""Stops while some workers train and others, which have no batch left, stand still."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
+from processes import run_workers
+from toy import Resumable, Toy, loader, trainer, weights
+
+from lightning_easgd import EASGDStrategy
+from lightning_easgd.communication import Place
+from lightning_easgd.exchange import Exchange
+
+SGD = partial(torch.optim.SGD, lr=0.1)
+
+
+def ended(fitting: pl.Trainer, *arguments: Any, **options: Any) -> tuple[str | None, int]:
+    """How a fit ended, and after how many steps of this worker."""
+    try:
+        fitting.fit(*arguments, **options)
+    except BaseException as error:
+        return type(error).__name__, fitting.global_step
+    return None, fitting.global_step
+
+
+def struck(rank: int, counts: list[int], who: int, at: int, options: dict[str, Any]) -> Any:
+    """When worker 1 begins its batch number ``at`` of all, SIGTERM is sent to worker ``who``."""
+    module, strategy = Toy(SGD), EASGDStrategy(tau=4)
+    pids: list[int] = []
+    module.on_train_start = lambda: pids.extend(strategy._group.gather(os.getpid()))
+    begun = 0
+
+    def on_train_batch_start(batch: Any, batch_idx: int) -> None:
+        nonlocal begun
+        begun += 1
+        if rank == 1 and begun == at + 1:
+            os.kill(pids[who], signal.SIGTERM)
+
+    module.on_train_batch_start = on_train_batch_start
+    return ended(trainer(len(counts), strategy, **options), module, loader(rank, counts[rank]))
+
+
+@pytest.mark.parametrize(
+    ("counts", "who", "at", "options", "steps"),
+    [
+        ([40, 40, 5], 1, 9, {}, [17, 17, 5]),
+        ([5, 9], 1, 2, {"max_epochs": 2}, [5, 9]),  # takes effect in the last batch of an epoch
+        ([15, 6], 1, 12, {"max_epochs": -1, "max_steps": 30}, [30, 18]),  # 0 is at the end of fit
+    ],
+)
+def test_all_stop_together(
+    counts: list[int], who: int, at: int, options: dict[str, Any], steps: list[int]
+) -> None:
+    results = run_workers(struck, counts, who, at, options, workers=len(counts), timeout=30)
+    assert results == [("SIGTERMException", taken) for taken in steps]
+
+
+def test_a_signal_to_a_worker_that_stands_still_stops_all() -> None:
+    results = run_workers(struck, [40, 40, 5], 2, 9, {}, workers=3, timeout=30)
+    assert [error for error, _ in results] == ["SIGTERMException"] * 3
+    steps = [taken for _, taken in results]
+    # Within three rounds: its header of step 12 may have left.
+    assert steps in ([17, 17, 5], [21, 21, 5])
+
+
+class TwoOptimizers(Toy):
+    """Both step in every batch; the signal comes between them."""
+
+    def __init__(self) -> None:
+        super().__init__(SGD)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        loss = super().training_step(batch, batch_idx)
+        for number, optimizer in enumerate(self.optimizers()):
+            optimizer.zero_grad()
+            if number == 0:
+                self.manual_backward(loss)
+            elif self.global_rank == 1 and batch_idx == 6:
+                os.kill(os.getpid(), signal.SIGTERM)
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [SGD([self.w]), SGD([self.b])]
+
+
+def two_optimizers(rank: int) -> Any:
+    return ended(trainer(2, EASGDStrategy(tau=1)), TwoOptimizers(), loader(rank, [3, 20][rank]))
+
+
+def test_several_optimizers_stop_with_who_stands_still() -> None:
+    results = run_workers(two_optimizers, workers=2, timeout=30)
+    assert [error for error, _ in results] == ["SIGTERMException"] * 2
+
+
+def interrupted(rank: int, folder: Path, who: int | None, validate: bool, path: Path | None) -> Any:
+    """Worker 0 has 22 batches, worker 1 has 5; ``who`` is struck while worker 1 stands still."""
+    module, strategy = Toy(SGD), EASGDStrategy(tau=4)
+    if validate:
+        module.validation_step = lambda batch, batch_idx: None
+    seen: list[tuple[int, int, int]] = []
+    saving = ModelCheckpoint(folder, every_n_epochs=100, save_on_exception=True)
+    options = {"max_epochs": 2, "enable_checkpointing": True, "callbacks": [saving]}
+    fitting = trainer(2, strategy, num_sanity_val_steps=0, **options)
+
+    def on_train_batch_start(batch: Any, batch_idx: int) -> None:
+        seen.append((fitting.current_epoch, batch_idx, strategy._exchange.clock))
+        if rank == who and fitting.current_epoch == 0 and batch_idx == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    module.on_train_batch_start = on_train_batch_start
+    loaders = [Resumable(rank, [22, 5][rank]), *([loader(0, 2)] if validate else [])]
+    error, steps = ended(fitting, module, *loaders, ckpt_path=path)
+    return error, steps, seen[-5:], {n: v.tobytes() for n, v in weights(module).items()}
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+@pytest.mark.parametrize("validate", [False, True])
+def test_resuming_where_one_stood_still_goes_on_bit_for_bit(validate: bool, tmp_path: Path) -> None:
+    straight = run_workers(interrupted, tmp_path / "straight", None, validate, None, workers=2)
+    stopped = run_workers(interrupted, tmp_path / "stopped", 0, validate, None, workers=2)
+    assert [error for error, *_ in stopped] == ["SIGTERMException"] * 2
+    (path,) = (tmp_path / "stopped").glob("*.ckpt")
+    resumed = run_workers(interrupted, tmp_path / "stopped", None, validate, path, workers=2)
+    assert resumed == straight
+
+
+def late(rank: int, reached: Any) -> Any:
+    """SIGTERM to worker 0 while it waits at the end, and no exchange is left to say so."""
+    module = Toy(SGD)
+    if rank == 1:
+        module.on_train_end = reached.wait
+    else:
+
+        def on_train_end() -> None:
+            def strike() -> None:
+                os.kill(os.getpid(), signal.SIGTERM)
+                reached.set()
+
+            threading.Timer(0.5, strike).start()
+
+        module.on_train_end = on_train_end
+    return ended(trainer(2, EASGDStrategy(tau=4, final_exchange=False)), module, loader(rank, 6))
+
+
+def test_a_signal_while_waiting_at_the_end_is_not_lost() -> None:
+    reached = torch.multiprocessing.get_context("fork").Event()
+    results = run_workers(late, reached, workers=2, timeout=30)
+    assert results[0][0] == "SIGTERMException"
+
+
+def after_finder(rank: int, folder: Path) -> Any:
+    os.chdir(folder)
+    module = Toy(SGD)
+    module.lr = 0.1
+    places: list[Place] = []
+    meet = Exchange.meet
+    finder = LearningRateFinder(num_training_steps=4, early_stop_threshold=None)
+    fitting = trainer(2, EASGDStrategy(tau=2), callbacks=[finder])
+
+    def on_train_batch_start(batch: Any, batch_idx: int) -> None:
+        if rank == 1 and batch_idx == 5 and fitting.fit_loop.max_steps == -1:
+            places.clear()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    module.on_train_batch_start = on_train_batch_start
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Exchange, "meet", lambda self, at: [places.append(at), meet(self, at)][1])
+        return *ended(fitting, module, loader(rank, [20, 21][rank])), places
+
+
+def test_signals_are_passed_on_after_the_learning_rate_finder(tmp_path: Path) -> None:
+    results = run_workers(after_finder, tmp_path, workers=2, timeout=40)
+    assert [result[:2] for result in results] == [("SIGTERMException", 9)] * 2
+    assert results[1][2] == [Place.STOP]
