@@ -12,11 +12,20 @@ Importing the package registers ``Trainer(strategy="easgd")``, ``easgd_spawn``, 
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_easgd.callbacks import EASGDMonitor
-from lightning_easgd.communication import ExchangeError
+from lightning_easgd.communication import Codec, ExchangeError, Int8, TopK
 from lightning_easgd.exchange import NonFiniteError
 from lightning_easgd.strategy import EASGDStrategy
 from lightning_easgd.telemetry import Telemetry
 
-__all__ = ["EASGDMonitor", "EASGDStrategy", "ExchangeError", "NonFiniteError", "Telemetry"]
+__all__ = [
+    "Codec",
+    "EASGDMonitor",
+    "EASGDStrategy",
+    "ExchangeError",
+    "Int8",
+    "NonFiniteError",
+    "Telemetry",
+    "TopK",
+]
 
 EASGDStrategy.register_strategies(StrategyRegistry)

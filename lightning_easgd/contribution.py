@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from lightning_easgd.algorithms import elastic
 from lightning_easgd.center import Center
+from lightning_easgd.communication import Payload
 from lightning_easgd.flat import FlatVector
 from lightning_easgd.optimizers import LocalOptimizers
 from lightning_easgd.rates import MovingRates
@@ -23,6 +24,7 @@ class Contribution:
         optimizers: the worker's own.
         rates: the moving rates α.
         telemetry: where exchanges and distances are recorded.
+        round_: makes differences, in place, what is sent of them.
         from_iterate: whether x is the paper's iterate where a parameter is its look-ahead point.
     """
 
@@ -33,12 +35,14 @@ class Contribution:
         rates: MovingRates,
         *,
         telemetry: Telemetry,
+        round_: Callable[[Sequence[torch.Tensor]], None],
         from_iterate: bool,
     ) -> None:
         self._center = center
         self._optimizers = optimizers
         self._rates = rates
         self._telemetry = telemetry
+        self._round_ = round_
         self._from_iterate = from_iterate
         self._distance = 0.0
         self.healthy = True
@@ -63,26 +67,32 @@ class Contribution:
         self._measure()
 
     @torch.no_grad()
-    def give(self, clock: int) -> tuple[list[FlatVector], list[torch.Tensor]]:
+    def give(self, clock: int, *, last: bool = False) -> tuple[list[FlatVector], Payload]:
         """Take part in an exchange with the differences that were taken.
 
         If they are not finite, the worker starts again from the center, with fresh optimizer state.
 
         Args:
             clock: the step of the exchange.
+            last: whether the differences travel as they are.
 
         Returns:
-            What the worker is owed by :meth:`pull_worker`, and what it adds to the sums, as flat
-            tensors that are the sums' from now on.
+            What the worker is owed by :meth:`pull_worker`, and what it adds to the sums.
         """
-        pull = self._scale(clock) if self.healthy else self._restart_worker()
-        payload = [part for segment in self._center.elastic() for part in segment.total.parts]
-        payload += self._center.statistics.contribute(self.healthy)
+        pull = self._scale(clock, last) if self.healthy else self._restart_worker()
+        payload = Payload(self._totals(), self._center.statistics.contribute(self.healthy))
         if not self.healthy:
             self._center.overwrite_worker()
         self._telemetry.exchanges += 1
         self._telemetry.consensus_distance = self._distance
         return pull, payload
+
+    def nothing(self) -> Payload:
+        """Differences of zero, for what is held back to be added to."""
+        self.healthy = True
+        for total in self._totals():
+            total.zero_()
+        return Payload(self._totals())
 
     def pull_worker(self, pull: Sequence[FlatVector]) -> None:
         """Move the worker towards the center: x <- x - α (x - c)."""
@@ -96,7 +106,7 @@ class Contribution:
         self._distance = distance / max(size, 1e-30)
         self.healthy = math.isfinite(distance) or all(s.total.is_finite() for s in segments)
 
-    def _scale(self, clock: int) -> list[FlatVector]:
+    def _scale(self, clock: int, last: bool) -> list[FlatVector]:
         """Turn x - c into α (x - c); a copy of it is the worker's own pull."""
         segments = self._center.elastic()
         alphas, default = self._rates.at(clock)
@@ -104,7 +114,12 @@ class Contribution:
         for segment in segments:
             rates = [alphas.get(id(parameter), default) for parameter in segment.parameters]
             elastic.scale_(segment.total.views, rates)
+        if not last:
+            self._round_(self._totals())
         return [segment.total.clone() for segment in segments]
+
+    def _totals(self) -> list[torch.Tensor]:
+        return [part for segment in self._center.elastic() for part in segment.total.parts]
 
     def _restart_worker(self) -> list[FlatVector]:
         """Leave a worker with non-finite weights out of the sum and forget what made it so."""

@@ -34,6 +34,7 @@ from lightning_easgd.communication import (
     AllReduce,
     ExchangeError,
     Header,
+    Payload,
     PendingSum,
     Place,
     Stop,
@@ -73,7 +74,7 @@ class InFlight:
     clock: int
     segments: int
     """Segments known when it was started, those that join after it included."""
-    carries_sums: bool
+    payload: Payload
     pending: PendingSum
 
 
@@ -121,6 +122,7 @@ class Exchange:
             optimizers,
             rates,
             telemetry=telemetry,
+            round_=all_reduce.round_,
             from_iterate=rules.elastic_point == "iterate",
         )
         self.start_clock(0)
@@ -207,7 +209,7 @@ class Exchange:
             self.stopping = self._stop_agreed
             self.center.adopt_unfrozen()
             self._contribution.take_differences()
-            flight = self._start(place, payload=[])
+            flight = self._start(place, Payload())
             headers = self._await_headers(flight, patiently=True)
             training = [header.clock for header in headers if header.place is Place.TRAINING]
             if training:
@@ -241,9 +243,10 @@ class Exchange:
             return False
         self._last_header_left = True
         if exchange:
-            self._begin()
+            self._begin(last=True)
         else:
-            self._start(Place.FIT_END, payload=[])
+            payload = self._contribution.nothing() if self._all_reduce.holds_back else Payload()
+            self._start(Place.FIT_END, payload, last=True)
         self.drain()
         self._finished = True
         self.stopping = self._stop_agreed
@@ -277,6 +280,7 @@ class Exchange:
             "weights": self.center.worker_state_dict(module),
             "look_ahead": self._optimizers.look_ahead_state(),
             "telemetry": self.telemetry.counters(),
+            "held_back": self._all_reduce.state(),
         }
 
     def load_state(self, shared: Mapping[str, Any], own: Mapping[str, Any] | None) -> None:
@@ -296,6 +300,7 @@ class Exchange:
         if own is not None:
             self._optimizers.load_look_ahead_state(own["look_ahead"])
             self.telemetry.load_counters(own["telemetry"])
+            self._all_reduce.load_state(own.get("held_back", {}))
 
     def read_module(self) -> None:
         """Start again from the module's weights, which are equal on all workers."""
@@ -314,11 +319,11 @@ class Exchange:
         self.telemetry.tau, self._next_due = self._rules.period.after(self.clock)
         return self._begin()
 
-    def _begin(self) -> list[FlatVector]:
+    def _begin(self, *, last: bool = False) -> list[FlatVector]:
         """Send this worker's differences off; the caller owes the worker the returned pull."""
         self._contribution.take_differences()
-        pull, payload = self._contribution.give(self.clock)
-        self._start(Place.TRAINING, payload=payload)
+        pull, payload = self._contribution.give(self.clock, last=last)
+        self._start(Place.TRAINING, payload, last=last)
         if not self._rules.overlap:
             self.drain()
         return pull
@@ -329,11 +334,11 @@ class Exchange:
         self.telemetry.tau, self._next_due = self._rules.period.after(clock)
         pull, payload = self._contribution.give(self.clock)
         self._all_reduce.join(flight.pending, payload)
-        self._count_bytes(self._all_reduce.ring_bytes(payload))
-        self._in_flight = replace(flight, clock=clock, carries_sums=True)
+        self._count_bytes(self._all_reduce.sum_bytes(payload))
+        self._in_flight = replace(flight, clock=clock, payload=payload)
         self._contribution.pull_worker(pull)
 
-    def _start(self, place: Place, *, payload: list[torch.Tensor]) -> InFlight:
+    def _start(self, place: Place, payload: Payload, *, last: bool = False) -> InFlight:
         segments = len(self.center.segments)
         check = self._count % _CHECKSUM_EVERY == 0 or place is Place.FIT_END
         self._count += 1
@@ -347,9 +352,10 @@ class Exchange:
             checksum=self.center.checksum() if check else 0,
             wait_microseconds=int(1e6 * self.telemetry.wait_seconds),
         )
-        pending = self._all_reduce.start(payload, header)
-        self._count_bytes(self._all_reduce.header_bytes + self._all_reduce.ring_bytes(payload))
-        self._in_flight = InFlight(self.clock, segments, bool(payload), pending)
+        pending = self._all_reduce.start(payload, header, last=last)
+        moved = self._all_reduce.sum_bytes(payload, last=last)
+        self._count_bytes(self._all_reduce.header_bytes + moved)
+        self._in_flight = InFlight(self.clock, segments, payload, pending)
         return self._in_flight
 
     def _count_bytes(self, moved: int) -> None:
@@ -378,12 +384,13 @@ class Exchange:
     def _apply(self, flight: InFlight, headers: Sequence[Header]) -> None:
         self._stop_agreed = max(self._stop_agreed, *(header.stop for header in headers))
         self.telemetry.worker_wait_seconds = [1e-6 * h.wait_microseconds for h in headers]
-        if flight.carries_sums:
+        if flight.payload:
             healthy = [not header.non_finite for header in headers]
             self._report_non_finite(flight.clock, healthy)
             for segment in self.center.elastic():
                 elastic.move_center_(segment.center.parts, segment.total.parts)
-            self.center.statistics.apply(healthy)
+            if flight.payload.statistics:
+                self.center.statistics.apply(healthy)
         self.center.join(flight.segments)
 
     def _report_non_finite(self, clock: int, healthy: Sequence[bool]) -> None:

@@ -28,7 +28,16 @@ from lightning_easgd.arguments import (
     require_timedelta,
 )
 from lightning_easgd.center import BufferPolicy, Center
-from lightning_easgd.communication import AllReduce, Place, Stop, WorkerGroup, leave_all_groups
+from lightning_easgd.communication import (
+    AllReduce,
+    Codec,
+    CompressedAllReduce,
+    Place,
+    Stop,
+    WorkerGroup,
+    choose_codec,
+    leave_all_groups,
+)
 from lightning_easgd.exchange import ElasticPoint, Exchange, Rules
 from lightning_easgd.features import batches_per_epoch, refuse_features
 from lightning_easgd.internals import (
@@ -83,6 +92,9 @@ class EASGDStrategy(PersistentStrategy):
             the checkpoint that training resumes from; else that worker starts at the center.
         exchange_timeout: how long an exchange waits for workers that do not come, in seconds or as
             a timedelta, before an error names them.
+        compression: how differences travel: None for full precision, "bf16", "fp16", "int8" (a
+            quarter of the bytes), "topk" (the largest hundredth), or a Codec. What is lost on the
+            way goes with the next exchange.
         bucket_bytes: the most that one all-reduce carries, in bytes.
         accelerator: as for DDPStrategy, like all that follow.
         parallel_devices: the devices of this node.
@@ -117,6 +129,7 @@ class EASGDStrategy(PersistentStrategy):
         final_exchange: bool = True,
         strict_resume: bool = False,
         exchange_timeout: float | timedelta = timedelta(minutes=5),
+        compression: str | Codec | None = None,
         bucket_bytes: int = 25 * 2**20,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
@@ -150,6 +163,7 @@ class EASGDStrategy(PersistentStrategy):
         self._buffer_policy = buffers
         self._final_exchange = final_exchange
         self._exchange_timeout = require_duration("exchange_timeout", exchange_timeout)
+        self._codec = choose_codec(compression)
         self._bucket_bytes = require_count("bucket_bytes", bucket_bytes, "bytes")
         self.telemetry = Telemetry()
         self._center: Center | None = None
@@ -221,7 +235,8 @@ class EASGDStrategy(PersistentStrategy):
         """Make the workers equal instead of wrapping the module: no gradient is ever reduced."""
         module = self.lightning_module
         assert module is not None
-        self._group = WorkerGroup(self._exchange_timeout, self._timeout)
+        compressed = self._codec is not None
+        self._group = WorkerGroup(self._exchange_timeout, self._timeout, apart=compressed)
         self._group.require_equal(module, self._options())
         self._group.broadcast_([*module.parameters(), *module.buffers()])
         self._center = Center(module, buffers=self._buffer_policy, rank=self._group.rank)
@@ -235,6 +250,7 @@ class EASGDStrategy(PersistentStrategy):
             f"elastic_point={self._rules.elastic_point}",
             f"buffers={self._buffer_policy}",
             f"final_exchange={self._final_exchange}",
+            f"compression={self._codec}",
             f"bucket_bytes={self._bucket_bytes}",
         ]
 
@@ -243,7 +259,11 @@ class EASGDStrategy(PersistentStrategy):
         assert self._center is not None
         assert self.lightning_module is not None
         self.telemetry = Telemetry()
-        all_reduce = AllReduce(self._group, self._bucket_bytes)
+        all_reduce = (
+            AllReduce(self._group, self._bucket_bytes)
+            if self._codec is None
+            else CompressedAllReduce(self._group, self._bucket_bytes, self._codec)
+        )
         gradients = [p for p in self.lightning_module.parameters() if p.requires_grad]
         self.telemetry.ddp_bytes_per_step = all_reduce.ring_bytes(gradients)
         self._exchange = Exchange(

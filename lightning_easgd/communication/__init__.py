@@ -1,6 +1,8 @@
 """HOW the bytes move: the only folder that calls torch.distributed or opens a socket."""
 
-from lightning_easgd.communication.all_reduce import AllReduce, PendingSum
+from lightning_easgd.communication.all_reduce import AllReduce, Payload, PendingSum
+from lightning_easgd.communication.codecs import CODECS, Codec, Int8, TopK, choose_codec
+from lightning_easgd.communication.compressed import CompressedAllReduce
 from lightning_easgd.communication.group import WorkerGroup, gather, leave_all_groups
 from lightning_easgd.communication.header import (
     ExchangeError,
@@ -12,13 +14,20 @@ from lightning_easgd.communication.header import (
 )
 
 __all__ = [
+    "CODECS",
     "AllReduce",
+    "Codec",
+    "CompressedAllReduce",
     "ExchangeError",
     "Header",
+    "Int8",
+    "Payload",
     "PendingSum",
     "Place",
     "Stop",
+    "TopK",
     "WorkerGroup",
+    "choose_codec",
     "gather",
     "leave_all_groups",
     "verify",

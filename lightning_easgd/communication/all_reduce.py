@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -11,6 +14,19 @@ from torch import Tensor
 from lightning_easgd.communication.group import WorkerGroup
 from lightning_easgd.communication.header import Header
 from lightning_easgd.flat import bucket_slices
+
+
+@dataclass(frozen=True)
+class Payload:
+    """What one worker adds to the sums: flat tensors, which are the sums' until they arrived."""
+
+    differences: list[Tensor] = field(default_factory=list)
+    """May travel in a shorter form."""
+    statistics: list[Tensor] = field(default_factory=list)
+    """Travel as they are."""
+
+    def __bool__(self) -> bool:
+        return bool(self.differences)
 
 
 class PendingSum:
@@ -33,13 +49,12 @@ class PendingSum:
         group: WorkerGroup,
         what: str,
     ) -> None:
+        self.what = what
+        self.waits: list[Callable[[], None]] = []
+        """Each waits for a part of the sums, or raises an ExchangeError."""
         self._header_work = header_work
         self._headers = headers
-        self.works: list[dist.Work] = []
-        """The collectives that sum."""
         self._group = group
-        self._what = what
-        self._blocking = group.data is group.control
 
     def headers(self, *, patiently: bool = False) -> list[Header]:
         """Wait for the headers of all workers; in rank order.
@@ -50,7 +65,7 @@ class PendingSum:
         Raises:
             ExchangeError: a worker left or did not answer in time.
         """
-        self._group.wait(self._header_work, self._what, patiently=patiently)
+        self._group.wait(self._header_work, self.what, patiently=patiently)
         return [Header.unpack(header.tolist()) for header in self._headers]
 
     def wait(self) -> None:
@@ -59,8 +74,8 @@ class PendingSum:
         Raises:
             ExchangeError: a worker left or did not answer in time.
         """
-        for work in self.works:
-            self._group.wait(work, self._what, poll=self._blocking)
+        for wait in self.waits:
+            wait()
 
 
 class AllReduce:
@@ -71,14 +86,28 @@ class AllReduce:
         bucket_bytes: the most that one all-reduce carries, in bytes.
     """
 
+    holds_back: ClassVar[bool] = False
+    """Whether a part of what is to be summed may be held back for the next exchange."""
+
     def __init__(self, group: WorkerGroup, bucket_bytes: int) -> None:
         self.group = group
         self.bucket_bytes = bucket_bytes
 
-    def start(self, payload: Sequence[Tensor], header: Header) -> PendingSum:
+    def start(
+        self,
+        payload: Payload,
+        header: Header,
+        *,
+        last: bool = False,
+    ) -> PendingSum:
         """Begin to replace each flat tensor by its sum over all workers, in place.
 
         All workers must bring tensors of the same sizes in the same order; the header goes first.
+
+        Args:
+            payload: of this worker.
+            header: of this worker.
+            last: whether what is held back, if anything, goes along.
         """
         mine = torch.tensor(header.pack(), dtype=torch.int64)
         headers = [torch.empty_like(mine) for _ in range(self.group.size)]
@@ -86,23 +115,44 @@ class AllReduce:
         assert gather is not None
         what = f"The exchange that worker {self.group.rank} began at step {header.clock}"
         pending = PendingSum(gather, headers, group=self.group, what=what)
-        self.join(pending, payload)
+        if payload:
+            self.join(pending, payload, last=last)
         return pending
 
-    def join(self, pending: PendingSum, payload: Sequence[Tensor]) -> None:
-        """Begin to sum ``payload`` as :meth:`start` does, in an exchange whose header has left."""
-        for tensor in payload:
-            for bucket in bucket_slices(tensor.numel(), tensor.itemsize, self.bucket_bytes):
-                work = dist.all_reduce(tensor[bucket], group=self.group.data, async_op=True)
-                assert work is not None
-                pending.works.append(work)
+    def join(self, pending: PendingSum, payload: Payload, *, last: bool = False) -> None:
+        """Begin to sum as :meth:`start` does, in an exchange whose header has left."""
+        pending.waits += self._sum([*payload.differences, *payload.statistics], pending.what)
+
+    def round_(self, differences: Iterable[Tensor]) -> None:
+        """Replace differences by what is sent of them, where the rest is not held back."""
+
+    def state(self) -> dict[str, Any]:
+        """What is held back, for a checkpoint of this worker."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state`."""
 
     @property
     def header_bytes(self) -> int:
         """Bytes of headers that each worker sends, and receives, in an exchange."""
         return 8 * len(Header.__dataclass_fields__) * (self.group.size - 1)
 
+    def sum_bytes(self, payload: Payload, *, last: bool = False) -> int:
+        """Bytes that each worker sends, and receives, for sums."""
+        return self.ring_bytes([*payload.differences, *payload.statistics])
+
     def ring_bytes(self, tensors: Iterable[Tensor]) -> int:
         """Bytes that each worker sends, and receives, in ring all-reduces: 2 (p-1)/p of them."""
         payload = sum(tensor.nbytes for tensor in tensors)
         return 2 * (self.group.size - 1) * payload // self.group.size
+
+    def _sum(self, tensors: Iterable[Tensor], what: str) -> list[Callable[[], None]]:
+        """Start to sum; what waits for it."""
+        waits: list[Callable[[], None]] = []
+        for tensor in tensors:
+            for bucket in bucket_slices(tensor.numel(), tensor.itemsize, self.bucket_bytes):
+                work = dist.all_reduce(tensor[bucket], group=self.group.data, async_op=True)
+                assert work is not None
+                waits.append(partial(self.group.wait, work, what, poll=self.group.polls))
+        return waits

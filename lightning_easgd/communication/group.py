@@ -31,14 +31,22 @@ class WorkerGroup:
         timeout: how long this worker waits for others; see :meth:`wait`.
         device_timeout: what torch allows a sum on an accelerator from its start on, which is up to
             a round before anybody waits for it.
+        apart: whether sums get a group of their own where the headers' would do.
     """
 
-    def __init__(self, timeout: timedelta, device_timeout: timedelta | None) -> None:
+    def __init__(
+        self, timeout: timedelta, device_timeout: timedelta | None, *, apart: bool = False
+    ) -> None:
         backend = dist.get_backend()
+        self.polls = backend == "gloo"
+        """Whether a sum ends when its data is there, so that it can be watched."""
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         # gloo counts from the start of a collective too; wait() counts from when somebody waits.
         self.control = _new_group("gloo", _NEVER)
-        self.data = self.control if backend == "gloo" else _new_group(backend, device_timeout)
+        if self.polls:
+            self.data = _new_group("gloo", _NEVER) if apart else self.control
+        else:
+            self.data = _new_group(backend, device_timeout)
         self._timeout = timeout.total_seconds()
         self._liveness = Liveness(self.rank, self.size)
 
@@ -51,7 +59,7 @@ class WorkerGroup:
                 data = values.view(-1).view(torch.uint8)
                 work = dist.broadcast(data, src=0, group=self.data, async_op=True)
                 assert work is not None
-                self.wait(work, "Making the workers equal", poll=self.data is self.control)
+                self.wait(work, "Making the workers equal", poll=self.polls)
                 tensor.detach().copy_(values)
 
     def gather(self, value: Any) -> list[Any]:

@@ -1,0 +1,225 @@
+"""Exchanges through a codec: equal centers, nothing lost, resumed bit for bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from processes import Workers, run_workers
+from test_reference import LR, batches, initial_weights, reference, reference_optimizers
+from toy import Resumable, Toy, loader, trainer, weights
+
+from lightning_easgd import EASGDStrategy, Int8, TopK
+
+SGD = partial(torch.optim.SGD, lr=LR)
+CODECS = ["bf16", "fp16", "int8", TopK(0.3)]
+
+
+def fit(rank: int, workers: int, options: dict[str, Any]) -> Any:
+    module = Toy(SGD, dtype=torch.float32)
+    strategy = EASGDStrategy(tau=3, **options)
+    trainer(workers, strategy).fit(module, loader(rank, 24, torch.float32))
+    return weights(module), strategy.telemetry.bytes_sent
+
+
+@pytest.mark.parametrize(("codec", "within"), [("bf16", 1e-3), ("fp16", 1e-4), ("int8", 2e-3)])
+def test_the_center_is_the_papers_within_what_is_rounded(codec: str, within: float) -> None:
+    results = run_workers(fit, 3, {"compression": codec, "final_exchange": False}, workers=3)
+    center, _ = reference.easgd(
+        initial_weights(),
+        [batches(rank, 24) for rank in range(3)],
+        reference_optimizers("sgd", lambda name, t: LR, 3),
+        tau=3,
+        alpha=lambda name, t: 0.3,
+    )
+    for got, _ in results:
+        for key, value in got.items():
+            np.testing.assert_array_equal(value, results[0][0][key])
+            np.testing.assert_allclose(value, center[key], atol=within)
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+def test_overlap_changes_no_bit(codec: Any) -> None:
+    options = [{"overlap": True}, {"overlap": False}, {"overlap": True, "final_exchange": False}]
+    one, two, other = (
+        run_workers(fit, 2, {"compression": codec, **more}, workers=2)[0][0] for more in options
+    )
+    assert all(np.array_equal(one[key], two[key]) for key in one)
+    assert not all(np.array_equal(one[key], other[key]) for key in one)
+
+
+class Apart(Toy):
+    """Workers that start apart and have nothing to learn: only the springs move them."""
+
+    def __init__(self) -> None:
+        super().__init__(partial(torch.optim.SGD, lr=0.0))
+        self.more = torch.nn.Parameter(torch.zeros(700, dtype=torch.float64))
+
+    def on_train_start(self) -> None:
+        torch.manual_seed(self.global_rank)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter += torch.randn_like(parameter)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return super().training_step(batch, batch_idx) + self.more.sum()
+
+
+def drift(rank: int, codec: Any, bucket_bytes: int, final: bool) -> Any:
+    """This worker's part of what must not change, before each batch and after training."""
+    module, seen, held = Apart(), [], 0.0
+    strategy = EASGDStrategy(
+        tau=2, compression=codec, bucket_bytes=bucket_bytes, final_exchange=final
+    )
+
+    def note(batch: Any, batch_idx: int) -> None:
+        nonlocal held
+        center = strategy.center_state_dict()
+        own = sum(p.detach().sum().item() for p in module.parameters())
+        accounts = strategy._exchange._all_reduce.state()["accounts"]
+        pieces = [t for a in accounts for t in [a["unsent"], *a["kept"]] if t is not None]
+        held = sum(float(piece.sum()) for piece in pieces)
+        seen.append((own, sum(float(center[name].sum()) for name in center), held))
+
+    module.on_train_batch_start = note
+    last = {}
+    module.on_train_end = lambda: last.update(own=sum(v.sum() for v in weights(module).values()))
+    trainer(3, strategy).fit(module, loader(rank, 13))
+    return seen, last["own"], sum(v.sum() for v in weights(module).values())
+
+
+@pytest.mark.parametrize("final", [True, False])
+@pytest.mark.parametrize("bucket_bytes", [25 * 2**20, 2000])
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+def test_nothing_is_lost(codec: Any, bucket_bytes: int, final: bool) -> None:
+    results = run_workers(drift, codec, bucket_bytes, final, workers=3)
+    totals = [
+        sum(own + held for own, _, held in step) + step[0][1]
+        for step in zip(*(seen for seen, *_ in results), strict=True)
+    ]
+    np.testing.assert_allclose(totals, totals[0], atol=1e-9)
+    assert any(held for seen, *_ in results for *_, held in seen)
+    if not final:
+        end = sum(own for _, own, _ in results) + results[0][2]
+        assert end == pytest.approx(totals[0], abs=1e-9)
+
+
+def resumable(rank: int, codec: Any, folder: Path, resume: Path | None) -> Any:
+    module = Toy(partial(torch.optim.SGD, lr=0.05, momentum=0.9, nesterov=True))
+    fitting = trainer(
+        2,
+        EASGDStrategy(tau=2, compression=codec),
+        max_epochs=3,
+        enable_checkpointing=True,
+        callbacks=[
+            ModelCheckpoint(folder, filename="{step}", every_n_train_steps=5, save_top_k=-1)
+        ],
+    )
+    fitting.fit(module, Resumable(rank, 6), ckpt_path=resume)
+    return {name: value.tobytes() for name, value in weights(module).items()}
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+def test_resuming_with_something_held_back_goes_on_bit_for_bit(codec: Any, tmp_path: Path) -> None:
+    straight = run_workers(resumable, codec, tmp_path, None, workers=2)
+    assert run_workers(resumable, codec, tmp_path, tmp_path / "step=5.ckpt", workers=2) == straight
+
+
+def thawing(rank: int, codec: Any) -> Any:
+    module = Toy(SGD, dtype=torch.float32)
+    module.b.requires_grad_(False)
+
+    def on_train_batch_start(batch: Any, batch_idx: int) -> None:
+        module.b.requires_grad_(batch_idx >= 5)
+
+    module.on_train_batch_start = on_train_batch_start
+    trainer(2, EASGDStrategy(tau=2, compression=codec)).fit(module, loader(rank, 16, torch.float32))
+    return weights(module)
+
+
+@pytest.mark.parametrize("codec", [None, *CODECS], ids=str)
+def test_parameters_that_join_later(codec: Any) -> None:
+    one, two = run_workers(thawing, codec, workers=2)
+    assert all(np.array_equal(one[key], two[key]) for key in one)
+    assert not np.array_equal(one["b"], initial_weights()["b"].astype(np.float32))
+
+
+def poisoned(rank: int, codec: Any) -> Any:
+    module, strategy = Toy(SGD, dtype=torch.float32), EASGDStrategy(tau=2, compression=codec)
+
+    def on_train_batch_start(batch: Any, batch_idx: int) -> None:
+        if rank == 1 and batch_idx == 3:
+            with torch.no_grad():
+                module.w[0, 0] = float("inf")
+
+    module.on_train_batch_start = on_train_batch_start
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("warnings.warn", lambda *_, **__: None)
+        trainer(2, strategy).fit(module, loader(rank, 12, torch.float32))
+    return weights(module), strategy.telemetry.non_finite
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+def test_a_poisoned_worker_is_left_out(codec: Any) -> None:
+    for got, count in run_workers(poisoned, codec, workers=2):
+        assert count == 1
+        assert all(np.isfinite(value).all() for value in got.values())
+
+
+def uneven(rank: int, codec: Any) -> Any:
+    module = Toy(SGD, dtype=torch.float32)
+    fitting = trainer(2, EASGDStrategy(tau=2, compression=codec), max_epochs=2)
+    fitting.fit(module, loader(rank, [5, 12][rank], torch.float32))
+    return weights(module), fitting.global_step
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+def test_workers_with_different_numbers_of_batches(codec: Any) -> None:
+    (one, first), (two, second) = run_workers(uneven, codec, workers=2)
+    assert (first, second) == (10, 24)
+    assert all(np.array_equal(one[key], two[key]) for key in one)
+
+
+def killed(rank: int) -> None:
+    module = Toy(SGD)
+
+    def on_train_batch_start(batch: Any, batch_idx: int) -> None:
+        if rank == 1 and batch_idx == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    module.on_train_batch_start = on_train_batch_start
+    strategy = EASGDStrategy(tau=2, compression="int8", exchange_timeout=2)
+    trainer(2, strategy).fit(module, loader(rank, 12))
+
+
+def test_a_worker_that_is_killed_ends_the_others_with_its_name() -> None:
+    with Workers(killed, workers=2) as group:
+        (outcome,) = group.collect(40, without=1)
+    assert outcome.error == "ExchangeError"
+    assert "Worker 1 " in outcome.message
+
+
+def traffic(rank: int, workers: int, codec: Any) -> Any:
+    module = Apart()
+    module.float()
+    strategy = EASGDStrategy(tau=1, compression=codec, final_exchange=False)
+    module.more = torch.nn.Parameter(torch.zeros(100_000))
+    trainer(workers, strategy).fit(module, loader(rank, 2, torch.float32))
+    return strategy.telemetry.bytes_sent
+
+
+def test_a_quarter_of_the_bytes_however_many_workers() -> None:
+    for workers in (2, 4):
+        full, short = (
+            run_workers(traffic, workers, codec, workers=workers)[0] for codec in (None, Int8())
+        )
+        # One exchange each, and what int8 held back goes uncompressed at the end.
+        assert (short - full) / full == pytest.approx(0.25, abs=0.02)
