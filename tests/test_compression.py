@@ -17,6 +17,7 @@ from test_reference import LR, batches, initial_weights, reference, reference_op
 from toy import Resumable, Toy, loader, trainer, weights
 
 from lightning_easgd import EASGDStrategy, Int8, TopK
+from lightning_easgd.communication import CompressedAllReduce
 
 SGD = partial(torch.optim.SGD, lr=LR)
 CODECS = ["bf16", "fp16", "int8", TopK(0.3)]
@@ -131,6 +132,18 @@ def resumable(rank: int, codec: Any, folder: Path, resume: Path | None) -> Any:
 def test_resuming_with_something_held_back_goes_on_bit_for_bit(codec: Any, tmp_path: Path) -> None:
     straight = run_workers(resumable, codec, tmp_path, None, workers=2)
     assert run_workers(resumable, codec, tmp_path, tmp_path / "step=5.ckpt", workers=2) == straight
+
+
+def test_what_is_held_back_survives_a_checkpoint_before_the_first_exchange() -> None:
+    class Alone:
+        rank, size = 0, 1
+
+    saved = CompressedAllReduce(Alone(), 2**20, Int8())
+    saved._accounts_of([torch.ones(3)])[0].unsent.fill_(0.5)
+    resumed = CompressedAllReduce(Alone(), 2**20, Int8())
+    resumed.load_state(saved.state())
+    (account,) = resumed.state()["accounts"]
+    assert account["unsent"].tolist() == [0.5] * 3
 
 
 def thawing(rank: int, codec: Any) -> Any:

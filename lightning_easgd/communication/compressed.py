@@ -151,7 +151,8 @@ class CompressedAllReduce(AllReduce):
 
     def state(self) -> dict[str, Any]:
         """What is held back, for a checkpoint of this worker."""
-        return {"accounts": [account.state() for account in self._accounts]}
+        accounts = [account.state() for account in self._accounts]
+        return {"accounts": [*accounts, *self._saved[len(accounts) :]]}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state`; takes effect when the differences are known."""
