@@ -39,6 +39,9 @@ def main() -> None:
     three.add_argument("--repetitions", type=int, default=3)
     three.add_argument("--tau", type=int, default=16, help="communication period")
     three.add_argument("--steps", type=int, default=160, help="measured steps of a run")
+    three.add_argument(
+        "--codecs", nargs="*", default=[], help="compressed exchanges to measure too: bf16 int8 ..."
+    )
     four = commands.add_parser("accuracy", help="Fashion-MNIST against DDP (half an hour)")
     four.add_argument("--seeds", type=int, default=3)
     four.add_argument("--folder", default="outputs/accuracy", help="finished runs are kept here")

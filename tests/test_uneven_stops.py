@@ -68,8 +68,8 @@ def test_a_signal_to_a_worker_that_stands_still_stops_all() -> None:
     results = run_workers(struck, [40, 40, 5], 2, 9, {}, workers=3, timeout=30)
     assert [error for error, _ in results] == ["SIGTERMException"] * 3
     steps = [taken for _, taken in results]
-    # Within three rounds: its header of step 12 may have left.
-    assert steps in ([17, 17, 5], [21, 21, 5])
+    # Within three rounds; how many depends on which of its headers had left.
+    assert steps in [[taken, taken, 5] for taken in (13, 17, 21)]
 
 
 class TwoOptimizers(Toy):

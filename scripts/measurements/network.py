@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,7 @@ from lightning_easgd.workloads.data import FashionMNIST
 from measurements.runs import NEVER, Stopwatch, classifier, fit, rotated
 
 
-def network(repetitions: int, tau: int, steps: int) -> None:
+def network(repetitions: int, tau: int, steps: int, codecs: Sequence[str]) -> None:
     """Print samples/s of the contenders on the network between the workers."""
     batch, warm_up = 64, tau + 2
     makers: dict[str, Callable[[], Strategy]] = {
@@ -24,6 +25,8 @@ def network(repetitions: int, tau: int, steps: int) -> None:
         f"easgd, blocking, tau={tau}": lambda: EASGDStrategy(tau=tau, overlap=False),
         "ddp": lambda: DDPStrategy(),
     }
+    for codec in codecs:
+        makers[f"easgd, {codec}, tau={tau}"] = partial(EASGDStrategy, tau=tau, compression=codec)
     nodes = int(os.environ["WORLD_SIZE"]) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     rates: dict[str, list[float]] = {name: [] for name in makers}
