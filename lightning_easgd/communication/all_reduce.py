@@ -121,7 +121,9 @@ class AllReduce:
 
     def join(self, pending: PendingSum, payload: Payload, *, last: bool = False) -> None:
         """Begin to sum as :meth:`start` does, in an exchange whose header has left."""
-        pending.waits += self._sum([*payload.differences, *payload.statistics], pending.what)
+        for work in self._sum([*payload.differences, *payload.statistics]):
+            wait = partial(self.group.wait, work, pending.what, poll=self.group.polls)
+            pending.waits.append(wait)
 
     def round_(self, differences: Iterable[Tensor]) -> None:
         """Replace differences by what is sent of them, where the rest is not held back."""
@@ -147,12 +149,12 @@ class AllReduce:
         payload = sum(tensor.nbytes for tensor in tensors)
         return 2 * (self.group.size - 1) * payload // self.group.size
 
-    def _sum(self, tensors: Iterable[Tensor], what: str) -> list[Callable[[], None]]:
-        """Start to sum; what waits for it."""
-        waits: list[Callable[[], None]] = []
+    def _sum(self, tensors: Iterable[Tensor]) -> list[dist.Work]:
+        """Start to sum."""
+        works = []
         for tensor in tensors:
             for bucket in bucket_slices(tensor.numel(), tensor.itemsize, self.bucket_bytes):
                 work = dist.all_reduce(tensor[bucket], group=self.group.data, async_op=True)
                 assert work is not None
-                waits.append(partial(self.group.wait, work, what, poll=self.group.polls))
-        return waits
+                works.append(work)
+        return works

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_easgd.communication.all_reduce import AllReduce, Payload, PendingSum
-from lightning_easgd.communication.background import in_background
+from lightning_easgd.communication.background import Background
 from lightning_easgd.communication.codecs import Codec
 from lightning_easgd.communication.group import WorkerGroup
 from lightning_easgd.flat import bucket_slices
@@ -133,8 +133,9 @@ class CompressedAllReduce(AllReduce):
             for tensor, account in zip(differences, accounts, strict=True)
             for wire in self._encode(tensor, account)
         ]
-        travel = partial(self._travel, pending.what, wires, payload, accounts)
-        pending.waits.append(in_background(travel, differences[0].device))
+        travel = partial(self._travel, wires, payload, accounts)
+        background = Background(travel, differences[0].device)
+        pending.waits.append(partial(self.group.wait, background, pending.what))
 
     def sum_bytes(self, payload: Payload, *, last: bool = False) -> int:
         """Bytes that each worker sends, and receives, for sums."""
@@ -192,17 +193,17 @@ class CompressedAllReduce(AllReduce):
             yield wire
 
     def _travel(
-        self,
-        what: str,
-        wires: Sequence[Tensor],
-        payload: Payload,
-        accounts: Sequence[Account],
+        self, wires: Sequence[Tensor], payload: Payload, accounts: Sequence[Account]
     ) -> None:
-        """Turn the payload into sums; the same collectives on all workers."""
+        """Turn the payload into sums; the same collectives on all workers.
+
+        Waits without looking whether others are late, which would take the interpreter's lock from
+        training again and again; who waits for this does.
+        """
         differences = payload.differences
-        waits = self._sum(payload.statistics, what)
+        works = self._sum(payload.statistics)
         if self._codec.block is None:
-            arrivals = [self._begin(dist.all_gather_into_tensor, wire, what) for wire in wires]
+            arrivals = [self._begin(dist.all_gather_into_tensor, wire) for wire in wires]
             for tensor, arrival in zip(differences, arrivals, strict=True):
                 tensor.zero_()
                 self._add_rows(arrival(), tensor)
@@ -212,16 +213,16 @@ class CompressedAllReduce(AllReduce):
                 for tensor, account in zip(differences, accounts, strict=True)
                 for bucket in account.buckets
             ]
-            arrivals = [self._begin(dist.all_to_all_single, wire, what) for wire in wires]
+            arrivals = [self._begin(dist.all_to_all_single, wire) for wire in wires]
             returns = [
-                self._begin(dist.all_gather_into_tensor, self._add_up(bucket, arrival()), what)
+                self._begin(dist.all_gather_into_tensor, self._add_up(bucket, arrival()))
                 for (_, bucket), arrival in zip(buckets, arrivals, strict=True)
             ]
             for (tensor, bucket), returned in zip(buckets, returns, strict=True):
                 rows = [self._decoded(row, bucket.kept) for row in returned()]
                 tensor[bucket.part] = torch.cat(rows)[: bucket.numel]
-        for wait in waits:
-            wait()
+        for work in works:
+            work.wait()
 
     def _add_up(self, bucket: Owned, rows: Tensor) -> Tensor:
         """The encoded sum of this worker's share, from the encoded parts of all; a row."""
@@ -234,13 +235,13 @@ class CompressedAllReduce(AllReduce):
         for row in rows:  # in rank order: all workers add in the same order
             total.add_(self._decoded(row, total))
 
-    def _begin(self, collective: Any, rows: Tensor, what: str) -> Callable[[], Tensor]:
+    def _begin(self, collective: Any, rows: Tensor) -> Callable[[], Tensor]:
         """Start a collective that gives every worker a row of each; waits for them when called."""
         arrived = rows.new_empty(self.group.size, rows.shape[1])
         work = collective(arrived.view(-1), rows.view(-1), group=self.group.data, async_op=True)
 
         def wait() -> Tensor:
-            self.group.wait(work, what, poll=self.group.polls)
+            work.wait()
             return arrived
 
         return wait

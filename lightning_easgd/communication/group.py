@@ -13,11 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_easgd.communication.background import Background
 from lightning_easgd.communication.header import ExchangeError
 from lightning_easgd.communication.liveness import Liveness
 
 _NEVER = timedelta(days=30)
 _POLL_SECONDS = 1e-4
+_SLOWEST_POLL_SECONDS = 2e-3
 
 
 class WorkerGroup:
@@ -86,7 +88,7 @@ class WorkerGroup:
         return everybody
 
     def wait(
-        self, work: dist.Work, what: str, *, poll: bool = True, patiently: bool = False
+        self, work: dist.Work | Background, what: str, *, poll: bool = True, patiently: bool = False
     ) -> None:
         """Wait for a collective.
 
@@ -100,7 +102,8 @@ class WorkerGroup:
         Raises:
             ExchangeError: another worker is gone or did not come within the timeout; says which.
         """
-        deadline = time.monotonic() + self._timeout
+        began = time.monotonic()
+        deadline = began + self._timeout
         try:
             # Polled, so that signals (Ctrl-C among them) are seen while a worker is late.
             while poll and not work.is_completed():
@@ -108,7 +111,8 @@ class WorkerGroup:
                     if not patiently or self._liveness.missing():
                         raise TimeoutError(f"not completed within {self._timeout:g} s")
                     deadline = time.monotonic() + self._timeout
-                time.sleep(_POLL_SECONDS)
+                waited = time.monotonic() - began
+                time.sleep(min(_SLOWEST_POLL_SECONDS, max(_POLL_SECONDS, waited / 50)))
             work.wait()
         except (RuntimeError, TimeoutError) as error:
             raise ExchangeError(
