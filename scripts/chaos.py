@@ -18,7 +18,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -32,6 +31,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from launching import free_port
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -119,7 +119,7 @@ class Workers:
     def __init__(self, folder: Path, count: int) -> None:
         self.steps = _FORK.RawArray("q", count)
         self.delivered: list[Any] = [None] * count
-        port = _free_port()
+        port = free_port()
         self._pipes, self._processes = [], []
         for rank in range(count):
             receiver, sender = _FORK.Pipe(duplex=False)
@@ -179,14 +179,14 @@ class Workers:
                 self.delivered[rank] = self._pipes[rank].recv()
 
 
-def _work(folder: Path, rank: int, count: int, port: int, steps: Any, sender: Any) -> None:
+def _work(folder: Path, rank: int, count: int, port: str, steps: Any, sender: Any) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     log = os.open(folder / f"worker{rank}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ.update(
         MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
+        MASTER_PORT=port,
         WORLD_SIZE=str(count),
         NODE_RANK="0",
         LOCAL_RANK=str(rank),
@@ -198,12 +198,6 @@ def _work(folder: Path, rank: int, count: int, port: int, steps: Any, sender: An
         print(f"{type(error).__name__}: {error}", flush=True)
     # Not through interpreter shutdown: a failed worker may have collectives in flight.
     os._exit(0)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass(frozen=True)

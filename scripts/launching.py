@@ -77,7 +77,7 @@ def run_workers(command: Sequence[str], *, workers: int, nodes: int, logs: Path)
 def _shared_environment(workers: int, nodes: int) -> dict[str, str]:
     variables = dict(os.environ)
     if nodes == 1:
-        variables |= {"NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+        variables |= {"NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     missing = [n for n in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT") if n not in variables]
     if missing:
         raise ValueError(
@@ -92,7 +92,8 @@ def _ranks(rank: int, workers: int, node: int) -> dict[str, str]:
     return {"LOCAL_RANK": str(rank), "RANK": str(node * workers + rank)}
 
 
-def _free_port() -> str:
+def free_port() -> str:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
