@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 _FORK = multiprocessing.get_context("fork")
@@ -91,6 +92,19 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def processes_of(folder: Path) -> dict[int, str]:
+    """Command lines of running processes that name ``folder``."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes().decode().replace("\0", " ")
+        except OSError:
+            continue
+        if str(folder) in line:
+            found[int(path.parent.name)] = line
+    return found
 
 
 def become_slurm_task(rank: int, port: int) -> None:

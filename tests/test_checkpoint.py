@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import warnings
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -353,6 +354,24 @@ def test_without_the_folder_all_workers_start_at_the_center(copy: Path) -> None:
         assert seen["w"] == expected(copy, None)
         assert seen["moments"] == 0
         assert steps == 3 * STEPS
+
+
+def timed(rank: int, folder: Path) -> list[int]:
+    """Saves whenever worker 0's clock, and no other's, says that it is time."""
+    steps: list[int] = []
+    interval = timedelta(0) if rank == 0 else timedelta(days=1)
+    saving = ModelCheckpoint(folder, train_time_interval=interval, save_top_k=1)
+    options = {"enable_checkpointing": True, "callbacks": [saving]}
+    module = Noisy(SGD)
+    module.on_save_checkpoint = lambda _: steps.append(module.global_step)
+    trainer(2, EASGDStrategy(tau=2), **options).fit(module, Resumable(rank, STEPS))
+    return steps
+
+
+def test_worker_0s_clock_says_when_all_save(tmp_path: Path) -> None:
+    one, two = run_workers(timed, tmp_path, workers=2)
+    assert one == two
+    assert len(one) > 2
 
 
 def test_a_link_finds_the_workers_of_its_target(copy: Path) -> None:

@@ -15,26 +15,13 @@ from typing import Any
 import pytest
 import restarted
 import torch
-from processes import free_port, run_workers
+from processes import free_port, processes_of, run_workers
 
 HERE = Path(__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 TRAIN = HERE.parent / "scripts" / "train.py"
 
 pytestmark = pytest.mark.timeout(400)
-
-
-def processes_of(folder: Path) -> dict[int, str]:
-    """Command lines of running processes that name ``folder``."""
-    found = {}
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = path.read_bytes().decode().replace("\0", " ")
-        except OSError:
-            continue
-        if str(folder) in line:
-            found[int(path.parent.name)] = line
-    return found
 
 
 @pytest.fixture

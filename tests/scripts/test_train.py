@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import processes_of
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"
 SHORT = ["data.batch_size=64", "trainer.max_epochs=1", "trainer.enable_progress_bar=false"]
@@ -188,23 +189,10 @@ def test_ctrl_c_ends_all_workers_and_leaves_no_process(tmp_path: Path) -> None:
         while not metrics.exists() and time.monotonic() < deadline:
             time.sleep(0.2)
         assert metrics.exists(), "training did not start"
-        assert len(workers_of(tmp_path)) == 4
+        assert len(processes_of(tmp_path)) == 4
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 130
     finally:
         process.kill()
         process.wait()
-    assert workers_of(tmp_path) == []
-
-
-def workers_of(folder: Path) -> list[str]:
-    """Command lines of running processes that work in a run folder below ``folder``."""
-    lines = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = path.read_bytes().decode().replace("\0", " ")
-        except OSError:
-            continue
-        if str(folder) in line:
-            lines.append(line)
-    return lines
+    assert processes_of(tmp_path) == {}
