@@ -50,7 +50,7 @@ class WorkerGroup:
         else:
             self.data = _new_group(backend, device_timeout)
         self._timeout = timeout.total_seconds()
-        self._liveness = Liveness(self.rank, self.size)
+        self._liveness = Liveness(self.rank, self.size, self.control.group_name)
 
     def broadcast_(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite tensors with those of worker 0."""
@@ -107,6 +107,8 @@ class WorkerGroup:
         try:
             # Polled, so that signals (Ctrl-C among them) are seen while a worker is late.
             while poll and not work.is_completed():
+                if self._liveness.verdict:
+                    raise TimeoutError("another worker gave up")
                 if time.monotonic() > deadline:
                     if not patiently or self._liveness.missing():
                         raise TimeoutError(f"not completed within {self._timeout:g} s")
@@ -116,15 +118,9 @@ class WorkerGroup:
             work.wait()
         except (RuntimeError, TimeoutError) as error:
             raise ExchangeError(
-                f"{what} could not be completed. {self._who_is_missing()} Look for their errors"
+                f"{what} could not be completed. {self._liveness.judge()} Look for their errors"
                 f" first; then resume from the last checkpoint. ({error})"
             ) from error
-
-    def _who_is_missing(self) -> str:
-        missing = self._liveness.missing()
-        if not missing:
-            return "All workers are alive, but one is too late, or the network between them failed."
-        return "; ".join(f"Worker {rank} {reason}" for rank, reason in missing.items()) + "."
 
     def require_equal(self, module: nn.Module, options: Sequence[str]) -> None:
         """Check at set-up that all workers hold the same module and were given the same options.
