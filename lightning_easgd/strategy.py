@@ -90,8 +90,8 @@ class EASGDStrategy(PersistentStrategy):
         final_exchange: one last exchange at the end of ``fit``.
         strict_resume: whether it is an error if the own state of a worker is missing or damaged in
             the checkpoint that training resumes from; else that worker starts at the center.
-        exchange_timeout: how long an exchange waits for workers that do not come, in seconds or as
-            a timedelta, before an error names them.
+        exchange_timeout: how long a worker waits for others that do not come, in exchanges and in
+            other collectives of ``fit``, in seconds or as a timedelta, before an error names them.
         compression: how differences travel: None for full precision, "bf16", "fp16", "int8" (a
             quarter of the bytes), "topk" (the largest hundredth), or a Codec. What is lost on the
             way goes with the next exchange.
@@ -102,7 +102,8 @@ class EASGDStrategy(PersistentStrategy):
         checkpoint_io: how checkpoints are written.
         precision_plugin: the precision plugin.
         process_group_backend: "nccl", "gloo", ...; None chooses by device.
-        timeout: how long a collective of Lightning's may take before it fails.
+        timeout: how long a collective of Lightning's may take before it fails, where training is
+            not set up.
         start_method: how the workers of this node are started.
         **unsupported: refused, with the reason.
 
@@ -235,6 +236,7 @@ class EASGDStrategy(PersistentStrategy):
         """Make the workers equal instead of wrapping the module: no gradient is ever reduced."""
         module = self.lightning_module
         assert module is not None
+        assert self._timeout is not None
         compressed = self._codec is not None
         self._group = WorkerGroup(self._exchange_timeout, self._timeout, apart=compressed)
         self._group.require_equal(module, self._options())
@@ -370,6 +372,7 @@ class EASGDStrategy(PersistentStrategy):
         if self._exchange is not None:
             self._exchange.center.show_worker()
         if self._group is not None:
+            self._group.explain(exception)
             self._group.abandon(f"ended with {type(exception).__name__}: {exception}")
         super().on_exception(exception)
 
@@ -384,7 +387,7 @@ class EASGDStrategy(PersistentStrategy):
                 # Resumed from the end of training: Lightning runs no loop, and ends none.
                 self._exchange.finish(exchange=self._final_exchange)
             self._exchange = self._center = None
-            if self._group is not None:
-                self._group.close()
-                self._group = None
+        if self._group is not None:
+            self._group.close()
+            self._group = None
         super().teardown()

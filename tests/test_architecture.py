@@ -17,6 +17,7 @@ LAYERS = [
     {"contribution"},
     {"exchange", "internals"},
     {"checkpoint", "checkpoint_io", "features", "resuming", "signals"},
+    {"collectives"},
     {"persistence"},
     {"strategy"},
     {"callbacks"},
@@ -24,7 +25,7 @@ LAYERS = [
 """From low to high; a module imports only from lower layers, or from its own folder."""
 
 LIGHTNING = {
-    *("checkpoint_io", "features", "internals", "resuming", "signals"),
+    *("checkpoint_io", "collectives", "features", "internals", "resuming", "signals"),
     *("persistence", "strategy", "callbacks", "workloads", "__init__"),
 }
 DISTRIBUTED = {"communication"}
