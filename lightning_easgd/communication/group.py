@@ -34,12 +34,18 @@ class WorkerGroup:
         device_timeout: what torch allows a sum on an accelerator from its start on, which is up to
             a round before anybody waits for it.
         apart: whether sums get a group of their own where the headers' would do.
+        from_host: whether sums are of tensors in host memory, whatever the default group is for.
     """
 
     def __init__(
-        self, timeout: timedelta, device_timeout: timedelta | None, *, apart: bool = False
+        self,
+        timeout: timedelta,
+        device_timeout: timedelta | None,
+        *,
+        apart: bool = False,
+        from_host: bool = False,
     ) -> None:
-        backend = dist.get_backend()
+        backend = "gloo" if from_host else dist.get_backend()
         self.polls = backend == "gloo"
         """Whether a sum ends when its data is there, so that it can be watched."""
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
@@ -59,10 +65,11 @@ class WorkerGroup:
             if values.numel():
                 # As bytes: backends differ in the element types that they know.
                 data = values.view(-1).view(torch.uint8)
+                data = data.cpu() if self.polls else data
                 work = dist.broadcast(data, src=0, group=self.data, async_op=True)
                 assert work is not None
                 self.wait(work, "Making the workers equal", poll=self.polls)
-                tensor.detach().copy_(values)
+                tensor.detach().copy_(data.view(values.dtype).view(values.shape))
 
     def gather(self, value: Any) -> list[Any]:
         """A small picklable value of every worker, in rank order.
