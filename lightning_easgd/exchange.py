@@ -18,7 +18,6 @@ twice, since what it gives to the center it loses itself. When all stand still t
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -41,11 +40,12 @@ from lightning_easgd.communication import (
     verify,
     verify_places,
 )
-from lightning_easgd.contribution import Contribution
-from lightning_easgd.flat import FlatVector
+from lightning_easgd.contribution import Contribution, Pull, report_non_finite
 from lightning_easgd.optimizers import LocalOptimizers
+from lightning_easgd.pace import AutomaticPeriod, Durations, Pace
 from lightning_easgd.rates import MovingRates
 from lightning_easgd.schedules import Period, Strength
+from lightning_easgd.segments import Fragment
 from lightning_easgd.telemetry import Telemetry
 
 ElasticPoint = Literal["iterate", "parameter"]
@@ -53,15 +53,11 @@ ElasticPoint = Literal["iterate", "parameter"]
 _CHECKSUM_EVERY = 16
 
 
-class NonFiniteError(RuntimeError):
-    """The weights of every worker became non-finite; the center holds the last finite values."""
-
-
 @dataclass(frozen=True)
 class Rules:
     """When to exchange, how strongly, and from which point of the worker."""
 
-    period: Period
+    period: Period | AutomaticPeriod
     strength: Strength
     overlap: bool = True
     elastic_point: ElasticPoint = "iterate"
@@ -74,6 +70,7 @@ class InFlight:
     clock: int
     segments: int
     """Segments known when it was started, those that join after it included."""
+    fragments: list[Fragment]
     payload: Payload
     pending: PendingSum
 
@@ -108,8 +105,11 @@ class Exchange:
         self._all_reduce = all_reduce
         self._optimizers = optimizers
         self._rules = rules
+        self._automatic = rules.period if isinstance(rules.period, AutomaticPeriod) else None
+        self._pace = Pace()
         self._in_flight: InFlight | None = None
         self._count = 0
+        self._turn = 0
         self._finished = False
         self._last_header_left = False
         self._stop_requested = Stop.NO
@@ -130,6 +130,7 @@ class Exchange:
     def start_clock(self, step: int) -> None:
         """Begin to train after ``step`` optimizer steps, equal on all workers."""
         self._reopen()
+        self._turn = 0
         self.clock = step
         self.telemetry.tau, self._next_due = self._rules.period.after(step)
 
@@ -164,7 +165,7 @@ class Exchange:
         """
         assert not self.center.lent, "a step was taken while the module showed the center"
         self.center.adopt_unfrozen()
-        pull = self._begin_due() if self.clock >= self._next_due else []
+        pull: Pull = self._begin_due() if self.clock >= self._next_due else []
         try:
             yield
         finally:
@@ -172,6 +173,7 @@ class Exchange:
             self._contribution.pull_worker(pull)
             self.clock += 1
             self.telemetry.steps += 1
+            self._pace.step(self._arrived)
 
     def drain(self) -> None:
         """Wait for the exchange in flight, if any, and move the center.
@@ -180,12 +182,17 @@ class Exchange:
             ExchangeError: it failed, or the workers are out of step; the center stays as it was.
             NonFiniteError: no worker had finite weights; the center stays as it was.
         """
+        self._land()
+        self._pace.interrupt()  # whoever needs the center has something to do with it
+
+    def _land(self) -> None:
         flight = self._in_flight
         if flight is None:
             return
         headers = self._await_headers(flight)
         with self._waiting():
             flight.pending.wait()
+        self._pace.arrive()
         self._in_flight = None
         self._apply(flight, headers)
 
@@ -208,7 +215,7 @@ class Exchange:
             self.drain()
             self.stopping = self._stop_agreed
             self.center.adopt_unfrozen()
-            self._contribution.take_differences()
+            self._contribution.take_differences(self._turn)
             flight = self._start(place, Payload())
             headers = self._await_headers(flight, patiently=True)
             training = [header.clock for header in headers if header.place is Place.TRAINING]
@@ -242,12 +249,12 @@ class Exchange:
         if not self.meet(Place.FIT_END):
             return False
         self._last_header_left = True
-        if exchange:
-            self._begin(last=True)
-        else:
-            payload = self._contribution.nothing() if self._all_reduce.holds_back else Payload()
-            self._start(Place.FIT_END, payload, last=True)
-        self.drain()
+        for _ in range(self.center.turns):
+            if exchange:
+                self._begin(last=True)
+            else:
+                self._give_back()
+            self.drain()
         self._finished = True
         self.stopping = self._stop_agreed
         self.center.overwrite_worker()
@@ -271,6 +278,8 @@ class Exchange:
             "clock": self.clock,
             "tau": self.telemetry.tau,
             "next_due": self._next_due,
+            "turn": self._turn,
+            "period": {} if self._automatic is None else self._automatic.state(),
             **self.center.shared_state(),
         }
 
@@ -292,11 +301,14 @@ class Exchange:
         """
         self.center.load_shared_state(shared)
         self.clock = shared["clock"]
+        self._turn = shared["turn"] % self.center.turns
         if self._rules.period.is_constant:
             # Perhaps another one now. An exchange that is due at the clock was not begun yet.
             self.telemetry.tau, self._next_due = self._rules.period.after(max(0, self.clock - 1))
         else:
             self.telemetry.tau, self._next_due = shared["tau"], shared["next_due"]
+            if self._automatic is not None and shared["period"]:
+                self._automatic.load_state(shared["period"])
         if own is not None:
             self._optimizers.load_look_ahead_state(own["look_ahead"])
             self.telemetry.load_counters(own["telemetry"])
@@ -312,27 +324,40 @@ class Exchange:
         # The learning-rate finder ends a training of its own before the one that it was called in.
         self._finished = self._last_header_left = False
 
-    def _begin_due(self) -> list[FlatVector]:
+    def _begin_due(self) -> Pull:
         # Stops at an exchange, not when a header is read: that is not the same step on all workers.
-        self.drain()
+        self._land()
         self.stopping = self._stop_agreed
         self.telemetry.tau, self._next_due = self._rules.period.after(self.clock)
         return self._begin()
 
-    def _begin(self, *, last: bool = False) -> list[FlatVector]:
+    def _begin(self, *, last: bool = False) -> Pull:
         """Send this worker's differences off; the caller owes the worker the returned pull."""
-        self._contribution.take_differences()
-        pull, payload = self._contribution.give(self.clock, last=last)
+        self._contribution.take_differences(self._turn)
+        pull, payload = self._contribution.give(self.clock, self._turn, last=last)
         self._start(Place.TRAINING, payload, last=last)
+        self._take_turns()
+        self._pace.exchange()
         if not self._rules.overlap:
-            self.drain()
+            self._land()
         return pull
+
+    def _give_back(self) -> None:
+        """Let what is held back of the fragment whose turn it is go to the center."""
+        held = self._all_reduce.holds_back
+        payload = self._contribution.nothing(self._turn) if held else Payload()
+        self._start(Place.FIT_END, payload, last=True)
+        self._take_turns()
+
+    def _take_turns(self) -> None:
+        self._turn = (self._turn + 1) % self.center.turns
 
     def _answer(self, flight: InFlight, clock: int) -> None:
         """Take part in the exchange that others began at ``clock``, whose headers are here."""
         self.clock = clock
         self.telemetry.tau, self._next_due = self._rules.period.after(clock)
-        pull, payload = self._contribution.give(self.clock)
+        pull, payload = self._contribution.give(self.clock, self._turn)
+        self._take_turns()
         self._all_reduce.join(flight.pending, payload)
         self._count_bytes(self._all_reduce.sum_bytes(payload))
         self._in_flight = replace(flight, clock=clock, payload=payload)
@@ -342,20 +367,27 @@ class Exchange:
         segments = len(self.center.segments)
         check = self._count % _CHECKSUM_EVERY == 0 or place is Place.FIT_END
         self._count += 1
+        measured = self._pace.durations()
+        self.telemetry.step_seconds = 1e-6 * measured.step
+        self.telemetry.exchange_seconds = 1e-6 * measured.exchange
         header = Header(
             clock=self.clock,
-            fingerprint=self.center.fingerprint(self.center.joined),
+            fingerprint=self.center.fingerprint(self.center.joined, self._turn),
             announced=self.center.fingerprint(segments),
             place=place,
             stop=self._stop_requested,
             non_finite=not self._contribution.healthy,
             checksum=self.center.checksum() if check else 0,
             wait_microseconds=int(1e6 * self.telemetry.wait_seconds),
+            step_microseconds=measured.step,
+            exchange_microseconds=measured.exchange,
+            cost_microseconds=measured.cost,
         )
         pending = self._all_reduce.start(payload, header, last=last)
         moved = self._all_reduce.sum_bytes(payload, last=last)
         self._count_bytes(self._all_reduce.header_bytes + moved)
-        self._in_flight = InFlight(self.clock, segments, payload, pending)
+        fragments = self._contribution.fragments
+        self._in_flight = InFlight(self.clock, segments, fragments, payload, pending)
         return self._in_flight
 
     def _count_bytes(self, moved: int) -> None:
@@ -378,7 +410,9 @@ class Exchange:
         except ExchangeError:
             self._in_flight = None
             raise
-        self.telemetry.wait_seconds += time.perf_counter() - began
+        waited = time.perf_counter() - began
+        self.telemetry.wait_seconds += waited
+        self._pace.wait(waited)
 
     @torch.no_grad()
     def _apply(self, flight: InFlight, headers: Sequence[Header]) -> None:
@@ -386,26 +420,22 @@ class Exchange:
         self.telemetry.worker_wait_seconds = [1e-6 * h.wait_microseconds for h in headers]
         if flight.payload:
             healthy = [not header.non_finite for header in headers]
-            self._report_non_finite(flight.clock, healthy)
-            for segment in self.center.elastic():
-                elastic.move_center_(segment.center.parts, segment.total.parts)
+            self.telemetry.non_finite += healthy.count(False)
+            report_non_finite(flight.clock, healthy, speaks=self._speaks)
+            for fragment in flight.fragments:
+                elastic.move_center_(fragment.center.parts, fragment.total.parts)
             if flight.payload.statistics:
                 self.center.statistics.apply(healthy)
+            workers = [_durations(header) for header in headers]
+            if self._automatic is not None and self._automatic.observe(workers):
+                self._pace.restart()
         self.center.join(flight.segments)
 
-    def _report_non_finite(self, clock: int, healthy: Sequence[bool]) -> None:
-        sick = [rank for rank, well in enumerate(healthy) if not well]
-        self.telemetry.non_finite += len(sick)
-        if len(sick) == len(healthy):
-            raise NonFiniteError(
-                f"At step {clock} the weights of every worker were NaN or infinite. Training stops;"
-                " the center holds the last finite weights. Lower the learning rate, clip gradients"
-                " or check the data."
-            )
-        if sick and self._speaks:
-            warnings.warn(
-                f"At step {clock} the weights of worker(s) {sick} were NaN or infinite. Their"
-                " differences were left out of the exchange, and they restarted from the center"
-                " with fresh optimizer state.",
-                stacklevel=2,
-            )
+    def _arrived(self) -> bool:
+        return self._in_flight is not None and self._in_flight.pending.arrived()
+
+
+def _durations(header: Header) -> Durations:
+    return Durations(
+        header.step_microseconds, header.exchange_microseconds, header.cost_microseconds
+    )

@@ -18,11 +18,15 @@ class Telemetry:
     steps: int = 0
     """Optimizer steps taken by this worker."""
     exchanges: int = 0
-    """Exchanges started (the final one included)."""
+    """Exchanges started, the final one included; each of a fragment of the model."""
     bytes_sent: int = 0
     """Bytes this worker sent for exchanges."""
     bytes_received: int = 0
     """Bytes this worker received for exchanges."""
+    step_seconds: float = 0.0
+    """An optimizer step of this worker, data and all, while no exchange is under way; the mean."""
+    exchange_seconds: float = 0.0
+    """From the start of an exchange to the arrival of its sums; the median."""
     wait_seconds: float = 0.0
     """Seconds this worker stood still for an exchange."""
     consensus_distance: float = 0.0

@@ -11,8 +11,11 @@ ROOT = Path(lightning_easgd.__file__).parent
 
 LAYERS = [
     {"fingerprint", "flat", "random_state", "schedules", "telemetry"},
+    {"pace"},
     {"algorithms", "arguments"},
-    {"center", "communication", "optimizers"},
+    {"segments"},
+    {"buffers", "communication", "optimizers"},
+    {"center"},
     {"rates"},
     {"contribution"},
     {"exchange", "internals"},

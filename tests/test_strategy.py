@@ -429,7 +429,9 @@ def train_with(rank: int, options: dict[str, Any], half: bool) -> Any:
     dtype = torch.bfloat16 if half else torch.float32
     module, seen = Toy(SGD, dtype=torch.float32), []
     strategy = EASGDStrategy(tau=2)
-    module.on_train_batch_end = lambda *_: seen.append(strategy._center.segments[0].center.parts)
+    module.on_train_batch_end = lambda *_: seen.append(
+        strategy._center.segments[0].fragments[0].center.parts
+    )
     trainer(2, strategy, **options).fit(module, loader(rank, 8, dtype))
     return weights(module), module.w.dtype, [part.dtype for part in seen[0]], strategy.telemetry
 
@@ -530,7 +532,7 @@ def measure(rank: int, folder: str) -> Any:
 def test_telemetry_counts_bytes_and_reaches_the_logger(tmp_path: Any) -> None:
     for telemetry in run_workers(measure, str(tmp_path), workers=4):
         ring = 2 * 3 * (8 * 4) // 4  # 8 parameters of 4 bytes, 4 workers
-        header = 3 * 8 * 8
+        header = 3 * 8 * 11
         assert telemetry.exchanges == 3
         # The last exchange is preceded by a header alone.
         assert telemetry.bytes_sent == telemetry.bytes_received == 3 * (ring + header) + header

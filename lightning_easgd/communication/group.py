@@ -44,12 +44,18 @@ class WorkerGroup:
         lightnings_timeout: of the default group. Also what torch allows a sum on an accelerator
             from its start on, which is up to a round before anybody waits for it.
         apart: whether sums get a group of their own where the headers' would do.
+        from_host: whether sums are of tensors in host memory, whatever the default group is for.
     """
 
     def __init__(
-        self, timeout: timedelta, lightnings_timeout: timedelta, *, apart: bool = False
+        self,
+        timeout: timedelta,
+        lightnings_timeout: timedelta,
+        *,
+        apart: bool = False,
+        from_host: bool = False,
     ) -> None:
-        backend = dist.get_backend()
+        backend = "gloo" if from_host else dist.get_backend()
         self.polls = backend == "gloo"
         """Whether a sum ends when its data is there, so that it can be watched."""
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
@@ -73,10 +79,11 @@ class WorkerGroup:
             if values.numel():
                 # As bytes: backends differ in the element types that they know.
                 data = values.view(-1).view(torch.uint8)
+                data = data.cpu() if self.polls else data
                 work = dist.broadcast(data, src=0, group=self.data, async_op=True)
                 assert work is not None
                 self.wait(work, "Making the workers equal", poll=self.polls)
-                tensor.detach().copy_(values)
+                tensor.detach().copy_(data.view(values.dtype).view(values.shape))
 
     def gather(self, value: Any) -> list[Any]:
         """A small picklable value of every worker, in rank order.
@@ -127,14 +134,14 @@ class WorkerGroup:
         """Reduce a tensor over all workers in place, for Lightning; raises as :meth:`barrier` does.
 
         Args:
-            tensor: on the device of the default group's backend.
+            tensor: on a device that the default group is for.
             op: torch's, or its name; "mean" and "avg" are the mean.
             what: Lightning asks for, for the message.
         """
         mean = isinstance(op, str) and op.lower() in ("mean", "avg")
         if isinstance(op, str):
             op = dist.ReduceOp.SUM if mean else getattr(dist.ReduceOp, op.upper())
-        if self.polls:
+        if dist.get_backend() == "gloo":
             work = dist.all_reduce(tensor, op, group=self._guests, async_op=True)
             self._wait_for_guests(work, what)
         else:
