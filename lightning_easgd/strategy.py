@@ -42,10 +42,7 @@ from lightning_easgd.communication import (
 )
 from lightning_easgd.exchange import ElasticPoint, Exchange, Rules
 from lightning_easgd.features import batches_per_epoch, refuse_features
-from lightning_easgd.internals import (
-    LoopHooks,
-    StrategyRegistry,
-)
+from lightning_easgd.internals import LoopHooks, StrategyRegistry, stops_early
 from lightning_easgd.optimizers import LocalOptimizers
 from lightning_easgd.pace import TAU_MAX, TAU_MIN, AutomaticPeriod
 from lightning_easgd.persistence import PersistentStrategy
@@ -330,14 +327,26 @@ class EASGDStrategy(PersistentStrategy):
             self._resumed = None  # as large as the worker's state
         self._hooks.on_time_limit(self._signals.time_is_over)
         self._uneven = len(set(batches)) > 1 or None in batches
-        if self._uneven:
-            self._hooks.before_validation(lambda: self._meet(Place.VALIDATION))
-            self._hooks.before_epoch_end(lambda: self._meet(Place.EPOCH_END))
+        self._hooks.after_batch(self._after_batch)
+        self._hooks.before_validation(lambda: self._meet_if_uneven(Place.VALIDATION))
+        self._hooks.before_epoch_end(lambda: self._meet_if_uneven(Place.EPOCH_END))
 
     def _before_batch(self) -> None:
         # Between exchanges nobody waits for anybody, but whoever leaves, leaves with all others.
         if self._exchange is not None and self._exchange.stopping.by_exception:
             self._meet(Place.STOP)
+
+    def _after_batch(self) -> None:
+        assert self._exchange is not None
+        assert self.lightning_module is not None
+        if stops_early(self.lightning_module.trainer):
+            # Perhaps on this worker alone: the others are told, and waited for, from now on.
+            self._exchange.request_stop(Stop.ENOUGH)
+            self._uneven = True
+
+    def _meet_if_uneven(self, place: Place) -> None:
+        if self._uneven:
+            self._meet(place)
 
     def _meet(self, place: Place) -> None:
         """Wait for workers that have more batches than this one, answering their exchanges."""
@@ -349,8 +358,8 @@ class EASGDStrategy(PersistentStrategy):
     @override
     def _gathered(self) -> bool:
         gathered = super()._gathered()
-        if gathered and self._uneven and self._exchange is not None and self._exchange.trains:
-            self._meet(Place.COLLECTIVE)
+        if gathered and self._exchange is not None and self._exchange.trains:
+            self._meet_if_uneven(Place.COLLECTIVE)
         return gathered
 
     @override

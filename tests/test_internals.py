@@ -25,9 +25,9 @@ CLASSES = {
         *("_sigterm_notifier_fn", "_slurm_sigusr_handler_fn"),
     ],
     f"{PYTORCH}.loops.training_epoch_loop:_TrainingEpochLoop": [
-        *("_broadcast_sigterm_tensor", "on_run_start"),
+        *("_broadcast_sigterm_tensor", "on_run_start", "on_advance_end"),
     ],
-    f"{PYTORCH}.loops.fit_loop:_FitLoop": ["on_advance_end", "is_resuming"],
+    f"{PYTORCH}.loops.fit_loop:_FitLoop": ["on_advance_end", "is_resuming", "_can_stop_early"],
     f"{PYTORCH}.loops.evaluation_loop:_EvaluationLoop": ["run"],
     f"{PYTORCH}.strategies:DDPStrategy": ["_configure_launcher"],
     "lightning.fabric.strategies.registry:_StrategyRegistry": ["register"],

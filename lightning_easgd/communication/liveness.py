@@ -79,7 +79,8 @@ class Liveness:
         verdict = (
             "; ".join(f"Worker {rank} {reason}" for rank, reason in missing.items()) + "."
             if missing
-            else "All workers are alive, but one is too late, or the network between them failed."
+            else "All workers are alive, but one is too late, or waits for something else, or the"
+            " network between them failed."
         )
         alive = set(range(self._workers)) - missing.keys() - {self._rank}
         if self._answered:
