@@ -130,6 +130,24 @@ def test_collectives_of_metrics_and_users_end_and_name_the_missing(collective: A
         assert "Worker 2 gave no sign of life" in outcome.message
 
 
+def in_set_up(rank: int, who: int, what: Any) -> None:
+    """Worker ``who`` does ``what`` to itself before training is set up."""
+    module, strategy = Toy(SGD), EASGDStrategy(timeout=timedelta(seconds=3))
+    module.configure_model = what if rank == who else (lambda: None)
+    trainer(3, strategy).fit(module, loader(rank, STEPS))
+
+
+@pytest.mark.parametrize("who", [0, 2])
+@pytest.mark.parametrize("what", [fail, kill, stop])
+def test_nobody_waits_in_set_up_for_who_does_not_come(who: int, what: Any) -> None:
+    with Workers(in_set_up, who, what, workers=3) as group:
+        ended = group.collect(60, without=who)
+    for outcome in ended:
+        assert outcome.error == "ExchangeError", outcome
+        assert "The set-up of training could not be completed" in outcome.message
+        assert f"Worker {who} " in outcome.message
+
+
 def late(rank: int) -> Any:
     """Train; worker 2 stops, and worker 1 sleeps until worker 0 has given up."""
     who, what = (1, partial(time.sleep, 9.0)) if rank == 1 else (2, stop)

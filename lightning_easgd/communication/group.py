@@ -11,10 +11,12 @@ one) does not let gloo change its timeout (pytorch/pytorch#165422); there they w
 from __future__ import annotations
 
 import ctypes
+import itertools
 import pickle
 import time
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from lightning_easgd.communication.header import ExchangeError
 from lightning_easgd.communication.liveness import Liveness
 
 _NEVER = timedelta(days=30)
+_numbers = itertools.count()
 _POLL_SECONDS = 1e-4
 _SLOWEST_POLL_SECONDS = 2e-3
 
@@ -59,18 +62,24 @@ class WorkerGroup:
         self.polls = backend == "gloo"
         """Whether a sum ends when its data is there, so that it can be watched."""
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self._abandoned = False
+        self._lightnings_timeout = lightnings_timeout
+        self._timeout = lightnings_timeout.total_seconds()
+        self._liveness = Liveness(self.rank, self.size, f"workers-{next(_numbers)}")
+        making = Background(partial(self._make_groups, apart), torch.device("cpu"))
+        self.wait(making, "The set-up of training")
+        if not self.polls:
+            self.data = _new_group(backend, lightnings_timeout)
+        self._timeout = timeout.total_seconds()
+        _set_default_timeout(min(timeout, lightnings_timeout))
+
+    def _make_groups(self, apart: bool) -> None:
+        if dist.get_backend() == "gloo":
+            dist.barrier()  # fails at once if a worker is killed before; making groups does not
         # gloo counts from the start of a collective too; wait() counts from when somebody waits.
         self.control = _new_group("gloo", _NEVER)
-        if self.polls:
-            self.data = _new_group("gloo", _NEVER) if apart else self.control
-        else:
-            self.data = _new_group(backend, lightnings_timeout)
+        self.data = _new_group("gloo", _NEVER) if self.polls and apart else self.control
         self._guests = _new_group("gloo", _NEVER)
-        self._abandoned = False
-        self._timeout = timeout.total_seconds()
-        self._liveness = Liveness(self.rank, self.size, self.control.group_name)
-        self._lightnings_timeout = lightnings_timeout
-        _set_default_timeout(min(timeout, lightnings_timeout))
 
     def broadcast_(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite tensors with those of worker 0."""

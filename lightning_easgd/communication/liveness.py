@@ -104,6 +104,9 @@ class Liveness:
     def _missing(self) -> dict[int, str]:
         others = [rank for rank in range(self._workers) if rank != self._rank]
         try:
+            absent = [rank for rank in others if not self._store.check([f"count/{rank}"])]
+            if absent:
+                return dict.fromkeys(absent, "did not come, or ended before")
             before = {rank: self._store.get(f"count/{rank}") for rank in others}
             time.sleep(_PATIENCE_SECONDS)
             after = {rank: self._store.get(f"count/{rank}") for rank in others}
