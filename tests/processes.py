@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
-import socket
-import time
-import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_FORK = multiprocessing.get_context("fork")
+import launching
+from forking import Workers
 
-
-@dataclass
-class Outcome:
-    """How one worker ended: its return value, or the exception's type and text."""
-
-    value: Any = None
-    error: str | None = None
-    message: str = ""
-    trace: str = ""
+__all__ = ["Workers", "become_slurm_task", "free_port", "processes_of", "run_workers"]
 
 
 def run_workers(
@@ -31,7 +18,7 @@ def run_workers(
 ) -> list[Any]:
     """Run ``target(rank, *args)`` in ``workers`` processes that can join one process group.
 
-    Returns what each returned, in rank order; with ``check=False`` an :class:`Outcome` each. A
+    Returns what each returned, in rank order; with ``check=False`` an ``Outcome`` each. A
     worker that is not back within ``timeout`` seconds is killed with all others, and the test
     fails.
     """
@@ -44,54 +31,8 @@ def run_workers(
     return [outcome.value for outcome in outcomes]
 
 
-class Workers:
-    """Workers that run within a ``with`` block; leaving it kills those that still run."""
-
-    def __init__(self, target: Callable[..., Any], *args: Any, workers: int) -> None:
-        port = free_port()
-        self.pipes, self.processes = [], []
-        for rank in range(workers):
-            receiver, sender = _FORK.Pipe(duplex=False)
-            process = _FORK.Process(
-                target=_worker, args=(target, rank, workers, port, sender, args), daemon=True
-            )
-            process.start()
-            sender.close()
-            self.pipes.append(receiver)
-            self.processes.append(process)
-
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for process in self.processes:
-            process.kill()
-        for process, pipe in zip(self.processes, self.pipes, strict=True):
-            process.join()
-            process.close()
-            pipe.close()
-
-    def collect(self, timeout: float, without: int | None = None) -> list[Outcome]:
-        """Wait at most ``timeout`` seconds for all workers, or all but ``without``, to end."""
-        deadline = time.monotonic() + timeout
-        outcomes = []
-        for rank, pipe in enumerate(self.pipes):
-            if rank == without:
-                continue
-            assert pipe.poll(max(0.0, deadline - time.monotonic())), (
-                f"worker {rank} was not back after {timeout} s: a deadlock?"
-            )
-            try:
-                outcomes.append(pipe.recv())
-            except EOFError:
-                outcomes.append(Outcome(error="Died", message="ended without a result"))
-        return outcomes
-
-
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return int(launching.free_port())
 
 
 def processes_of(folder: Path) -> dict[int, str]:
@@ -122,25 +63,3 @@ def become_slurm_task(rank: int, port: int) -> None:
         SLURM_NODEID="0",
         MASTER_PORT=str(port),
     )
-
-
-def _worker(target: Any, rank: int, workers: int, port: int, sender: Any, args: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        WORLD_SIZE=str(workers),
-        NODE_RANK="0",
-        LOCAL_RANK=str(rank),
-        RANK=str(rank),
-    )
-    try:
-        outcome = Outcome(value=target(rank, *args))
-    except BaseException as error:
-        outcome = Outcome(
-            error=type(error).__name__, message=str(error), trace=traceback.format_exc()
-        )
-    sender.send(outcome)
-    sender.close()
-    # Not through interpreter shutdown: a failed worker may have collectives in flight.
-    os._exit(0)

@@ -8,21 +8,23 @@ from typing import Any
 
 import chaos
 import pytest
+import struck
 from chaos import ChaosError, Summary
 
 
 @pytest.mark.timeout(400)
 def test_twenty_random_strikes_change_no_bit(tmp_path: Path) -> None:
     lines: list[str] = []
-    summary = chaos.run(20, seed=3, workers=2, folder=tmp_path, say=lines.append)
+    summary = chaos.run(20, seed=224, workers=2, folder=tmp_path, say=lines.append)
     assert summary.equal == summary.runs > 1, lines
     assert set(summary.signals) == {"SIGKILL", "SIGTERM", "SIGINT", "SIGSTOP"}
     assert sum(summary.signals.values()) == len(summary.lost) == 20
-    assert 0 < max(summary.lost) <= 2 * chaos._CHECKPOINT_EVERY
+    assert 0 < max(summary.lost) <= 2 * struck.CHECKPOINT_EVERY
     assert len(lines) == 20 + summary.runs
+    assert sum("in set-up" in line for line in lines) > 1
 
     newest = tmp_path / "undisturbed" / "last.ckpt"
-    assert chaos.require_whole(newest.parent, 2) == chaos._EPOCHS * chaos._STEPS_PER_EPOCH
+    assert chaos.require_whole(newest.parent, 2) == struck.EPOCHS * struck.STEPS_PER_EPOCH
     (part,) = newest.parent.glob("last.ckpt.workers/*/1.ckpt")
     part.write_bytes(part.read_bytes()[:-100])
     with pytest.raises(ChaosError, match="does not hold a whole checkpoint"):
