@@ -19,10 +19,19 @@ from processes import Workers, free_port, run_workers
 from toy import Toy, loader, trainer
 
 from lightning_easgd import EASGDStrategy
+from lightning_easgd.communication import liveness
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 STEPS = 24
 HERE = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def _signs_of_life_come_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes seconds on a real network takes about a second here, in forked workers."""
+    monkeypatch.setattr(liveness, "_PERIOD_SECONDS", 0.3)
+    monkeypatch.setattr(liveness, "_PATIENCE_SECONDS", 1.5)
+    monkeypatch.setattr(liveness, "_ANSWER_SECONDS", 1.5)
 
 
 def disturbed(rank: int, who: int, at: int, what: Any, timeout: float) -> Any:
@@ -55,7 +64,7 @@ def stop() -> None:
 @pytest.mark.parametrize("what", [fail, kill, stop])
 def test_the_others_end_with_an_error_that_names_the_missing(who: int, what: Any) -> None:
     began = time.monotonic()
-    with Workers(disturbed, who, 6, what, 2.0, workers=3) as group:
+    with Workers(disturbed, who, 6, what, 1.5, workers=3) as group:
         ended = group.collect(40, without=who)
     assert time.monotonic() - began < 35
     for outcome in ended:
@@ -77,7 +86,7 @@ def in_validation(rank: int, collective: Any) -> None:
         collective(module)
 
     module.on_validation_epoch_end = on_validation_epoch_end
-    fitting = trainer(3, EASGDStrategy(tau=4, exchange_timeout=2.0), num_sanity_val_steps=0)
+    fitting = trainer(3, EASGDStrategy(tau=4, exchange_timeout=1.5), num_sanity_val_steps=0)
     fitting.fit(module, loader(rank, 6), loader(rank, 2))
 
 
@@ -132,7 +141,7 @@ def test_collectives_of_metrics_and_users_end_and_name_the_missing(collective: A
 
 def in_set_up(rank: int, who: int, what: Any) -> None:
     """Worker ``who`` does ``what`` to itself before training is set up."""
-    module, strategy = Toy(SGD), EASGDStrategy(timeout=timedelta(seconds=3))
+    module, strategy = Toy(SGD), EASGDStrategy(timeout=timedelta(seconds=2))
     module.configure_model = what if rank == who else (lambda: None)
     trainer(3, strategy).fit(module, loader(rank, STEPS))
 
@@ -150,8 +159,8 @@ def test_nobody_waits_in_set_up_for_who_does_not_come(who: int, what: Any) -> No
 
 def late(rank: int) -> Any:
     """Train; worker 2 stops, and worker 1 sleeps until worker 0 has given up."""
-    who, what = (1, partial(time.sleep, 9.0)) if rank == 1 else (2, stop)
-    return disturbed(rank, who, 6, what, 2.0)
+    who, what = (1, partial(time.sleep, 4.5)) if rank == 1 else (2, stop)
+    return disturbed(rank, who, 6, what, 1.5)
 
 
 def test_who_comes_when_worker_0_gave_up_knows_what_it_knew() -> None:
@@ -163,8 +172,8 @@ def test_who_comes_when_worker_0_gave_up_knows_what_it_knew() -> None:
 
 
 def test_a_stall_shorter_than_the_timeout_is_survived() -> None:
-    stall = partial(time.sleep, 2.0)
-    assert run_workers(disturbed, 1, 6, stall, 6.0, workers=2) == [STEPS] * 2
+    stall = partial(time.sleep, 1.0)
+    assert run_workers(disturbed, 1, 6, stall, 10.0, workers=2) == [STEPS] * 2
 
 
 @pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf"), True, "5", timedelta(0)])

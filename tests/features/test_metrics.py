@@ -132,7 +132,7 @@ def test_a_monitor_that_one_worker_does_not_log_ends_all(
     monkeypatch.chdir(tmp_path)
     scores = [[1.0] * 6, [1.0] * 6]
     scores[who] = []
-    outcomes = run_workers(monitor, scores, make, 5.0, workers=2, check=False, timeout=40)
+    outcomes = run_workers(monitor, scores, make, 2.0, workers=2, check=False, timeout=40)
     assert message in outcomes[who].message
     # It waits for the decision of the other.
     assert outcomes[1 - who].error == "ExchangeError"
