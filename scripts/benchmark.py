@@ -1,0 +1,51 @@
+"""Compare ways to train together: samples/s, bytes, waits, memory, on one network after another.
+
+    python scripts/benchmark.py network=100mbit hosts=4 contenders=[limit,ddp,easgd]
+    python scripts/benchmark.py sweep=bandwidth      10 Mbit/s to unlimited
+    python scripts/benchmark.py sweep=workers        2, 4, 8 and 16 hosts
+    python scripts/benchmark.py sweep=jitter         workers that stall at random
+
+Hosts are emulated on this machine (Linux, root, iproute2), or are those on which torchrun starts it.
+Every key of conf/benchmark.yaml can be set. A run that is started again with its folder
+(hydra.run.dir=FOLDER) goes on with what is left; with minutes=8 it stops in time to be.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import hydra
+from benchmarking.agent import JobError, serve
+from benchmarking.clusters import AGENT, ClusterError
+from benchmarking.comparison import Comparison
+from emulation import EmulationError
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="benchmark")
+def main(cfg: DictConfig) -> None:
+    """Compare what was asked for."""
+    chosen = HydraConfig.get()
+    by_name = any(each.startswith("contenders=") for each in chosen.overrides.task)
+    output = Path(chosen.runtime.output_dir)
+    try:
+        if not Comparison(cfg, output, by_name=by_name).run():
+            print("Time is up. The same command with the same hydra.run.dir goes on.")
+    except (ValueError, EmulationError, ClusterError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print(f"\nStopped. What was measured is in {output}.", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == [AGENT]:
+        try:
+            serve(sys.argv[2])
+        except JobError as error:
+            sys.exit(str(error))
+        os._exit(0)
+    main()

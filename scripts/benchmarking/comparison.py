@@ -1,0 +1,170 @@
+"""From a configuration to results: the whole benchmark."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+
+import emulation
+from omegaconf import DictConfig, OmegaConf
+
+from benchmarking import report
+from benchmarking.clusters import Cluster, EmulatedCluster, TorchrunCluster
+from benchmarking.contenders import Contender, choose, contenders_of
+from benchmarking.networks import rate_of
+from benchmarking.plan import Job, Setting, jobs_of, settings_of
+from benchmarking.progress import Progress
+from benchmarking.results import Result, Results
+from benchmarking.summary import summarize
+
+_WORKLOAD = (
+    *("data", "module", "tau", "steps", "accuracy", "epochs", "seed"),
+    *("accelerator", "threads"),
+)
+
+
+class Comparison:
+    """Contenders on networks, as configured.
+
+    Args:
+        cfg: conf/benchmark.yaml, composed.
+        output: the folder of results; those that are there are not measured again.
+        by_name: whether the user named the contenders, so that one that cannot run is an error.
+
+    Raises:
+        ValueError: something that was asked for is impossible; says what and why.
+    """
+
+    def __init__(self, cfg: DictConfig, output: Path, *, by_name: bool) -> None:
+        self._cfg = cfg
+        self._output = output
+        self._over = cfg.sweep.over
+        configs = OmegaConf.to_container(cfg.contenders, resolve=True)
+        self._titles = {name: each["title"] for name, each in configs.items()}
+        found = choose(contenders_of(configs), cfg.accelerator, by_name=by_name)
+        self._contenders: Mapping[str, Contender] = found[0]
+        self._missing: Mapping[str, str] = found[1]
+        _check_numbers(cfg)
+        self._jobs = jobs_of(self._settings(), self._contenders, cfg.repetitions)
+
+    def run(self) -> bool:
+        """Measure what is left; whether nothing is left any more."""
+        if _is_on_cluster() and _rank():
+            self._follow()
+            return True
+        resolved = OmegaConf.to_container(self._cfg, resolve=True)
+        results = Results(self._output, {key: resolved[key] for key in _WORKLOAD})
+        for name, reason in self._missing.items():
+            print(f"{name} is left out: {reason}", file=sys.stderr)
+        left = [job for job in self._jobs if job not in results]
+        progress = Progress(left, done=len(self._jobs) - len(left))
+        for _, jobs in groupby(left, key=lambda job: job.setting):
+            if not self._run_setting(list(jobs), results, progress):
+                break
+        self._report(results)
+        return all(job in results for job in self._jobs)
+
+    def _settings(self) -> list[Setting]:
+        cfg = self._cfg
+        asked = Setting(cfg.network, cfg.hosts, cfg.stall)
+        if not _is_on_cluster():
+            settings = settings_of(asked, self._over, cfg.sweep["values"])
+            for setting in settings:
+                rate_of(setting.network)
+            if (reason := emulation.unavailable()) is not None:
+                raise ValueError(
+                    f"Hosts cannot be emulated: {reason}. Or start it with torchrun on a cluster."
+                )
+            return settings
+        if self._over not in (None, "stall") or cfg.minutes is not None:
+            raise ValueError(
+                "On a cluster network and hosts are what they are, and results are not gone on"
+                " with. Leave out sweep=bandwidth, sweep=workers and minutes."
+            )
+        here = Setting("cluster", int(os.environ["WORLD_SIZE"]), cfg.stall)
+        return settings_of(here, self._over, cfg.sweep["values"])
+
+    def _run_setting(self, jobs: Sequence[Job], results: Results, progress: Progress) -> bool:
+        """Run jobs of one setting; False when time is up."""
+        if self._is_too_late(jobs[0], progress):
+            return False
+        if _is_on_cluster():
+            return self._run_jobs(self._cluster(), jobs, results, progress)
+        config = self._output / "resolved.yaml"
+        OmegaConf.save(self._cfg, config, resolve=True)
+        with EmulatedCluster(
+            jobs[0].setting,
+            config,
+            self._output / "logs",
+            timeout=self._cfg.job_timeout,
+            threads=self._cfg.threads,
+        ) as cluster:
+            return self._run_jobs(cluster, jobs, results, progress)
+
+    def _run_jobs(
+        self, cluster: Cluster, jobs: Sequence[Job], results: Results, progress: Progress
+    ) -> bool:
+        for job in jobs:
+            if self._is_too_late(job, progress):
+                return False
+            progress.begin(job)
+            workers = cluster.run(job)
+            assert workers is not None, "worker 0 gets all measurements"
+            period = self._contenders[job.contender].period
+            batch_size = self._cfg.data.batch_size
+            result = Result.of(job, workers, batch_size=batch_size, period=period)
+            results.add(result)
+            progress.end(job, f"{result.samples_per_second:.0f} samples/s")
+        return True
+
+    def _follow(self) -> None:
+        """Run all jobs as a worker of a cluster other than worker 0."""
+        cluster = self._cluster()
+        for job in self._jobs:
+            cluster.run(job)
+
+    def _cluster(self) -> Cluster:
+        from benchmarking.job import Workbench
+
+        return TorchrunCluster(Workbench(self._cfg), self._cfg.port)
+
+    def _is_too_late(self, job: Job, progress: Progress) -> bool:
+        minutes = self._cfg.minutes
+        return minutes is not None and progress.elapsed + progress.expected([job]) > 60 * minutes
+
+    def _report(self, results: Results) -> None:
+        summaries = summarize(results)
+        if not summaries:
+            return
+        report.write_lines(summaries, self._output / "summary.jsonl")
+        print(f"\n{report.table(summaries, self._titles, self._cfg.baselines)}\n")
+        picture = self._output / "samples_per_second.png"
+        try:
+            report.draw(summaries, self._titles, self._over or "network", picture)
+        except ModuleNotFoundError:
+            print('no picture: pip install -e ".[scripts]" brings matplotlib', file=sys.stderr)
+        print(f"results.jsonl, summary.jsonl and {picture.name} are in {self._output}")
+
+
+def _check_numbers(cfg: DictConfig) -> None:
+    for name in ("tau", "steps", "epochs", "threads"):
+        if isinstance(cfg[name], bool) or not isinstance(cfg[name], int) or cfg[name] < 1:
+            raise ValueError(f"{name} got {cfg[name]!r}; allowed is a whole number from 1 on.")
+    if cfg.steps % cfg.tau:
+        raise ValueError(
+            f"steps got {cfg.steps}; allowed are multiples of tau={cfg.tau}, so that every"
+            " contender is measured over whole periods."
+        )
+    if cfg.accelerator not in ("cpu", "gpu"):
+        raise ValueError(f"accelerator got {cfg.accelerator!r}; allowed are cpu and gpu.")
+
+
+def _is_on_cluster() -> bool:
+    return "WORLD_SIZE" in os.environ
+
+
+def _rank() -> int:
+    return int(os.environ["RANK"])

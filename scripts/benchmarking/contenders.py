@@ -1,0 +1,78 @@
+"""What is compared: a Lightning strategy and callbacks each, from a file of conf/contenders."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hydra.utils import instantiate
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback
+    from lightning.pytorch.strategies import Strategy
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to train together.
+
+    Args:
+        title: its name in tables.
+        strategy: configuration of the Lightning strategy.
+        callbacks: configurations of the callbacks that it needs.
+        period: optimizer steps between two exchanges; None: there are none.
+        requires: a package that must be installed.
+        install: how to install it.
+        gpu_only: why it runs on GPUs only; None: it runs on both.
+    """
+
+    title: str
+    strategy: Mapping[str, Any]
+    callbacks: Sequence[Mapping[str, Any]] = ()
+    period: int | None = None
+    requires: str | None = None
+    install: str = ""
+    gpu_only: str | None = None
+
+    def unavailable(self, accelerator: str) -> str | None:
+        """Why it cannot run here, and what to do; None if it can."""
+        if self.requires is not None and importlib.util.find_spec(self.requires) is None:
+            return f"{self.requires} is not installed: {self.install}"
+        if self.gpu_only is not None and accelerator == "cpu":
+            return f"{self.gpu_only}: run it with accelerator=gpu"
+        return None
+
+    def make(self) -> tuple[Strategy, list[Callback]]:
+        """Its strategy and callbacks, new ones each time."""
+        return instantiate(self.strategy), [instantiate(each) for each in self.callbacks]
+
+
+def contenders_of(configs: Mapping[str, Any]) -> dict[str, Contender]:
+    """Contenders by name."""
+    return {name: instantiate(config) for name, config in configs.items()}
+
+
+def choose(
+    contenders: Mapping[str, Contender], accelerator: str, *, by_name: bool
+) -> tuple[dict[str, Contender], dict[str, str]]:
+    """Those that can run here, and why the others cannot.
+
+    Args:
+        contenders: by name.
+        accelerator: "cpu" or "gpu".
+        by_name: whether the user named them, so that one that cannot run is an error.
+
+    Raises:
+        ValueError: none is left, or one that was named cannot run.
+    """
+    reasons = {name: each.unavailable(accelerator) for name, each in contenders.items()}
+    missing = {name: reason for name, reason in reasons.items() if reason is not None}
+    chosen = {name: each for name, each in contenders.items() if name not in missing}
+    if missing and (by_name or not chosen):
+        told = "; ".join(f"{name} cannot run here, {reason}" for name, reason in missing.items())
+        raise ValueError(f"contenders got [{', '.join(contenders)}], but {told}.")
+    if not chosen:
+        raise ValueError("contenders got an empty list; name one or more, or leave it out.")
+    return chosen, missing
