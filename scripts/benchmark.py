@@ -5,9 +5,10 @@
     python scripts/benchmark.py sweep=workers        2, 4, 8 and 16 hosts
     python scripts/benchmark.py sweep=jitter         workers that stall at random
 
-Hosts are emulated on this machine (Linux, root, iproute2), or are those on which torchrun starts it.
-Every key of conf/benchmark.yaml can be set. A run that is started again with its folder
-(hydra.run.dir=FOLDER) goes on with what is left; with minutes=8 it stops in time to be.
+Hosts are emulated on this machine (Linux, root, iproute2); started by torchrun, it runs on
+those of a real cluster. Every key of conf/benchmark.yaml can be set. A run that is started again
+with its folder (hydra.run.dir=FOLDER) goes on with what is left; minutes=8 stops it in time for
+that.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from benchmarking.networks import rate_of
 from benchmarking.plan import Job, Setting, jobs_of, settings_of
 from benchmarking.progress import Progress
 from benchmarking.results import Result, Results
-from benchmarking.summary import summarize
+from benchmarking.summary import LIMIT, summarize
 
 _WORKLOAD = (
     *("data", "module", "tau", "steps", "accuracy", "epochs", "seed"),
@@ -42,11 +42,12 @@ class Comparison:
         self._cfg = cfg
         self._output = output
         self._over = cfg.sweep.over
-        configs = OmegaConf.to_container(cfg.contenders, resolve=True)
+        configs = OmegaConf.to_container(cfg.get("contenders") or DictConfig({}), resolve=True)
         self._titles = {name: each["title"] for name, each in configs.items()}
         found = choose(contenders_of(configs), cfg.accelerator, by_name=by_name)
         self._contenders: Mapping[str, Contender] = found[0]
         self._missing: Mapping[str, str] = found[1]
+        self._baselines = _baselines(cfg.baselines, self._contenders)
         _check_numbers(cfg)
         self._jobs = jobs_of(self._settings(), self._contenders, cfg.repetitions)
 
@@ -74,6 +75,11 @@ class Comparison:
             settings = settings_of(asked, self._over, cfg.sweep["values"])
             for setting in settings:
                 rate_of(setting.network)
+            if cfg.accelerator == "gpu":
+                raise ValueError(
+                    "accelerator got gpu, but emulated hosts would share one. Start it with"
+                    " torchrun on machines that have their own, or set accelerator=cpu."
+                )
             if (reason := emulation.unavailable()) is not None:
                 raise ValueError(
                     f"Hosts cannot be emulated: {reason}. Or start it with torchrun on a cluster."
@@ -140,13 +146,24 @@ class Comparison:
         if not summaries:
             return
         report.write_lines(summaries, self._output / "summary.jsonl")
-        print(f"\n{report.table(summaries, self._titles, self._cfg.baselines)}\n")
+        print(f"\n{report.table(summaries, self._titles, self._baselines)}\n")
         picture = self._output / "samples_per_second.png"
         try:
             report.draw(summaries, self._titles, self._over or "network", picture)
         except ModuleNotFoundError:
             print('no picture: pip install -e ".[scripts]" brings matplotlib', file=sys.stderr)
         print(f"results.jsonl, summary.jsonl and {picture.name} are in {self._output}")
+
+
+def _baselines(asked: Sequence[str] | None, contenders: Collection[str]) -> list[str]:
+    if asked is None:
+        return [name for name in (LIMIT, "ddp") if name in contenders]
+    unknown = [name for name in asked if name not in contenders]
+    if unknown:
+        raise ValueError(
+            f"baselines got {unknown}; allowed are the contenders: {', '.join(contenders)}."
+        )
+    return list(asked)
 
 
 def _check_numbers(cfg: DictConfig) -> None:
@@ -158,8 +175,14 @@ def _check_numbers(cfg: DictConfig) -> None:
             f"steps got {cfg.steps}; allowed are multiples of tau={cfg.tau}, so that every"
             " contender is measured over whole periods."
         )
+    if cfg.minutes is not None and not (_is_number(cfg.minutes) and cfg.minutes > 0):
+        raise ValueError(f"minutes got {cfg.minutes!r}; allowed are null and a number above 0.")
     if cfg.accelerator not in ("cpu", "gpu"):
         raise ValueError(f"accelerator got {cfg.accelerator!r}; allowed are cpu and gpu.")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _is_on_cluster() -> bool:

@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import lightning.pytorch as pl
@@ -109,7 +110,7 @@ class Meter(pl.Callback):
     @property
     def step_seconds(self) -> list[float]:
         """Of each step in the window."""
-        return [b - a for a, b in zip(self._ends, self._ends[1:], strict=False)]
+        return [b - a for a, b in pairwise(self._ends)]
 
     @property
     def sent_bytes(self) -> int:
@@ -122,4 +123,4 @@ class Meter(pl.Callback):
         known = [each for each in self._waits if each is not None]
         if len(known) < len(self._waits):
             return None
-        return [b - a for a, b in zip(known, known[1:], strict=False) if b > a]
+        return [b - a for a, b in pairwise(known) if b > a]

@@ -1,4 +1,4 @@
-"""What users would take instead, driven as their makers say, under Lightning like everything else."""
+"""What users would take instead, driven as its makers say, under Lightning like all contenders."""
 
 from __future__ import annotations
 
