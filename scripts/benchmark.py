@@ -13,7 +13,6 @@ that.
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -21,32 +20,44 @@ import hydra
 from benchmarking.agent import JobError, serve
 from benchmarking.clusters import AGENT, ClusterError
 from benchmarking.comparison import Comparison
+from benchmarking.contenders import named
 from emulation import EmulationError
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
+
+CONTENDERS = Path(__file__).parents[1] / "conf" / "contenders"
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="benchmark")
 def main(cfg: DictConfig) -> None:
     """Compare what was asked for."""
     chosen = HydraConfig.get()
-    by_name = any(each.startswith("contenders=") for each in chosen.overrides.task)
+    by_name = bool(named(chosen.overrides.task, CONTENDERS))
     output = Path(chosen.runtime.output_dir)
     try:
         if not Comparison(cfg, output, by_name=by_name).run():
             print("Time is up. The same command with the same hydra.run.dir goes on.")
-    except (ValueError, EmulationError, ClusterError, FileNotFoundError) as error:
+    except (ValueError, EmulationError, ClusterError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print(f"\nStopped. What was measured is in {output}.", file=sys.stderr)
         sys.exit(130)
 
 
-if __name__ == "__main__":
+def command_line() -> None:
+    """Be the agent of a host, or the benchmark."""
     if sys.argv[1:2] == [AGENT]:
         try:
             serve(sys.argv[2])
         except JobError as error:
             sys.exit(str(error))
-        os._exit(0)
+        return
+    try:
+        named(sys.argv[1:], CONTENDERS)  # Hydra would not say which there are
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     main()
+
+
+if __name__ == "__main__":
+    command_line()

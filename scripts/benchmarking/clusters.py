@@ -8,7 +8,7 @@ import selectors
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ AGENT = "--agent"
 """The argument by which scripts/benchmark.py becomes an agent."""
 
 _START_SECONDS = 180.0
+_END_SECONDS = 10.0
 _PORTS_PER_JOB = 2
 _LINES_OF_LOG = 15
 _SCRIPT = Path(__file__).parents[1] / "benchmark.py"
@@ -123,6 +124,8 @@ class EmulatedCluster:
             for key, _ in ready:
                 line = key.fileobj.readline()
                 if not line:
+                    with suppress(subprocess.TimeoutExpired):
+                        self._agents[key.data].wait(_END_SECONDS)  # it still prints why
                     raise ClusterError(
                         f"{failure} on host {key.data}. {self._end_of_log(key.data)}"
                     )

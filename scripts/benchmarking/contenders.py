@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.utils import instantiate
@@ -12,6 +14,8 @@ from hydra.utils import instantiate
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
     from lightning.pytorch.strategies import Strategy
+
+_OVERRIDE = "contenders="
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,32 @@ class Contender:
     def make(self) -> tuple[Strategy, list[Callback]]:
         """Its strategy and callbacks, new ones each time."""
         return instantiate(self.strategy), [instantiate(each) for each in self.callbacks]
+
+
+def named(overrides: Iterable[str], folder: Path) -> list[str]:
+    """Contenders that a command line names.
+
+    Args:
+        overrides: of the command line.
+        folder: where contenders are configured.
+
+    Raises:
+        ValueError: one has no file there.
+    """
+    names = [
+        name
+        for override in overrides
+        if override.startswith(_OVERRIDE)
+        for name in re.findall(r"[^\s,\[\]'\"]+", override.removeprefix(_OVERRIDE))
+    ]
+    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(
+            f"contenders got {', '.join(unknown)}; allowed are {', '.join(known)}, and files that"
+            f" you add to {folder}."
+        )
+    return names
 
 
 def contenders_of(configs: Mapping[str, Any]) -> dict[str, Contender]:

@@ -35,7 +35,8 @@ class Workbench:
     """
 
     def __init__(self, cfg: DictConfig) -> None:
-        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+        for name in ("", "lightning.pytorch"):
+            logging.getLogger(name).setLevel(logging.ERROR)
         warnings.filterwarnings("ignore")
         torch.set_num_threads(1)  # workers are forked from here, which no thread would survive
         self.cfg = cfg
