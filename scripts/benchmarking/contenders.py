@@ -1,10 +1,10 @@
-"""What is compared: a Lightning strategy and callbacks each, from a file of conf/contenders."""
+"""What is compared: a Lightning strategy each, perhaps a callback, from a file of conf/contenders."""
 
 from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ class Contender:
     Args:
         title: its name in tables.
         strategy: configuration of the Lightning strategy.
-        callbacks: configurations of the callbacks that it needs.
+        callback: configuration of the callback that it needs, if any.
         period: optimizer steps between two exchanges; None: there are none.
         requires: a package that must be installed.
         install: how to install it.
@@ -34,7 +34,7 @@ class Contender:
 
     title: str
     strategy: Mapping[str, Any]
-    callbacks: Sequence[Mapping[str, Any]] = ()
+    callback: Mapping[str, Any] | None = None
     period: int | None = None
     requires: str | None = None
     install: str = ""
@@ -49,8 +49,9 @@ class Contender:
         return None
 
     def make(self) -> tuple[Strategy, list[Callback]]:
-        """Its strategy and callbacks, new ones each time."""
-        return instantiate(self.strategy), [instantiate(each) for each in self.callbacks]
+        """Its strategy and its callbacks, new ones each time."""
+        callbacks = [] if self.callback is None else [instantiate(self.callback)]
+        return instantiate(self.strategy), callbacks
 
 
 def named(overrides: Iterable[str], folder: Path) -> list[str]:

@@ -20,7 +20,7 @@ from benchmarking.contenders import Contender, contenders_of
 from benchmarking.counting import interface_towards, peak_resident_bytes, resident_bytes
 from benchmarking.meeting import Meeting
 from benchmarking.meter import Measurement, Meter, Stalls, Window
-from benchmarking.plan import Job
+from benchmarking.plan import Job, Setting
 from lightning_easgd.communication import leave_all_groups
 
 _EVERY_STEP_SHARE = 8
@@ -46,18 +46,17 @@ class Workbench:
         data.setup("fit")
         self._train, self._test = data.train_dataloader(), data.test_dataloader()
 
-    def window(self, contender: Contender, workers: int) -> Window:
+    def window(self, contender: Contender, setting: Setting) -> Window:
         """Which steps are measured."""
-        tau = self.cfg.tau
-        # Between two exchanges, when the one in flight had its whole round: as many bytes and
-        # waits as belong to the steps.
-        first = 2 if contender.period == 1 else 2 * tau
+        # From the end of a round: as many bytes and waits as belong to the steps.
+        first = 2 * self.cfg.tau
         if self.cfg.accuracy:
             images = len(self._train.dataset)
-            steps = self.cfg.epochs * images / (self.cfg.data.batch_size * workers)
-            return Window(first, tau * math.ceil(steps / tau) - first)
-        if contender.period == 1:
-            return Window(first, max(1, self.cfg.steps // _EVERY_STEP_SHARE))
+            steps = self.cfg.epochs * images / (self.cfg.data.batch_size * setting.hosts)
+            rounds = max(3, math.ceil(steps / self.cfg.tau))
+            return Window(first, rounds * self.cfg.tau - first)
+        if contender.period == 1 and not setting.stall:
+            return Window(2, max(1, self.cfg.steps // _EVERY_STEP_SHARE))
         return Window(first, self.cfg.steps)
 
     def measure(self, job: Job, port: int) -> list[dict[str, Any]] | None:
@@ -103,7 +102,7 @@ class Workbench:
         self, contender: Contender, module: pl.LightningModule, job: Job, meeting: Meeting
     ) -> Meter:
         strategy, callbacks = contender.make()
-        window = self.window(contender, meeting.size)
+        window = self.window(contender, job.setting)
         interface = interface_towards(os.environ["MASTER_ADDR"])
         meter = Meter(window, interface, _waited(strategy, callbacks))
         stalls = Stalls(job.setting.stall, f"{self.cfg.seed} {job.repetition} {meeting.rank}")

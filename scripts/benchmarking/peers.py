@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import lightning.pytorch as pl
@@ -197,7 +197,17 @@ class TorchftLocalSGD(Torchft):
 
 
 class TorchftDiLoCo(Torchft):
-    """torchft's DiLoCo, with the outer optimizer of the paper (arXiv:2311.08105)."""
+    """torchft's DiLoCo with Nesterov momentum outside (arXiv:2311.08105).
+
+    Args:
+        period: steps between two exchanges.
+        outer_lr: learning rate of the outer optimizer.
+        outer_momentum: its momentum.
+    """
+
+    def __init__(self, period: int, outer_lr: float, outer_momentum: float) -> None:
+        super().__init__(period)
+        self._outer = partial(torch.optim.SGD, lr=outer_lr, momentum=outer_momentum, nesterov=True)
 
     @override
     def algorithm(
@@ -205,5 +215,5 @@ class TorchftDiLoCo(Torchft):
     ) -> AbstractContextManager[Any]:
         from torchft.local_sgd import DiLoCo
 
-        outer = torch.optim.SGD(module.parameters(), lr=0.7, momentum=0.9, nesterov=True)
+        outer = self._outer(module.parameters())
         return DiLoCo(manager, [module], optimizer, outer, sync_every=self.period)

@@ -103,23 +103,25 @@ class Results:
 
     def __init__(self, folder: Path, workload: Mapping[str, Any]) -> None:
         self._path = folder / "results.jsonl"
-        self._check(folder / "workload.json", workload)
+        self._workload = dict(workload)
         self._found = []
         if self._path.exists():
+            self._check()
             lines = self._path.read_text().splitlines()
             self._found = [Result(**json.loads(line)) for line in lines]
 
-    def _check(self, path: Path, workload: Mapping[str, Any]) -> None:
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(workload, indent=2))
-            return
-        before = json.loads(path.read_text())
-        other = sorted(key for key in {*before, *workload} if before.get(key) != workload.get(key))
+    @property
+    def _workload_path(self) -> Path:
+        return self._path.with_name("workload.json")
+
+    def _check(self) -> None:
+        before = json.loads(self._workload_path.read_text())
+        names = sorted({*before, *self._workload})
+        other = [name for name in names if before.get(name) != self._workload.get(name)]
         if other:
             raise ValueError(
-                f"{path.parent} has results of another workload: {', '.join(other)} differ(s)."
-                " Set what it was, or another hydra.run.dir."
+                f"{self._path} is of another workload: {', '.join(other)} differ(s). Set what it"
+                " was, or another hydra.run.dir."
             )
 
     def __iter__(self) -> Iterator[Result]:
@@ -130,6 +132,7 @@ class Results:
 
     def add(self, result: Result) -> None:
         """Append one, to the file too."""
+        self._workload_path.write_text(json.dumps(self._workload, indent=2))
         with self._path.open("a") as file:
             print(json.dumps(asdict(result)), file=file)
         self._found.append(result)
