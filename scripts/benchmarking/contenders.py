@@ -1,4 +1,4 @@
-"""What is compared: a Lightning strategy each, perhaps a callback, from a file of conf/contenders."""
+"""What is compared: Lightning strategies, some with a callback, from files of conf/contenders."""
 
 from __future__ import annotations
 
