@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import emulated
@@ -22,15 +21,6 @@ REASON = emulation.unavailable()
 needs_hosts = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 
-def namespaces() -> set[str]:
-    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True)
-    return {line.split()[0] for line in listed.stdout.splitlines()}
-
-
-def interfaces() -> set[str]:
-    return set(os.listdir("/sys/class/net"))
-
-
 def runs(pid: int) -> bool:
     """Whether a process still runs; one that nobody has waited for does not."""
     try:
@@ -38,16 +28,6 @@ def runs(pid: int) -> bool:
     except OSError:
         return False
     return state != "Z"
-
-
-@pytest.fixture
-def nothing_left() -> Iterator[None]:
-    before, links = namespaces(), interfaces()
-    yield
-    # Another session's may come and go.
-    left = {name for name in namespaces() - before if name.startswith("emulated-")}
-    assert not left
-    assert interfaces() <= links
 
 
 def test_what_is_missing_is_said_with_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
