@@ -25,8 +25,8 @@ _GRADIENT_REDUCTION = {
 }
 
 
-def require_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    """Check that ``value`` is one of the names in ``allowed``.
+def require_choice(name: str, value: object, allowed: tuple[str | None, ...]) -> None:
+    """Check that ``value`` is one of ``allowed``.
 
     Raises:
         ValueError: it is not.
@@ -106,5 +106,5 @@ def refuse(unsupported: Mapping[str, object]) -> None:
         raise TypeError(
             f"EASGDStrategy got an unknown argument {name}={value!r}. Its own are tau, beta, alpha,"
             " rho, overlap, evaluate_on, buffers, elastic_point, final_exchange, strict_resume,"
-            " exchange_timeout and bucket_bytes."
+            " exchange_timeout, compression, fragments, center_device and bucket_bytes."
         )

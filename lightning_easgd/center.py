@@ -2,129 +2,21 @@
 
 [Note: two copies] The center and the sum in flight are the only model-sized buffers that outlive a
 step. While nothing is in flight the second one is free, so it keeps the worker's own weights when
-the module shows the center.
+the module shows the center. With several fragments it holds the one that is in flight, and is made
+larger for as long as the module shows the center.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_easgd.flat import FLAT_DTYPE, FlatLayout, FlatVector, as_real
-
-BufferPolicy = Literal["average", "local", "broadcast"]
-
-
-class Segment:
-    """Parameters that joined the elastic set together: their center and their sum in flight.
-
-    Args:
-        named: names and parameters; the center starts as a copy of them.
-    """
-
-    def __init__(self, named: Sequence[tuple[str, nn.Parameter]]) -> None:
-        self.parameters = [parameter for _, parameter in named]
-        layout, device = FlatLayout(named), self.parameters[0].device
-        self.center = FlatVector(layout, device)
-        self.center.read_(self.parameters)
-        self.total = FlatVector(layout, device)
-
-    def named(self, vector: FlatVector) -> dict[int, Tensor]:
-        """The values of the center or the sum, by the identity of the parameter."""
-        return {id(p): view for p, view in zip(self.parameters, vector.views, strict=True)}
-
-
-class Statistics:
-    """Float buffers of a module (BatchNorm's running statistics and others), and their center.
-
-    ``average``: the mean over the workers; ``broadcast``: those of worker 0; ``local``: every
-    worker keeps its own and nothing travels. Integer, complex and 8-bit buffers, and those that
-    the state dict leaves out, stay local always.
-
-    Raises:
-        ValueError: at an exchange, a buffer that is averaged has another shape than at the start.
-    """
-
-    def __init__(self, module: nn.Module, policy: BufferPolicy, rank: int) -> None:
-        self.policy = policy
-        self._speaks = policy == "average" or rank == 0
-        self._places = [] if policy == "local" else list(_float_buffers(module))
-        self._layout = FlatLayout(
-            (name, owner.get_buffer(key)) for name, owner, key in self._places
-        )
-        if self._places:
-            device = self.buffers()[0].device
-            self.center = FlatVector(self._layout, device)
-            self.total = FlatVector(self._layout, device)
-            self.read_center()
-
-    def __bool__(self) -> bool:
-        return bool(self._places)
-
-    def buffers(self) -> list[Tensor]:
-        """The module's buffers now: modules may replace a buffer instead of writing into it."""
-        buffers = [owner.get_buffer(key) for _, owner, key in self._places]
-        for buffer, slot in zip(buffers, self._layout.slots, strict=True):
-            if tuple(buffer.shape) != slot.shape:
-                raise ValueError(
-                    f"Buffer '{slot.name}' had shape {slot.shape} when training began and has"
-                    f" {tuple(buffer.shape)} now. Buffers that are averaged keep their shape:"
-                    " register it with persistent=False, or set EASGDStrategy(buffers='local')."
-                )
-        return buffers
-
-    def contribute(self, healthy: bool) -> list[Tensor]:
-        """This worker's part of the sum, as flat tensors."""
-        if not self:
-            return []
-        if healthy and self._speaks:
-            self.total.read_(self.buffers())
-            self._mend()
-        else:
-            self.total.zero_()
-        return self.total.parts
-
-    def _mend(self) -> None:
-        """Give up statistics that overflowed, as BatchNorm's do where a scaler skips the step."""
-        # Compared with the center's, for some buffers (masks) are infinite by intention.
-        parts = zip(self.total.parts, self.center.parts, strict=True)
-        if any(bool((mine.isfinite() != center.isfinite()).any()) for mine, center in parts):
-            self.load_center()
-            self.total.read_(self.buffers())
-
-    def apply(self, healthy: Sequence[bool]) -> None:
-        """Take over the sum that arrived; ``healthy`` says which workers contributed."""
-        speakers = healthy if self.policy == "average" else healthy[:1]
-        if self and any(speakers):
-            for center, total in zip(self.center.parts, self.total.parts, strict=True):
-                torch.div(total, sum(speakers), out=center)
-
-    def read_center(self) -> None:
-        """Make the module's buffers those of the center."""
-        if self:
-            self.center.read_(self.buffers())
-
-    def named(self, vector: FlatVector) -> dict[int, Tensor]:
-        """The values of the center or the sum, by the identity of the buffer in the module."""
-        return {id(b): view for b, view in zip(self.buffers(), vector.views, strict=True)}
-
-    def set_worker_aside(self) -> None:
-        """Keep the worker's own buffers while the module shows the center."""
-        if self:
-            self.total.read_(self.buffers())
-
-    def load_center(self) -> None:
-        """Overwrite the module's buffers by the center's."""
-        if self:
-            self.center.write_to(self.buffers())
-
-    def load_worker(self) -> None:
-        """Give the worker the buffers that were set aside."""
-        if self:
-            self.total.write_to(self.buffers())
+from lightning_easgd.buffers import BufferPolicy, Statistics
+from lightning_easgd.flat import FlatVector, Memory, as_real
+from lightning_easgd.segments import Fragment, Piece, Segment
 
 
 class Center:
@@ -138,25 +30,47 @@ class Center:
         module: whose parameters and buffers are equal on all workers.
         buffers: the policy for float buffers.
         rank: this worker's number.
+        turns: into how many fragments parameters are cut; each is exchanged in its turn.
+        offload: whether the center lies in host memory, wherever the parameters are.
 
     Raises:
-        ValueError: the module has no parameter to train.
+        ValueError: the module has no parameter to train, or cannot be cut into so many fragments.
         TypeError: a parameter cannot be averaged.
+        RuntimeError: there is no memory left where the center shall lie.
     """
 
-    def __init__(self, module: nn.Module, *, buffers: BufferPolicy, rank: int) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        buffers: BufferPolicy,
+        rank: int,
+        turns: int = 1,
+        offload: bool = False,
+    ) -> None:
         self.segments: list[Segment] = []
         self.joined = 0
-        self.statistics = Statistics(module, buffers, rank)
+        self.turns = turns
         self.lent = False
         self._dormant = list(module.named_parameters())
-        if not self.adopt_unfrozen():
+        if not any(parameter.requires_grad for _, parameter in self._dormant):
             raise ValueError(
                 f"{type(module).__name__} has no parameter with requires_grad=True, so there is"
                 " nothing to average. Create the parameters in __init__ or configure_model, or"
                 " unfreeze one."
             )
+        self._memory = _memory(self._dormant[0][1].device, offload)
+        self._sums: dict[torch.dtype, Tensor] = {}
+        self._summed: list[Fragment] = []
+        self.statistics = Statistics(module, buffers, rank, self._memory)
+        self.adopt_unfrozen()
         self.join(len(self.segments))
+        if (found := len(self.segments[0].fragments)) < turns:
+            raise ValueError(
+                f"fragments={turns} is too many: the trained parameters of"
+                f" {type(module).__name__} can be cut into at most {found}, along their first"
+                f" dimension. Allowed: 1 to {found}."
+            )
 
     def adopt_unfrozen(self) -> bool:
         """Give parameters that were unfrozen since the last call a segment; whether there were any.
@@ -166,7 +80,8 @@ class Center:
         """
         if not any(parameter.requires_grad for _, parameter in self._dormant):
             return False
-        self.segments.append(Segment([(n, p) for n, p in self._dormant if p.requires_grad]))
+        named = [(n, p) for n, p in self._dormant if p.requires_grad]
+        self.segments.append(Segment(named, self.turns, self._memory))
         self._dormant = [(n, p) for n, p in self._dormant if not p.requires_grad]
         return True
 
@@ -174,20 +89,34 @@ class Center:
         """Let the first ``segments`` segments take part in exchanges from now on."""
         self.joined = segments
 
-    def elastic(self) -> list[Segment]:
-        """The segments that take part in exchanges."""
-        return self.segments[: self.joined]
+    def open(self, turn: int) -> list[Fragment]:
+        """The fragments that are exchanged in this turn, with memory for their sums.
 
-    def fingerprint(self, segments: int) -> int:
-        """A hash of the first ``segments`` segments' names and shapes, in 56 bits."""
-        value = 0
-        for segment in self.segments[:segments]:
-            value = (value * 1_000_003 + segment.center.layout.fingerprint) % 2**56
+        Nothing may be in flight.
+        """
+        fragments = [
+            segment.fragments[turn]
+            for segment in self.segments[: self.joined]
+            if turn < len(segment.fragments)
+        ]
+        self._provide_sums(fragments)
+        return fragments
+
+    def fingerprint(self, segments: int, turn: int = 0) -> int:
+        """A hash of the first ``segments`` segments' names and shapes and the turn, in 56 bits."""
+        value = turn
+        for fragment in _fragments(self.segments[:segments]):
+            value = (value * 1_000_003 + fragment.layout.fingerprint) % 2**56
         return value
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All that take part in exchanges."""
+        return [p for segment in self.segments[: self.joined] for _, p in segment.named]
 
     def checksum(self) -> int:
         """A sum over the bits of all elastic center values, within 63 bits."""
-        return sum(segment.center.checksum() for segment in self.elastic()) % 2**63
+        elastic = _fragments(self.segments[: self.joined])
+        return sum(fragment.center.checksum() for fragment in elastic) % 2**63
 
     def state_dict(self, module: nn.Module) -> dict[str, Any]:
         """The module's state dict with the center's values; a copy. Nothing may be in flight.
@@ -196,14 +125,14 @@ class Center:
         any time, between a forward and a backward pass too.
         """
         if self.lent:
-            return _copied_state(module, {})
-        return _copied_state(module, self._values("center"))
+            return _copied_state(module, [])
+        return _copied_state(module, self._pieces("center"))
 
     def worker_state_dict(self, module: nn.Module) -> dict[str, Any]:
         """The module's state dict with the worker's own values; a copy only where it is lent."""
         if not self.lent:
             return module.state_dict()
-        return _copied_state(module, self._values("total"))
+        return _copied_state(module, self._pieces("total"))
 
     def shared_state(self) -> dict[str, Any]:
         """What the state dict does not tell of the center, for a checkpoint.
@@ -211,47 +140,42 @@ class Center:
         The segments by the names of their parameters, how many joined, and the values whose own
         precision in the module is lower than the center's.
         """
-        vectors: list[tuple[Sequence[Tensor], FlatVector]] = [
-            (segment.parameters, segment.center) for segment in self.segments
-        ]
-        if self.statistics:
-            vectors.append((self.statistics.buffers(), self.statistics.center))
+        exact: dict[str, Tensor] = {}
+        for piece, view in self._pieces("center"):
+            whole = as_real(piece.whole.detach())
+            if whole.dtype != view.dtype:
+                if piece.name not in exact:
+                    exact[piece.name] = torch.empty_like(whole, dtype=view.dtype)
+                piece.of(exact[piece.name]).copy_(view)
         return {
-            "segments": [segment.center.layout.names for segment in self.segments],
+            "segments": [segment.names for segment in self.segments],
             "joined": self.joined,
-            "exact": {
-                slot.name: view.clone()
-                for tensors, vector in vectors
-                for tensor, slot, view in zip(
-                    tensors, vector.layout.slots, vector.views, strict=True
-                )
-                if as_real(tensor.detach()).dtype != slot.dtype
-            },
+            "exact": exact,
         }
 
     def load_shared_state(self, state: Mapping[str, Any]) -> None:
         """Form the segments of :meth:`shared_state` again; the module holds the center."""
         named = dict(self._dormant)
         for segment in self.segments:
-            named |= zip(segment.center.layout.names, segment.parameters, strict=True)
+            named |= segment.named
         groups = [[(n, named.pop(n)) for n in names if n in named] for names in state["segments"]]
-        self.segments = [Segment(group) for group in groups if group]
+        self.segments = [Segment(g, self.turns, self._memory) for g in groups if g]
         self._dormant = list(named.items())
         self.join(min(state["joined"], len(self.segments)))
         self.adopt_unfrozen()
         self.read_module()
-        vectors = [segment.center for segment in self.segments]
-        for vector in [*vectors, *([self.statistics.center] if self.statistics else [])]:
-            for name, view in zip(vector.layout.names, vector.views, strict=True):
-                if name in state["exact"]:
-                    view.copy_(state["exact"][name])
+        for piece, view in self._pieces("center"):
+            if piece.name in state["exact"]:
+                view.copy_(piece.of(state["exact"][piece.name]))
 
     def show(self) -> None:
         """Put the center into the module until :meth:`show_worker`. Nothing may be in flight."""
         if self.lent:
             return
-        for segment in self.segments:
-            segment.total.read_(segment.parameters)
+        fragments = list(_fragments(self.segments))
+        self._provide_sums(fragments)
+        for fragment in fragments:
+            fragment.total.read_(fragment.tensors())
         self.statistics.set_worker_aside()
         self.lent = True
         self._load_center()
@@ -260,56 +184,88 @@ class Center:
         """Give the worker its own weights and buffers back, if the module shows the center."""
         if not self.lent:
             return
-        for segment in self.segments:
-            segment.total.write_to(segment.parameters)
+        for fragment in _fragments(self.segments):
+            fragment.total.write_to(fragment.tensors())
         self.statistics.load_worker()
-        self.lent = False
+        self._end_lending()
 
     def overwrite_worker(self) -> None:
         """Make the module's weights and statistics those of the center, for good."""
         self._load_center()
-        self.lent = False
+        self._end_lending()
 
     def read_module(self) -> None:
         """Make the module's weights and statistics, equal on all workers, those of the center."""
-        for segment in self.segments:
-            segment.center.read_(segment.parameters)
+        for fragment in _fragments(self.segments):
+            fragment.center.read_(fragment.tensors())
         self.statistics.read_center()
+        self._end_lending()
+
+    def _end_lending(self) -> None:
+        if self.lent and self.turns > 1:
+            self._sums = {}  # large enough for all fragments
+            self._summed = []
         self.lent = False
 
-    def _values(self, which: Literal["center", "total"]) -> dict[int, Tensor]:
-        """What the center, or the sum in flight, holds for each tensor of the module."""
-        values: dict[int, Tensor] = {}
-        for segment in self.segments:
-            values |= segment.named(getattr(segment, which))
+    def _provide_sums(self, fragments: list[Fragment]) -> None:
+        """Give these fragments, and no others, memory for their sums."""
+        if fragments == self._summed:
+            return
+        sizes: dict[torch.dtype, int] = {}
+        for fragment in fragments:
+            for dtype, size in fragment.layout.sizes.items():
+                sizes[dtype] = sizes.get(dtype, 0) + size
+        for fragment in self._summed:
+            fragment.total = None
+        if any(size > self._capacity(dtype) for dtype, size in sizes.items()):
+            self._sums = {}  # let go of the smaller ones first
+            self._sums = self._memory.allocate(sizes)
+        ends = dict.fromkeys(sizes, 0)
+        for fragment in fragments:
+            buffers = {}
+            for dtype, size in fragment.layout.sizes.items():
+                buffers[dtype] = self._sums[dtype][ends[dtype] : ends[dtype] + size]
+                ends[dtype] += size
+            fragment.total = FlatVector(fragment.layout, buffers)
+        self._summed = fragments
+
+    def _capacity(self, dtype: torch.dtype) -> int:
+        return self._sums[dtype].numel() if dtype in self._sums else -1
+
+    def _pieces(self, which: Literal["center", "total"]) -> Iterator[tuple[Piece, Tensor]]:
+        """What the center, or the sum in flight, holds for each piece of the module."""
+        for fragment in _fragments(self.segments):
+            yield from fragment.values(getattr(fragment, which))
         if self.statistics:
-            values |= self.statistics.named(getattr(self.statistics, which))
-        return values
+            yield from self.statistics.values(getattr(self.statistics, which))
 
     def _load_center(self) -> None:
-        for segment in self.segments:
-            segment.center.write_to(segment.parameters)
+        for fragment in _fragments(self.segments):
+            fragment.center.write_to(fragment.tensors())
         self.statistics.load_center()
 
 
-def _copied_state(module: nn.Module, values: Mapping[int, Tensor]) -> dict[str, Any]:
-    """A copy of the module's state dict, with other values for tensors by their identity."""
+def _fragments(segments: Iterable[Segment]) -> Iterator[Fragment]:
+    for segment in segments:
+        yield from segment.fragments
+
+
+def _memory(device: torch.device, offload: bool) -> Memory:
+    if not offload:
+        return Memory(device)
+    return Memory(torch.device("cpu"), pinned=device.type != "cpu")
+
+
+def _copied_state(module: nn.Module, values: Iterable[tuple[Piece, Tensor]]) -> dict[str, Any]:
+    """A copy of the module's state dict, with other values for pieces of its tensors."""
+    by_tensor: dict[int, list[tuple[Piece, Tensor]]] = {}
+    for piece, view in values:
+        by_tensor.setdefault(id(piece.whole), []).append((piece, view))
     state: dict[str, Any] = module.state_dict(keep_vars=True)
     for key, tensor in state.items():
         if isinstance(tensor, Tensor):
             copy = tensor.detach().clone()
-            if id(tensor) in values:
-                as_real(copy).copy_(values[id(tensor)])
+            for piece, view in by_tensor.get(id(tensor), []):
+                piece.of(as_real(copy)).copy_(view)
             state[key] = copy
     return state
-
-
-def _float_buffers(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    seen: set[int] = set()
-    for prefix, owner in module.named_modules():
-        for key, buffer in owner._buffers.items():
-            if buffer is None or key in owner._non_persistent_buffers_set or id(buffer) in seen:
-                continue
-            if buffer.is_floating_point() and buffer.dtype in FLAT_DTYPE:
-                seen.add(id(buffer))
-                yield f"{prefix}.{key}" if prefix else key, owner, key

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
+from torch import Tensor
 
 from lightning_easgd.algorithms import elastic
 from lightning_easgd.center import Center
@@ -13,7 +14,11 @@ from lightning_easgd.communication import Payload
 from lightning_easgd.flat import FlatVector
 from lightning_easgd.optimizers import LocalOptimizers
 from lightning_easgd.rates import MovingRates
+from lightning_easgd.segments import Fragment
 from lightning_easgd.telemetry import Telemetry
+
+Pull = list[tuple[Fragment, FlatVector]]
+"""What a worker loses: α (x - c) of each fragment."""
 
 
 class Contribution:
@@ -35,7 +40,7 @@ class Contribution:
         rates: MovingRates,
         *,
         telemetry: Telemetry,
-        round_: Callable[[Sequence[torch.Tensor]], None],
+        round_: Callable[[Iterable[Tensor]], None],
         from_iterate: bool,
     ) -> None:
         self._center = center
@@ -45,85 +50,87 @@ class Contribution:
         self._round_ = round_
         self._from_iterate = from_iterate
         self._distance = 0.0
+        self.fragments: list[Fragment] = []
+        """Those of which the differences were taken last."""
         self.healthy = True
-        """Whether the differences that were taken last are finite."""
+        """Whether these differences are finite."""
 
     @torch.no_grad()
-    def take_differences(self) -> None:
-        """Put x - c where the sum will be."""
-        segments = self._center.elastic()
-        for segment in segments:
-            segment.total.read_(segment.parameters)
+    def take_differences(self, turn: int) -> None:
+        """Put x - c of the fragments whose turn it is where their sums will be."""
+        self.fragments = self._center.open(turn)
+        for fragment in self.fragments:
+            fragment.total.read_(fragment.tensors())
         if self._from_iterate:
             self._optimizers.undo_look_ahead_(
-                {
-                    id(parameter): view
-                    for segment in segments
-                    for parameter, view in zip(segment.parameters, segment.total.views, strict=True)
-                }
+                [pair for fragment in self.fragments for pair in fragment.values(fragment.total)]
             )
-        for segment in segments:
-            elastic.difference_(segment.total.parts, segment.center.parts)
+        for fragment in self.fragments:
+            elastic.difference_(fragment.total.parts, fragment.center.parts)
         self._measure()
 
     @torch.no_grad()
-    def give(self, clock: int, *, last: bool = False) -> tuple[list[FlatVector], Payload]:
+    def give(self, clock: int, turn: int, *, last: bool = False) -> tuple[Pull, Payload]:
         """Take part in an exchange with the differences that were taken.
 
         If they are not finite, the worker starts again from the center, with fresh optimizer state.
 
         Args:
             clock: the step of the exchange.
+            turn: statistics travel with the first.
             last: whether the differences travel as they are.
 
         Returns:
             What the worker is owed by :meth:`pull_worker`, and what it adds to the sums.
         """
-        pull = self._scale(clock, last) if self.healthy else self._restart_worker()
-        payload = Payload(self._totals(), self._center.statistics.contribute(self.healthy))
+        pull = self._scale(clock, last) if self.healthy else self._leave_out()
+        statistics = self._center.statistics.contribute(self.healthy) if turn == 0 else []
+        payload = Payload(self._totals(), statistics)
         if not self.healthy:
+            self._optimizers.forget(self._center.parameters())
             self._center.overwrite_worker()
         self._telemetry.exchanges += 1
         self._telemetry.consensus_distance = self._distance
         return pull, payload
 
-    def nothing(self) -> Payload:
+    def nothing(self, turn: int) -> Payload:
         """Differences of zero, for what is held back to be added to."""
+        self.fragments = self._center.open(turn)
         self.healthy = True
-        for total in self._totals():
-            total.zero_()
+        self._leave_out()
         return Payload(self._totals())
 
-    def pull_worker(self, pull: Sequence[FlatVector]) -> None:
+    def pull_worker(self, pull: Pull) -> None:
         """Move the worker towards the center: x <- x - α (x - c)."""
-        for segment, vector in zip(self._center.segments, pull, strict=False):
-            vector.subtract_from(segment.parameters)
+        for fragment, vector in pull:
+            vector.subtract_from(fragment.tensors())
 
     def _measure(self) -> None:
-        segments = self._center.elastic()
-        distance = math.hypot(*(segment.total.norm() for segment in segments))
-        size = math.hypot(*(segment.center.norm() for segment in segments))
+        distance = math.hypot(*(fragment.total.norm() for fragment in self.fragments))
+        size = math.hypot(*(fragment.center.norm() for fragment in self.fragments))
         self._distance = distance / max(size, 1e-30)
-        self.healthy = math.isfinite(distance) or all(s.total.is_finite() for s in segments)
+        self.healthy = math.isfinite(distance) or all(f.total.is_finite() for f in self.fragments)
 
-    def _scale(self, clock: int, last: bool) -> list[FlatVector]:
+    def _scale(self, clock: int, last: bool) -> Pull:
         """Turn x - c into α (x - c); a copy of it is the worker's own pull."""
-        segments = self._center.elastic()
         alphas, default = self._rates.at(clock)
         self._telemetry.alpha = max([*alphas.values(), default])
-        for segment in segments:
-            rates = [alphas.get(id(parameter), default) for parameter in segment.parameters]
-            elastic.scale_(segment.total.views, rates)
+        for fragment in self.fragments:
+            rates = [alphas.get(id(piece.whole), default) for piece in fragment.pieces]
+            elastic.scale_(fragment.total.views, rates)
         if not last:
-            self._round_(self._totals())
-        return [segment.total.clone() for segment in segments]
+            self._round_(self._totals().values())
+        return [(fragment, fragment.total.clone()) for fragment in self.fragments]
 
-    def _totals(self) -> list[torch.Tensor]:
-        return [part for segment in self._center.elastic() for part in segment.total.parts]
-
-    def _restart_worker(self) -> list[FlatVector]:
-        """Leave a worker with non-finite weights out of the sum and forget what made it so."""
-        for segment in self._center.elastic():
-            segment.total.zero_()
-            self._optimizers.forget(segment.parameters)
+    def _leave_out(self) -> Pull:
+        """Add nothing to the sums, and pull nothing."""
+        for fragment in self.fragments:
+            fragment.total.zero_()
         return []
+
+    def _totals(self) -> dict[str, Tensor]:
+        return {
+            f"{fragment.name}, {part.dtype}": part
+            for fragment in self.fragments
+            for part in fragment.total.parts
+        }

@@ -41,11 +41,11 @@ from lightning_easgd.communication import (
     verify,
     verify_places,
 )
-from lightning_easgd.contribution import Contribution
-from lightning_easgd.flat import FlatVector
+from lightning_easgd.contribution import Contribution, Pull
 from lightning_easgd.optimizers import LocalOptimizers
 from lightning_easgd.rates import MovingRates
 from lightning_easgd.schedules import Period, Strength
+from lightning_easgd.segments import Fragment
 from lightning_easgd.telemetry import Telemetry
 
 ElasticPoint = Literal["iterate", "parameter"]
@@ -74,6 +74,7 @@ class InFlight:
     clock: int
     segments: int
     """Segments known when it was started, those that join after it included."""
+    fragments: list[Fragment]
     payload: Payload
     pending: PendingSum
 
@@ -110,6 +111,7 @@ class Exchange:
         self._rules = rules
         self._in_flight: InFlight | None = None
         self._count = 0
+        self._turn = 0
         self._finished = False
         self._last_header_left = False
         self._stop_requested = Stop.NO
@@ -130,6 +132,7 @@ class Exchange:
     def start_clock(self, step: int) -> None:
         """Begin to train after ``step`` optimizer steps, equal on all workers."""
         self._reopen()
+        self._turn = 0
         self.clock = step
         self.telemetry.tau, self._next_due = self._rules.period.after(step)
 
@@ -164,7 +167,7 @@ class Exchange:
         """
         assert not self.center.lent, "a step was taken while the module showed the center"
         self.center.adopt_unfrozen()
-        pull = self._begin_due() if self.clock >= self._next_due else []
+        pull: Pull = self._begin_due() if self.clock >= self._next_due else []
         try:
             yield
         finally:
@@ -208,7 +211,7 @@ class Exchange:
             self.drain()
             self.stopping = self._stop_agreed
             self.center.adopt_unfrozen()
-            self._contribution.take_differences()
+            self._contribution.take_differences(self._turn)
             flight = self._start(place, Payload())
             headers = self._await_headers(flight, patiently=True)
             training = [header.clock for header in headers if header.place is Place.TRAINING]
@@ -242,12 +245,12 @@ class Exchange:
         if not self.meet(Place.FIT_END):
             return False
         self._last_header_left = True
-        if exchange:
-            self._begin(last=True)
-        else:
-            payload = self._contribution.nothing() if self._all_reduce.holds_back else Payload()
-            self._start(Place.FIT_END, payload, last=True)
-        self.drain()
+        for _ in range(self.center.turns):
+            if exchange:
+                self._begin(last=True)
+            else:
+                self._give_back()
+            self.drain()
         self._finished = True
         self.stopping = self._stop_agreed
         self.center.overwrite_worker()
@@ -271,6 +274,7 @@ class Exchange:
             "clock": self.clock,
             "tau": self.telemetry.tau,
             "next_due": self._next_due,
+            "turn": self._turn,
             **self.center.shared_state(),
         }
 
@@ -292,6 +296,7 @@ class Exchange:
         """
         self.center.load_shared_state(shared)
         self.clock = shared["clock"]
+        self._turn = shared["turn"] % self.center.turns
         if self._rules.period.is_constant:
             # Perhaps another one now. An exchange that is due at the clock was not begun yet.
             self.telemetry.tau, self._next_due = self._rules.period.after(max(0, self.clock - 1))
@@ -312,27 +317,39 @@ class Exchange:
         # The learning-rate finder ends a training of its own before the one that it was called in.
         self._finished = self._last_header_left = False
 
-    def _begin_due(self) -> list[FlatVector]:
+    def _begin_due(self) -> Pull:
         # Stops at an exchange, not when a header is read: that is not the same step on all workers.
         self.drain()
         self.stopping = self._stop_agreed
         self.telemetry.tau, self._next_due = self._rules.period.after(self.clock)
         return self._begin()
 
-    def _begin(self, *, last: bool = False) -> list[FlatVector]:
+    def _begin(self, *, last: bool = False) -> Pull:
         """Send this worker's differences off; the caller owes the worker the returned pull."""
-        self._contribution.take_differences()
-        pull, payload = self._contribution.give(self.clock, last=last)
+        self._contribution.take_differences(self._turn)
+        pull, payload = self._contribution.give(self.clock, self._turn, last=last)
         self._start(Place.TRAINING, payload, last=last)
+        self._take_turns()
         if not self._rules.overlap:
             self.drain()
         return pull
+
+    def _give_back(self) -> None:
+        """Let what is held back of the fragment whose turn it is go to the center."""
+        held = self._all_reduce.holds_back
+        payload = self._contribution.nothing(self._turn) if held else Payload()
+        self._start(Place.FIT_END, payload, last=True)
+        self._take_turns()
+
+    def _take_turns(self) -> None:
+        self._turn = (self._turn + 1) % self.center.turns
 
     def _answer(self, flight: InFlight, clock: int) -> None:
         """Take part in the exchange that others began at ``clock``, whose headers are here."""
         self.clock = clock
         self.telemetry.tau, self._next_due = self._rules.period.after(clock)
-        pull, payload = self._contribution.give(self.clock)
+        pull, payload = self._contribution.give(self.clock, self._turn)
+        self._take_turns()
         self._all_reduce.join(flight.pending, payload)
         self._count_bytes(self._all_reduce.sum_bytes(payload))
         self._in_flight = replace(flight, clock=clock, payload=payload)
@@ -344,7 +361,7 @@ class Exchange:
         self._count += 1
         header = Header(
             clock=self.clock,
-            fingerprint=self.center.fingerprint(self.center.joined),
+            fingerprint=self.center.fingerprint(self.center.joined, self._turn),
             announced=self.center.fingerprint(segments),
             place=place,
             stop=self._stop_requested,
@@ -355,7 +372,8 @@ class Exchange:
         pending = self._all_reduce.start(payload, header, last=last)
         moved = self._all_reduce.sum_bytes(payload, last=last)
         self._count_bytes(self._all_reduce.header_bytes + moved)
-        self._in_flight = InFlight(self.clock, segments, payload, pending)
+        fragments = self._contribution.fragments
+        self._in_flight = InFlight(self.clock, segments, fragments, payload, pending)
         return self._in_flight
 
     def _count_bytes(self, moved: int) -> None:
@@ -387,8 +405,8 @@ class Exchange:
         if flight.payload:
             healthy = [not header.non_finite for header in headers]
             self._report_non_finite(flight.clock, healthy)
-            for segment in self.center.elastic():
-                elastic.move_center_(segment.center.parts, segment.total.parts)
+            for fragment in flight.fragments:
+                elastic.move_center_(fragment.center.parts, fragment.total.parts)
             if flight.payload.statistics:
                 self.center.statistics.apply(healthy)
         self.center.join(flight.segments)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,24 +90,50 @@ class FlatLayout:
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
+@dataclass(frozen=True)
+class Memory:
+    """Where flat buffers lie; ``pinned`` host memory is what a GPU copies from and to directly."""
+
+    device: torch.device
+    pinned: bool = False
+
+    def allocate(self, sizes: Mapping[torch.dtype, int]) -> dict[torch.dtype, Tensor]:
+        """Buffers of zeros, by precision.
+
+        Raises:
+            RuntimeError: there is no such memory left.
+        """
+        try:
+            return {
+                dtype: torch.zeros(size, dtype=dtype, device=self.device, pin_memory=self.pinned)
+                for dtype, size in sizes.items()
+            }
+        except RuntimeError as error:
+            if not self.pinned:
+                raise
+            bytes_ = sum(dtype.itemsize * size for dtype, size in sizes.items())
+            raise RuntimeError(
+                f"center_device='cpu' needs {bytes_ / 2**20:.0f} MiB of page-locked host memory,"
+                f" which this machine does not give ({error}). Raise its limit (ulimit -l, or the"
+                " container's memlock), or leave center_device unset."
+            ) from error
+
+
 class FlatVector:
-    """One flat copy of a layout's tensors, zero at first.
+    """One flat copy of a layout's tensors.
+
+    Args:
+        layout: of the tensors.
+        buffers: where the values lie, by precision, each of shape (size,).
 
     Attributes:
-        parts: the flat buffers, each of shape (size of its precision,).
+        parts: the flat buffers.
         views: one view per slot, of the shape of the tensor that it holds.
     """
 
-    def __init__(self, layout: FlatLayout, device: torch.device) -> None:
+    def __init__(self, layout: FlatLayout, buffers: Mapping[torch.dtype, Tensor]) -> None:
         self.layout = layout
-        buffers = {
-            dtype: torch.zeros(size, dtype=dtype, device=device)
-            for dtype, size in layout.sizes.items()
-        }
-        self._wrap(buffers)
-
-    def _wrap(self, buffers: dict[torch.dtype, Tensor]) -> None:
-        self.parts = list(buffers.values())
+        self.parts = [buffers[dtype] for dtype in layout.sizes]
         self.views = [
             buffers[slot.dtype][slot.offset : slot.offset + slot.numel].view(slot.shape)
             for slot in self.layout.slots
@@ -115,10 +141,7 @@ class FlatVector:
 
     def clone(self) -> FlatVector:
         """A copy with buffers of its own."""
-        twin = object.__new__(FlatVector)
-        twin.layout = self.layout
-        twin._wrap({part.dtype: part.clone() for part in self.parts})
-        return twin
+        return FlatVector(self.layout, {part.dtype: part.clone() for part in self.parts})
 
     def read_(self, tensors: Sequence[Tensor]) -> None:
         """Copy tensors, in the order of the layout, into this vector."""
@@ -135,7 +158,15 @@ class FlatVector:
         graph over parameters that the step of one of them left alone, and go back through it after
         the pull.
         """
-        torch._foreach_sub_([as_real(tensor.data) for tensor in tensors], self.views)
+        targets = [as_real(tensor.data) for tensor in tensors]
+        torch._foreach_sub_(targets, self._views_on(targets))
+
+    def _views_on(self, targets: Sequence[Tensor]) -> list[Tensor]:
+        """The views, copied to the device of ``targets`` if this vector lies on another."""
+        if not targets or targets[0].device == self.parts[0].device:
+            return self.views
+        there = {part.dtype: part.to(targets[0].device) for part in self.parts}
+        return FlatVector(self.layout, there).views
 
     def zero_(self) -> None:
         """Set every element to zero."""

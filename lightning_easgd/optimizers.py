@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_easgd.algorithms import elastic
 from lightning_easgd.flat import as_real
+from lightning_easgd.segments import Piece
 
 
 class LocalOptimizers:
@@ -50,25 +51,26 @@ class LocalOptimizers:
         """The inverse of :meth:`look_ahead_state`."""
         self._made_with = {(number, group): (lr, delta) for number, group, lr, delta in state}
 
-    def undo_look_ahead_(self, points: Mapping[int, Tensor]) -> None:
+    def undo_look_ahead_(self, points: Iterable[tuple[Piece, Tensor]]) -> None:
         """Turn stored look-ahead points y = x + δv into the paper's iterates x, in place.
 
         Args:
-            points: a copy of each parameter's value, by the parameter's identity.
+            points: pieces of parameters, each with a copy of its value.
         """
+        by_parameter = {id(piece.whole): (piece, point) for piece, point in points}
         for key, optimizer, group in self._nesterov_groups():
-            moving = {
-                parameter: as_real(optimizer.state[parameter]["momentum_buffer"])
-                for parameter in group["params"]
-                if id(parameter) in points
-                and optimizer.state.get(parameter, {}).get("momentum_buffer") is not None
-            }
-            if moving:
+            stored, buffers = [], []
+            for parameter in group["params"]:
+                buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
+                if id(parameter) in by_parameter and buffer is not None:
+                    piece, point = by_parameter[id(parameter)]
+                    stored.append(point)
+                    buffers.append(as_real(piece.of(buffer)).to(point.device))
+            if stored:
                 lr, momentum = self._made_with.get(key, (group["lr"], group["momentum"]))
-                stored = [points[id(parameter)] for parameter in moving]
-                elastic.undo_look_ahead_(stored, list(moving.values()), momentum, float(lr))
+                elastic.undo_look_ahead_(stored, buffers, momentum, float(lr))
 
-    def forget(self, parameters: Sequence[nn.Parameter]) -> None:
+    def forget(self, parameters: Iterable[nn.Parameter]) -> None:
         """Drop optimizer state and zero gradients of parameters that start afresh."""
         for parameter in parameters:
             if parameter.grad is not None:

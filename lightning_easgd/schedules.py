@@ -25,14 +25,17 @@ def is_number(value: object) -> TypeGuard[float]:
 
 @dataclass(frozen=True)
 class Period:
-    """The communication period τ: optimizer steps of a worker between two exchanges.
+    """The communication period τ: optimizer steps of a worker between two exchanges of a parameter.
+
+    With several fragments there is an exchange every τ / fragments steps.
 
     Raises:
-        ValueError: τ is not a whole number of at least 1 (at construction, or when a callable
-            returns it).
+        ValueError: τ is not a whole number of at least 1 or not a multiple of the fragments (at
+            construction, or when a callable returns it).
     """
 
     tau: int | Callable[[int], int]
+    fragments: int = 1
 
     def __post_init__(self) -> None:
         if not callable(self.tau):
@@ -47,17 +50,23 @@ class Period:
         """τ in force after ``step`` steps, and the next step that begins with an exchange.
 
         A constant τ exchanges at its multiples (τ | t); a callable one τ(step) steps after
-        ``step``.
+        ``step``. With fragments, what is said of τ holds for τ / fragments.
         """
         if callable(self.tau):
             tau = self._check(self.tau(step))
-            return tau, step + tau
+            return tau, step + tau // self.fragments
         tau = int(self.tau)
-        return tau, (step // tau + 1) * tau
+        pause = tau // self.fragments
+        return tau, (step // pause + 1) * pause
 
-    @staticmethod
-    def _check(tau: object) -> int:
+    def _check(self, tau: object) -> int:
         if is_number(tau) and tau >= 1 and tau == int(tau):
+            if tau % self.fragments:
+                raise ValueError(
+                    f"tau={tau!r} is not a multiple of fragments={self.fragments}: every"
+                    " tau / fragments steps a fragment is exchanged. Allowed: a multiple, for"
+                    f" example tau={math.ceil(tau / self.fragments) * self.fragments}."
+                )
             return int(tau)
         raise ValueError(
             f"tau={tau!r} is not a communication period. Allowed: a whole number of optimizer"

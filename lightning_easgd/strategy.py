@@ -27,7 +27,8 @@ from lightning_easgd.arguments import (
     require_duration,
     require_timedelta,
 )
-from lightning_easgd.center import BufferPolicy, Center
+from lightning_easgd.buffers import BufferPolicy
+from lightning_easgd.center import Center
 from lightning_easgd.communication import (
     AllReduce,
     Codec,
@@ -95,6 +96,10 @@ class EASGDStrategy(PersistentStrategy):
         compression: how differences travel: None for full precision, "bf16", "fp16", "int8" (a
             quarter of the bytes), "topk" (the largest hundredth), or a Codec. What is lost on the
             way goes with the next exchange.
+        fragments: into how many parts the model is cut, one of which is exchanged every
+            tau / fragments steps; every parameter still every ``tau`` steps.
+        center_device: "cpu" keeps the center in pinned host memory, and exchanges from there over
+            gloo; None: where the parameters are.
         bucket_bytes: the most that one all-reduce carries, in bytes.
         accelerator: as for DDPStrategy, like all that follow.
         parallel_devices: the devices of this node.
@@ -130,6 +135,8 @@ class EASGDStrategy(PersistentStrategy):
         strict_resume: bool = False,
         exchange_timeout: float | timedelta = timedelta(minutes=5),
         compression: str | Codec | None = None,
+        fragments: int = 1,
+        center_device: Literal["cpu"] | None = None,
         bucket_bytes: int = 25 * 2**20,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
@@ -157,8 +164,11 @@ class EASGDStrategy(PersistentStrategy):
             timeout=require_timedelta("timeout", timeout),
             start_method=start_method,
         )
+        require_choice("center_device", center_device, ("cpu", None))
+        period = Period(tau, require_count("fragments", fragments, "parts of the model"))
         strength = Strength.choose(beta=beta, alpha=alpha, rho=rho)
-        self._rules = Rules(Period(tau), strength, overlap=overlap, elastic_point=elastic_point)
+        self._rules = Rules(period, strength, overlap=overlap, elastic_point=elastic_point)
+        self._offload = center_device == "cpu"
         self._evaluate_on = evaluate_on
         self._buffer_policy = buffers
         self._final_exchange = final_exchange
@@ -235,11 +245,21 @@ class EASGDStrategy(PersistentStrategy):
         """Make the workers equal instead of wrapping the module: no gradient is ever reduced."""
         module = self.lightning_module
         assert module is not None
-        compressed = self._codec is not None
-        self._group = WorkerGroup(self._exchange_timeout, self._timeout, apart=compressed)
+        self._group = WorkerGroup(
+            self._exchange_timeout,
+            self._timeout,
+            apart=self._codec is not None,
+            from_host=self._offload,
+        )
         self._group.require_equal(module, self._options())
         self._group.broadcast_([*module.parameters(), *module.buffers()])
-        self._center = Center(module, buffers=self._buffer_policy, rank=self._group.rank)
+        self._center = Center(
+            module,
+            buffers=self._buffer_policy,
+            rank=self._group.rank,
+            turns=self._rules.period.fragments,
+            offload=self._offload,
+        )
 
     def _options(self) -> list[str]:
         """What must be equal on all workers, a line each; callables can't be compared."""
@@ -251,6 +271,8 @@ class EASGDStrategy(PersistentStrategy):
             f"buffers={self._buffer_policy}",
             f"final_exchange={self._final_exchange}",
             f"compression={self._codec}",
+            f"fragments={self._rules.period.fragments}",
+            f"center_device={'cpu' if self._offload else None}",
             f"bucket_bytes={self._bucket_bytes}",
         ]
 

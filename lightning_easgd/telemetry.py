@@ -18,7 +18,7 @@ class Telemetry:
     steps: int = 0
     """Optimizer steps taken by this worker."""
     exchanges: int = 0
-    """Exchanges started (the final one included)."""
+    """Exchanges started, the final one included; each of a fragment of the model."""
     bytes_sent: int = 0
     """Bytes this worker sent for exchanges."""
     bytes_received: int = 0

@@ -12,7 +12,9 @@ ROOT = Path(lightning_easgd.__file__).parent
 LAYERS = [
     {"fingerprint", "flat", "random_state", "schedules", "telemetry"},
     {"algorithms", "arguments"},
-    {"center", "communication", "optimizers"},
+    {"segments"},
+    {"buffers", "communication", "optimizers"},
+    {"center"},
     {"rates"},
     {"contribution"},
     {"exchange", "internals"},

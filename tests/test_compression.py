@@ -17,7 +17,7 @@ from test_reference import LR, batches, initial_weights, reference, reference_op
 from toy import Resumable, Toy, loader, trainer, weights
 
 from lightning_easgd import EASGDStrategy, Int8, TopK
-from lightning_easgd.communication import CompressedAllReduce
+from lightning_easgd.communication import CompressedAllReduce, Payload
 
 SGD = partial(torch.optim.SGD, lr=LR)
 CODECS = ["bf16", "fp16", "int8", TopK(0.3)]
@@ -73,19 +73,18 @@ class Apart(Toy):
         return super().training_step(batch, batch_idx) + self.more.sum()
 
 
-def drift(rank: int, codec: Any, bucket_bytes: int, final: bool) -> Any:
+def drift(rank: int, codec: Any, bucket_bytes: int, fragments: int, final: bool) -> Any:
     """This worker's part of what must not change, before each batch and after training."""
     module, seen, held = Apart(), [], 0.0
-    strategy = EASGDStrategy(
-        tau=2, compression=codec, bucket_bytes=bucket_bytes, final_exchange=final
-    )
+    options = {"bucket_bytes": bucket_bytes, "fragments": fragments, "final_exchange": final}
+    strategy = EASGDStrategy(tau=2, compression=codec, **options)
 
     def note(batch: Any, batch_idx: int) -> None:
         nonlocal held
         center = strategy.center_state_dict()
         own = sum(p.detach().sum().item() for p in module.parameters())
         accounts = strategy._exchange._all_reduce.state()["accounts"]
-        pieces = [t for a in accounts for t in [a["unsent"], *a["kept"]] if t is not None]
+        pieces = [t for a in accounts.values() for t in [a["unsent"], *a["kept"]] if t is not None]
         held = sum(float(piece.sum()) for piece in pieces)
         seen.append((own, sum(float(center[name].sum()) for name in center), held))
 
@@ -97,10 +96,10 @@ def drift(rank: int, codec: Any, bucket_bytes: int, final: bool) -> Any:
 
 
 @pytest.mark.parametrize("final", [True, False])
-@pytest.mark.parametrize("bucket_bytes", [25 * 2**20, 2000])
+@pytest.mark.parametrize(("bucket_bytes", "fragments"), [(25 * 2**20, 1), (2000, 1), (2000, 2)])
 @pytest.mark.parametrize("codec", CODECS, ids=str)
-def test_nothing_is_lost(codec: Any, bucket_bytes: int, final: bool) -> None:
-    results = run_workers(drift, codec, bucket_bytes, final, workers=3)
+def test_nothing_is_lost(codec: Any, bucket_bytes: int, fragments: int, final: bool) -> None:
+    results = run_workers(drift, codec, bucket_bytes, fragments, final, workers=3)
     totals = [
         sum(own + held for own, _, held in step) + step[0][1]
         for step in zip(*(seen for seen, *_ in results), strict=True)
@@ -139,10 +138,10 @@ def test_what_is_held_back_survives_a_checkpoint_before_the_first_exchange() -> 
         rank, size = 0, 1
 
     saved = CompressedAllReduce(Alone(), 2**20, Int8())
-    saved._accounts_of([torch.ones(3)])[0].unsent.fill_(0.5)
+    saved._accounts_of(Payload({"w": torch.ones(3)}))[0].unsent.fill_(0.5)
     resumed = CompressedAllReduce(Alone(), 2**20, Int8())
     resumed.load_state(saved.state())
-    (account,) = resumed.state()["accounts"]
+    account = resumed.state()["accounts"]["w"]
     assert account["unsent"].tolist() == [0.5] * 3
 
 

@@ -187,7 +187,7 @@ def drifted(rank: int) -> None:
 
     def on_train_start() -> None:
         if rank == 1:
-            strategy._center.segments[0].center.parts[0][0] += 1e-9
+            strategy._center.segments[0].fragments[0].center.parts[0][0] += 1e-9
 
     module.on_train_start = on_train_start
     trainer(2, strategy).fit(module, loader(rank, 20))

@@ -64,6 +64,20 @@ def test_the_others_end_with_an_error_that_names_the_missing(who: int, what: Any
         assert all("ended with ZeroDivisionError: bad batch" in o.message for o in ended)
 
 
+def late(rank: int) -> Any:
+    """Train; worker 2 stops, and worker 1 sleeps until worker 0 has given up."""
+    who, what = (1, partial(time.sleep, 9.0)) if rank == 1 else (2, stop)
+    return disturbed(rank, who, 6, what, 2.0)
+
+
+def test_who_comes_when_worker_0_gave_up_knows_what_it_knew() -> None:
+    with Workers(late, workers=3) as group:
+        first, second = group.collect(40, without=2)
+    for outcome in (first, second):
+        assert outcome.error == "ExchangeError", outcome
+        assert "Worker 2 gave no sign of life" in outcome.message
+
+
 def test_a_stall_shorter_than_the_timeout_is_survived() -> None:
     stall = partial(time.sleep, 2.0)
     assert run_workers(disturbed, 1, 6, stall, 6.0, workers=2) == [STEPS] * 2

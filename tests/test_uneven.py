@@ -13,6 +13,7 @@ import reference
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from processes import run_workers
+from test_fragments import strength
 from test_reference import LR, OPTIMIZERS, reference_optimizers
 from torch.utils.data import DataLoader, IterableDataset
 from toy import Batches, Toy, batches, initial_weights, loader, trainer, weights
@@ -39,6 +40,7 @@ def stream(rank: int, count: int) -> DataLoader:
 
 
 def expected(name: str, epochs: int, **options: Any) -> reference.State:
+    every_row = {"tau": 4, "alpha": lambda name, t: 0.9 / WORKERS}
     longest = max(COUNTS)
     by_worker = [
         epochs * (batches(rank, count) + (longest - count) * [None])
@@ -48,16 +50,21 @@ def expected(name: str, epochs: int, **options: Any) -> reference.State:
         initial_weights(),
         by_worker,
         reference_optimizers(name, lambda name, t: LR, WORKERS),
-        tau=4,
-        alpha=lambda name, t: 0.9 / WORKERS,
-        **options,
+        **every_row | options,
     )
     return center
 
 
-def fit(rank: int, name: str, make_loader: Any, final: bool, options: dict[str, Any]) -> Any:
+def fit(
+    rank: int,
+    name: str,
+    make_loader: Any,
+    final: bool,
+    options: dict[str, Any],
+    fragments: int = 1,
+) -> Any:
     module = Toy(OPTIMIZERS[name])
-    strategy = EASGDStrategy(tau=4, final_exchange=final)
+    strategy = EASGDStrategy(tau=4, fragments=fragments, final_exchange=final)
     fitting = trainer(WORKERS, strategy, **options)
     fitting.fit(module, make_loader(rank, COUNTS[rank]))
     return weights(module), fitting.global_step, strategy.telemetry.exchanges
@@ -71,6 +78,14 @@ def test_a_worker_that_is_done_is_one_whose_gradients_are_zero(name: str, final:
         (count, 3 + final) for count in COUNTS
     ]
     center = expected(name, 1, final_exchange=final)
+    for got, *_ in results:
+        for key, value in got.items():
+            np.testing.assert_allclose(value, center[key], rtol=1e-9, atol=1e-11)
+
+
+def test_who_is_done_takes_turns_with_fragments_too() -> None:
+    results = run_workers(fit, "nesterov", loader, False, {}, 2, workers=WORKERS)
+    center = expected("nesterov", 1, tau=2, alpha=strength(WORKERS, 2, 2))
     for got, *_ in results:
         for key, value in got.items():
             np.testing.assert_allclose(value, center[key], rtol=1e-9, atol=1e-11)

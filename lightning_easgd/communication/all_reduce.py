@@ -20,8 +20,8 @@ from lightning_easgd.flat import bucket_slices
 class Payload:
     """What one worker adds to the sums: flat tensors, which are the sums' until they arrived."""
 
-    differences: list[Tensor] = field(default_factory=list)
-    """May travel in a shorter form."""
+    differences: Mapping[str, Tensor] = field(default_factory=dict)
+    """By a name that is theirs in every exchange; may travel in a shorter form."""
     statistics: list[Tensor] = field(default_factory=list)
     """Travel as they are."""
 
@@ -121,7 +121,7 @@ class AllReduce:
 
     def join(self, pending: PendingSum, payload: Payload, *, last: bool = False) -> None:
         """Begin to sum as :meth:`start` does, in an exchange whose header has left."""
-        for work in self._sum([*payload.differences, *payload.statistics]):
+        for work in self._sum([*payload.differences.values(), *payload.statistics]):
             wait = partial(self.group.wait, work, pending.what, poll=self.group.polls)
             pending.waits.append(wait)
 
@@ -142,7 +142,7 @@ class AllReduce:
 
     def sum_bytes(self, payload: Payload, *, last: bool = False) -> int:
         """Bytes that each worker sends, and receives, for sums."""
-        return self.ring_bytes([*payload.differences, *payload.statistics])
+        return self.ring_bytes([*payload.differences.values(), *payload.statistics])
 
     def ring_bytes(self, tensors: Iterable[Tensor]) -> int:
         """Bytes that each worker sends, and receives, in ring all-reduces: 2 (p-1)/p of them."""

@@ -108,8 +108,8 @@ class CompressedAllReduce(AllReduce):
     def __init__(self, group: WorkerGroup, bucket_bytes: int, codec: Codec) -> None:
         super().__init__(group, bucket_bytes)
         self._codec = codec
-        self._accounts: list[Account] = []
-        self._saved: list[Mapping[str, Any]] = []
+        self._accounts: dict[str, Account] = {}
+        self._saved: dict[str, Mapping[str, Any]] = {}
 
     def round_(self, differences: Iterable[Tensor]) -> None:
         """Replace differences by what is sent of them, where the rest is not held back."""
@@ -119,8 +119,8 @@ class CompressedAllReduce(AllReduce):
 
     def join(self, pending: PendingSum, payload: Payload, *, last: bool = False) -> None:
         """Begin to sum in an exchange whose header has left."""
-        differences = payload.differences
-        accounts = self._accounts_of(differences)
+        differences = list(payload.differences.values())
+        accounts = self._accounts_of(payload)
         for tensor, account in zip(differences, accounts, strict=True):
             if account.unsent is not None:
                 tensor.add_(account.unsent)
@@ -141,9 +141,9 @@ class CompressedAllReduce(AllReduce):
         """Bytes that each worker sends, and receives, for sums."""
         if last:
             return super().sum_bytes(payload)
-        differences, others = payload.differences, self.group.size - 1
-        moved = self.ring_bytes(payload.statistics)
-        for tensor, account in zip(differences, self._accounts_of(differences), strict=True):
+        others, moved = self.group.size - 1, self.ring_bytes(payload.statistics)
+        tensors = payload.differences.values()
+        for tensor, account in zip(tensors, self._accounts_of(payload), strict=True):
             if self._codec.block is None:
                 moved += others * self._codec.wire_bytes(tensor.numel())
             for bucket in account.buckets:
@@ -152,21 +152,22 @@ class CompressedAllReduce(AllReduce):
 
     def state(self) -> dict[str, Any]:
         """What is held back, for a checkpoint of this worker."""
-        accounts = [account.state() for account in self._accounts]
-        return {"accounts": [*accounts, *self._saved[len(accounts) :]]}
+        accounts = {name: account.state() for name, account in self._accounts.items()}
+        return {"accounts": {**self._saved, **accounts}}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state`; takes effect when the differences are known."""
-        self._accounts, self._saved = [], list(state.get("accounts", []))
+        self._accounts, self._saved = {}, dict(state.get("accounts", {}))
 
-    def _accounts_of(self, differences: Sequence[Tensor]) -> list[Account]:
-        """In order; tensors that joined since the last time get one."""
-        for number in range(len(self._accounts), len(differences)):
-            account = Account(differences[number], self._codec, self.group.size, self.bucket_bytes)
-            if number < len(self._saved):
-                account.load_state(self._saved[number])
-            self._accounts.append(account)
-        return self._accounts[: len(differences)]
+    def _accounts_of(self, payload: Payload) -> list[Account]:
+        """Of the differences, in order; those that have none get one."""
+        for name, tensor in payload.differences.items():
+            if name not in self._accounts:
+                account = Account(tensor, self._codec, self.group.size, self.bucket_bytes)
+                if name in self._saved:
+                    account.load_state(self._saved.pop(name))
+                self._accounts[name] = account
+        return [self._accounts[name] for name in payload.differences]
 
     def _give_all(self, differences: Sequence[Tensor], accounts: Sequence[Account]) -> None:
         """Hold nothing back; what was not sent is in the differences already."""
@@ -200,7 +201,7 @@ class CompressedAllReduce(AllReduce):
         Waits without looking whether others are late, which would take the interpreter's lock from
         training again and again; who waits for this does.
         """
-        differences = payload.differences
+        differences = list(payload.differences.values())
         works = self._sum(payload.statistics)
         if self._codec.block is None:
             arrivals = [self._begin(dist.all_gather_into_tensor, wire) for wire in wires]

@@ -34,12 +34,18 @@ class WorkerGroup:
         device_timeout: what torch allows a sum on an accelerator from its start on, which is up to
             a round before anybody waits for it.
         apart: whether sums get a group of their own where the headers' would do.
+        from_host: whether sums are of tensors in host memory, whatever the default group is for.
     """
 
     def __init__(
-        self, timeout: timedelta, device_timeout: timedelta | None, *, apart: bool = False
+        self,
+        timeout: timedelta,
+        device_timeout: timedelta | None,
+        *,
+        apart: bool = False,
+        from_host: bool = False,
     ) -> None:
-        backend = dist.get_backend()
+        backend = "gloo" if from_host else dist.get_backend()
         self.polls = backend == "gloo"
         """Whether a sum ends when its data is there, so that it can be watched."""
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
@@ -50,7 +56,7 @@ class WorkerGroup:
         else:
             self.data = _new_group(backend, device_timeout)
         self._timeout = timeout.total_seconds()
-        self._liveness = Liveness(self.rank, self.size)
+        self._liveness = Liveness(self.rank, self.size, self.control.group_name)
 
     def broadcast_(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite tensors with those of worker 0."""
@@ -59,10 +65,11 @@ class WorkerGroup:
             if values.numel():
                 # As bytes: backends differ in the element types that they know.
                 data = values.view(-1).view(torch.uint8)
+                data = data.cpu() if self.polls else data
                 work = dist.broadcast(data, src=0, group=self.data, async_op=True)
                 assert work is not None
                 self.wait(work, "Making the workers equal", poll=self.polls)
-                tensor.detach().copy_(values)
+                tensor.detach().copy_(data.view(values.dtype).view(values.shape))
 
     def gather(self, value: Any) -> list[Any]:
         """A small picklable value of every worker, in rank order.
@@ -107,6 +114,8 @@ class WorkerGroup:
         try:
             # Polled, so that signals (Ctrl-C among them) are seen while a worker is late.
             while poll and not work.is_completed():
+                if self._liveness.verdict:
+                    raise TimeoutError("another worker gave up")
                 if time.monotonic() > deadline:
                     if not patiently or self._liveness.missing():
                         raise TimeoutError(f"not completed within {self._timeout:g} s")
@@ -116,15 +125,9 @@ class WorkerGroup:
             work.wait()
         except (RuntimeError, TimeoutError) as error:
             raise ExchangeError(
-                f"{what} could not be completed. {self._who_is_missing()} Look for their errors"
+                f"{what} could not be completed. {self._liveness.judge()} Look for their errors"
                 f" first; then resume from the last checkpoint. ({error})"
             ) from error
-
-    def _who_is_missing(self) -> str:
-        missing = self._liveness.missing()
-        if not missing:
-            return "All workers are alive, but one is too late, or the network between them failed."
-        return "; ".join(f"Worker {rank} {reason}" for rank, reason in missing.items()) + "."
 
     def require_equal(self, module: nn.Module, options: Sequence[str]) -> None:
         """Check at set-up that all workers hold the same module and were given the same options.

@@ -1,0 +1,161 @@
+"""Elastic parameters, cut into fragments: the unit that one exchange moves.
+
+[Note: fragments] With k fragments there are k times as many exchanges, and each moves a k-th of the
+model in its turn. So the peak of traffic and the buffer of the sum are a k-th. Parameters are cut
+along their first dimension, where views exist whatever the strides.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from lightning_easgd.flat import FlatLayout, FlatVector, Memory
+
+_MOST_CUTS_PER_PARAMETER = 1024
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A parameter (or buffer), or some of its rows."""
+
+    name: str
+    whole: Tensor
+    rows: slice | None = None
+    """Along the first dimension; None for all."""
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The rows of a tensor that is laid out like the whole one; a view."""
+        return tensor if self.rows is None else tensor[self.rows]
+
+    @property
+    def tensor(self) -> Tensor:
+        """The values in the module, outside of autograd; a view."""
+        return self.of(self.whole.detach())
+
+    def __str__(self) -> str:
+        if self.rows is None:
+            return self.name
+        return f"{self.name}[{self.rows.start}:{self.rows.stop}]"
+
+
+class Fragment:
+    """Pieces that are exchanged together: their center, and their sum in flight.
+
+    Args:
+        pieces: the center starts as a copy of them.
+        memory: where the center lies.
+    """
+
+    def __init__(self, pieces: Sequence[Piece], memory: Memory) -> None:
+        self.pieces = pieces
+        self.layout = FlatLayout((str(piece), piece.tensor) for piece in pieces)
+        self.center = FlatVector(self.layout, memory.allocate(self.layout.sizes))
+        self.center.read_(self.tensors())
+        self._total: FlatVector | None = None
+
+    @property
+    def name(self) -> str:
+        """Unlike that of any other fragment of the module."""
+        return f"{self.pieces[0]} to {self.pieces[-1]}"
+
+    @property
+    def total(self) -> FlatVector:
+        """The sum in flight, in memory that fragments share; see Center."""
+        assert self._total is not None, "the fragment has no sum now"
+        return self._total
+
+    @total.setter
+    def total(self, total: FlatVector | None) -> None:
+        self._total = total
+
+    def tensors(self) -> list[Tensor]:
+        """The values in the module; views."""
+        return [piece.tensor for piece in self.pieces]
+
+    def values(self, vector: FlatVector) -> Iterator[tuple[Piece, Tensor]]:
+        """Each piece with its values in the center or the sum."""
+        return zip(self.pieces, vector.views, strict=True)
+
+
+class Segment:
+    """Parameters that joined the elastic set together.
+
+    Args:
+        named: names and parameters.
+        fragments: into how many they are cut, or fewer if there are fewer rows.
+        memory: where the center lies.
+    """
+
+    def __init__(
+        self, named: Sequence[tuple[str, nn.Parameter]], fragments: int, memory: Memory
+    ) -> None:
+        self.named = list(named)
+        self.fragments = [Fragment(pieces, memory) for pieces in cut(named, fragments)]
+
+    @property
+    def names(self) -> list[str]:
+        """Of the parameters."""
+        return [name for name, _ in self.named]
+
+
+def cut(named: Sequence[tuple[str, nn.Parameter]], fragments: int) -> list[list[Piece]]:
+    """Cut parameters into fragments of about equal size, in order; no row is in two.
+
+    Args:
+        named: names and parameters, all elements of which the fragments cover.
+        fragments: how many; fewer if there are fewer places to cut.
+    """
+    places = list(_places(named))
+    fragments = min(fragments, max(1, len(places)))
+    total = places[-1] if places else 0
+    ends, last = [], -1
+    for number in range(1, fragments):
+        near = bisect_left(places, total * number // fragments)
+        last = min(max(near, last + 1), len(places) - 1 - (fragments - number))
+        ends.append(places[last])
+    cuts = [0, *ends, total]
+    return [_pieces(named, cuts[i], cuts[i + 1], last=i == fragments - 1) for i in range(fragments)]
+
+
+def _places(named: Sequence[tuple[str, nn.Parameter]]) -> Iterator[int]:
+    """Where the elements may be cut, in ascending order, the end included."""
+    begin = 0
+    for _, parameter in named:
+        rows, size = _rows(parameter)
+        step = math.ceil(rows / _MOST_CUTS_PER_PARAMETER) if size else 1
+        if size:
+            yield from (begin + row * size for row in range(step, rows, step))
+            yield begin + rows * size
+        begin += rows * size
+
+
+def _rows(parameter: Tensor) -> tuple[int, int]:
+    """How many rows a parameter has, and how many elements each."""
+    numel = parameter.numel()
+    rows = parameter.shape[0] if parameter.dim() and numel else 1
+    return rows, numel // rows
+
+
+def _pieces(
+    named: Sequence[tuple[str, nn.Parameter]], start: int, stop: int, *, last: bool
+) -> list[Piece]:
+    """What lies between two places; empty parameters are in the fragment that follows them."""
+    pieces, begin = [], 0
+    for name, parameter in named:
+        rows, size = _rows(parameter)
+        end = begin + rows * size
+        if not size:
+            if start <= begin and (begin < stop or last):
+                pieces.append(Piece(name, parameter))
+        elif start <= begin and end <= stop:
+            pieces.append(Piece(name, parameter))
+        elif begin < stop and start < end:
+            first, behind = max(start - begin, 0) // size, min(stop - begin, rows * size) // size
+            pieces.append(Piece(name, parameter, slice(first, behind)))
+        begin = end
+    return pieces
