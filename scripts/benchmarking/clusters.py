@@ -21,7 +21,7 @@ from benchmarking.plan import Job, Setting
 AGENT = "--agent"
 """The argument by which scripts/benchmark.py becomes an agent."""
 
-_START_SECONDS = 180.0
+_START_SECONDS = 600.0
 _END_SECONDS = 10.0
 _PORTS_PER_JOB = 2
 _LINES_OF_LOG = 15
@@ -138,7 +138,8 @@ class EmulatedCluster:
     def _end_of_log(self, host: int) -> str:
         path = self._log(host)
         lines = path.read_text(errors="replace").splitlines()[-_LINES_OF_LOG:]
-        return "\n  ".join([f"The end of {path}:", *lines])
+        told = f"The others' output is beside {path}, which ends with:"
+        return "\n  ".join([told, *lines])
 
 
 class TorchrunCluster:

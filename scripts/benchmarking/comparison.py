@@ -25,6 +25,9 @@ _WORKLOAD = (
     *("accelerator", "threads"),
 )
 
+_START_SECONDS_PER_HOST = 4.0
+"""What it takes to start the agents, about."""
+
 
 class Comparison:
     """Contenders on networks, as configured.
@@ -61,7 +64,8 @@ class Comparison:
         for name, reason in self._missing.items():
             print(f"{name} is left out: {reason}", file=sys.stderr)
         left = [job for job in self._jobs if job not in results]
-        progress = Progress(left, done=len(self._jobs) - len(left))
+        done = [(each.job, each.job_seconds) for each in results if each.job in self._jobs]
+        progress = Progress(left, done)
         for _, jobs in groupby(left, key=lambda job: job.setting):
             if not self._run_setting(list(jobs), results, progress):
                 break
@@ -95,7 +99,8 @@ class Comparison:
 
     def _run_setting(self, jobs: Sequence[Job], results: Results, progress: Progress) -> bool:
         """Run jobs of one setting; False when time is up."""
-        if self._is_too_late(jobs[0], progress):
+        start = _START_SECONDS_PER_HOST * jobs[0].setting.hosts
+        if self._is_too_late(jobs[0], progress, start):
             return False
         if _is_on_cluster():
             return self._run_jobs(self._cluster(), jobs, results, progress)
@@ -121,7 +126,13 @@ class Comparison:
             assert workers is not None, "worker 0 gets all measurements"
             period = self._contenders[job.contender].period
             batch_size = self._cfg.data.batch_size
-            result = Result.of(job, workers, batch_size=batch_size, period=period)
+            result = Result.of(
+                job,
+                workers,
+                batch_size=batch_size,
+                period=period,
+                job_seconds=progress.job_seconds,
+            )
             results.add(result)
             progress.end(job, f"{result.samples_per_second:.0f} samples/s")
         return True
@@ -137,9 +148,10 @@ class Comparison:
 
         return TorchrunCluster(Workbench(self._cfg), self._cfg.port)
 
-    def _is_too_late(self, job: Job, progress: Progress) -> bool:
+    def _is_too_late(self, job: Job, progress: Progress, start: float = 0.0) -> bool:
         minutes = self._cfg.minutes
-        return minutes is not None and progress.elapsed + progress.expected([job]) > 60 * minutes
+        end = progress.elapsed + start + progress.expected([job])
+        return minutes is not None and end > 60 * minutes
 
     def _report(self, results: Results) -> None:
         summaries = summarize(results)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TextIO
 
 from benchmarking.plan import Job
@@ -16,15 +16,20 @@ class Progress:
 
     Args:
         jobs: all that are to be run, in order.
-        done: jobs that earlier runs did.
+        done: jobs that earlier runs did, and their seconds.
         stream: where to print.
     """
 
-    def __init__(self, jobs: Sequence[Job], done: int = 0, stream: TextIO | None = None) -> None:
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        done: Sequence[tuple[Job, float]] = (),
+        stream: TextIO | None = None,
+    ) -> None:
         self._left = list(jobs)
-        self._total = done + len(jobs)
+        self._total = len(done) + len(jobs)
         self._stream = stream or sys.stdout
-        self._seconds: dict[str, list[float]] = {}
+        self._done = list(done)
         self._began = time.monotonic()
 
     @property
@@ -38,6 +43,11 @@ class Progress:
         if self._stream.isatty():
             print(f"{self._head(job)} ...", end="\r", file=self._stream, flush=True)
 
+    @property
+    def job_seconds(self) -> float:
+        """Time since the job began that runs."""
+        return time.monotonic() - self._job_began
+
     def end(self, job: Job, found: str) -> None:
         """A job is done.
 
@@ -45,21 +55,24 @@ class Progress:
             job: the first of those left.
             found: to be told about it.
         """
-        self._seconds.setdefault(_kind(job), []).append(time.monotonic() - self._job_began)
+        self._done.append((job, self.job_seconds))
         line = f"{self._head(job)}: {found}"
         self._left.remove(job)
         if self._left:
             line += f"; {_told(self.expected(self._left))} left"
         print(line, file=self._stream, flush=True)
 
-    def expected(self, jobs: Sequence[Job]) -> float:
-        """Seconds that jobs will take: as long as their kind, else as all, did so far."""
-        all_kinds = [seconds for known in self._seconds.values() for seconds in known]
-        usual = statistics.fmean(all_kinds) if all_kinds else 0.0
-        return sum(
-            statistics.fmean(self._seconds[_kind(job)]) if _kind(job) in self._seconds else usual
-            for job in jobs
-        )
+    def expected(self, jobs: Iterable[Job]) -> float:
+        """Seconds that jobs will take, by those that are done: the more hosts, the longer."""
+        return sum(self._expected(job) for job in jobs)
+
+    def _expected(self, job: Job) -> float:
+        contender = [each for each in self._done if each[0].contender == job.contender]
+        kind = [each for each in contender if each[0].setting == job.setting]
+        per_host = [
+            seconds / done.setting.hosts for done, seconds in kind or contender or self._done
+        ]
+        return job.setting.hosts * statistics.fmean(per_host) if per_host else 0.0
 
     def _head(self, job: Job) -> str:
         number = self._total - len(self._left) + 1
@@ -67,10 +80,6 @@ class Progress:
             f"[{number}/{self._total}] {job.setting}, repetition {job.repetition + 1}:"
             f" {job.contender}"
         )
-
-
-def _kind(job: Job) -> str:
-    return f"{job.contender}, {job.setting}"
 
 
 def _told(seconds: float) -> str:

@@ -38,6 +38,8 @@ class Result:
     parameters: int
     steps: int
     """Steps that were measured."""
+    job_seconds: float
+    """Time of the whole job, set-up included."""
 
     @property
     def setting(self) -> Setting:
@@ -57,6 +59,7 @@ class Result:
         *,
         batch_size: int,
         period: int | None,
+        job_seconds: float,
     ) -> Result:
         """From the measurements of all workers.
 
@@ -65,6 +68,7 @@ class Result:
             workers: a :class:`benchmarking.meter.Measurement` each, as plain values.
             batch_size: samples in a step of one worker.
             period: steps between two exchanges; None without exchanges.
+            job_seconds: time of the whole job.
         """
         steps, parameters = workers[0]["steps"], workers[0]["parameters"]
         sent = sum(worker["sent_bytes"] for worker in workers) / len(workers) / steps
@@ -87,6 +91,7 @@ class Result:
             accuracy=workers[0]["accuracy"],
             parameters=parameters,
             steps=steps,
+            job_seconds=job_seconds,
         )
 
 

@@ -189,7 +189,7 @@ def test_all_contenders_on_two_hosts_and_going_on_with_it(tmp_path: Path) -> Non
     assert lines(tmp_path / "summary.jsonl")["easgd"]["repetitions"] == 2
 
     told = run(tmp_path, chosen, "repetitions=2", "minutes=0.0001")
-    assert "Time is up" in told
+    assert "Time is up. The same command with the same hydra.run.dir goes on." in told
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == len(PLAIN) + 2
 
 

@@ -211,7 +211,7 @@ def test_percentiles_and_ratios_of_neighbours() -> None:
 def test_a_result_is_by_the_slowest_worker_and_the_bytes_of_all() -> None:
     other = WORKER | {"seconds": 4.0, "sent_bytes": 8 * 4500, "peak_bytes": 9, "accuracy": None}
     job = Job(Setting("1gbit", 2), "easgd", 1)
-    found = Result.of(job, [WORKER, other], batch_size=64, period=16)
+    found = Result.of(job, [WORKER, other], batch_size=64, period=16, job_seconds=9.0)
     assert found.samples_per_second == 2 * 64 * 8 / 4.0
     assert found.bytes_per_step == 3000
     assert found.bytes_to_ring == 3000 * 16 / (4 * 1000)  # 2 (p-1)/p is 1
@@ -223,7 +223,7 @@ def test_a_result_is_by_the_slowest_worker_and_the_bytes_of_all() -> None:
 
 def result(contender: str, repetition: int, rate: float, **others: object) -> Result:
     job = Job(SETTING, contender, repetition)
-    found = Result.of(job, [WORKER] * 4, batch_size=64, period=16)
+    found = Result.of(job, [WORKER] * 4, batch_size=64, period=16, job_seconds=9.0)
     return replace(found, samples_per_second=rate, **others)
 
 
@@ -309,16 +309,18 @@ def test_progress_judges_what_is_left_by_what_was_done(monkeypatch: pytest.Monke
     monkeypatch.setattr("benchmarking.progress.time.monotonic", lambda: clock.now)
     jobs = jobs_of([SETTING], ["a", "b"], 2)
     stream = io.StringIO()
-    progress = Progress(jobs, done=3, stream=stream)
+    before = Job(Setting("100mbit", 2), "c", 0)
+    progress = Progress(jobs, [(before, 5.0)], stream)
     for job, seconds in ((jobs[0], 100.0), (jobs[1], 10.0)):
         progress.begin(job)
         clock.now += seconds
         progress.end(job, "found")
     assert progress.elapsed == 110
     assert progress.expected(jobs[2:]) == 110  # b as long as b, a as long as a
-    other = Job(SETTING, "c", 0)
-    assert progress.expected([other]) == 55  # as long as all
+    assert progress.expected([Job(SETTING, "c", 0)]) == 10  # twice the hosts
+    assert progress.expected([Job(Setting("1gbit", 8), "b", 0)]) == 20
+    assert progress.expected([Job(SETTING, "d", 0)]) == 4 * (5 / 2 + 100 / 4 + 10 / 4) / 3
     assert stream.getvalue().splitlines() == [
-        "[4/7] 100mbit, 4 hosts, repetition 1: a: found; about 5 min left",
-        "[5/7] 100mbit, 4 hosts, repetition 1: b: found; about 2 min left",
+        "[2/5] 100mbit, 4 hosts, repetition 1: a: found; about 4 min left",
+        "[3/5] 100mbit, 4 hosts, repetition 1: b: found; about 2 min left",
     ]
