@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_easgd.callbacks import EASGDMonitor
 from lightning_easgd.communication import Codec, ExchangeError, Int8, TopK
-from lightning_easgd.exchange import NonFiniteError
+from lightning_easgd.contribution import NonFiniteError
 from lightning_easgd.strategy import EASGDStrategy
 from lightning_easgd.telemetry import Telemetry
 

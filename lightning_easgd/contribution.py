@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +20,10 @@ from lightning_easgd.telemetry import Telemetry
 
 Pull = list[tuple[Fragment, FlatVector]]
 """What a worker loses: α (x - c) of each fragment."""
+
+
+class NonFiniteError(RuntimeError):
+    """The weights of every worker became non-finite; the center holds the last finite values."""
 
 
 class Contribution:
@@ -134,3 +139,25 @@ class Contribution:
             for fragment in self.fragments
             for part in fragment.total.parts
         }
+
+
+def report_non_finite(clock: int, healthy: Sequence[bool], *, speaks: bool) -> None:
+    """Warn of workers whose weights were not finite at an exchange, if this worker does for all.
+
+    Raises:
+        NonFiniteError: those of none were.
+    """
+    sick = [rank for rank, well in enumerate(healthy) if not well]
+    if len(sick) == len(healthy):
+        raise NonFiniteError(
+            f"At step {clock} the weights of every worker were NaN or infinite. Training stops;"
+            " the center holds the last finite weights. Lower the learning rate, clip gradients"
+            " or check the data."
+        )
+    if sick and speaks:
+        warnings.warn(
+            f"At step {clock} the weights of worker(s) {sick} were NaN or infinite. Their"
+            " differences were left out of the exchange, and they restarted from the center"
+            " with fresh optimizer state.",
+            stacklevel=2,
+        )

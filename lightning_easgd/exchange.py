@@ -18,7 +18,6 @@ twice, since what it gives to the center it loses itself. When all stand still t
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -41,8 +40,9 @@ from lightning_easgd.communication import (
     verify,
     verify_places,
 )
-from lightning_easgd.contribution import Contribution, Pull
+from lightning_easgd.contribution import Contribution, Pull, report_non_finite
 from lightning_easgd.optimizers import LocalOptimizers
+from lightning_easgd.pace import AutomaticPeriod, Durations, Pace
 from lightning_easgd.rates import MovingRates
 from lightning_easgd.schedules import Period, Strength
 from lightning_easgd.segments import Fragment
@@ -53,15 +53,11 @@ ElasticPoint = Literal["iterate", "parameter"]
 _CHECKSUM_EVERY = 16
 
 
-class NonFiniteError(RuntimeError):
-    """The weights of every worker became non-finite; the center holds the last finite values."""
-
-
 @dataclass(frozen=True)
 class Rules:
     """When to exchange, how strongly, and from which point of the worker."""
 
-    period: Period
+    period: Period | AutomaticPeriod
     strength: Strength
     overlap: bool = True
     elastic_point: ElasticPoint = "iterate"
@@ -109,6 +105,8 @@ class Exchange:
         self._all_reduce = all_reduce
         self._optimizers = optimizers
         self._rules = rules
+        self._automatic = rules.period if isinstance(rules.period, AutomaticPeriod) else None
+        self._pace = Pace()
         self._in_flight: InFlight | None = None
         self._count = 0
         self._turn = 0
@@ -175,6 +173,7 @@ class Exchange:
             self._contribution.pull_worker(pull)
             self.clock += 1
             self.telemetry.steps += 1
+            self._pace.step(self._arrived)
 
     def drain(self) -> None:
         """Wait for the exchange in flight, if any, and move the center.
@@ -183,12 +182,17 @@ class Exchange:
             ExchangeError: it failed, or the workers are out of step; the center stays as it was.
             NonFiniteError: no worker had finite weights; the center stays as it was.
         """
+        self._land()
+        self._pace.interrupt()  # whoever needs the center has something to do with it
+
+    def _land(self) -> None:
         flight = self._in_flight
         if flight is None:
             return
         headers = self._await_headers(flight)
         with self._waiting():
             flight.pending.wait()
+        self._pace.arrive()
         self._in_flight = None
         self._apply(flight, headers)
 
@@ -275,6 +279,7 @@ class Exchange:
             "tau": self.telemetry.tau,
             "next_due": self._next_due,
             "turn": self._turn,
+            "period": {} if self._automatic is None else self._automatic.state(),
             **self.center.shared_state(),
         }
 
@@ -302,6 +307,8 @@ class Exchange:
             self.telemetry.tau, self._next_due = self._rules.period.after(max(0, self.clock - 1))
         else:
             self.telemetry.tau, self._next_due = shared["tau"], shared["next_due"]
+            if self._automatic is not None and shared["period"]:
+                self._automatic.load_state(shared["period"])
         if own is not None:
             self._optimizers.load_look_ahead_state(own["look_ahead"])
             self.telemetry.load_counters(own["telemetry"])
@@ -319,7 +326,7 @@ class Exchange:
 
     def _begin_due(self) -> Pull:
         # Stops at an exchange, not when a header is read: that is not the same step on all workers.
-        self.drain()
+        self._land()
         self.stopping = self._stop_agreed
         self.telemetry.tau, self._next_due = self._rules.period.after(self.clock)
         return self._begin()
@@ -330,8 +337,9 @@ class Exchange:
         pull, payload = self._contribution.give(self.clock, self._turn, last=last)
         self._start(Place.TRAINING, payload, last=last)
         self._take_turns()
+        self._pace.exchange()
         if not self._rules.overlap:
-            self.drain()
+            self._land()
         return pull
 
     def _give_back(self) -> None:
@@ -359,6 +367,9 @@ class Exchange:
         segments = len(self.center.segments)
         check = self._count % _CHECKSUM_EVERY == 0 or place is Place.FIT_END
         self._count += 1
+        measured = self._pace.durations()
+        self.telemetry.step_seconds = 1e-6 * measured.step
+        self.telemetry.exchange_seconds = 1e-6 * measured.exchange
         header = Header(
             clock=self.clock,
             fingerprint=self.center.fingerprint(self.center.joined, self._turn),
@@ -368,6 +379,9 @@ class Exchange:
             non_finite=not self._contribution.healthy,
             checksum=self.center.checksum() if check else 0,
             wait_microseconds=int(1e6 * self.telemetry.wait_seconds),
+            step_microseconds=measured.step,
+            exchange_microseconds=measured.exchange,
+            cost_microseconds=measured.cost,
         )
         pending = self._all_reduce.start(payload, header, last=last)
         moved = self._all_reduce.sum_bytes(payload, last=last)
@@ -396,7 +410,9 @@ class Exchange:
         except ExchangeError:
             self._in_flight = None
             raise
-        self.telemetry.wait_seconds += time.perf_counter() - began
+        waited = time.perf_counter() - began
+        self.telemetry.wait_seconds += waited
+        self._pace.wait(waited)
 
     @torch.no_grad()
     def _apply(self, flight: InFlight, headers: Sequence[Header]) -> None:
@@ -404,26 +420,22 @@ class Exchange:
         self.telemetry.worker_wait_seconds = [1e-6 * h.wait_microseconds for h in headers]
         if flight.payload:
             healthy = [not header.non_finite for header in headers]
-            self._report_non_finite(flight.clock, healthy)
+            self.telemetry.non_finite += healthy.count(False)
+            report_non_finite(flight.clock, healthy, speaks=self._speaks)
             for fragment in flight.fragments:
                 elastic.move_center_(fragment.center.parts, fragment.total.parts)
             if flight.payload.statistics:
                 self.center.statistics.apply(healthy)
+            workers = [_durations(header) for header in headers]
+            if self._automatic is not None and self._automatic.observe(workers):
+                self._pace.restart()
         self.center.join(flight.segments)
 
-    def _report_non_finite(self, clock: int, healthy: Sequence[bool]) -> None:
-        sick = [rank for rank, well in enumerate(healthy) if not well]
-        self.telemetry.non_finite += len(sick)
-        if len(sick) == len(healthy):
-            raise NonFiniteError(
-                f"At step {clock} the weights of every worker were NaN or infinite. Training stops;"
-                " the center holds the last finite weights. Lower the learning rate, clip gradients"
-                " or check the data."
-            )
-        if sick and self._speaks:
-            warnings.warn(
-                f"At step {clock} the weights of worker(s) {sick} were NaN or infinite. Their"
-                " differences were left out of the exchange, and they restarted from the center"
-                " with fresh optimizer state.",
-                stacklevel=2,
-            )
+    def _arrived(self) -> bool:
+        return self._in_flight is not None and self._in_flight.pending.arrived()
+
+
+def _durations(header: Header) -> Durations:
+    return Durations(
+        header.step_microseconds, header.exchange_microseconds, header.cost_microseconds
+    )

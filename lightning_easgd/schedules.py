@@ -41,6 +41,9 @@ class Period:
         if not callable(self.tau):
             self._check(self.tau)
 
+    def __str__(self) -> str:
+        return "callable" if callable(self.tau) else str(self.tau)
+
     @property
     def is_constant(self) -> bool:
         """Whether τ is a number."""
@@ -70,8 +73,8 @@ class Period:
             return int(tau)
         raise ValueError(
             f"tau={tau!r} is not a communication period. Allowed: a whole number of optimizer"
-            " steps, at least 1, or a callable of the optimizer step that returns one (the paper"
-            " uses 1 to 64)."
+            " steps, at least 1 (the paper uses 1 to 64), a callable of the optimizer step that"
+            " returns one, or 'auto'."
         )
 
 

@@ -12,6 +12,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.utilities import rank_zero_info
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
@@ -46,6 +47,7 @@ from lightning_easgd.internals import (
     StrategyRegistry,
 )
 from lightning_easgd.optimizers import LocalOptimizers
+from lightning_easgd.pace import TAU_MAX, TAU_MIN, AutomaticPeriod
 from lightning_easgd.persistence import PersistentStrategy
 from lightning_easgd.resuming import begin_epoch_as_usual
 from lightning_easgd.schedules import Period, Rate, Strength
@@ -74,8 +76,9 @@ class EASGDStrategy(PersistentStrategy):
     bit. Evaluation, checkpoints and the module after ``fit`` are the center.
 
     Args:
-        tau: communication period τ, in optimizer steps: a whole number, or a callable of the
-            optimizer step.
+        tau: communication period τ, in optimizer steps: a whole number, a callable of the
+            optimizer step, or "auto": the smallest at which exchanges hide behind training, found
+            by measuring (see pace.py).
         beta: β = pα, how far the center moves towards the mean of the p workers, in (0, 2).
         alpha: α, how far a worker moves towards the center, in [0, 2/(p+1)).
         rho: elastic strength ρ; α = ηρ with the current learning rate η of each parameter group. At
@@ -96,6 +99,8 @@ class EASGDStrategy(PersistentStrategy):
         compression: how differences travel: None for full precision, "bf16", "fp16", "int8" (a
             quarter of the bytes), "topk" (the largest hundredth), or a Codec. What is lost on the
             way goes with the next exchange.
+        tau_min: the smallest τ that "auto" may choose; None: 1.
+        tau_max: the largest τ that "auto" may choose; None: 64.
         fragments: into how many parts the model is cut, one of which is exchanged every
             tau / fragments steps; every parameter still every ``tau`` steps.
         center_device: "cpu" keeps the center in pinned host memory, and exchanges from there over
@@ -123,7 +128,7 @@ class EASGDStrategy(PersistentStrategy):
     def __init__(
         self,
         *,
-        tau: int | Callable[[int], int] = 10,
+        tau: int | Callable[[int], int] | Literal["auto"] = 10,
         beta: Rate | None = None,
         alpha: Rate | None = None,
         rho: Rate | None = None,
@@ -135,6 +140,8 @@ class EASGDStrategy(PersistentStrategy):
         strict_resume: bool = False,
         exchange_timeout: float | timedelta = timedelta(minutes=5),
         compression: str | Codec | None = None,
+        tau_min: int | None = None,
+        tau_max: int | None = None,
         fragments: int = 1,
         center_device: Literal["cpu"] | None = None,
         bucket_bytes: int = 25 * 2**20,
@@ -165,7 +172,8 @@ class EASGDStrategy(PersistentStrategy):
             start_method=start_method,
         )
         require_choice("center_device", center_device, ("cpu", None))
-        period = Period(tau, require_count("fragments", fragments, "parts of the model"))
+        require_count("fragments", fragments, "parts of the model")
+        period = _choose_period(tau, tau_min, tau_max, int(fragments), overlap=overlap)
         strength = Strength.choose(beta=beta, alpha=alpha, rho=rho)
         self._rules = Rules(period, strength, overlap=overlap, elastic_point=elastic_point)
         self._offload = center_device == "cpu"
@@ -263,9 +271,9 @@ class EASGDStrategy(PersistentStrategy):
 
     def _options(self) -> list[str]:
         """What must be equal on all workers, a line each; callables can't be compared."""
-        period, strength = self._rules.period.tau, self._rules.strength
+        strength = self._rules.strength
         return [
-            f"tau={'callable' if callable(period) else period}",
+            f"tau={self._rules.period}",
             f"{strength.kind}={'callable' if callable(strength.value) else strength.value}",
             f"elastic_point={self._rules.elastic_point}",
             f"buffers={self._buffer_policy}",
@@ -410,3 +418,37 @@ class EASGDStrategy(PersistentStrategy):
                 self._group.close()
                 self._group = None
         super().teardown()
+
+
+def _choose_period(
+    tau: int | Callable[[int], int] | Literal["auto"],
+    tau_min: int | None,
+    tau_max: int | None,
+    fragments: int,
+    *,
+    overlap: bool,
+) -> Period | AutomaticPeriod:
+    """The period that the arguments of the strategy describe.
+
+    Raises:
+        ValueError: they are out of range, or contradict each other.
+    """
+    if tau != "auto":
+        for name, value in {"tau_min": tau_min, "tau_max": tau_max}.items():
+            if value is not None:
+                raise ValueError(
+                    f"{name}={value!r} bounds what tau='auto' may choose, but tau={tau!r} is set."
+                    f" Remove {name}, or set tau='auto'."
+                )
+        return Period(tau, fragments)
+    if not overlap:
+        raise ValueError(
+            "tau='auto' looks for the period at which exchanges hide behind training, and with"
+            " overlap=False none does. Set overlap=True (the same bits), or give tau a number."
+        )
+    return AutomaticPeriod(
+        TAU_MIN if tau_min is None else tau_min,
+        TAU_MAX if tau_max is None else tau_max,
+        fragments,
+        log=rank_zero_info,
+    )

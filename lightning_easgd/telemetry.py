@@ -23,6 +23,10 @@ class Telemetry:
     """Bytes this worker sent for exchanges."""
     bytes_received: int = 0
     """Bytes this worker received for exchanges."""
+    step_seconds: float = 0.0
+    """An optimizer step of this worker, data and all, while no exchange is under way; the mean."""
+    exchange_seconds: float = 0.0
+    """From the start of an exchange to the arrival of its sums; the median."""
     wait_seconds: float = 0.0
     """Seconds this worker stood still for an exchange."""
     consensus_distance: float = 0.0

@@ -11,6 +11,7 @@ ROOT = Path(lightning_easgd.__file__).parent
 
 LAYERS = [
     {"fingerprint", "flat", "random_state", "schedules", "telemetry"},
+    {"pace"},
     {"algorithms", "arguments"},
     {"segments"},
     {"buffers", "communication", "optimizers"},

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_easgd.communication.background import Background
 from lightning_easgd.communication.group import WorkerGroup
 from lightning_easgd.communication.header import Header
 from lightning_easgd.flat import bucket_slices
@@ -50,8 +50,8 @@ class PendingSum:
         what: str,
     ) -> None:
         self.what = what
-        self.waits: list[Callable[[], None]] = []
-        """Each waits for a part of the sums, or raises an ExchangeError."""
+        self.parts: list[tuple[dist.Work | Background, bool]] = []
+        """Each brings a part of the sums; and whether it can be watched, see WorkerGroup.wait."""
         self._header_work = header_work
         self._headers = headers
         self._group = group
@@ -68,14 +68,18 @@ class PendingSum:
         self._group.wait(self._header_work, self.what, patiently=patiently)
         return [Header.unpack(header.tolist()) for header in self._headers]
 
+    def arrived(self) -> bool:
+        """Whether every tensor holds its sum, or an error was met."""
+        return all(work.is_completed() for work in [self._header_work, *(w for w, _ in self.parts)])
+
     def wait(self) -> None:
         """Wait until every tensor holds its sum.
 
         Raises:
             ExchangeError: a worker left or did not answer in time.
         """
-        for wait in self.waits:
-            wait()
+        for work, poll in self.parts:
+            self._group.wait(work, self.what, poll=poll)
 
 
 class AllReduce:
@@ -122,8 +126,7 @@ class AllReduce:
     def join(self, pending: PendingSum, payload: Payload, *, last: bool = False) -> None:
         """Begin to sum as :meth:`start` does, in an exchange whose header has left."""
         for work in self._sum([*payload.differences.values(), *payload.statistics]):
-            wait = partial(self.group.wait, work, pending.what, poll=self.group.polls)
-            pending.waits.append(wait)
+            pending.parts.append((work, self.group.polls))
 
     def round_(self, differences: Iterable[Tensor]) -> None:
         """Replace differences by what is sent of them, where the rest is not held back."""

@@ -134,8 +134,7 @@ class CompressedAllReduce(AllReduce):
             for wire in self._encode(tensor, account)
         ]
         travel = partial(self._travel, wires, payload, accounts)
-        background = Background(travel, differences[0].device)
-        pending.waits.append(partial(self.group.wait, background, pending.what))
+        pending.parts.append((Background(travel, differences[0].device), True))
 
     def sum_bytes(self, payload: Payload, *, last: bool = False) -> int:
         """Bytes that each worker sends, and receives, for sums."""

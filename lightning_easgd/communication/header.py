@@ -71,6 +71,12 @@ class Header:
     """Of the center's bits, 0 where it is not taken."""
     wait_microseconds: int
     """Time the worker has stood still for exchanges so far."""
+    step_microseconds: int = 0
+    """A step of the worker; this and the following as in pace.py."""
+    exchange_microseconds: int = 0
+    """An exchange, from its start to its arrival."""
+    cost_microseconds: int = 0
+    """By how much an exchange lengthens the steps."""
 
     def pack(self) -> list[int]:
         """The fields as integers."""
@@ -79,9 +85,9 @@ class Header:
     @classmethod
     def unpack(cls, values: Sequence[int]) -> Header:
         """The inverse of :meth:`pack`."""
-        clock, fingerprint, announced, place, stop, non_finite, checksum, wait = values
+        clock, fingerprint, announced, place, stop, non_finite, *rest = values
         where, why, sick = Place(place), Stop(stop), bool(non_finite)
-        return cls(clock, fingerprint, announced, where, why, sick, checksum, wait)
+        return cls(clock, fingerprint, announced, where, why, sick, *rest)
 
 
 def verify(headers: Sequence[Header]) -> None:

@@ -1,0 +1,251 @@
+"""The period that is found by measuring: the smallest τ behind which an exchange hides.
+
+[Note: what an exchange costs] Of an exchange, the way of the sum hides behind the τ steps that
+follow, if they take as long. What does not hide is the work at both ends: differences, pull, the
+center's move, and what the network takes from the processor on the way. That is found by comparing:
+rounds with an exchange take longer than as many steps with nothing under way.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_easgd.schedules import is_number
+
+TAU_MIN, TAU_MAX = 1, 64
+"""Where the period is looked for by default: what the paper tried (section 5)."""
+
+_FIRST_TAU = 10
+_ALLOWED_COST = 0.02
+_CHANGE = 0.25
+_FIRST_ROUNDS, _ENOUGH_ROUNDS = 3, 16
+_IDLE_STEPS = 64
+_OUTLIER = 3.0
+_UNSETTLED_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Durations:
+    """What one worker measured, in whole microseconds; 0 where it is not known."""
+
+    step: int = 0
+    """An optimizer step, data and all, while nothing is under way."""
+    exchange: int = 0
+    """An exchange, from its start to the arrival of the sums."""
+    cost: int = 0
+    """By how much an exchange lengthens the steps that it hides behind."""
+
+
+class Pace:
+    """Measures the steps and exchanges of one worker.
+
+    A round is an exchange and the steps up to the next one.
+
+    Args:
+        clock: seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._idle: deque[float] = deque(maxlen=_IDLE_STEPS)
+        self._flights: deque[float] = deque(maxlen=_ENOUGH_ROUNDS)
+        self._rounds: deque[tuple[float, int]] = deque(maxlen=_ENOUGH_ROUNDS)  # seconds and steps
+        self._unsettled = _UNSETTLED_STEPS
+        self._longest = math.inf  # what is longer is something else than a step
+        self.interrupt()
+
+    def restart(self) -> None:
+        """Forget what was measured: it holds no longer."""
+        for measured in (self._idle, self._flights, self._rounds):
+            measured.clear()
+        self._longest = math.inf
+
+    def interrupt(self) -> None:
+        """Forget what is being measured: something else than steps takes its time."""
+        self._last_end: float | None = None
+        self._departure: float | None = None
+        self._round: list[float] | None = None
+        self._exchanged = self._idled = False
+        self._waited = 0.0
+
+    def wait(self, seconds: float) -> None:
+        """The worker stood still."""
+        self._waited += seconds
+
+    def arrive(self) -> None:
+        """The sums that were under way are there."""
+        if self._departure is not None:
+            self._flights.append(self._clock() - self._departure)
+            self._departure = None
+
+    def exchange(self) -> None:
+        """An exchange has started in this step; all before it is over."""
+        if self._round is not None:
+            if not self._idled:
+                self._idle.extend(self._round[1:])  # the best that is known of idle ones
+            self._rounds.append((sum(self._round), len(self._round)))
+        self._round = None if self._last_end is None else []
+        self._exchanged, self._idled = True, False
+        if self._idle:
+            self._longest = _OUTLIER * statistics.median(self._idle)
+        self._departure = self._clock()
+
+    def step(self, arrived: Callable[[], bool]) -> None:
+        """A step has ended; ``arrived`` says whether the sums under way are there."""
+        now = self._clock()
+        if self._unsettled:
+            self._unsettled -= 1
+        elif self._last_end is not None:
+            self._note(now - self._last_end - self._waited)
+        if self._departure is not None and arrived():
+            if self._last_end is not None:  # at some moment between then and now
+                self._departure += min(now - self._last_end, now - self._departure) / 2
+            self.arrive()
+        self._last_end, self._waited, self._exchanged = now, 0.0, False
+
+    def durations(self) -> Durations:
+        """What is known now."""
+        if not self._idle:
+            return Durations()
+        step = statistics.fmean(self._idle)  # not the median: it adds up over a round
+        longer = sum(seconds - count * step for seconds, count in self._rounds)
+        cost = max(0.0, longer / max(1, len(self._rounds)))
+        exchange = statistics.median(self._flights) if self._flights else 0.0
+        return Durations(*(math.ceil(1e6 * seconds) for seconds in (step, exchange, cost)))
+
+    def _note(self, seconds: float) -> None:
+        seconds = min(seconds, self._longest)
+        if self._departure is None and not self._exchanged:
+            self._idle.append(seconds)
+            self._idled = True
+        if self._round is not None:
+            self._round.append(seconds)
+
+
+class AutomaticPeriod:
+    """The smallest τ at which an exchange hides behind training, as far as one can.
+
+    The sums arrive within τ steps, and what cannot hide takes at most 2 % of the time. It is chosen
+    from what all workers measured, by all alike: the slowest worker's step, and the exchange as the
+    last to begin it sees it. It is chosen again when either changes by more than a quarter.
+
+    Args:
+        tau_min: the smallest τ allowed.
+        tau_max: the largest τ allowed.
+        fragments: parts of the model, one of which is exchanged every τ / fragments steps.
+        log: told what was chosen, and why.
+
+    Raises:
+        ValueError: the bounds are no whole numbers, or no multiple of ``fragments`` lies within.
+    """
+
+    is_constant = False
+
+    def __init__(
+        self,
+        tau_min: int = TAU_MIN,
+        tau_max: int = TAU_MAX,
+        fragments: int = 1,
+        *,
+        log: Callable[[str], None] = print,
+    ) -> None:
+        self.fragments = fragments
+        self._bounds = _bounds(tau_min, tau_max, fragments)
+        self._log = log
+        self._chosen_for = Durations()
+        self._rounds = 0
+        self._tau = self._allowed(_FIRST_TAU / fragments)
+
+    def __str__(self) -> str:
+        return f"auto, from {self._bounds[0]} to {self._bounds[1]}"
+
+    def after(self, step: int) -> tuple[int, int]:
+        """τ in force after ``step`` steps, and the next step that begins with an exchange."""
+        return self._tau, step + self._tau // self.fragments
+
+    def observe(self, workers: Sequence[Durations]) -> bool:
+        """Learn what the workers measured; the same on all of them, after every exchange.
+
+        Returns:
+            Whether they must measure afresh, since what they measured has changed.
+        """
+        known = [durations for durations in workers if durations.step and durations.exchange]
+        if not known:
+            return False
+        self._rounds += 1
+        found = Durations(
+            step=max(durations.step for durations in known),
+            exchange=min(durations.exchange for durations in known),
+            cost=sum(durations.cost for durations in known) // len(known),
+        )
+        if self._rounds in (_FIRST_ROUNDS, _ENOUGH_ROUNDS):
+            self._choose(found)
+        changed = self._rounds > _ENOUGH_ROUNDS and self._changed(found)
+        if changed:
+            self._rounds = 0
+        return changed
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint; equal on all workers."""
+        return {"tau": self._tau, "rounds": self._rounds, "chosen_for": vars(self._chosen_for)}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state`, within the bounds."""
+        self._tau = self._allowed(state["tau"] / self.fragments)
+        self._rounds = state["rounds"]
+        self._chosen_for = Durations(**state["chosen_for"])
+
+    def _changed(self, found: Durations) -> bool:
+        before = self._chosen_for
+        longer = abs(found.exchange - before.exchange)
+        return (
+            abs(found.step - before.step) > _CHANGE * before.step
+            # An exchange that is much shorter than a step may be even shorter.
+            or longer > _CHANGE * max(before.exchange, before.step)
+        )
+
+    def _choose(self, found: Durations) -> None:
+        behind = max(1, math.ceil(found.exchange / found.step))
+        rarely = math.ceil(found.cost / (_ALLOWED_COST * found.step))
+        tau = self._allowed(max(behind, rarely))
+        if tau != self._tau or self._chosen_for == Durations():
+            self._log(self._reason(tau, found, behind, rarely))
+        self._tau, self._chosen_for = tau, found
+
+    def _allowed(self, steps_between: float) -> int:
+        least, most = self._bounds
+        return min(max(self.fragments * math.ceil(steps_between), least), most)
+
+    def _reason(self, tau: int, found: Durations, behind: int, rarely: int) -> str:
+        hidden = tau // self.fragments >= behind
+        return (
+            f"tau=auto: {self._tau} -> {tau}. A step takes {found.step / 1e3:.1f} ms and an"
+            f" exchange {found.exchange / 1e3:.1f} ms, which hides behind {behind} step(s); it"
+            f" lengthens them by {found.cost / 1e3:.1f} ms, which is {_ALLOWED_COST:.0%} of"
+            f" {rarely}." + ("" if hidden else f" Exchanges do not hide: tau_max={tau} is smaller.")
+        )
+
+
+def _bounds(tau_min: object, tau_max: object, fragments: int) -> tuple[int, int]:
+    for name, value in {"tau_min": tau_min, "tau_max": tau_max}.items():
+        if not (is_number(value) and value >= 1 and value == int(value)):
+            raise ValueError(
+                f"{name}={value!r} is not allowed. Allowed: a whole number of optimizer steps, at"
+                " least 1."
+            )
+    assert is_number(tau_min)
+    assert is_number(tau_max)
+    least = fragments * math.ceil(tau_min / fragments)
+    most = fragments * math.floor(tau_max / fragments)
+    if most < least:
+        raise ValueError(
+            f"tau_min={tau_min} and tau_max={tau_max} leave no period that is a multiple of"
+            f" fragments={fragments}. Raise tau_max, or lower tau_min or fragments."
+        )
+    return least, most
