@@ -82,7 +82,7 @@ class EmulatedHosts:
         self.count = count
         self._rate_bits = rate_bits
         self._delay = delay
-        self._name = f"emulated-{secrets.token_hex(3)}"
+        self._name = f"emulated-{os.getpid()}-{secrets.token_hex(2)}"
         self._switch = f"{self._name}-switch"
         self._made: list[str] = []
         self._processes: list[subprocess.Popen[Any]] = []

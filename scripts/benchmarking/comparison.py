@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 
@@ -56,11 +57,17 @@ class Comparison:
 
     def run(self) -> bool:
         """Measure what is left; whether nothing is left any more."""
-        if _is_on_cluster() and _rank():
-            self._follow()
+        if _is_on_cluster() and int(os.environ["RANK"]):
+            for job in self._jobs:
+                self._here.run(job)
             return True
         resolved = OmegaConf.to_container(self._cfg, resolve=True)
         results = Results(self._output, {key: resolved[key] for key in _WORKLOAD})
+        if _is_on_cluster() and list(results):
+            raise ValueError(
+                f"{self._output} has results, and on a cluster they are not gone on with. Set"
+                " another hydra.run.dir."
+            )
         for name, reason in self._missing.items():
             print(f"{name} is left out: {reason}", file=sys.stderr)
         left = [job for job in self._jobs if job not in results]
@@ -74,28 +81,16 @@ class Comparison:
 
     def _settings(self) -> list[Setting]:
         cfg = self._cfg
+        if _is_on_cluster():
+            _refuse_on_cluster(cfg)
+            here = Setting("cluster", int(os.environ["WORLD_SIZE"]), cfg.stall)
+            return settings_of(here, self._over, cfg.sweep["values"])
         asked = Setting(cfg.network, cfg.hosts, cfg.stall)
-        if not _is_on_cluster():
-            settings = settings_of(asked, self._over, cfg.sweep["values"])
-            for setting in settings:
-                rate_of(setting.network)
-            if cfg.accelerator == "gpu":
-                raise ValueError(
-                    "accelerator got gpu, but emulated hosts would share one. Start it with"
-                    " torchrun on machines that have their own, or set accelerator=cpu."
-                )
-            if (reason := emulation.unavailable()) is not None:
-                raise ValueError(
-                    f"Hosts cannot be emulated: {reason}. Or start it with torchrun on a cluster."
-                )
-            return settings
-        if self._over not in (None, "stall") or cfg.minutes is not None:
-            raise ValueError(
-                "On a cluster network and hosts are what they are, and results are not gone on"
-                " with. Leave out sweep=bandwidth, sweep=workers and minutes."
-            )
-        here = Setting("cluster", int(os.environ["WORLD_SIZE"]), cfg.stall)
-        return settings_of(here, self._over, cfg.sweep["values"])
+        settings = settings_of(asked, self._over, cfg.sweep["values"])
+        for setting in settings:
+            rate_of(setting.network)
+        _refuse_to_emulate(cfg)
+        return settings
 
     def _run_setting(self, jobs: Sequence[Job], results: Results, progress: Progress) -> bool:
         """Run jobs of one setting; False when time is up."""
@@ -103,7 +98,7 @@ class Comparison:
         if self._is_too_late(jobs[0], progress, start):
             return False
         if _is_on_cluster():
-            return self._run_jobs(self._cluster(), jobs, results, progress)
+            return self._run_jobs(self._here, jobs, results, progress)
         config = self._output / "resolved.yaml"
         OmegaConf.save(self._cfg, config, resolve=True)
         with EmulatedCluster(
@@ -137,13 +132,9 @@ class Comparison:
             progress.end(job, f"{result.samples_per_second:.0f} samples/s")
         return True
 
-    def _follow(self) -> None:
-        """Run all jobs as a worker of a cluster other than worker 0."""
-        cluster = self._cluster()
-        for job in self._jobs:
-            cluster.run(job)
-
-    def _cluster(self) -> Cluster:
+    @cached_property
+    def _here(self) -> Cluster:
+        """This process as one of the cluster's."""
         from benchmarking.job import Workbench
 
         return TorchrunCluster(Workbench(self._cfg), self._cfg.port)
@@ -178,6 +169,26 @@ def _baselines(asked: Sequence[str] | None, contenders: Collection[str]) -> list
     return list(asked)
 
 
+def _refuse_on_cluster(cfg: DictConfig) -> None:
+    if cfg.sweep.over not in (None, "stall") or cfg.minutes is not None:
+        raise ValueError(
+            "On a cluster network and hosts are what they are, and results are not gone on with."
+            " Leave out sweep=bandwidth, sweep=workers and minutes."
+        )
+
+
+def _refuse_to_emulate(cfg: DictConfig) -> None:
+    if cfg.accelerator == "gpu":
+        raise ValueError(
+            "accelerator got gpu, but emulated hosts would share one. Start it with torchrun on"
+            " machines that have their own, or set accelerator=cpu."
+        )
+    if (reason := emulation.unavailable()) is not None:
+        raise ValueError(
+            f"Hosts cannot be emulated: {reason}. Or start it with torchrun on a cluster."
+        )
+
+
 def _check_numbers(cfg: DictConfig) -> None:
     for name in ("tau", "steps", "epochs", "threads"):
         if isinstance(cfg[name], bool) or not isinstance(cfg[name], int) or cfg[name] < 1:
@@ -199,7 +210,3 @@ def _is_number(value: object) -> bool:
 
 def _is_on_cluster() -> bool:
     return "WORLD_SIZE" in os.environ
-
-
-def _rank() -> int:
-    return int(os.environ["RANK"])

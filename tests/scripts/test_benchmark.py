@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import emulation
 import pytest
@@ -147,8 +148,12 @@ def run(folder: Path, *overrides: str, program: tuple[str, ...] = ()) -> str:
     return done.stdout
 
 
-def lines(path: Path) -> dict[str, dict[str, float]]:
-    return {found["contender"]: found for found in map(json.loads, path.read_text().splitlines())}
+def results(folder: Path, name: str = "results") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+def by_contender(found: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {one["contender"]: one for one in found}
 
 
 @needs_hosts
@@ -165,8 +170,8 @@ def test_all_contenders_on_two_hosts_and_going_on_with_it(tmp_path: Path) -> Non
     pytest.importorskip("matplotlib", reason="pip install matplotlib")
     chosen = f"contenders=[{','.join(PLAIN)}]"
     told = run(tmp_path, chosen)
-    found, summary = lines(tmp_path / "results.jsonl"), lines(tmp_path / "summary.jsonl")
-    assert list(found) == list(summary) == PLAIN
+    found = by_contender(results(tmp_path))
+    assert list(found) == [one["contender"] for one in results(tmp_path, "summary")] == PLAIN
     assert all(f": {name}: " in told for name in PLAIN)
     for name, one in found.items():
         assert one["samples_per_second"] > 0
@@ -185,12 +190,12 @@ def test_all_contenders_on_two_hosts_and_going_on_with_it(tmp_path: Path) -> Non
 
     told = run(tmp_path, "contenders=[limit,easgd]", "repetitions=2")
     assert told.count(" samples/s") == 2 + 1  # the second repetition only, and the table
-    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == len(PLAIN) + 2
-    assert lines(tmp_path / "summary.jsonl")["easgd"]["repetitions"] == 2
+    assert len(results(tmp_path)) == len(PLAIN) + 2
+    assert by_contender(results(tmp_path, "summary"))["easgd"]["repetitions"] == 2
 
     told = run(tmp_path, chosen, "repetitions=2", "minutes=0.0001")
     assert "Time is up. The same command with the same hydra.run.dir goes on." in told
-    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == len(PLAIN) + 2
+    assert len(results(tmp_path)) == len(PLAIN) + 2
 
 
 @needs_hosts
@@ -198,7 +203,7 @@ def test_all_contenders_on_two_hosts_and_going_on_with_it(tmp_path: Path) -> Non
 @pytest.mark.usefixtures("nothing_left")
 def test_torchft_on_two_hosts(tmp_path: Path) -> None:
     run(tmp_path, f"contenders=[{','.join(PEERS)}]")
-    found = lines(tmp_path / "results.jsonl")
+    found = by_contender(results(tmp_path))
     assert list(found) == PEERS
     for one in found.values():
         assert 0.9 < one["bytes_to_ring"] < 1.5  # and the talk of its managers
@@ -208,11 +213,15 @@ def test_torchft_on_two_hosts(tmp_path: Path) -> None:
 @pytest.mark.timeout(200)
 def test_under_torchrun_with_accuracies(tmp_path: Path) -> None:
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    options = ["accuracy=true", "epochs=4", "contenders=[limit,local_sgd,ddp,easgd]"]
-    run(tmp_path, *options, program=torchrun)
-    found = lines(tmp_path / "results.jsonl")
-    assert list(found) == ["limit", "local_sgd", "ddp", "easgd"]
-    for one in found.values():
+    options = ["accuracy=true", "epochs=4", "contenders=[limit,local_sgd,easgd]"]
+    stalls = ["sweep.over=stall", "sweep.values=[0,0.001]"]
+    run(tmp_path, *options, *stalls, program=torchrun)
+    found = results(tmp_path)
+    assert [(one["contender"], one["stall"]) for one in found] == [
+        *(("limit", 0), ("local_sgd", 0), ("easgd", 0)),
+        *(("limit", 0.001), ("local_sgd", 0.001), ("easgd", 0.001)),
+    ]
+    for one in found:
         assert (one["network"], one["hosts"]) == ("cluster", 2)
         assert one["steps"] == 180 - 8  # 4 epochs of 44.9 steps, rounded up to whole periods
         assert one["accuracy"] > 0.8
@@ -242,7 +251,7 @@ def test_a_signal_leaves_results_and_no_process(tmp_path: Path, number: signal.S
         finally:
             process.kill()
     assert processes_of(tmp_path) == {}
-    assert lines(tmp_path / "results.jsonl")
+    assert results(tmp_path)
 
 
 @needs_hosts
