@@ -26,7 +26,7 @@ _WORKLOAD = (
     *("accelerator", "threads"),
 )
 
-_START_SECONDS_PER_HOST = 4.0
+_START_SECONDS_PER_HOST = 6.0
 """What it takes to start the agents, about."""
 
 
