@@ -117,7 +117,10 @@ class Contribution:
         self._telemetry.alpha = max([*alphas.values(), default])
         for fragment in self.fragments:
             rates = [alphas.get(id(piece.whole), default) for piece in fragment.pieces]
-            elastic.scale_(fragment.total.views, rates)
+            if len(set(rates)) == 1:
+                elastic.scale_(fragment.total.parts, rates[:1] * len(fragment.total.parts))
+            else:
+                elastic.scale_(fragment.total.views, rates)
         if not last:
             self._round_(self._totals().values())
         return [(fragment, fragment.total.clone()) for fragment in self.fragments]

@@ -13,6 +13,7 @@ import mmap
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -87,7 +88,7 @@ class FlatLayout:
         """The names of the tensors, in order."""
         return [slot.name for slot in self.slots]
 
-    @property
+    @cached_property
     def fingerprint(self) -> int:
         """A hash of names, shapes and precisions, equal on every worker with the same layout."""
         text = ";".join(f"{slot.name}:{slot.shape}:{slot.dtype}" for slot in self.slots)
@@ -149,10 +150,13 @@ class FlatVector:
     def __init__(self, layout: FlatLayout, buffers: Mapping[torch.dtype, Tensor]) -> None:
         self.layout = layout
         self.parts = [buffers[dtype] for dtype in layout.sizes]
-        self.views = [
-            buffers[slot.dtype][slot.offset : slot.offset + slot.numel].view(slot.shape)
-            for slot in self.layout.slots
-        ]
+        pieces = {
+            dtype: iter(
+                torch.split(buffers[dtype], [s.numel for s in layout.slots if s.dtype == dtype])
+            )
+            for dtype in layout.sizes
+        }
+        self.views = [next(pieces[slot.dtype]).view(slot.shape) for slot in layout.slots]
 
     def clone(self) -> FlatVector:
         """A copy with buffers of its own."""
