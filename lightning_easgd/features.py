@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
+from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.utils.data import IterableDataset
 
@@ -41,11 +42,23 @@ def refuse_features(trainer: pl.Trainer, *, sync_batchnorm: bool) -> None:
             " hence at another step than the others. Give a number of batches."
         )
     module = trainer.lightning_module
+    _refuse_synchronized_statistics(module, trainer.world_size)
     tensors = [*module.named_parameters(), *module.named_buffers()]
     if lazy := [name for name, tensor in tensors if is_lazy(tensor)]:
         raise MisconfigurationException(
             f"The lazy layers with {lazy} have no shapes yet, so there is nothing to average."
             " Pass them an example input in configure_model."
+        )
+
+
+def _refuse_synchronized_statistics(module: nn.Module, workers: int) -> None:
+    found = [name for name, part in module.named_modules() if isinstance(part, nn.SyncBatchNorm)]
+    if found and workers > 1:
+        raise MisconfigurationException(
+            f"The nn.SyncBatchNorm layers {found} make all workers wait for each other at every"
+            " step, which EASGD exists to avoid. Use nn.BatchNorm1d, 2d or 3d, or convert back with"
+            " lightning.pytorch.plugins.TorchSyncBatchNorm().revert(module);"
+            " EASGDStrategy(buffers='average') averages the statistics."
         )
 
 

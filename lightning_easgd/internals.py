@@ -54,6 +54,10 @@ class LoopHooks:
         """Call ``action`` before every batch instead of broadcasting a SIGTERM flag."""
         self._replace(self._epoch_loop, "_broadcast_sigterm_tensor", action)
 
+    def after_batch(self, action: Callable[[], None]) -> None:
+        """Call ``action`` when a batch and its hooks are over, ahead of a validation after it."""
+        self._precede(self._epoch_loop, "on_advance_end", action)
+
     def before_validation(self, action: Callable[[], None]) -> None:
         """Call ``action`` before a validation of a fit, ahead of everything that belongs to it."""
         self._precede(self._epoch_loop.val_loop, "run", action)
@@ -166,6 +170,11 @@ def starts_resumed_epoch(trainer: pl.Trainer) -> bool:
     fit_loop, epoch_loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
     resumed = fit_loop.is_resuming or epoch_loop.restarting
     return resumed and epoch_loop.batch_progress.current.ready == 0
+
+
+def stops_early(trainer: pl.Trainer) -> bool:
+    """Whether training ends after this batch because somebody set ``trainer.should_stop``."""
+    return trainer.should_stop and trainer.fit_loop._can_stop_early
 
 
 def logged_step(trainer: pl.Trainer) -> int:

@@ -1,9 +1,4 @@
-"""Checkpoints as Lightning asks a strategy for them: the center, and beside it every worker.
-
-[Note: alone] An exception may be one worker's only, and the others know nothing of it. Whatever
-Lightning does then (its callbacks may save a checkpoint) happens without the others: no collective
-runs, and what is saved is the center as this worker knows it.
-"""
+"""Checkpoints as Lightning asks a strategy for them: the center, and beside it every worker."""
 
 from __future__ import annotations
 
@@ -12,20 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 from lightning_easgd.checkpoint import Gather, Resumed, WorkerCheckpoints
 from lightning_easgd.checkpoint_io import AtomicCheckpointIO
-from lightning_easgd.communication import WorkerGroup, gather
-from lightning_easgd.exchange import Exchange
+from lightning_easgd.collectives import CollectiveStrategy
+from lightning_easgd.communication import gather
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-class PersistentStrategy(DDPStrategy):
+class PersistentStrategy(CollectiveStrategy):
     """Saves and restores the exchange that a subclass sets up.
 
     Args:
@@ -38,8 +32,6 @@ class PersistentStrategy(DDPStrategy):
         options["checkpoint_io"] = options["checkpoint_io"] or AtomicCheckpointIO()
         super().__init__(**options)
         self._strict_resume = strict_resume
-        self._group: WorkerGroup | None = None
-        self._exchange: Exchange | None = None
         self._resumed: Resumed | None = None
 
     @override
@@ -112,30 +104,6 @@ class PersistentStrategy(DDPStrategy):
         rank_zero_info(self._resumed.note(self.world_size))
         for warning in self._resumed.warnings():
             rank_zero_warn(warning)
-
-    @override
-    def barrier(self, *args: Any, **kwargs: Any) -> None:
-        if self._gathered():
-            super().barrier(*args, **kwargs)
-
-    @override
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        return super().broadcast(obj, src) if self._gathered() else obj
-
-    @override
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        return super().reduce_boolean_decision(decision, all) if self._gathered() else decision
-
-    def _gathered(self) -> bool:
-        """Whether all workers are here for a collective of Lightning's; none is if not."""
-        return not self._alone
-
-    @property
-    def _alone(self) -> bool:
-        """Whether this worker handles an exception that the others may know nothing of."""
-        if self._exchange is None or self.lightning_module is None:
-            return False
-        return self.lightning_module.trainer.interrupted and not self._exchange.stopped_together
 
     def _checkpoints(self) -> WorkerCheckpoints:
         collect: Gather = self._group.gather if self._group is not None else gather

@@ -77,7 +77,9 @@ class SignalRelay:
 
     def _end_in_time(self) -> None:
         if not self._trainer.should_stop:
-            rank_zero_info("Time limit reached: all workers end their training together.")
+            rank_zero_info(
+                "All workers end their training together: a time limit is reached, or one stopped."
+            )
         self._trainer.should_stop = True
 
     def _terminate(self, signum: int, _: FrameType | None) -> None:

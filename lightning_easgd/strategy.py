@@ -42,10 +42,7 @@ from lightning_easgd.communication import (
 )
 from lightning_easgd.exchange import ElasticPoint, Exchange, Rules
 from lightning_easgd.features import batches_per_epoch, refuse_features
-from lightning_easgd.internals import (
-    LoopHooks,
-    StrategyRegistry,
-)
+from lightning_easgd.internals import LoopHooks, StrategyRegistry, stops_early
 from lightning_easgd.optimizers import LocalOptimizers
 from lightning_easgd.pace import TAU_MAX, TAU_MIN, AutomaticPeriod
 from lightning_easgd.persistence import PersistentStrategy
@@ -94,8 +91,8 @@ class EASGDStrategy(PersistentStrategy):
         final_exchange: one last exchange at the end of ``fit``.
         strict_resume: whether it is an error if the own state of a worker is missing or damaged in
             the checkpoint that training resumes from; else that worker starts at the center.
-        exchange_timeout: how long an exchange waits for workers that do not come, in seconds or as
-            a timedelta, before an error names them.
+        exchange_timeout: how long a worker waits for others that do not come, in exchanges and in
+            other collectives of ``fit``, in seconds or as a timedelta, before an error names them.
         compression: how differences travel: None for full precision, "bf16", "fp16", "int8" (a
             quarter of the bytes), "topk" (the largest hundredth), or a Codec. What is lost on the
             way goes with the next exchange.
@@ -112,7 +109,8 @@ class EASGDStrategy(PersistentStrategy):
         checkpoint_io: how checkpoints are written.
         precision_plugin: the precision plugin.
         process_group_backend: "nccl", "gloo", ...; None chooses by device.
-        timeout: how long a collective of Lightning's may take before it fails.
+        timeout: how long a collective of Lightning's may take before it fails, where training is
+            not set up.
         start_method: how the workers of this node are started.
         **unsupported: refused, with the reason.
 
@@ -253,6 +251,7 @@ class EASGDStrategy(PersistentStrategy):
         """Make the workers equal instead of wrapping the module: no gradient is ever reduced."""
         module = self.lightning_module
         assert module is not None
+        assert self._timeout is not None
         self._group = WorkerGroup(
             self._exchange_timeout,
             self._timeout,
@@ -328,14 +327,26 @@ class EASGDStrategy(PersistentStrategy):
             self._resumed = None  # as large as the worker's state
         self._hooks.on_time_limit(self._signals.time_is_over)
         self._uneven = len(set(batches)) > 1 or None in batches
-        if self._uneven:
-            self._hooks.before_validation(lambda: self._meet(Place.VALIDATION))
-            self._hooks.before_epoch_end(lambda: self._meet(Place.EPOCH_END))
+        self._hooks.after_batch(self._after_batch)
+        self._hooks.before_validation(lambda: self._meet_if_uneven(Place.VALIDATION))
+        self._hooks.before_epoch_end(lambda: self._meet_if_uneven(Place.EPOCH_END))
 
     def _before_batch(self) -> None:
         # Between exchanges nobody waits for anybody, but whoever leaves, leaves with all others.
         if self._exchange is not None and self._exchange.stopping.by_exception:
             self._meet(Place.STOP)
+
+    def _after_batch(self) -> None:
+        assert self._exchange is not None
+        assert self.lightning_module is not None
+        if stops_early(self.lightning_module.trainer):
+            # Perhaps on this worker alone: the others are told, and waited for, from now on.
+            self._exchange.request_stop(Stop.ENOUGH)
+            self._uneven = True
+
+    def _meet_if_uneven(self, place: Place) -> None:
+        if self._uneven:
+            self._meet(place)
 
     def _meet(self, place: Place) -> None:
         """Wait for workers that have more batches than this one, answering their exchanges."""
@@ -347,8 +358,8 @@ class EASGDStrategy(PersistentStrategy):
     @override
     def _gathered(self) -> bool:
         gathered = super()._gathered()
-        if gathered and self._uneven and self._exchange is not None and self._exchange.trains:
-            self._meet(Place.COLLECTIVE)
+        if gathered and self._exchange is not None and self._exchange.trains:
+            self._meet_if_uneven(Place.COLLECTIVE)
         return gathered
 
     @override
@@ -400,6 +411,7 @@ class EASGDStrategy(PersistentStrategy):
         if self._exchange is not None:
             self._exchange.center.show_worker()
         if self._group is not None:
+            self._group.explain(exception)
             self._group.abandon(f"ended with {type(exception).__name__}: {exception}")
         super().on_exception(exception)
 
@@ -414,9 +426,9 @@ class EASGDStrategy(PersistentStrategy):
                 # Resumed from the end of training: Lightning runs no loop, and ends none.
                 self._exchange.finish(exchange=self._final_exchange)
             self._exchange = self._center = None
-            if self._group is not None:
-                self._group.close()
-                self._group = None
+        if self._group is not None:
+            self._group.close()
+            self._group = None
         super().teardown()
 
 

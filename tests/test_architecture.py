@@ -21,6 +21,7 @@ LAYERS = [
     {"transit"},
     {"exchange", "internals"},
     {"checkpoint", "checkpoint_io", "features", "resuming", "signals"},
+    {"collectives"},
     {"persistence"},
     {"strategy"},
     {"callbacks"},
@@ -28,7 +29,7 @@ LAYERS = [
 """From low to high; a module imports only from lower layers, or from its own folder."""
 
 LIGHTNING = {
-    *("checkpoint_io", "features", "internals", "resuming", "signals"),
+    *("checkpoint_io", "collectives", "features", "internals", "resuming", "signals"),
     *("persistence", "strategy", "callbacks", "workloads", "__init__"),
 }
 DISTRIBUTED = {"communication"}

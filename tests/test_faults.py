@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchmetrics
 from processes import Workers, free_port, run_workers
 from toy import Toy, loader, trainer
 
@@ -21,6 +22,7 @@ from lightning_easgd import EASGDStrategy
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 STEPS = 24
+HERE = Path(__file__).parent
 
 
 def disturbed(rank: int, who: int, at: int, what: Any, timeout: float) -> Any:
@@ -62,6 +64,88 @@ def test_the_others_end_with_an_error_that_names_the_missing(who: int, what: Any
         assert f"Worker {who} " in outcome.message
     if what is fail and who:
         assert all("ended with ZeroDivisionError: bad batch" in o.message for o in ended)
+
+
+def in_validation(rank: int, collective: Any) -> None:
+    """Train and validate; worker 2 stops where the others enter a collective."""
+    module = Toy(SGD)
+    module.validation_step = lambda batch, batch_idx: None
+
+    def on_validation_epoch_end() -> None:
+        if rank == 2:
+            stop()
+        collective(module)
+
+    module.on_validation_epoch_end = on_validation_epoch_end
+    fitting = trainer(3, EASGDStrategy(tau=4, exchange_timeout=2.0), num_sanity_val_steps=0)
+    fitting.fit(module, loader(rank, 6), loader(rank, 2))
+
+
+def barrier(module: Toy) -> None:
+    module.trainer.strategy.barrier()
+
+
+def broadcast(module: Toy) -> None:
+    module.trainer.strategy.broadcast("a path", src=2)
+
+
+def reduction(module: Toy) -> None:
+    module.log("loss", torch.ones(()), sync_dist=True)
+
+
+def gathering(module: Toy) -> None:
+    module.all_gather(torch.ones(2))
+
+
+@pytest.mark.parametrize("collective", [barrier, broadcast, reduction, gathering])
+def test_lightnings_collectives_name_the_missing_and_the_last_exchange(collective: Any) -> None:
+    with Workers(in_validation, collective, workers=3) as group:
+        ended = group.collect(40, without=2)
+    for outcome in ended:
+        assert outcome.error == "ExchangeError", outcome
+        assert f"Lightning's {collective.__name__} at step 6, after exchange 1" in outcome.message
+        assert "Worker 2 gave no sign of life" in outcome.message
+
+
+def metric(module: Toy) -> None:
+    mean = torchmetrics.MeanMetric()
+    mean.update(1.0)
+    mean.compute()
+
+
+def users(module: Toy) -> None:
+    torch.distributed.all_reduce(torch.ones(2))
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.distributed, "set_timeout"), reason="gloo keeps its first timeout"
+)
+@pytest.mark.parametrize("collective", [metric, users])
+def test_collectives_of_metrics_and_users_end_and_name_the_missing(collective: Any) -> None:
+    with Workers(in_validation, collective, workers=3) as group:
+        ended = group.collect(40, without=2)
+    for outcome in ended:
+        assert outcome.error == "RuntimeError", outcome
+        assert "gloo" in outcome.message
+        assert "Worker 2 gave no sign of life" in outcome.message
+
+
+def in_set_up(rank: int, who: int, what: Any) -> None:
+    """Worker ``who`` does ``what`` to itself before training is set up."""
+    module, strategy = Toy(SGD), EASGDStrategy(timeout=timedelta(seconds=3))
+    module.configure_model = what if rank == who else (lambda: None)
+    trainer(3, strategy).fit(module, loader(rank, STEPS))
+
+
+@pytest.mark.parametrize("who", [0, 2])
+@pytest.mark.parametrize("what", [fail, kill, stop])
+def test_nobody_waits_in_set_up_for_who_does_not_come(who: int, what: Any) -> None:
+    with Workers(in_set_up, who, what, workers=3) as group:
+        ended = group.collect(60, without=who)
+    for outcome in ended:
+        assert outcome.error == "ExchangeError", outcome
+        assert "The set-up of training could not be completed" in outcome.message
+        assert f"Worker {who} " in outcome.message
 
 
 def late(rank: int) -> Any:
@@ -112,7 +196,7 @@ def test_a_process_whose_peer_stopped_leaves_the_interpreter(tmp_path: Path) -> 
     script = tmp_path / "user.py"
     script.write_text(SCRIPT)
     shared = os.environ | {
-        "PYTHONPATH": str(Path(__file__).parent),
+        "PYTHONPATH": f"{HERE.parent}:{HERE}",
         "OMP_NUM_THREADS": "1",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),

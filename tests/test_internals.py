@@ -25,9 +25,9 @@ CLASSES = {
         *("_sigterm_notifier_fn", "_slurm_sigusr_handler_fn"),
     ],
     f"{PYTORCH}.loops.training_epoch_loop:_TrainingEpochLoop": [
-        *("_broadcast_sigterm_tensor", "on_run_start"),
+        *("_broadcast_sigterm_tensor", "on_run_start", "on_advance_end"),
     ],
-    f"{PYTORCH}.loops.fit_loop:_FitLoop": ["on_advance_end", "is_resuming"],
+    f"{PYTORCH}.loops.fit_loop:_FitLoop": ["on_advance_end", "is_resuming", "_can_stop_early"],
     f"{PYTORCH}.loops.evaluation_loop:_EvaluationLoop": ["run"],
     f"{PYTORCH}.strategies:DDPStrategy": ["_configure_launcher"],
     "lightning.fabric.strategies.registry:_StrategyRegistry": ["register"],
@@ -76,7 +76,7 @@ def test_the_flag_is_broadcast_before_every_batch_of_several_workers() -> None:
 def test_no_other_module_uses_a_private_name_of_lightnings() -> None:
     root = Path(lightning_easgd.__file__).parent
     ours = {"_wrap", "_foreach_copy_", "_foreach_sub_", "_foreach_mul_", "_foreach_add_"}
-    torchs = {"_buffers", "_non_persistent_buffers_set", "_get_default_store"}
+    torchs = {"_buffers", "_non_persistent_buffers_set", "_get_default_store", "_set_pg_timeout"}
     for path in root.rglob("*.py"):
         if path.name == "internals.py":
             continue

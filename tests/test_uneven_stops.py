@@ -158,6 +158,62 @@ def test_a_signal_while_waiting_at_the_end_is_not_lost() -> None:
     assert results[0][0] == "SIGTERMException"
 
 
+class Stopping(Toy):
+    """Sets ``trainer.should_stop`` after a batch, and counts its validations."""
+
+    def __init__(self, at: int | None) -> None:
+        super().__init__(SGD)
+        self.at, self.validations = at, 0
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.global_step == self.at:
+            self.trainer.should_stop = True
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.validations += 1
+        self.log("size", self.w.norm(), sync_dist=True)
+
+
+def should_stop(rank: int, folder: Path, at: list[int | None], counts: list[int]) -> Any:
+    module, saving = Stopping(at[rank]), ModelCheckpoint(folder, monitor="size")
+    options = {"max_epochs": 3, "callbacks": [saving], "enable_checkpointing": True}
+    fitting = trainer(2, EASGDStrategy(tau=4, exchange_timeout=5), **options)
+    fitting.fit(module, loader(rank, counts[rank]), loader(0, 1))
+    assert fitting.current_epoch == 1
+    return fitting.global_step, module.validations, weights(module)["w"].tobytes()
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+@pytest.mark.parametrize("counts", [[24, 24], [24, 30]])
+@pytest.mark.parametrize(
+    ("at", "steps"), [([10, None], [10, 17]), ([None, 12], [17, 12]), ([10, 10], [10, 10])]
+)
+def test_who_stops_alone_waits_for_the_others_who_stop_within_two_rounds(
+    at: list[int | None], steps: list[int], counts: list[int], tmp_path: Path
+) -> None:
+    results = run_workers(should_stop, tmp_path, at, counts, workers=2, timeout=40)
+    assert [taken for taken, *_ in results] == steps
+    assert [validations for _, validations, _ in results] == [2, 2]  # the first is Lightning's own
+    assert results[0][2] == results[1][2]
+    assert len(list(tmp_path.glob("*.ckpt"))) == 1
+
+
+def too_late(rank: int, folder: Path) -> None:
+    """Worker 0 stops by itself when an epoch is over; the other begins the next one."""
+    module = Toy(SGD)
+    if rank == 0:
+        module.on_train_epoch_end = lambda: setattr(module.trainer, "should_stop", True)
+    saving = {"enable_checkpointing": True, "default_root_dir": folder}
+    strategy = EASGDStrategy(tau=4, exchange_timeout=1)
+    trainer(2, strategy, max_epochs=2, **saving).fit(module, loader(rank, 10))
+
+
+def test_who_stops_alone_where_others_save_without_it_is_an_error_on_all(tmp_path: Path) -> None:
+    for outcome in run_workers(too_late, tmp_path, workers=2, timeout=40, check=False):
+        assert outcome.error == "ExchangeError"
+        assert "All workers are alive, but one is too late, or waits for" in outcome.message
+
+
 def after_finder(rank: int, folder: Path) -> Any:
     os.chdir(folder)
     module = Toy(SGD)
@@ -176,6 +232,21 @@ def after_finder(rank: int, folder: Path) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Exchange, "meet", lambda self, at: [places.append(at), meet(self, at)][1])
         return *ended(fitting, module, loader(rank, [20, 21][rank])), places
+
+
+def after_short_search(rank: int, folder: Path) -> int:
+    os.chdir(folder)
+    module = Toy(SGD)
+    module.lr = 0.1
+    finder = LearningRateFinder(num_training_steps=30, early_stop_threshold=0.9)
+    fitting = trainer(2, EASGDStrategy(tau=2), callbacks=[finder])
+    fitting.fit(module, loader(rank, 40))
+    assert len(finder.optimal_lr.results["lr"]) < 30
+    return fitting.global_step
+
+
+def test_a_search_that_stops_early_does_not_stop_the_training_after_it(tmp_path: Path) -> None:
+    assert run_workers(after_short_search, tmp_path, workers=2, timeout=40) == [40, 40]
 
 
 def test_signals_are_passed_on_after_the_learning_rate_finder(tmp_path: Path) -> None:

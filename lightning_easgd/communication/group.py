@@ -1,23 +1,35 @@
-"""The workers that share a center: their process groups, and what they agree on at set-up."""
+"""The workers that share a center: their process groups, and what they agree on at set-up.
+
+[Note: whose collectives] Exchanges are not the only place where a worker that is gone is waited
+for. Lightning's own collectives (barriers, decisions, reduced metrics) go through the group as well
+while training is set up, so that waiting for them ends in time and tells who is missing. Those that
+torchmetrics, or the user, calls on torch's default group cannot be watched: that group waits no
+longer than the workers do meanwhile, and who is missing is added to the error. Older torch (2.6 is
+one) does not let gloo change its timeout (pytorch/pytorch#165422); there they wait for all of it.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import pickle
 import time
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 
 from lightning_easgd.communication.background import Background
 from lightning_easgd.communication.header import ExchangeError
 from lightning_easgd.communication.liveness import Liveness
 
 _NEVER = timedelta(days=30)
+_numbers = itertools.count()
 _POLL_SECONDS = 1e-4
 _SLOWEST_POLL_SECONDS = 2e-3
 
@@ -26,13 +38,14 @@ class WorkerGroup:
     """All workers, in process groups that no other communication shares.
 
     Headers and agreements use gloo on the host, so reading them never waits for an accelerator;
-    sums use the backend of the default group. Creating a group is collective: every worker must do
-    it.
+    sums use the backend of the default group. What Lightning asks for has a group of its own, for
+    it may be asked for in the middle of an exchange. Creating a group is collective: every worker
+    must do it.
 
     Args:
         timeout: how long this worker waits for others; see :meth:`wait`.
-        device_timeout: what torch allows a sum on an accelerator from its start on, which is up to
-            a round before anybody waits for it.
+        lightnings_timeout: of the default group. Also what torch allows a sum on an accelerator
+            from its start on, which is up to a round before anybody waits for it.
         apart: whether sums get a group of their own where the headers' would do.
         from_host: whether sums are of tensors in host memory, whatever the default group is for.
     """
@@ -40,7 +53,7 @@ class WorkerGroup:
     def __init__(
         self,
         timeout: timedelta,
-        device_timeout: timedelta | None,
+        lightnings_timeout: timedelta,
         *,
         apart: bool = False,
         from_host: bool = False,
@@ -49,14 +62,24 @@ class WorkerGroup:
         self.polls = backend == "gloo"
         """Whether a sum ends when its data is there, so that it can be watched."""
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self._abandoned = False
+        self._lightnings_timeout = lightnings_timeout
+        self._timeout = lightnings_timeout.total_seconds()
+        self._liveness = Liveness(self.rank, self.size, f"workers-{next(_numbers)}")
+        making = Background(partial(self._make_groups, apart), torch.device("cpu"))
+        self.wait(making, "The set-up of training")
+        if not self.polls:
+            self.data = _new_group(backend, lightnings_timeout)
+        self._timeout = timeout.total_seconds()
+        _set_default_timeout(min(timeout, lightnings_timeout))
+
+    def _make_groups(self, apart: bool) -> None:
+        if dist.get_backend() == "gloo":
+            dist.barrier()  # fails at once if a worker is killed before; making groups does not
         # gloo counts from the start of a collective too; wait() counts from when somebody waits.
         self.control = _new_group("gloo", _NEVER)
-        if self.polls:
-            self.data = _new_group("gloo", _NEVER) if apart else self.control
-        else:
-            self.data = _new_group(backend, device_timeout)
-        self._timeout = timeout.total_seconds()
-        self._liveness = Liveness(self.rank, self.size, self.control.group_name)
+        self.data = _new_group("gloo", _NEVER) if self.polls and apart else self.control
+        self._guests = _new_group("gloo", _NEVER)
 
     def broadcast_(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite tensors with those of worker 0."""
@@ -93,6 +116,62 @@ class WorkerGroup:
         assert work is not None
         self.wait(work, "An agreement between the workers")
         return everybody
+
+    def barrier(self, what: str) -> None:
+        """Wait for all workers, for Lightning.
+
+        Args:
+            what: Lightning asks for, for the message.
+
+        Raises:
+            ExchangeError: a worker left or did not come in time.
+        """
+        self._wait_for_guests(dist.barrier(group=self._guests, async_op=True), what)
+
+    def broadcast(self, value: Any, src: int, what: str) -> Any:
+        """The picklable value of worker ``src``, for Lightning; raises as :meth:`barrier` does."""
+        content = bytearray(pickle.dumps(value) if self.rank == src else b"")
+        size = torch.tensor([len(content)])
+        self._wait_for_guests(dist.broadcast(size, src, group=self._guests, async_op=True), what)
+        if self.rank != src:
+            content = bytearray(int(size))
+        data = torch.frombuffer(content, dtype=torch.uint8)
+        self._wait_for_guests(dist.broadcast(data, src, group=self._guests, async_op=True), what)
+        return value if self.rank == src else pickle.loads(content)
+
+    def reduce_(self, tensor: Tensor, op: Any, what: str) -> Tensor:
+        """Reduce a tensor over all workers in place, for Lightning; raises as :meth:`barrier` does.
+
+        Args:
+            tensor: on a device that the default group is for.
+            op: torch's, or its name; "mean" and "avg" are the mean.
+            what: Lightning asks for, for the message.
+        """
+        mean = isinstance(op, str) and op.lower() in ("mean", "avg")
+        if isinstance(op, str):
+            op = dist.ReduceOp.SUM if mean else getattr(dist.ReduceOp, op.upper())
+        if dist.get_backend() == "gloo":
+            work = dist.all_reduce(tensor, op, group=self._guests, async_op=True)
+            self._wait_for_guests(work, what)
+        else:
+            # Nothing on an accelerator can be watched; but nobody is missing now.
+            self.barrier(what)
+            dist.all_reduce(tensor, op)
+        return tensor.copy_(tensor / self.size) if mean else tensor
+
+    def _wait_for_guests(self, work: dist.Work | None, what: str) -> None:
+        assert work is not None
+        self.wait(work, what)
+
+    def is_default(self, group: dist.ProcessGroup | None) -> bool:
+        """Whether a group that Lightning was given is that of all workers."""
+        return group is None or group is dist.group.WORLD
+
+    def explain(self, error: BaseException) -> None:
+        """Add who is missing to an error of torch's, out of a collective that is not watched."""
+        gloos = type(error) is RuntimeError and "gloo" in str(error)
+        if gloos or isinstance(error, dist.DistError):
+            error.args = (f"{error} {self._liveness.judge()}",)
 
     def wait(
         self, work: dist.Work | Background, what: str, *, poll: bool = True, patiently: bool = False
@@ -158,14 +237,20 @@ class WorkerGroup:
         are kept for as long as the process lives, the shutdown of the interpreter included.
         """
         self._liveness.stop(reason)
-        for group in dict.fromkeys([self.control, self.data]):
+        self._abandoned = True
+        for group in self._groups():
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
     def close(self) -> None:
-        """Leave the groups; nothing may be in flight."""
-        self._liveness.stop()
-        for group in dict.fromkeys([self.control, self.data]):
-            dist.destroy_process_group(group)
+        """Leave the groups, unless they were abandoned; else nothing may be in flight."""
+        _set_default_timeout(self._lightnings_timeout)
+        if not self._abandoned:
+            self._liveness.stop()
+            for group in self._groups():
+                dist.destroy_process_group(group)
+
+    def _groups(self) -> list[dist.ProcessGroup]:
+        return [*dict.fromkeys([self.control, self.data, self._guests])]
 
 
 def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
@@ -190,6 +275,12 @@ def _new_group(backend: str, timeout: timedelta | None) -> dist.ProcessGroup:
     group = dist.new_group(backend=backend, timeout=timeout)
     assert isinstance(group, dist.ProcessGroup)
     return group
+
+
+def _set_default_timeout(timeout: timedelta) -> None:
+    # Public since torch 2.14 or so.
+    set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
+    set_timeout(timeout)
 
 
 def _signature(module: nn.Module) -> list[str]:

@@ -20,7 +20,7 @@ class Stop(IntEnum):
 
     NO = 0
     ENOUGH = 1
-    """The time limit: training ends as if it had reached its last step."""
+    """A time limit, or trainer.should_stop: training ends as if it had reached its last step."""
     INTERRUPTED = 2
     """Ctrl-C (SIGINT)."""
     TERMINATED = 3
@@ -135,7 +135,8 @@ def verify_places(headers: Sequence[Header]) -> None:
             {who: h.place.name.lower().replace("_", " ") for who, h in _named(headers).items()},
             "Workers wait for each other at different places",
             "With different numbers of batches, validate and save at the end of epochs, end by"
-            " max_epochs, and give every worker a batch in every epoch.",
+            " max_epochs, and give every worker a batch in every epoch. Set trainer.should_stop on"
+            " all workers, or in a hook of a batch.",
         )
 
 

@@ -41,6 +41,7 @@ class Liveness:
         self._store = _PrefixStore(f"easgd-{name}", distributed_c10d._get_default_store())
         self._end = threading.Event()
         self._reason = ""
+        self._answered = True
         self.verdict = ""
         """What the first worker that an exchange failed on found out; empty while all goes well."""
         self._store.set(f"left/{rank}", "")
@@ -52,7 +53,8 @@ class Liveness:
         """End the sign of life; ``reason`` is what the others are told."""
         self._reason = reason
         self._end.set()
-        self._thread.join(_ANSWER_SECONDS)
+        if self._answered:
+            self._thread.join(_ANSWER_SECONDS)
 
     def missing(self) -> dict[int, str]:
         """Workers that are gone, each with what is known; takes some seconds."""
@@ -62,6 +64,7 @@ class Liveness:
         reading.join(_PATIENCE_SECONDS + _ANSWER_SECONDS)
         if found:
             return found[0]
+        self._answered = False
         # The store lives in worker 0, or in what started the workers.
         return {0: "cannot be reached, and with it who else is there"} if self._rank else {}
 
@@ -76,18 +79,21 @@ class Liveness:
         verdict = (
             "; ".join(f"Worker {rank} {reason}" for rank, reason in missing.items()) + "."
             if missing
-            else "All workers are alive, but one is too late, or the network between them failed."
+            else "All workers are alive, but one is too late, or waits for something else, or the"
+            " network between them failed."
         )
         alive = set(range(self._workers)) - missing.keys() - {self._rank}
-        publishing = threading.Thread(target=self._publish, args=(verdict, alive), daemon=True)
-        publishing.start()
-        publishing.join(_ANSWER_SECONDS)
+        if self._answered:
+            publishing = threading.Thread(target=self._publish, args=(verdict, alive), daemon=True)
+            publishing.start()
+            publishing.join(_ANSWER_SECONDS)
         return verdict
 
     def _publish(self, verdict: str, alive: Iterable[int]) -> None:
         try:
             if not self._store.check([_VERDICT]):
                 self._store.set(_VERDICT, verdict)
+            self._store.set(f"read/{self._rank}", "")
             read = [f"read/{rank}" for rank in alive]
             # Only worker 0 may take the store with it.
             while self._rank == 0 and not self._store.check(read):
@@ -98,6 +104,9 @@ class Liveness:
     def _missing(self) -> dict[int, str]:
         others = [rank for rank in range(self._workers) if rank != self._rank]
         try:
+            absent = [rank for rank in others if not self._store.check([f"count/{rank}"])]
+            if absent:
+                return dict.fromkeys(absent, "did not come, or ended before")
             before = {rank: self._store.get(f"count/{rank}") for rank in others}
             time.sleep(_PATIENCE_SECONDS)
             after = {rank: self._store.get(f"count/{rank}") for rank in others}

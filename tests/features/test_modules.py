@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.plugins import TorchSyncBatchNorm
 from processes import run_workers
 from spring import Validated, assert_like_on_a_spring, state, training
 from torch import Tensor, nn
@@ -170,6 +171,21 @@ def test_a_lazy_module_that_has_not_is_refused() -> None:
         assert outcome.error == "MisconfigurationException"
         assert "net.0.weight" in outcome.message
         assert "configure_model" in outcome.message
+
+
+def fit_normalized(rank: int, convert: Any) -> None:
+    layers = partial(nn.Sequential, nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    module = convert(Net(layers))
+    trainer(2, EASGDStrategy(tau=3)).fit(module, loader(rank, 8, torch.float32))
+
+
+def test_a_module_that_was_converted_to_synchronized_statistics_is_refused() -> None:
+    convert = nn.SyncBatchNorm.convert_sync_batchnorm
+    for outcome in run_workers(fit_normalized, convert, workers=2, check=False):
+        assert outcome.error == "MisconfigurationException"
+        assert "['net.1']" in outcome.message
+        assert "TorchSyncBatchNorm().revert(module)" in outcome.message
+    run_workers(fit_normalized, lambda m: TorchSyncBatchNorm().revert(convert(m)), workers=2)
 
 
 class BuffersOnly(Validated):

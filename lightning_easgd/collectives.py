@@ -1,0 +1,85 @@
+"""Lightning's own collectives, through the workers' group while training is set up.
+
+[Note: alone] An exception may be one worker's only, and the others know nothing of it. Whatever
+Lightning does then (its callbacks may save a checkpoint) happens without the others: no collective
+runs, and what is saved is the center as this worker knows it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_easgd.communication import WorkerGroup
+from lightning_easgd.exchange import Exchange
+
+
+class CollectiveStrategy(DDPStrategy):
+    """Ends Lightning's collectives when a worker is missing, from set-up to tear-down of a fit.
+
+    Args:
+        **options: of DDPStrategy.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._group: WorkerGroup | None = None
+        self._exchange: Exchange | None = None
+
+    @override
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        if self._gathered():
+            if self._group is None:
+                super().barrier(*args, **kwargs)
+            else:
+                self._group.barrier(self._place("barrier"))
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        if not self._gathered():
+            return obj
+        if self._group is None:
+            return super().broadcast(obj, src)
+        return self._group.broadcast(obj, src, self._place("broadcast"))
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        return super().reduce_boolean_decision(decision, all) if self._gathered() else decision
+
+    @override
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        if self._alone:
+            return tensor
+        if self._group is None or not self._group.is_default(group):
+            return super().reduce(tensor, group, reduce_op)
+        if not isinstance(tensor, Tensor):
+            return tensor
+        return self._group.reduce_(tensor, reduce_op, self._place("reduction"))
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        # It may be differentiated, which the group's collectives are not made for.
+        if self._group is not None and self._group.is_default(group):
+            self._group.barrier(self._place("gathering"))
+        return super().all_gather(tensor, group, sync_grads)
+
+    def _gathered(self) -> bool:
+        """Whether all workers are here for a collective of Lightning's; none is if not."""
+        return not self._alone
+
+    @property
+    def _alone(self) -> bool:
+        """Whether this worker handles an exception that the others may know nothing of."""
+        if self._exchange is None or self.lightning_module is None:
+            return False
+        return self.lightning_module.trainer.interrupted and not self._exchange.stopped_together
+
+    def _place(self, what: str) -> str:
+        """A collective of Lightning's in words, and where in training it is."""
+        if self._exchange is None:
+            return f"Lightning's {what} while training is set up"
+        exchanges = self._exchange.telemetry.exchanges
+        return f"Lightning's {what} at step {self._exchange.clock}, after exchange {exchanges},"
