@@ -278,10 +278,10 @@ class Exchange:
     def _reopen(self) -> None:
         # The learning-rate finder ends a training of its own before the one that it was called in.
         self._finished = self._last_header_left = False
-        if not self._stop_agreed.by_exception:
-            self._stop_agreed = self.stopping = Stop.NO
-        if not self._stop_requested.by_exception:
-            self._stop_requested = Stop.NO
+        if not self._transit.stop_agreed.by_exception:
+            self._transit.stop_agreed = self.stopping = Stop.NO
+        if not self._transit.stop_requested.by_exception:
+            self._transit.stop_requested = Stop.NO
 
     def _begin_due(self) -> Pull:
         # Stops at an exchange, not when a header is read: that is not the same step on all workers.
