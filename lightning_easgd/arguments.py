@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
+from typing import Literal
 
-from lightning_easgd.schedules import is_number
+from lightning_easgd.pace import TAU_MAX, TAU_MIN, AutomaticPeriod
+from lightning_easgd.schedules import Period, is_number
 
 _GRADIENT_REDUCTION = {
     "broadcast_buffers",
@@ -86,6 +88,48 @@ def require_duration(name: str, value: float | timedelta) -> timedelta:
     raise ValueError(
         f"{name}={value!r} is not allowed. Allowed: a positive number of seconds, or a positive"
         " datetime.timedelta."
+    )
+
+
+def choose_period(
+    tau: int | Callable[[int], int] | Literal["auto"],
+    bounds: tuple[int | None, int | None],
+    fragments: int,
+    *,
+    overlap: bool,
+    log: Callable[[str], None],
+) -> Period | AutomaticPeriod:
+    """The communication period.
+
+    Args:
+        tau: a number, a callable of the step, or "auto".
+        bounds: ``tau_min`` and ``tau_max``, of what "auto" may choose; None for the default.
+        fragments: parts of the model that are exchanged in turn.
+        overlap: whether exchanges hide behind training.
+        log: told what "auto" chose, and why.
+
+    Raises:
+        ValueError: they are out of range, or contradict each other.
+    """
+    if tau != "auto":
+        for name, value in zip(("tau_min", "tau_max"), bounds, strict=True):
+            if value is not None:
+                raise ValueError(
+                    f"{name}={value!r} bounds what tau='auto' may choose, but tau={tau!r} is set."
+                    f" Remove {name}, or set tau='auto'."
+                )
+        return Period(tau, fragments)
+    if not overlap:
+        raise ValueError(
+            "tau='auto' looks for the period at which exchanges hide behind training, and with"
+            " overlap=False none does. Set overlap=True (the same bits), or give tau a number."
+        )
+    least, most = bounds
+    return AutomaticPeriod(
+        TAU_MIN if least is None else least,
+        TAU_MAX if most is None else most,
+        fragments,
+        log=log,
     )
 
 

@@ -86,7 +86,7 @@ class Contribution:
             last: whether the differences travel as they are.
 
         Returns:
-            What the worker is owed by :meth:`pull_worker`, and what it adds to the sums.
+            What the worker is owed by :func:`pull_worker`, and what it adds to the sums.
         """
         pull = self._scale(clock, last) if self.healthy else self._leave_out()
         statistics = self._center.statistics.contribute(self.healthy) if turn == 0 else []
@@ -105,11 +105,6 @@ class Contribution:
         self._leave_out()
         return Payload(self._totals())
 
-    def pull_worker(self, pull: Pull) -> None:
-        """Move the worker towards the center: x <- x - α (x - c)."""
-        for fragment, vector in pull:
-            vector.subtract_from(fragment.tensors())
-
     def _measure(self) -> None:
         distance = math.hypot(*(fragment.total.norm() for fragment in self.fragments))
         size = math.hypot(*(fragment.center.norm() for fragment in self.fragments))
@@ -122,7 +117,10 @@ class Contribution:
         self._telemetry.alpha = max([*alphas.values(), default])
         for fragment in self.fragments:
             rates = [alphas.get(id(piece.whole), default) for piece in fragment.pieces]
-            elastic.scale_(fragment.total.views, rates)
+            if len(set(rates)) == 1:
+                elastic.scale_(fragment.total.parts, rates[:1] * len(fragment.total.parts))
+            else:
+                elastic.scale_(fragment.total.views, rates)
         if not last:
             self._round_(self._totals().values())
         return [(fragment, fragment.total.clone()) for fragment in self.fragments]
@@ -139,6 +137,12 @@ class Contribution:
             for fragment in self.fragments
             for part in fragment.total.parts
         }
+
+
+def pull_worker(pull: Pull) -> None:
+    """Move the worker towards the center: x <- x - α (x - c)."""
+    for fragment, vector in pull:
+        vector.subtract_from(fragment.tensors())
 
 
 def report_non_finite(clock: int, healthy: Sequence[bool], *, speaks: bool) -> None:

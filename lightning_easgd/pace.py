@@ -196,7 +196,9 @@ class AutomaticPeriod:
         return {"tau": self._tau, "rounds": self._rounds, "chosen_for": vars(self._chosen_for)}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """The inverse of :meth:`state`, within the bounds."""
+        """The inverse of :meth:`state`, within the bounds; does nothing if τ was not automatic."""
+        if not state:
+            return
         self._tau = self._allowed(state["tau"] / self.fragments)
         self._rounds = state["rounds"]
         self._chosen_for = Durations(**state["chosen_for"])

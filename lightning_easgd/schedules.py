@@ -7,10 +7,10 @@ worker.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Literal, TypeGuard
+from typing import Any, Literal, TypeGuard
 
 Rate = float | Callable[[int], float]
 
@@ -61,6 +61,17 @@ class Period:
         tau = int(self.tau)
         pause = tau // self.fragments
         return tau, (step // pause + 1) * pause
+
+    def observe(self, workers: Sequence[Any]) -> bool:
+        """As of AutomaticPeriod: nothing is learned from what workers measured."""
+        return False
+
+    def state(self) -> dict[str, Any]:
+        """As of AutomaticPeriod: nothing."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """As of AutomaticPeriod: nothing."""
 
     def _check(self, tau: object) -> int:
         if is_number(tau) and tau >= 1 and tau == int(tau):

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
 from lightning_easgd.arguments import (
+    choose_period,
     refuse,
     require_bools,
     require_choice,
@@ -44,10 +45,9 @@ from lightning_easgd.exchange import ElasticPoint, Exchange, Rules
 from lightning_easgd.features import batches_per_epoch, refuse_features
 from lightning_easgd.internals import LoopHooks, StrategyRegistry, stops_early
 from lightning_easgd.optimizers import LocalOptimizers
-from lightning_easgd.pace import TAU_MAX, TAU_MIN, AutomaticPeriod
 from lightning_easgd.persistence import PersistentStrategy
 from lightning_easgd.resuming import begin_epoch_as_usual
-from lightning_easgd.schedules import Period, Rate, Strength
+from lightning_easgd.schedules import Rate, Strength
 from lightning_easgd.signals import SignalRelay
 from lightning_easgd.telemetry import Telemetry
 
@@ -171,7 +171,9 @@ class EASGDStrategy(PersistentStrategy):
         )
         require_choice("center_device", center_device, ("cpu", None))
         require_count("fragments", fragments, "parts of the model")
-        period = _choose_period(tau, tau_min, tau_max, int(fragments), overlap=overlap)
+        period = choose_period(
+            tau, (tau_min, tau_max), int(fragments), overlap=overlap, log=rank_zero_info
+        )
         strength = Strength.choose(beta=beta, alpha=alpha, rho=rho)
         self._rules = Rules(period, strength, overlap=overlap, elastic_point=elastic_point)
         self._offload = center_device == "cpu"
@@ -430,37 +432,3 @@ class EASGDStrategy(PersistentStrategy):
             self._group.close()
             self._group = None
         super().teardown()
-
-
-def _choose_period(
-    tau: int | Callable[[int], int] | Literal["auto"],
-    tau_min: int | None,
-    tau_max: int | None,
-    fragments: int,
-    *,
-    overlap: bool,
-) -> Period | AutomaticPeriod:
-    """The period that the arguments of the strategy describe.
-
-    Raises:
-        ValueError: they are out of range, or contradict each other.
-    """
-    if tau != "auto":
-        for name, value in {"tau_min": tau_min, "tau_max": tau_max}.items():
-            if value is not None:
-                raise ValueError(
-                    f"{name}={value!r} bounds what tau='auto' may choose, but tau={tau!r} is set."
-                    f" Remove {name}, or set tau='auto'."
-                )
-        return Period(tau, fragments)
-    if not overlap:
-        raise ValueError(
-            "tau='auto' looks for the period at which exchanges hide behind training, and with"
-            " overlap=False none does. Set overlap=True (the same bits), or give tau a number."
-        )
-    return AutomaticPeriod(
-        TAU_MIN if tau_min is None else tau_min,
-        TAU_MAX if tau_max is None else tau_max,
-        fragments,
-        log=rank_zero_info,
-    )

@@ -20,14 +20,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 _INTERFACE = "eth0"
 _MASTER_PORT = 29500
 _END_SECONDS = 10.0
+_ENDING = (signal.SIGINT, signal.SIGTERM)
 _QUEUE = "200ms"
 _SMALLEST_BURST_BYTES = 16 * 1024
 _BURSTS_PER_SECOND = 100
@@ -81,7 +82,7 @@ class EmulatedHosts:
         self.count = count
         self._rate_bits = rate_bits
         self._delay = delay
-        self._name = f"emulated-{secrets.token_hex(3)}"
+        self._name = f"emulated-{os.getpid()}-{secrets.token_hex(2)}"
         self._switch = f"{self._name}-switch"
         self._made: list[str] = []
         self._processes: list[subprocess.Popen[Any]] = []
@@ -103,6 +104,13 @@ class EmulatedHosts:
         return self
 
     def __exit__(self, *_: object) -> None:
+        with _no_signals():
+            self._end()
+        if self._sigterm is not None:
+            signal.signal(signal.SIGTERM, self._sigterm)
+            self._sigterm = None
+
+    def _end(self) -> None:
         for process in self._processes:
             process.kill()
             process.wait()
@@ -115,9 +123,6 @@ class EmulatedHosts:
         for name in reversed(self._made):
             _ip("netns", "delete", name)
         self._made, self._processes = [], []
-        if self._sigterm is not None:
-            signal.signal(signal.SIGTERM, self._sigterm)
-            self._sigterm = None
 
     def address(self, host: int) -> str:
         """The IP address of a host."""
@@ -211,6 +216,20 @@ class EmulatedHosts:
             burst = max(_SMALLEST_BURST_BYTES, int(self._rate_bits / 8 / _BURSTS_PER_SECOND))
             limit = ["rate", f"{int(self._rate_bits)}bit", "burst", str(burst), "latency", _QUEUE]
             _tc(namespace, interface, *place, "tbf", *limit)
+
+
+@contextmanager
+def _no_signals() -> Iterator[None]:
+    """Let nobody who asks a second time interrupt this process, or the commands that it runs."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in _ENDING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _tc(namespace: str, interface: str, *discipline: str) -> None:

@@ -1,12 +1,11 @@
 """Measure what the strategy costs and keeps, against its contenders in the same run.
 
     python scripts/measure.py overhead     cost of a step between exchanges, against one device
+    python scripts/measure.py ends         cost of an exchange without its way, in plain copies
     python scripts/measure.py memory       extra memory per worker, in copies of the parameters
     python scripts/measure.py accuracy     Fashion-MNIST: center against DDP, at equal samples
-    python scripts/measure.py network      samples/s of DDP, blocking and overlapped exchanges
 
-``network`` measures the network that its workers share: start it as one worker per host, with
-torchrun or in a multi-node environment (NODE_RANK, MASTER_ADDR, MASTER_PORT, ...).
+Throughput on a network is scripts/benchmark.py's.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from measurements.accuracy import accuracy
+from measurements.ends import ends
 from measurements.memory import memory
-from measurements.network import network
 from measurements.overhead import overhead
 
 
@@ -35,23 +34,16 @@ def main() -> None:
     one.add_argument("--repetitions", type=int, default=7)
     two = commands.add_parser("memory", help="extra memory per worker")
     two.add_argument("--millions", type=int, default=128, help="parameters, in millions")
-    three = commands.add_parser("network", help="samples/s on this network")
-    three.add_argument("--repetitions", type=int, default=3)
-    three.add_argument("--tau", type=int, default=16, help="communication period")
-    three.add_argument("--steps", type=int, default=160, help="measured steps of a run")
-    three.add_argument(
-        "--codecs", nargs="*", default=[], help="compressed exchanges to measure too: bf16 int8 ..."
-    )
+    three = commands.add_parser("ends", help="cost of an exchange without its way")
+    three.add_argument("--millions", type=float, default=25.6, help="parameters, in millions")
+    three.add_argument("--tensors", type=int, default=160, help="in how many tensors")
+    three.add_argument("--device", default="cpu", help="cpu or cuda")
+    three.add_argument("--repetitions", type=int, default=30)
     four = commands.add_parser("accuracy", help="Fashion-MNIST against DDP (half an hour)")
     four.add_argument("--seeds", type=int, default=3)
     four.add_argument("--folder", default="outputs/accuracy", help="finished runs are kept here")
     options = vars(parser.parse_args())
-    measurements = {
-        "overhead": overhead,
-        "memory": memory,
-        "network": network,
-        "accuracy": accuracy,
-    }
+    measurements = {"overhead": overhead, "ends": ends, "memory": memory, "accuracy": accuracy}
     measurements[options.pop("command")](**options)
 
 

@@ -18,6 +18,7 @@ LAYERS = [
     {"center"},
     {"rates"},
     {"contribution"},
+    {"transit"},
     {"exchange", "internals"},
     {"checkpoint", "checkpoint_io", "features", "resuming", "signals"},
     {"collectives"},

@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from lightning_easgd.flat import FlatLayout, FlatVector, bucket_slices
+from lightning_easgd.flat import FlatLayout, FlatVector, Memory, bucket_slices
 
 CPU = torch.device("cpu")
+
+
+def zeros(layout: FlatLayout) -> FlatVector:
+    return FlatVector(layout, Memory(CPU).allocate(layout.sizes))
 
 
 def some_tensors() -> list[tuple[str, torch.Tensor]]:
@@ -37,7 +43,7 @@ def test_layout_covers_every_element_once():
 def test_round_trip_keeps_every_bit_whatever_the_memory_format():
     named = some_tensors()
     tensors = [tensor for _, tensor in named]
-    vector = FlatVector(FlatLayout(named), CPU)
+    vector = zeros(FlatLayout(named))
     vector.read_(tensors)
     copies = [torch.empty_like(tensor) for tensor in tensors]
     vector.write_to(copies)
@@ -62,7 +68,7 @@ def test_fingerprint_sees_names_shapes_order_and_precision():
 
 
 def test_checksum_sees_one_bit():
-    vector = FlatVector(FlatLayout([("a", torch.zeros(100))]), CPU)
+    vector = zeros(FlatLayout([("a", torch.zeros(100))]))
     vector.parts[0].copy_(torch.randn(100))
     before = vector.checksum()
     assert vector.clone().checksum() == before
@@ -72,7 +78,7 @@ def test_checksum_sees_one_bit():
 
 def test_subtraction_in_bfloat16_is_computed_in_the_vectors_precision():
     parameter = torch.tensor([1.0, 256.0]).bfloat16()
-    vector = FlatVector(FlatLayout([("a", parameter)]), CPU)
+    vector = zeros(FlatLayout([("a", parameter)]))
     vector.parts[0].copy_(torch.tensor([0.25, 1.7]))
     vector.subtract_from([parameter])
     expected = (torch.tensor([1.0, 256.0]) - torch.tensor([0.25, 1.7])).bfloat16()
@@ -95,3 +101,27 @@ def test_buckets_cover_every_element_once(numel, bucket_bytes, itemsize):
         assert (bucket.stop - bucket.start) * itemsize <= max(bucket_bytes, itemsize)
         covered[bucket] += 1
     assert bool((covered == 1).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_large_buffers_are_zero_writable_and_given_back(dtype):
+    memory, sizes = Memory(CPU), {dtype: 4 * 2**20}
+    before = resident()
+    (buffer,) = memory.allocate(sizes).values()
+    assert buffer.dtype == dtype
+    assert buffer.shape == (sizes[dtype],)
+    assert not buffer.any()
+    layout = FlatLayout([("w", buffer)])
+    vector = FlatVector(layout, {dtype: buffer.fill_(1.0)})
+    twin = vector.clone()
+    vector.zero_()
+    assert bool((twin.parts[0] == 1).all())
+    assert resident() - before > 1.9 * buffer.nbytes
+    del buffer, vector, twin
+    assert resident() - before < 0.5 * 4 * 2**20 * dtype.itemsize
+
+
+def resident() -> int:
+    """Bytes of anonymous memory."""
+    text = Path("/proc/self/smaps_rollup").read_text()
+    return 1024 * int(text.split("Anonymous:")[1].split()[0])

@@ -8,13 +8,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from benchmarking.plan import rotated
 from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_easgd import EASGDStrategy
 from lightning_easgd.workloads.models import CNN
-from measurements.runs import NEVER, Endless, Stopwatch, classifier, fit, rotated
+from measurements.runs import NEVER, Endless, Stopwatch, classifier, fit
 
 
 class Cheap(pl.LightningModule):

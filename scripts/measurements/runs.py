@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -80,10 +79,3 @@ def classifier(lr: float = 0.05) -> Classifier:
     """The 0.8 M-parameter CNN."""
     optimizer = partial(torch.optim.SGD, lr=lr, momentum=0.9, nesterov=True)
     return Classifier(CNN(1, 10, 28), optimizer, schedule="constant", num_classes=10)
-
-
-def rotated(names: Iterable[str], repetition: int) -> list[str]:
-    """The names, each repetition starting with another: the machine's speed drifts."""
-    names = list(names)
-    first = repetition % len(names)
-    return names[first:] + names[:first]

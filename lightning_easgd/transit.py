@@ -1,0 +1,221 @@
+"""What leaves this worker and what arrives: at most one exchange under way, with one owner.
+
+[Note: who decides] Nothing that one worker knows alone decides whether a collective runs or how
+large it is. What a worker wants to change (a new parameter joins, training stops) is announced in
+the header of one exchange and takes effect at the next, when every worker has read every header.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+
+from lightning_easgd.algorithms import elastic
+from lightning_easgd.center import Center
+from lightning_easgd.communication import (
+    AllReduce,
+    ExchangeError,
+    Header,
+    Payload,
+    PendingSum,
+    Place,
+    Stop,
+    verify,
+)
+from lightning_easgd.contribution import Contribution, Pull, report_non_finite
+from lightning_easgd.pace import Durations, Pace
+from lightning_easgd.segments import Fragment
+from lightning_easgd.telemetry import Telemetry
+
+_CHECKSUM_EVERY = 16
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """An exchange that was started and not yet applied."""
+
+    clock: int
+    segments: int
+    """Segments known when it was started, those that join after it included."""
+    fragments: list[Fragment]
+    payload: Payload
+    pending: PendingSum
+
+
+class Transit:
+    """Sends a worker's contribution and moves the center by the sum of all, when it has arrived.
+
+    Args:
+        center: of this worker's module.
+        all_reduce: how sums travel between the workers.
+        contribution: of this worker.
+        telemetry: where costs are counted.
+        learn: told what all workers measured, after every exchange; says whether to measure afresh.
+    """
+
+    def __init__(
+        self,
+        center: Center,
+        all_reduce: AllReduce,
+        contribution: Contribution,
+        *,
+        telemetry: Telemetry,
+        learn: Callable[[Sequence[Durations]], bool],
+    ) -> None:
+        self.all_reduce = all_reduce
+        self.contribution = contribution
+        self.pace = Pace()
+        self.turn = 0
+        """Which fragment the next exchange is of."""
+        self.stop_requested = Stop.NO
+        """Why this worker was asked to stop."""
+        self.stop_agreed = Stop.NO
+        """Why all workers stop at the next exchange."""
+        self._center = center
+        self._telemetry = telemetry
+        self._learn = learn
+        self._in_flight: InFlight | None = None
+        self._count = 0
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is under way."""
+        return self._in_flight is None
+
+    def arrived(self) -> bool:
+        """Whether what is under way has arrived and only waits to be taken in."""
+        return self._in_flight is not None and self._in_flight.pending.arrived()
+
+    def begin(self, clock: int, *, last: bool = False) -> Pull:
+        """Send this worker's differences off; the caller owes the worker the returned pull."""
+        self.contribution.take_differences(self.turn)
+        pull, payload = self.contribution.give(clock, self.turn, last=last)
+        self._start(clock, Place.TRAINING, payload, last=last)
+        self._take_turns()
+        self.pace.exchange()
+        return pull
+
+    def stand_still(self, clock: int, place: Place) -> list[Header]:
+        """Send a header without an exchange, and wait for those of all others, as long as it takes.
+
+        If one of them began an exchange, :meth:`answer` it; else :meth:`land`.
+        """
+        self.contribution.take_differences(self.turn)
+        flight = self._start(clock, place, Payload())
+        return self._await_headers(flight, patiently=True)
+
+    def answer(self, clock: int) -> Pull:
+        """Take part in the exchange that others began at ``clock``, whose headers are here."""
+        assert self._in_flight is not None
+        pull, payload = self.contribution.give(clock, self.turn)
+        self._take_turns()
+        self.all_reduce.join(self._in_flight.pending, payload)
+        self._count_bytes(self.all_reduce.sum_bytes(payload))
+        self._in_flight = replace(self._in_flight, clock=clock, payload=payload)
+        return pull
+
+    def give_back(self, clock: int) -> None:
+        """Let what is held back of the fragment whose turn it is go to the center."""
+        held = self.all_reduce.holds_back
+        payload = self.contribution.nothing(self.turn) if held else Payload()
+        self._start(clock, Place.FIT_END, payload, last=True)
+        self._take_turns()
+
+    def land(self) -> None:
+        """Wait for what is under way, if anything, and move the center.
+
+        Raises:
+            ExchangeError: it failed, or the workers are out of step; the center stays as it was.
+            NonFiniteError: no worker had finite weights; the center stays as it was.
+        """
+        flight = self._in_flight
+        if flight is None:
+            return
+        headers = self._await_headers(flight)
+        with self._waiting():
+            flight.pending.wait()
+        self.pace.arrive()
+        self._in_flight = None
+        self._apply(flight, headers)
+
+    def _start(self, clock: int, place: Place, payload: Payload, *, last: bool = False) -> InFlight:
+        header = self._header(clock, place)
+        pending = self.all_reduce.start(payload, header, last=last)
+        moved = self.all_reduce.sum_bytes(payload, last=last)
+        self._count_bytes(self.all_reduce.header_bytes + moved)
+        segments, fragments = len(self._center.segments), self.contribution.fragments
+        self._in_flight = InFlight(clock, segments, fragments, payload, pending)
+        return self._in_flight
+
+    def _header(self, clock: int, place: Place) -> Header:
+        check = self._count % _CHECKSUM_EVERY == 0 or place is Place.FIT_END
+        self._count += 1
+        measured = self.pace.durations()
+        self._telemetry.step_seconds = 1e-6 * measured.step
+        self._telemetry.exchange_seconds = 1e-6 * measured.exchange
+        return Header(
+            clock=clock,
+            fingerprint=self._center.fingerprint(self._center.joined, self.turn),
+            announced=self._center.fingerprint(len(self._center.segments)),
+            place=place,
+            stop=self.stop_requested,
+            non_finite=not self.contribution.healthy,
+            checksum=self._center.checksum() if check else 0,
+            wait_microseconds=int(1e6 * self._telemetry.wait_seconds),
+            step_microseconds=measured.step,
+            exchange_microseconds=measured.exchange,
+            cost_microseconds=measured.cost,
+        )
+
+    def _take_turns(self) -> None:
+        self.turn = (self.turn + 1) % self._center.turns
+
+    def _count_bytes(self, moved: int) -> None:
+        self._telemetry.bytes_sent += moved
+        self._telemetry.bytes_received += moved
+
+    def _await_headers(self, flight: InFlight, *, patiently: bool = False) -> list[Header]:
+        with self._waiting():
+            headers = flight.pending.headers(patiently=patiently)
+            # Before the sums: workers that do not meet may not have brought the same ones.
+            verify(headers)
+        return headers
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Count the time; what fails meanwhile is not in flight any more."""
+        began = time.perf_counter()
+        try:
+            yield
+        except ExchangeError:
+            self._in_flight = None
+            raise
+        waited = time.perf_counter() - began
+        self._telemetry.wait_seconds += waited
+        self.pace.wait(waited)
+
+    @torch.no_grad()
+    def _apply(self, flight: InFlight, headers: Sequence[Header]) -> None:
+        self.stop_agreed = max(self.stop_agreed, *(header.stop for header in headers))
+        self._telemetry.worker_wait_seconds = [1e-6 * h.wait_microseconds for h in headers]
+        if flight.payload:
+            healthy = [not header.non_finite for header in headers]
+            self._telemetry.non_finite += healthy.count(False)
+            report_non_finite(flight.clock, healthy, speaks=self.all_reduce.group.rank == 0)
+            for fragment in flight.fragments:
+                elastic.move_center_(fragment.center.parts, fragment.total.parts)
+            if flight.payload.statistics:
+                self._center.statistics.apply(healthy)
+            if self._learn([_durations(header) for header in headers]):
+                self.pace.restart()
+        self._center.join(flight.segments)
+
+
+def _durations(header: Header) -> Durations:
+    return Durations(
+        header.step_microseconds, header.exchange_microseconds, header.cost_microseconds
+    )

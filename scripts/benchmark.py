@@ -1,0 +1,63 @@
+"""Compare ways to train together: samples/s, bytes, waits, memory, on one network after another.
+
+    python scripts/benchmark.py network=100mbit hosts=4 contenders=[limit,ddp,easgd]
+    python scripts/benchmark.py sweep=bandwidth      10 Mbit/s to unlimited
+    python scripts/benchmark.py sweep=workers        2, 4, 8 and 16 hosts
+    python scripts/benchmark.py sweep=jitter         workers that stall at random
+
+Hosts are emulated on this machine (Linux, root, iproute2); started by torchrun, it runs on
+those of a real cluster. Every key of conf/benchmark.yaml can be set. A run that is started again
+with its folder (hydra.run.dir=FOLDER) goes on with what is left; minutes=8 stops it in time for
+that.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import hydra
+from benchmarking.agent import JobError, serve
+from benchmarking.clusters import AGENT, ClusterError
+from benchmarking.comparison import Comparison
+from benchmarking.contenders import named
+from emulation import EmulationError
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+CONTENDERS = Path(__file__).parents[1] / "conf" / "contenders"
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="benchmark")
+def main(cfg: DictConfig) -> None:
+    """Compare what was asked for."""
+    chosen = HydraConfig.get()
+    by_name = bool(named(chosen.overrides.task, CONTENDERS))
+    output = Path(chosen.runtime.output_dir)
+    try:
+        if not Comparison(cfg, output, by_name=by_name).run():
+            print("Time is up. The same command with the same hydra.run.dir goes on.")
+    except (ValueError, EmulationError, ClusterError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print(f"\nStopped. What was measured is in {output}.", file=sys.stderr)
+        sys.exit(130)
+
+
+def command_line() -> None:
+    """Be the agent of a host, or the benchmark."""
+    if sys.argv[1:2] == [AGENT]:
+        try:
+            serve(sys.argv[2])
+        except JobError as error:
+            sys.exit(str(error))
+        return
+    try:
+        named(sys.argv[1:], CONTENDERS)  # Hydra would not say which there are
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    main()
+
+
+if __name__ == "__main__":
+    command_line()

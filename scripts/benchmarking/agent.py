@@ -1,0 +1,80 @@
+"""The process of one host that forks a process for each job."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from benchmarking.plan import Job
+
+READY = "ready"
+
+
+class JobError(RuntimeError):
+    """A job failed; its error was printed."""
+
+
+def serve(config: str) -> None:
+    """Do the jobs that stand on stdin, a line each, and answer each with a line on stdout.
+
+    Args:
+        config: file of the resolved configuration.
+
+    Raises:
+        JobError: a job failed.
+    """
+    with os.fdopen(os.dup(1), "w") as answers:
+        os.dup2(2, 1)  # what jobs print is no answer
+        from benchmarking.job import Workbench
+
+        bench = Workbench(OmegaConf.load(config))
+        print(json.dumps(READY), file=answers, flush=True)
+        for line in sys.stdin:
+            order = json.loads(line)
+            job = Job.from_json(order["job"])
+            answer = in_child(lambda job=job, port=order["port"]: bench.measure(job, port))
+            print(json.dumps(answer), file=answers, flush=True)
+
+
+def in_child(work: Callable[[], Any]) -> Any:
+    """What ``work`` returns in a process that is forked from this one.
+
+    Raises:
+        JobError: it raised, or the process died.
+    """
+    fork = multiprocessing.get_context("fork")
+    receiver, sender = fork.Pipe(duplex=False)
+    process = fork.Process(target=_child, args=(work, sender), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        process.join()
+        raise JobError(f"a job ended with exit code {process.exitcode}") from None
+    finally:
+        process.kill()  # it may have threads that keep it; nothing is left to do for it
+        process.join()
+        receiver.close()
+
+
+def _child(work: Callable[[], Any], sender: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        answer = work()
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    sender.send(answer)
+    os._exit(0)

@@ -1,0 +1,262 @@
+"""scripts/benchmark.py: its configuration, what it refuses, and small runs of all contenders."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import emulation
+import pytest
+from benchmarking.comparison import Comparison
+from benchmarking.contenders import contenders_of
+from benchmarking.networks import rate_of
+from benchmarking.plan import Setting, settings_of
+from hydra import compose, initialize_config_dir
+from lightning.pytorch import Callback
+from lightning.pytorch.strategies import Strategy
+from omegaconf import DictConfig, OmegaConf
+from processes import processes_of
+
+ROOT = Path(__file__).parents[2]
+CONF = ROOT / "conf"
+NAMES = sorted(path.stem for path in (CONF / "contenders").glob("*.yaml"))
+PEERS = [name for name in NAMES if name.startswith("torchft")]
+PLAIN = [name for name in NAMES if name not in [*PEERS, "post_local_sgd"]]
+REASON = emulation.unavailable()
+needs_hosts = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+needs_peers = pytest.mark.skipif(
+    importlib.util.find_spec("torchft") is None, reason='pip install -e ".[peers]"'
+)
+SMALL = ["data=digits", "tau=4", "steps=16", "hosts=2", "network=unlimited", "repetitions=1"]
+
+
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("benchmark", overrides=list(overrides))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_contender_is_a_strategy_and_perhaps_a_callback(name: str) -> None:
+    if name in PEERS:
+        pytest.importorskip("torchft", reason='pip install -e ".[peers]"')
+    cfg = composed(f"contenders=[{name}]", "tau=8")
+    configs = OmegaConf.to_container(cfg.contenders, resolve=True)
+    (contender,) = contenders_of(configs).values()
+    assert list(configs) == [name]
+    assert contender.period in (None, 1, 8)
+    strategy, callbacks = contender.make()
+    assert isinstance(strategy, Strategy)
+    assert all(isinstance(callback, Callback) for callback in callbacks)
+
+
+def test_by_default_all_contenders_take_part_in_all_sweeps_but_jitter() -> None:
+    for sweep in ("none", "bandwidth", "workers"):
+        assert sorted(composed(f"sweep={sweep}").contenders) == NAMES
+    assert set(composed("sweep=jitter").contenders) >= {"limit", "easgd", "easgd_blocking"}
+    assert list(composed("sweep=jitter", "contenders=[ddp]").contenders) == ["ddp"]
+
+
+def settings(*overrides: str) -> list[Setting]:
+    cfg = composed(*overrides)
+    asked = Setting(cfg.network, cfg.hosts, cfg.stall)
+    return settings_of(asked, cfg.sweep.over, cfg.sweep["values"])
+
+
+def test_sweeps() -> None:
+    networks = [setting.network for setting in settings("sweep=bandwidth")]
+    rates = [rate_of(network) or float("inf") for network in networks]
+    assert rates == sorted(rates)
+    assert {"10mbit", "20mbit", "100mbit", "1gbit", "unlimited"} <= set(networks)
+    assert [setting.hosts for setting in settings("sweep=workers")] == [2, 4, 8, 16]
+    assert settings("sweep=jitter") == [Setting("1gbit", 4, 0.5)]
+
+
+@pytest.fixture
+def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+
+@pytest.mark.usefixtures("no_cluster")
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("network=fast", "network got 'fast'"),
+        ("hosts=1", "hosts got 1; allowed is a whole number from 2 on"),
+        ("repetitions=0", "repetitions got 0"),
+        ("steps=20", "steps got 20; allowed are multiples of tau=16"),
+        ("tau=0", "tau got 0"),
+        ("minutes=soon", "minutes got 'soon'"),
+        ("accelerator=tpu", "accelerator got 'tpu'; allowed are cpu and gpu"),
+        ("accelerator=gpu", "emulated hosts would share one.* torchrun"),
+        ("baselines=[colour]", "allowed are the contenders: limit, "),
+        ("sweep.over=colour", "sweep.over got 'colour'"),
+    ],
+)
+def test_what_is_impossible_is_refused_before_anything_starts(
+    tmp_path: Path, override: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        Comparison(composed(override), tmp_path, by_name=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("no_cluster")
+def test_without_root_it_says_what_else_can_be_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(emulation.shutil, "which", lambda name: name)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(ValueError, match=r"Hosts cannot be emulated: only root .* torchrun"):
+        Comparison(composed(), tmp_path, by_name=False)
+
+
+def test_a_cluster_has_the_network_that_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="On a cluster network and hosts are what they are"):
+        Comparison(composed("sweep=bandwidth"), tmp_path, by_name=False)
+
+
+def environment() -> dict[str, str]:
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return os.environ | {"PYTHONPATH": path}
+
+
+def run(folder: Path, *overrides: str, program: tuple[str, ...] = ()) -> str:
+    done = subprocess.run(
+        [
+            *(program or (sys.executable,)),
+            *(str(ROOT / "scripts" / "benchmark.py"), f"hydra.run.dir={folder}", *SMALL),
+            *overrides,
+        ],
+        env=environment(),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=170,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def results(folder: Path, name: str = "results") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+def by_contender(found: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {one["contender"]: one for one in found}
+
+
+@needs_hosts
+@pytest.mark.usefixtures("nothing_left")
+def test_an_unknown_contender_is_named_with_those_that_there_are(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="error: contenders got dpp; allowed are ddp, "):
+        run(tmp_path, "contenders=[dpp]")
+
+
+@needs_hosts
+@pytest.mark.timeout(400)
+@pytest.mark.usefixtures("nothing_left")
+def test_all_contenders_on_two_hosts_and_going_on_with_it(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="pip install matplotlib")
+    chosen = f"contenders=[{','.join(PLAIN)}]"
+    told = run(tmp_path, chosen)
+    found = by_contender(results(tmp_path))
+    assert list(found) == [one["contender"] for one in results(tmp_path, "summary")] == PLAIN
+    assert all(f": {name}: " in told for name in PLAIN)
+    for name, one in found.items():
+        assert one["samples_per_second"] > 0
+        assert one["peak_bytes"] > 4 * one["parameters"]
+        assert one["accuracy"] is None
+        assert one["steps"] == (2 if name.startswith("ddp") else 16)
+    # As many bytes on the wire as the ring all-reduces of the measured steps carry.
+    to_ring = {name: one["bytes_to_ring"] for name, one in found.items()}
+    for name in ("ddp", "local_sgd", "easgd", "easgd_blocking", "easgd_fragments"):
+        assert 0.9 < to_ring[name] < 1.2
+    for name in ("ddp_fp16", "ddp_bf16", "easgd_bf16"):
+        assert 0.4 < to_ring[name] < 0.7
+    assert to_ring["easgd_int8"] < 0.4
+    assert found["limit"]["bytes_per_step"] < found["easgd_int8"]["bytes_per_step"] / 2
+    assert (tmp_path / "samples_per_second.png").read_bytes().startswith(b"\x89PNG")
+
+    told = run(tmp_path, "contenders=[limit,easgd]", "repetitions=2")
+    assert told.count(" samples/s") == 2 + 1  # the second repetition only, and the table
+    assert len(results(tmp_path)) == len(PLAIN) + 2
+    assert by_contender(results(tmp_path, "summary"))["easgd"]["repetitions"] == 2
+
+    told = run(tmp_path, chosen, "repetitions=2", "minutes=0.0001")
+    assert "Time is up. The same command with the same hydra.run.dir goes on." in told
+    assert len(results(tmp_path)) == len(PLAIN) + 2
+
+
+@needs_hosts
+@needs_peers
+@pytest.mark.usefixtures("nothing_left")
+def test_torchft_on_two_hosts(tmp_path: Path) -> None:
+    run(tmp_path, f"contenders=[{','.join(PEERS)}]")
+    found = by_contender(results(tmp_path))
+    assert list(found) == PEERS
+    for one in found.values():
+        assert 0.9 < one["bytes_to_ring"] < 1.5  # and the talk of its managers
+        assert one["wait_p50"] > 0
+
+
+@pytest.mark.timeout(200)
+def test_under_torchrun_with_accuracies(tmp_path: Path) -> None:
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    options = ["accuracy=true", "epochs=4", "contenders=[limit,local_sgd,easgd]"]
+    stalls = ["sweep.over=stall", "sweep.values=[0,0.001]"]
+    run(tmp_path, *options, *stalls, program=torchrun)
+    found = results(tmp_path)
+    assert [(one["contender"], one["stall"]) for one in found] == [
+        *(("limit", 0), ("local_sgd", 0), ("easgd", 0)),
+        *(("limit", 0.001), ("local_sgd", 0.001), ("easgd", 0.001)),
+    ]
+    for one in found:
+        assert (one["network"], one["hosts"]) == ("cluster", 2)
+        assert one["steps"] == 180 - 8  # 4 epochs of 44.9 steps, rounded up to whole periods
+        assert one["accuracy"] > 0.8
+
+
+@needs_hosts
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_results_and_no_process(tmp_path: Path, number: signal.Signals) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), f"hydra.run.dir={tmp_path}"]
+    options = ["contenders=[limit,easgd]", "steps=400", "repetitions=100"]
+    with subprocess.Popen(
+        [*command, *SMALL, *options],
+        env=environment(),
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        try:
+            deadline = time.monotonic() + 120
+            while not (tmp_path / "results.jsonl").exists():
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            process.send_signal(number)
+            assert process.wait(30) == 128 + number
+        finally:
+            process.kill()
+    assert processes_of(tmp_path) == {}
+    assert results(tmp_path)
+
+
+@needs_hosts
+@pytest.mark.usefixtures("nothing_left")
+def test_a_contender_that_fails_is_named_with_the_end_of_its_output(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"error: easgd failed on host [01](.|\n)*tau=-1"):
+        run(tmp_path, "contenders=[easgd]", "contenders.easgd.strategy.tau=-1")
+    assert not (tmp_path / "results.jsonl").exists()
