@@ -370,6 +370,7 @@ class Exchange:
         measured = self._pace.durations()
         self.telemetry.step_seconds = 1e-6 * measured.step
         self.telemetry.exchange_seconds = 1e-6 * measured.exchange
+        self.telemetry.exchange_cost_seconds = 1e-6 * measured.cost
         header = Header(
             clock=self.clock,
             fingerprint=self.center.fingerprint(self.center.joined, self._turn),
