@@ -2,10 +2,15 @@
 
 [Note: worth] At equal samples elastic averaging is behind DDP (README, Measured), so it must be
 faster by more than what measuring can tell apart before it is advised.
+
+[Note: noise] What an exchange costs is the difference of two sums of steps, so it is off by about
+the spread of a step times the root of how many there are in a round. As an exchange may take 2 % of
+the time only, that weighs fifty times in τ: a cost is counted as far as it is above its noise.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -25,23 +30,23 @@ _ACCOUNTS = {None: (0, 0), "bf16": (0, 1), "fp16": (0, 1), "int8": (1, 1), "topk
 
 
 @dataclass(frozen=True)
+class Trial:
+    """Exchanges in one form, one after another; of fragments, if the model travels in such."""
+
+    durations: Durations
+    """As all workers together see it: see :func:`together`."""
+    round_steps: int
+    """From one exchange to the next."""
+    sent_bytes: int
+    """By each worker, to exchange the whole model."""
+
+
+@dataclass(frozen=True)
 class Exchanges:
-    """What exchanges in one form took; of a fragment each, if the model travels in fragments."""
+    """Exchanges in one form."""
 
     compression: str | None
-    sent_bytes: int
-    """By each worker, to exchange the whole model once."""
-    repetitions: list[Durations]
-    """As all workers together see it: see :func:`together`."""
-
-    @property
-    def durations(self) -> Durations:
-        """The medians of all repetitions."""
-        return Durations(
-            step=round(statistics.median(found.step for found in self.repetitions)),
-            exchange=round(statistics.median(found.exchange for found in self.repetitions)),
-            cost=round(statistics.median(found.cost for found in self.repetitions)),
-        )
+    trials: list[Trial]
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,8 @@ class Measured:
     """The smallest and the largest τ that may be advised."""
     step_seconds: float
     """A step without any exchange, of the slowest worker."""
+    spread_seconds: float
+    """The standard deviation of such steps."""
     ddp_step_seconds: float
     ddp_sent_bytes: int
     """By each worker in a step of DDP."""
@@ -79,13 +86,16 @@ class Option:
     exchange_seconds: float
     cost_seconds: float
     """By how much an exchange lengthens the steps that it hides behind."""
+    cost_noise_seconds: float
+    """How far that may be off; what is not above it is not counted."""
     step_seconds: float
     """Expected at ``tau``, exchanges included."""
     bytes_per_hour: int
     speed_up: float
     """Over DDP, expected."""
-    pays: bool | None
-    """Whether its free τ is below full precision's by more than the noise; None for the latter."""
+    saves: int
+    """By more than the noise: 1, a smaller free τ than full precision's; -1, a larger one; else 0.
+    """
 
 
 @dataclass(frozen=True)
@@ -123,7 +133,7 @@ class Advice:
         best, *others = self.options
         for option in others:
             needed = option.compression != _SPARSE or best.free_tau > self.measured.tau_bounds[1]
-            if needed and option.pays and option.free_tau < (1 - _NOISE) * best.free_tau:
+            if needed and option.saves > 0 and option.free_tau < (1 - _NOISE) * best.free_tau:
                 best = option
         return best
 
@@ -135,9 +145,8 @@ class Advice:
     @property
     def bandwidth_bits(self) -> float:
         """Bits per second that a worker sends, and receives, while an exchange is under way."""
-        full = self.measured.exchanges[0]
-        seconds = 1e-6 * full.durations.exchange
-        return 8 * full.sent_bytes / self.measured.fragments / seconds
+        sent_bytes = self.measured.exchanges[0].trials[0].sent_bytes
+        return 8 * sent_bytes / self.measured.fragments / self.options[0].exchange_seconds
 
     @property
     def ddp_bytes_per_hour(self) -> int:
@@ -173,34 +182,51 @@ class Advice:
         }
 
     def _option(self, exchanges: Exchanges) -> Option:
-        measured, durations = self.measured, exchanges.durations
-        tau = period(durations, measured.fragments, measured.tau_bounds)
+        measured, trials = self.measured, exchanges.trials
+        found = self._counted(trials)
+        tau = period(found, measured.fragments, measured.tau_bounds)
         apart = tau // measured.fragments
-        exchange, cost = 1e-6 * durations.exchange, 1e-6 * durations.cost
+        exchange, cost = 1e-6 * found.exchange, 1e-6 * found.cost
         # Behind so many steps it hides, or they wait for it.
         step = max(measured.step_seconds + cost / apart, exchange / apart)
         return Option(
             compression=exchanges.compression,
-            free_tau=period(durations, measured.fragments),
+            free_tau=self._free_tau(trials),
             tau=tau,
             exchange_seconds=exchange,
-            cost_seconds=cost,
+            cost_seconds=1e-6 * statistics.median(trial.durations.cost for trial in trials),
+            cost_noise_seconds=self._noise(trials),
             step_seconds=step,
-            bytes_per_hour=round(3600 * exchanges.sent_bytes / (tau * step)),
+            bytes_per_hour=round(3600 * trials[0].sent_bytes / (tau * step)),
             speed_up=measured.ddp_step_seconds / step,
-            pays=self._pays(exchanges),
+            saves=self._saves(exchanges),
         )
 
-    def _pays(self, exchanges: Exchanges) -> bool | None:
-        full, fragments = self.measured.exchanges[0], self.measured.fragments
-        if exchanges is full:
-            return None
-        pairs = list(zip(exchanges.repetitions, full.repetitions, strict=True))
-        smaller = sum(period(a, fragments) < period(b, fragments) for a, b in pairs)
-        clearly = period(exchanges.durations, fragments) < (1 - _NOISE) * period(
-            full.durations, fragments
+    def _counted(self, trials: Sequence[Trial]) -> Durations:
+        """The medians, but the cost only as far as it is above its noise: see [Note: noise]."""
+        cost = statistics.median(trial.durations.cost for trial in trials)
+        return Durations(
+            step=round(1e6 * self.measured.step_seconds),
+            exchange=round(statistics.median(trial.durations.exchange for trial in trials)),
+            cost=max(0, round(cost - 1e6 * self._noise(trials))),
         )
-        return clearly and smaller >= _MOST * len(pairs)
+
+    def _noise(self, trials: Sequence[Trial]) -> float:
+        steps = statistics.fmean(trial.round_steps for trial in trials)
+        return self.measured.spread_seconds * math.sqrt(steps / len(trials))
+
+    def _saves(self, exchanges: Exchanges) -> int:
+        trials = [exchanges.trials, self.measured.exchanges[0].trials]
+        ours, full = (self._free_tau(several) for several in trials)
+        pairs = [[self._free_tau([one]) for one in pair] for pair in zip(*trials, strict=True)]
+        if ours < (1 - _NOISE) * full and sum(a < b for a, b in pairs) >= _MOST * len(pairs):
+            return 1
+        if full < (1 - _NOISE) * ours and sum(a > b for a, b in pairs) >= _MOST * len(pairs):
+            return -1
+        return 0
+
+    def _free_tau(self, trials: Sequence[Trial]) -> int:
+        return period(self._counted(trials), self.measured.fragments)
 
 
 def period(found: Durations, fragments: int, bounds: tuple[int, int] = (1, _NO_BOUND)) -> int:

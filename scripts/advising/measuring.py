@@ -8,6 +8,8 @@ import statistics
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,7 +19,7 @@ from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from omegaconf import DictConfig
 
-from advising.judging import Exchanges, Measured, together
+from advising.judging import Exchanges, Measured, Trial, together
 from lightning_easgd import EASGDStrategy
 from lightning_easgd.communication import gather
 from lightning_easgd.pace import TAU_MAX, TAU_MIN, Durations
@@ -26,8 +28,8 @@ from lightning_easgd.workloads import experiment
 NEVER = 10**9
 """A period τ that no run reaches."""
 
-_REPETITIONS, _LONGEST_SECONDS = 4, 5.0
-_SETTLED_STEPS, _WARM_UP_STEPS, _FEWEST_STEPS = 2, 5, 5
+_REPETITIONS, _LONGEST_SECONDS, _LATE = 4, 5.0, 0.75
+_WARM_UP_STEPS, _FEWEST_STEPS, _OUTLIER = 3, 5, 3
 _FEWEST_ROUNDS, _MOST_ROUNDS = 4, 18  # after 18, tau="auto" may measure afresh
 _STEPS_BETWEEN, _FEWEST_STEPS_BETWEEN = 10, 4
 _BARE = {
@@ -51,34 +53,45 @@ class Steps(pl.Callback):
     """
 
     def __init__(self, seconds: float) -> None:
-        self.step_seconds = math.nan
-        self._seconds = seconds
-        self._seen, self._last = 0, NEVER
-        self._began = math.nan
+        self._budget = seconds
+        self._ends: list[float] = []
+        self._last = NEVER
+
+    @property
+    def seconds(self) -> float:
+        """Of a step, the mean."""
+        ends = self._measured
+        return (ends[-1] - ends[0]) / (len(ends) - 1)
+
+    @property
+    def spread_seconds(self) -> float:
+        """The standard deviation between steps, but for what is something else than a step."""
+        ends = self._measured
+        steps = [after - before for before, after in pairwise(ends)]
+        longest = _OUTLIER * statistics.median(steps)
+        return statistics.stdev(min(seconds, longest) for seconds in steps)
+
+    @property
+    def _measured(self) -> list[float]:
+        return self._ends[_WARM_UP_STEPS:]  # after that the workers waited for each other
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """After a batch, which need not be a step."""
         step = trainer.global_step
-        if step == self._seen:
+        if step == len(self._ends):
             return
-        self._seen = step
-        if step in (_SETTLED_STEPS, _WARM_UP_STEPS, self._last):
-            elapsed = self._lap(trainer)
+        self._ends.append(self._now(trainer, exactly=step in (_WARM_UP_STEPS + 1, self._last)))
         if step == _WARM_UP_STEPS:
-            expected = elapsed / (_WARM_UP_STEPS - _SETTLED_STEPS)
-            count = max(_FEWEST_STEPS, round(self._seconds / expected))
+            expected = (self._ends[-1] - self._ends[0]) / (_WARM_UP_STEPS - 1)
+            count = max(_FEWEST_STEPS, round(self._budget / expected))
             self._last = step + trainer.strategy.broadcast(count)
-            self._lap(trainer)
-        elif step == self._last:
-            self.step_seconds = elapsed / (step - _WARM_UP_STEPS)
+        if step == self._last:
             trainer.should_stop = True
 
-    def _lap(self, trainer: pl.Trainer) -> float:
-        """Seconds since the last call."""
-        if trainer.strategy.root_device.type == "cuda":
+    def _now(self, trainer: pl.Trainer, *, exactly: bool) -> float:
+        if exactly and trainer.strategy.root_device.type == "cuda":
             torch.cuda.synchronize()
-        before, self._began = self._began, time.perf_counter()
-        return self._began - before
+        return time.perf_counter()
 
 
 class Rounds(pl.Callback):
@@ -92,6 +105,7 @@ class Rounds(pl.Callback):
         self.count = count
         self.sent_bytes = 0
         self.durations = Durations()
+        self.tau = 0
         self._before: int | None = None
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
@@ -107,6 +121,7 @@ class Rounds(pl.Callback):
                 exchange=math.ceil(1e6 * telemetry.exchange_seconds),
                 cost=math.ceil(1e6 * telemetry.exchange_cost_seconds),
             )
+            self.tau = telemetry.tau
             trainer.should_stop = True
 
 
@@ -182,6 +197,17 @@ class Bench:
         return instantiate(self._cfg.trainer, strategy=strategy, **_BARE, **options)
 
 
+@dataclass
+class Repetition:
+    """Every kind of fit, once."""
+
+    step_seconds: float
+    spread_seconds: float
+    ddp_step_seconds: float
+    trials: list[Trial]
+    ddp_sent_bytes: int
+
+
 def measure(bench: Bench, seconds: float, codecs: Sequence[str]) -> Measured:
     """Steps without exchanges, steps of DDP, and exchanges in every form, in turn.
 
@@ -192,25 +218,12 @@ def measure(bench: Bench, seconds: float, codecs: Sequence[str]) -> Measured:
     """
     forms: list[str | None] = [None, *codecs]
     share = min(_LONGEST_SECONDS, seconds / (_REPETITIONS * (2 + len(forms))))
-    alone: list[float] = []
-    ddp: list[float] = []
-    found: dict[str | None, list[Durations]] = {form: [] for form in forms}
-    sent: dict[str | None, int] = {}
-    began = time.monotonic()
-    while True:
-        unlinked = bench.easgd(tau=NEVER)
-        alone.append(_step_seconds(bench, unlinked, share, "steps without exchanges"))
-        ddp.append(_step_seconds(bench, bench.ddp(), share, "steps of DDP"))
-        for form in forms:
-            # DDP moves what a full exchange moves, so the one waits about as long as the other.
-            count = round(share / max(_STEPS_BETWEEN * alone[-1], ddp[-1]))
-            watch = Rounds(min(max(count, _FEWEST_ROUNDS), _MOST_ROUNDS))
-            most_steps = max(_STEPS_BETWEEN, int(share / watch.count / alone[-1]))
-            found[form].append(_durations(bench, form, watch, most_steps))
-            sent[form] = bench.fragments * watch.sent_bytes
-        repetitions, (taken, *_) = len(alone), gather(time.monotonic() - began)
-        if taken * (repetitions + 1) / repetitions > seconds:
-            break
+    done: list[Repetition] = []
+    taken, began = 0.0, time.monotonic()
+    # Once is enough only where it takes too long: one time says little of the noise.
+    while taken < _LATE * seconds and (len(done) < 2 or taken * (1 + 1 / len(done)) < seconds):
+        done.append(_repetition(bench, forms, share))
+        taken = gather(time.monotonic() - began)[0]
     trained = [p for p in bench.module.parameters() if p.requires_grad]
     return Measured(
         model=type(bench.module.net).__name__,
@@ -220,22 +233,37 @@ def measure(bench: Bench, seconds: float, codecs: Sequence[str]) -> Measured:
         device=bench.device,
         fragments=bench.fragments,
         tau_bounds=bench.tau_bounds,
-        step_seconds=statistics.median(alone),
-        ddp_step_seconds=statistics.median(ddp),
-        ddp_sent_bytes=unlinked.telemetry.ddp_bytes_per_step,
-        exchanges=[Exchanges(form, sent[form], found[form]) for form in forms],
+        step_seconds=statistics.median(once.step_seconds for once in done),
+        spread_seconds=statistics.median(once.spread_seconds for once in done),
+        ddp_step_seconds=statistics.median(once.ddp_step_seconds for once in done),
+        ddp_sent_bytes=done[0].ddp_sent_bytes,
+        exchanges=[
+            Exchanges(form, [once.trials[i] for once in done]) for i, form in enumerate(forms)
+        ],
     )
 
 
-def _step_seconds(bench: Bench, strategy: Strategy, seconds: float, what: str) -> float:
-    """A step, of the slowest worker."""
-    watch = Steps(seconds)
-    bench.fit(strategy, watch, what)
-    return max(gather(watch.step_seconds))
+def _repetition(bench: Bench, forms: Sequence[str | None], seconds: float) -> Repetition:
+    unlinked = bench.easgd(tau=NEVER)
+    alone, under_ddp = Steps(seconds), Steps(seconds)
+    bench.fit(unlinked, alone, "steps without exchanges")
+    bench.fit(bench.ddp(), under_ddp, "steps of DDP")
+    step, ddp_step = max(gather(alone.seconds)), max(gather(under_ddp.seconds))
+    # DDP moves what a full exchange moves, so the one waits about as long as the other.
+    rounds = round(seconds / max(_STEPS_BETWEEN * step, ddp_step))
+    rounds = min(max(rounds, _FEWEST_ROUNDS), _MOST_ROUNDS)
+    most_steps = max(_FEWEST_STEPS_BETWEEN, int(seconds / rounds / step))
+    return Repetition(
+        step_seconds=step,
+        spread_seconds=max(gather(alone.spread_seconds)),
+        ddp_step_seconds=ddp_step,
+        trials=[_trial(bench, form, rounds, most_steps) for form in forms],
+        ddp_sent_bytes=unlinked.telemetry.ddp_bytes_per_step,
+    )
 
 
-def _durations(bench: Bench, form: str | None, watch: Rounds, most_steps: int) -> Durations:
-    """What exchanges took, as all workers together see it.
+def _trial(bench: Bench, form: str | None, rounds: int, most_steps: int) -> Trial:
+    """Exchanges in one form.
 
     They follow each other as with ``tau="auto"``: neither waiting for the one before, if there is
     time for that, nor so rarely that what they cost is lost in the noise of many steps.
@@ -246,5 +274,10 @@ def _durations(bench: Bench, form: str | None, watch: Rounds, most_steps: int) -
         tau_min=_FEWEST_STEPS_BETWEEN * bench.fragments,
         tau_max=most_steps * bench.fragments,
     )
+    watch = Rounds(rounds)
     bench.fit(strategy, watch, f"exchanges in {form or 'full precision'}")
-    return together(gather(watch.durations))
+    return Trial(
+        together(gather(watch.durations)),
+        round_steps=watch.tau // bench.fragments,
+        sent_bytes=bench.fragments * watch.sent_bytes,
+    )

@@ -76,7 +76,7 @@ def _key(argument: str) -> str:
 
 
 def _memory(advice: Advice) -> list[tuple[str, str]]:
-    rows = [("memory more per worker", _needed(advice.memory()))]
+    rows = [("memory EASGD adds, each", _needed(advice.memory()))]
     if advice.measured.fragments < _FEWER:
         less = _needed(advice.memory(fragments=_FEWER))
         rows.append((f"  with strategy.fragments={_FEWER}", less))
@@ -100,7 +100,7 @@ def _row(option: Option, full: Option) -> tuple[str, ...]:
     return (
         str(option.compression or "null"),
         milliseconds(option.exchange_seconds),
-        milliseconds(option.cost_seconds),
+        f"{1e3 * option.cost_seconds:.1f} ± {milliseconds(option.cost_noise_seconds)}",
         str(option.free_tau),
         amount(option.bytes_per_hour),
         _why(option, full),
@@ -108,13 +108,13 @@ def _row(option: Option, full: Option) -> tuple[str, ...]:
 
 
 def _why(option: Option, full: Option) -> str:
-    if option.pays is None:
+    if option is full:
         return ""
-    if option.pays:
+    if option.saves > 0:
         return f"yes: {option.free_tau} instead of {full.free_tau}"
-    if option.free_tau > full.free_tau:
+    if option.saves < 0:
         return "no: costs more than it saves"
-    return "no: τ is hardly smaller"
+    return "no difference beyond the noise"
 
 
 def _verdict(advice: Advice) -> list[str]:
