@@ -27,6 +27,8 @@ class Telemetry:
     """An optimizer step of this worker, data and all, while no exchange is under way; the mean."""
     exchange_seconds: float = 0.0
     """From the start of an exchange to the arrival of its sums; the median."""
+    exchange_cost_seconds: float = 0.0
+    """By how much an exchange lengthens the steps that it hides behind; the mean."""
     wait_seconds: float = 0.0
     """Seconds this worker stood still for an exchange."""
     consensus_distance: float = 0.0

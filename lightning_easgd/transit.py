@@ -157,6 +157,7 @@ class Transit:
         measured = self.pace.durations()
         self._telemetry.step_seconds = 1e-6 * measured.step
         self._telemetry.exchange_seconds = 1e-6 * measured.exchange
+        self._telemetry.exchange_cost_seconds = 1e-6 * measured.cost
         return Header(
             clock=clock,
             fingerprint=self._center.fingerprint(self._center.joined, self.turn),

@@ -96,6 +96,21 @@ class Report:
         ]
 
 
+def require_all_processes(trainer: pl.Trainer) -> None:
+    """Check that the processes that were started all train together.
+
+    Raises:
+        ValueError: the strategy does not use all of them.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", trainer.world_size))
+    if processes != trainer.world_size:
+        raise ValueError(
+            f"{type(trainer.strategy).__name__} trains in {trainer.world_size} process(es), but"
+            f" {processes} were started. Set trainer.devices={trainer.world_size}, or another"
+            " strategy."
+        )
+
+
 def run(
     trainer: pl.Trainer,
     module: pl.LightningModule,
@@ -119,13 +134,7 @@ def run(
         ValueError: the strategy does not use all processes that were started, or there is neither
             training nor a checkpoint to test.
     """
-    processes = int(os.environ.get("WORLD_SIZE", trainer.world_size))
-    if processes != trainer.world_size:
-        raise ValueError(
-            f"{type(trainer.strategy).__name__} trains in {trainer.world_size} process(es), but"
-            f" {processes} were started. Set trainer.devices={trainer.world_size}, or another"
-            " strategy."
-        )
+    require_all_processes(trainer)
     # Lightning 2.6 on newer torch warns of itself, on every worker.
     warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*", FutureWarning)
     if ckpt_path == "last":

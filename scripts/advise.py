@@ -1,0 +1,44 @@
+"""Measure a minute of training here, and say which τ and compression to take, or to take DDP.
+
+It takes the command line of train.py: python scripts/advise.py model=resnet trainer.devices=4
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import hydra
+from jobs import attempt, command_line, start_workers
+from launching import is_worker
+from omegaconf import DictConfig
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="advise")
+def main(cfg: DictConfig) -> None:
+    """Measure and advise once."""
+    if is_worker():
+        run(cfg)
+    else:
+        attempt(lambda cfg: start_workers(cfg, __file__), cfg)
+
+
+def run(cfg: DictConfig) -> None:
+    """What one worker does."""
+    from advising.judging import Advice
+    from advising.measuring import Bench, measure
+    from advising.report import command, table
+
+    from lightning_easgd.communication import leave_all_groups
+
+    bench = Bench(cfg)
+    advice = Advice(measure(bench, cfg.seconds, cfg.codecs))
+    if bench.speaks:
+        print(f"\n{table(advice)}\n\n  {command(advice, cfg.arguments)}")
+    if bench.writes:
+        Path(cfg.output_dir, "advice.json").write_text(json.dumps(advice.as_dict(), indent=2))
+    leave_all_groups()
+
+
+if __name__ == "__main__":
+    command_line(main, run)

@@ -1,0 +1,139 @@
+"""The advice for a terminal: a table, a verdict, and the command to train with."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable
+
+from advising.judging import WORTH, Advice, Memory, Option
+
+_OWN = ("seconds", "codecs")
+_FOUND = ("tau", "strategy.tau", "strategy.tau_min", "strategy.tau_max", "strategy.compression")
+_FEWER = 4
+
+
+def table(advice: Advice) -> str:
+    """All that was measured and follows from it."""
+    measured, ddp = advice.measured, advice.measured.ddp_step_seconds
+    longer = f"{ddp / measured.step_seconds:.2f} times as long"
+    rows = [
+        ("model", f"{measured.model}, {measured.parameters / 1e6:.2f} M parameters trained"),
+        ("workers", f"{measured.workers} on {measured.device}"),
+        ("a step without exchanges", milliseconds(measured.step_seconds)),
+        (
+            "a step under DDP",
+            f"{milliseconds(ddp)}, {longer}; {amount(advice.ddp_bytes_per_hour)} an hour",
+        ),
+        ("bandwidth, each way", f"{advice.bandwidth_bits / 1e6:.0f} Mbit/s"),
+        *_memory(advice),
+    ]
+    lines = [*aligned(rows), "", *aligned(_options(advice)), "", *_verdict(advice)]
+    return "\n".join(f"  {line}".rstrip() for line in lines)
+
+
+def command(advice: Advice, arguments: Iterable[str]) -> str:
+    """How to train as advised.
+
+    Args:
+        advice: for the run that is described by
+        arguments: as they were typed for advise.py.
+    """
+    kept = [a for a in arguments if _key(a) not in (*_OWN, *_FOUND) and "hydra" not in _key(a)]
+    if advice.take_ddp:
+        nesterov = "strategy=eamsgd" in kept and not any(_key(a) == "optimizer" for a in kept)
+        kept = [a for a in kept if _key(a).split(".")[0] != "strategy"]
+        kept += ["optimizer=nesterov"] * nesterov + ["strategy=ddp"]
+    else:
+        kept.append(f"strategy.tau={advice.best.tau}")
+        if advice.best.compression is not None:
+            kept.append(f"strategy.compression={advice.best.compression}")
+    return f"python scripts/train.py {shlex.join(kept)}"
+
+
+def milliseconds(seconds: float) -> str:
+    """A duration."""
+    return f"{1e3 * seconds:.1f} ms"
+
+
+def amount(size: float) -> str:
+    """A number of bytes."""
+    for unit in ("MB", "GB"):
+        size /= 1e3 if unit == "GB" else 1e6
+        if size < 1e3:
+            break
+    return f"{size:.1f} {unit}"
+
+
+def aligned(rows: Iterable[tuple[str, ...]]) -> list[str]:
+    """Columns as wide as their widest cell."""
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)) for row in rows]
+
+
+def _key(argument: str) -> str:
+    return argument.lstrip("+~").split("=")[0]
+
+
+def _memory(advice: Advice) -> list[tuple[str, str]]:
+    rows = [("memory EASGD adds, each", _needed(advice.memory()))]
+    if advice.measured.fragments < _FEWER:
+        less = _needed(advice.memory(fragments=_FEWER))
+        rows.append((f"  with strategy.fragments={_FEWER}", less))
+    if advice.measured.device == "cuda":
+        offloaded = advice.memory(offload=True)
+        on_host = f"{_needed(offloaded)}; {amount(offloaded.host)} in host memory"
+        rows.append(("  with strategy.center_device=cpu", on_host))
+    return rows
+
+
+def _needed(memory: Memory) -> str:
+    return f"{amount(memory.between)}, {amount(memory.within)} in the step of an exchange"
+
+
+def _options(advice: Advice) -> list[tuple[str, ...]]:
+    head = ("compression", "an exchange", "costs the steps", "free at τ", "sent an hour", "pays")
+    return [head, *(_row(option, advice.options[0]) for option in advice.options)]
+
+
+def _row(option: Option, full: Option) -> tuple[str, ...]:
+    return (
+        str(option.compression or "null"),
+        milliseconds(option.exchange_seconds),
+        f"{1e3 * option.cost_seconds:.1f} ± {milliseconds(option.cost_noise_seconds)}",
+        str(option.free_tau),
+        amount(option.bytes_per_hour),
+        _why(option, full),
+    )
+
+
+def _why(option: Option, full: Option) -> str:
+    if option is full:
+        return ""
+    if option.saves > 0:
+        return f"yes: {option.free_tau} instead of {full.free_tau}"
+    if option.saves < 0:
+        return "no: costs more than it saves"
+    return "no difference beyond the noise"
+
+
+def _verdict(advice: Advice) -> list[str]:
+    best, measured = advice.best, advice.measured
+    expected = f"{best.speed_up:.2f} times as fast as DDP"
+    if advice.take_ddp:
+        lines = [
+            f"DDP is the better choice here: EASGD is expected to be {expected} at τ = {best.tau},",
+            "and at equal samples DDP converges better (README, Measured).",
+        ]
+        if measured.ddp_step_seconds < WORTH * measured.step_seconds:
+            lines.append("There is next to nothing to gain: DDP's steps are about as short.")
+        return lines
+    with_codec = f" and compression={best.compression}" if best.compression else ""
+    lines = [
+        f"EASGD is expected to be {expected}, at τ = {best.tau}{with_codec}.",
+        "DDP converges better at equal samples (README, Measured): compare at equal time.",
+    ]
+    if best.tau < best.free_tau:
+        share = 1 - measured.step_seconds / best.step_seconds
+        lines.append(f"At this τ, the largest allowed, exchanges take {share:.0%} of the time.")
+    return lines

@@ -1,0 +1,303 @@
+"""What scripts/advise.py concludes from numbers, and the script as users run it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import emulation
+import pytest
+from advising.judging import Advice, Exchanges, Measured, Memory, Trial, period, together
+from advising.report import command, table
+from emulation import EmulatedHosts
+from processes import processes_of
+
+from lightning_easgd.pace import AutomaticPeriod, Durations
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "advise.py"
+REASON = emulation.unavailable()
+
+MEGABYTE = 1_000_000
+
+
+def exchanges(
+    compression: str | None, *exchange_ms: float, cost_ms: float = 0.1, sent: int = 4 * MEGABYTE
+) -> Exchanges:
+    """Tried once for each duration, in rounds of 16 steps of 10 ms."""
+    found = [
+        Durations(step=10_000, exchange=int(1e3 * ms), cost=int(1e3 * cost_ms))
+        for ms in exchange_ms
+    ]
+    return Exchanges(compression, [Trial(durations, 16, sent) for durations in found])
+
+
+def advice(*found: Exchanges, ddp_ms: float = 100, **others: Any) -> Advice:
+    measured = Measured(
+        model="CNN",
+        parameters=MEGABYTE,
+        copy_bytes=4 * MEGABYTE,
+        workers=4,
+        device="cpu",
+        fragments=1,
+        tau_bounds=(1, 64),
+        step_seconds=0.01,
+        spread_seconds=0.0,
+        ddp_step_seconds=1e-3 * ddp_ms,
+        ddp_sent_bytes=6 * MEGABYTE,
+        exchanges=list(found),
+    )
+    return Advice(replace(measured, **others))
+
+
+def test_a_slow_network_calls_for_a_codec_and_a_small_tau() -> None:
+    found = advice(exchanges(None, 400, 410), exchanges("int8", 99, 95, sent=MEGABYTE), ddp_ms=400)
+    best = found.best
+    assert (best.compression, best.tau, best.saves) == ("int8", 10, 1)
+    assert found.options[0].tau == 41
+    assert best.step_seconds == pytest.approx(0.010_01)  # an exchange adds 0.1 ms to 10 steps
+    assert best.speed_up == pytest.approx(0.4 / 0.010_01)
+    assert best.bytes_per_hour == pytest.approx(3600 * MEGABYTE / 0.1001)
+    assert found.ddp_bytes_per_hour == 3600 * 15 * MEGABYTE
+    assert found.bandwidth_bits == pytest.approx(8 * 4 * MEGABYTE / 0.405)
+    printed = table(found)
+    assert (
+        "EASGD is expected to be 39.96 times as fast as DDP, at τ = 10 and compression=int8."
+        in (printed)
+    )
+    assert "a step under DDP             400.0 ms, 40.00 times as long; 54.0 GB an hour" in printed
+    assert "int8         97.0 ms      0.1 ± 0.0 ms     10         36.0 GB" in printed
+    assert "yes: 10 instead of 41" in printed
+    assert "bandwidth, each way          79 Mbit/s" in printed
+
+
+@pytest.mark.parametrize(
+    ("ddp_ms", "ddp", "nothing_to_gain"), [(10.4, True, True), (10.8, False, False)]
+)
+def test_ddp_is_the_better_choice_where_it_is_about_as_fast(
+    ddp_ms: float, ddp: bool, nothing_to_gain: bool
+) -> None:
+    found = advice(exchanges(None, 5), ddp_ms=ddp_ms)
+    assert found.take_ddp is ddp
+    printed = table(found)
+    assert ("DDP is the better choice here" in printed) is ddp
+    assert ("next to nothing to gain" in printed) is nothing_to_gain
+
+
+def test_ddp_is_the_better_choice_where_exchanges_hide_at_no_tau_that_is_allowed() -> None:
+    found = advice(exchanges(None, 500), ddp_ms=100, tau_bounds=(1, 5))
+    assert found.best.step_seconds == 0.1  # five steps wait for 0.5 s
+    assert found.take_ddp
+    assert "next to nothing" not in table(found)
+
+
+def test_a_period_that_is_not_free_says_what_it_takes() -> None:
+    found = advice(exchanges(None, 1280), ddp_ms=1000)
+    assert (found.best.free_tau, found.best.tau) == (128, 64)
+    assert "At this τ, the largest allowed, exchanges take 50% of the time." in table(found)
+
+
+def test_a_codec_that_costs_more_than_it_saves_does_not_pay() -> None:
+    found = advice(exchanges(None, 25), exchanges("int8", 8, cost_ms=2))
+    assert [option.free_tau for option in found.options] == [3, 10]
+    assert found.best.compression is None
+    assert "no: costs more than it saves" in table(found)
+
+
+@pytest.mark.parametrize(
+    ("int8_ms", "saves", "said"),
+    [
+        ((100, 100, 100, 500), 1, "yes: 10 instead of 40"),
+        ((100, 100, 500, 500), 0, "no difference beyond the noise"),  # in half of them only
+        ((385, 385, 385, 385), 0, "no difference beyond the noise"),  # by less than a tenth
+        ((600, 900, 900, 100), -1, "no: costs more than it saves"),
+        ((600, 900, 300, 100), 0, "no difference beyond the noise"),
+    ],
+)
+def test_what_pays_does_so_by_more_than_the_noise(
+    int8_ms: tuple[float, ...], saves: int, said: str
+) -> None:
+    found = advice(exchanges(None, 400, 400, 400, 400), exchanges("int8", *int8_ms))
+    assert found.options[1].saves == saves
+    assert (found.best.compression == "int8") is (saves > 0)
+    assert said in table(found)
+
+
+def test_a_cost_counts_as_far_as_it_is_above_its_noise() -> None:
+    once = advice(exchanges(None, 25, cost_ms=8), spread_seconds=0.001).best
+    assert once.cost_noise_seconds == pytest.approx(0.004)  # 16 steps that differ by 1 ms
+    assert (once.cost_seconds, once.free_tau) == (pytest.approx(0.008), 20)  # 4 ms are 2 % of 20
+    often = advice(exchanges(None, 25, 25, 25, 25, cost_ms=8), spread_seconds=0.001).best
+    assert (often.cost_noise_seconds, often.free_tau) == (pytest.approx(0.002), 30)
+    assert advice(exchanges(None, 25, cost_ms=3), spread_seconds=0.001).best.free_tau == 3
+
+
+def test_of_two_that_are_much_alike_the_more_exact_is_taken() -> None:
+    found = advice(exchanges(None, 400), exchanges("bf16", 200), exchanges("int8", 190))
+    assert [option.saves for option in found.options] == [0, 1, 1]
+    assert found.best.compression == "bf16"
+
+
+@pytest.mark.parametrize(("int8_ms", "best"), [(640, "int8"), (650, "topk")])
+def test_most_is_held_back_only_where_nothing_else_hides(int8_ms: float, best: str) -> None:
+    found = advice(exchanges(None, 2000), exchanges("int8", int8_ms), exchanges("topk", 50))
+    assert found.best.compression == best
+
+
+def test_tau_is_what_auto_chooses_from_what_the_workers_measured() -> None:
+    workers = [Durations(9_000, 70_000, 900), Durations(12_000, 50_000, 1_500)]
+    automatic = AutomaticPeriod(fragments=2, log=lambda _: None)
+    for _ in range(3):
+        automatic.observe(workers)
+    assert period(together(workers), 2, (1, 64)) == automatic.after(0)[0] == 10
+
+
+def test_memory_is_counted_in_copies_of_the_parameters() -> None:
+    full = advice(exchanges(None, 400))
+    assert full.memory() == Memory(between=8 * MEGABYTE, within=12 * MEGABYTE)
+    assert full.memory(fragments=4) == Memory(between=5 * MEGABYTE, within=6 * MEGABYTE)
+    assert full.memory(offload=True) == Memory(0, within=4 * MEGABYTE, host=8 * MEGABYTE)
+    int8 = advice(exchanges(None, 400), exchanges("int8", 100))
+    assert int8.memory() == Memory(between=13 * MEGABYTE, within=17 * MEGABYTE)
+    assert "memory EASGD adds, each      13.0 MB, 17.0 MB in the step of an exchange" in table(int8)
+    on_gpu = table(advice(exchanges(None, 400), device="cuda"))
+    assert (
+        "with strategy.center_device=cpu  0.0 MB, 4.0 MB in the step of an exchange; 8.0 MB in"
+        in (on_gpu)
+    )
+
+
+TYPED = ["model=resnet", "seconds=9", "strategy=eamsgd", "strategy.tau=4", "strategy.beta=0.5"]
+
+
+@pytest.mark.parametrize(
+    ("ddp_ms", "typed", "expected"),
+    [
+        (400, TYPED, "model=resnet strategy=eamsgd strategy.beta=0.5 strategy.tau=10"),
+        (10, TYPED, "model=resnet optimizer=nesterov strategy=ddp"),
+        (10, [*TYPED, "optimizer=adamw"], "model=resnet optimizer=adamw strategy=ddp"),
+        (400, ["data.root=a b", "hydra.run.dir=x", "+tau=3"], "'data.root=a b' strategy.tau=10"),
+    ],
+)
+def test_the_command_is_what_was_typed_with_what_was_found(
+    ddp_ms: float, typed: list[str], expected: str
+) -> None:
+    found = advice(exchanges(None, 400), exchanges("int8", 100), ddp_ms=ddp_ms)
+    if not found.take_ddp:
+        expected += " strategy.compression=int8"
+    assert command(found, typed) == f"python scripts/train.py {expected}"
+
+
+def advise(folder: Path, *overrides: str, code: int = 0) -> str:
+    """Run the script in ``folder``; what it printed."""
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *overrides, "hydra.run.dir=run"],
+        cwd=folder,
+        timeout=150,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_measures_says_how_to_train_and_leaves_its_numbers_only(tmp_path: Path) -> None:
+    printed = advise(
+        tmp_path, "trainer.devices=2", "seconds=6", "strategy.fragments=2", "codecs=[int8]"
+    )
+    written = json.loads((tmp_path / "run" / "advice.json").read_text())
+    measured = written["measured"]
+    full, int8 = (form["trials"][0] for form in measured["exchanges"])
+    elements = measured["parameters"]
+    assert measured["workers"] == 2
+    assert measured["step_seconds"] > 0
+    assert 4 * elements == measured["copy_bytes"] == measured["ddp_sent_bytes"]
+    assert full["sent_bytes"] == pytest.approx(measured["copy_bytes"], rel=0.01)
+    assert int8["sent_bytes"] == pytest.approx(elements, rel=0.05)
+    for what in ("steps without exchanges", "steps of DDP", "exchanges in int8"):
+        assert f"measuring {what}" in printed
+    assert "a step without exchanges" in printed
+    told = printed.splitlines()[-1]
+    assert told.strip().startswith("python scripts/train.py trainer.devices=2 ")
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    hydras = {f"run/.hydra/{name}.yaml" for name in ("config", "hydra", "overrides")}
+    assert left == {"run/advice.json", "run/config.yaml", "run/worker1.log", *hydras}
+    train = [sys.executable, str(SCRIPT.with_name("train.py")), *shlex.split(told)[2:]]
+    subprocess.run(
+        [*train, "--cfg", "job"], cwd=tmp_path, check=True, timeout=60, capture_output=True
+    )
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.skipif(REASON is not None, reason=str(REASON))
+def test_a_slow_network_calls_for_more_than_a_fast_one(tmp_path: Path) -> None:
+    slow, fast = (on_two_hosts(tmp_path, rate) for rate in (20e6, None))
+    slower, faster = (found["bandwidth_bits_per_second"] for found in (slow, fast))
+    assert slower < min(22e6, faster)
+    assert not slow["take_ddp"]
+    assert slow["compression"] == "int8" or slow["tau"] > fast["tau"]
+    assert slow["options"][0]["free_tau"] > fast["options"][0]["free_tau"]
+
+
+def on_two_hosts(folder: Path, rate_bits: float | None) -> dict[str, Any]:
+    model = ["model=mlp", "model.hidden=[1024,512]"]  # 2.4 MB, a second at 20 Mbit/s
+    overrides = [*model, "trainer.devices=1", "trainer.num_nodes=2", "seconds=4", "codecs=[int8]"]
+    with EmulatedHosts(2, rate_bits) as hosts:
+        processes = [
+            hosts.start(
+                host,
+                [sys.executable, str(SCRIPT), *overrides, f"hydra.run.dir={rate_bits}-{host}"],
+                cwd=folder,
+                env={"OMP_NUM_THREADS": "1"},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            for host in range(2)
+        ]
+        assert [process.wait(timeout=100) for process in processes] == [0, 0]
+    return json.loads((folder / f"{rate_bits}-0" / "advice.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["trainer.devices=1"], "One worker has nobody to exchange with"),
+        (["strategy=ddp"], "set strategy=easgd or strategy=eamsgd"),
+        (["seconds=0"], "seconds=0 is not allowed. Allowed: a number above 0"),
+        (["codecs=[int9]"], "compression='int9' is not a codec. Allowed"),
+        (["strategy.overlap=false"], "Set overlap=True"),
+        (["secondz=1"], "Key 'secondz' is not in struct"),
+        (["trainer.accelerator=tpu"], "accelerator"),
+    ],
+    ids=str,
+)
+def test_bad_input_says_what_to_do(tmp_path: Path, overrides: list[str], message: str) -> None:
+    assert message in advise(tmp_path, "trainer.devices=2", *overrides, code=1)
+
+
+def test_ctrl_c_ends_all_workers(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), "trainer.devices=2", "seconds=600"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    with process:
+        try:
+            assert process.stdout is not None
+            assert "measuring" in process.stdout.readline()
+            time.sleep(1)
+            assert len(processes_of(tmp_path)) == 2
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=60) == 130
+        finally:
+            process.kill()
+    assert processes_of(tmp_path) == {}
