@@ -92,15 +92,18 @@ def easgd(
     alpha: Callable[[str, int], float],
     accumulate: int = 1,
     final_exchange: bool = False,
+    sick: tuple[int, int] | None = None,
 ) -> tuple[State, list[State]]:
     """The center and the workers' iterates after all batches; ``batches`` by worker.
 
-    A worker whose batch is None, or that has no more, takes no step but takes part in exchanges.
+    A worker whose batch is None, or that has no more, takes no step but takes part in exchanges;
+    one that is ``sick`` at a step starts again at the center instead.
     """
     p = len(batches)
     workers, center = [dict(start) for _ in range(p)], dict(start)
     steps = max(len(own) for own in batches) // accumulate
     for t in range(steps + 1):
+        workers = [dict(center) if (i, t) == sick else x for i, x in enumerate(workers)]
         pulls = [{k: 0.0 * x[k] for k in x} for x in workers]
         if (t % tau == 0 and t < steps) or (final_exchange and t == steps):
             pulls = [{k: alpha(k, t) * (x[k] - center[k]) for k in x} for x in workers]
@@ -116,3 +119,66 @@ def easgd(
         workers = [{k: x[k] - pull[k] for k in x} for x, pull in zip(workers, pulls, strict=True)]
         center = {k: center[k] + sum(pull[k] for pull in pulls) for k in center}
     return center, workers
+
+
+class LocalSgd:
+    """c <- mean of the workers. One that moves c by all the workers' moves, and keeps something."""
+
+    memory: tuple[str, ...] = ()
+
+    def move(self, moves: list[np.ndarray], kept: State) -> tuple[np.ndarray, State]:
+        """How far c goes, and what is kept, of what each worker went and what was kept."""
+        return sum(moves) / len(moves), kept
+
+
+def restarting(
+    rule: Any,
+    start: State,
+    batches: list[list[tuple[np.ndarray, np.ndarray]]],
+    optimizers: list[Any],
+    *,
+    tau: int,
+    turns: list[dict[str, list[int]]] | None = None,
+    accumulate: int = 1,
+    sick: tuple[int, int] | None = None,
+) -> State:
+    """The center after all batches; every tau steps workers go on from it.
+
+    Args:
+        rule: as LocalSgd.
+        start: of all.
+        batches: by worker; one that has no more takes no step.
+        optimizers: by worker.
+        tau: steps between two exchanges of a row.
+        turns: rows of each parameter that are exchanged together; None: all.
+        accumulate: batches of a step.
+        sick: a worker, and the steps after which it has nothing to give.
+    """
+    workers, center = [dict(start) for _ in batches], dict(start)
+    kept = {k: {name: np.zeros_like(start[k]) for name in rule.memory} for k in start}
+    turns = turns or [{k: list(range(len(start[k]))) for k in start}]
+    pause, turn = tau // len(turns), 0
+    steps = max(len(own) for own in batches) // accumulate
+    for t in range(steps):
+        for i, own in enumerate(batches):
+            micro = own[t * accumulate : (t + 1) * accumulate]
+            if micro:
+                gradients = [toy_gradient(workers[i], batch) for batch in micro]
+                mean = {k: sum(g[k] for g in gradients) / accumulate for k in start}
+                workers[i] = optimizers[i].step(workers[i], mean, t)
+        due = 1 if (t + 1) % pause == 0 else 0
+        for _ in range(len(turns) if t + 1 == steps else due):
+            for k, rows in turns[turn].items():
+                well = [x for i, x in enumerate(workers) if (i, t + 1) != sick]
+                moves = [x[k][rows] - center[k][rows] for x in well]
+                old = {name: value[rows] for name, value in kept[k].items()}
+                far, new = rule.move(moves, old)
+                center[k] = center[k].copy()
+                center[k][rows] += far
+                for name, value in new.items():
+                    kept[k][name][rows] = value
+                for x in workers:
+                    x[k] = x[k].copy()
+                    x[k][rows] = center[k][rows]
+            turn = (turn + 1) % len(turns)
+    return center

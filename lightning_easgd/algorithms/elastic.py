@@ -14,9 +14,24 @@ the τ steps in between: the trajectory is that of a blocking exchange, bit for 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
+
+from lightning_easgd.algorithms.base import Rule
+
+
+class EASGD(Rule):
+    """Synchronous EASGD, and EAMSGD where workers use Nesterov momentum; see the module."""
+
+    restarts = False
+    averages = False
+
+    @override
+    def move_(self, center: Tensor, total: Tensor, memory: dict[str, Any]) -> None:
+        move_center_([center], [total])
 
 
 def stability_bound(workers: int) -> float:
