@@ -11,7 +11,7 @@ Importing the package registers ``Trainer(strategy="easgd")``, ``easgd_spawn``, 
 
 from lightning.pytorch.strategies import StrategyRegistry
 
-from lightning_easgd.algorithms import EASGD, LocalSGD, Rule
+from lightning_easgd.algorithms import BMUF, EASGD, DiLoCo, Downpour, LocalSGD, Rule, SlowMo
 from lightning_easgd.callbacks import EASGDMonitor
 from lightning_easgd.communication import Codec, ExchangeError, Int8, TopK
 from lightning_easgd.contribution import NonFiniteError
@@ -19,8 +19,11 @@ from lightning_easgd.strategy import EASGDStrategy
 from lightning_easgd.telemetry import Telemetry
 
 __all__ = [
+    "BMUF",
     "EASGD",
     "Codec",
+    "DiLoCo",
+    "Downpour",
     "EASGDMonitor",
     "EASGDStrategy",
     "ExchangeError",
@@ -28,6 +31,7 @@ __all__ = [
     "LocalSGD",
     "NonFiniteError",
     "Rule",
+    "SlowMo",
     "Telemetry",
     "TopK",
 ]

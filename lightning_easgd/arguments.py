@@ -192,8 +192,8 @@ def refuse(unsupported: Mapping[str, object]) -> None:
                 " exchanged."
             )
         raise TypeError(
-            f"EASGDStrategy got an unknown argument {name}={value!r}. Its own are algorithm, tau,"
-            " beta, alpha, rho, overlap, evaluate_on, buffers, elastic_point, final_exchange,"
+            f"EASGDStrategy got an unknown argument {name}={value!r}. Its own are tau, beta, alpha,"
+            " rho, algorithm, overlap, evaluate_on, buffers, elastic_point, final_exchange,"
             " strict_resume, exchange_timeout, compression, tau_min, tau_max, fragments,"
             " center_device and bucket_bytes."
         )

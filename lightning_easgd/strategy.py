@@ -79,8 +79,8 @@ class EASGDStrategy(PersistentStrategy):
     wait for the sum and go on from the new center.
 
     Args:
-        algorithm: what an exchange does: the name of a rule ("easgd", "local_sgd") or a Rule with
-            options of its own.
+        algorithm: what an exchange does: the name of a rule ("easgd", "local_sgd", "downpour",
+            "slowmo", "bmuf", "diloco") or a Rule with options of its own.
         tau: communication period τ, in optimizer steps: a whole number, a callable of the
             optimizer step, or "auto": the smallest at which exchanges hide behind training, found
             by measuring (see pace.py).

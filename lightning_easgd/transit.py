@@ -226,7 +226,7 @@ class Transit:
     def _move_center(self, flight: InFlight, healthy: Sequence[bool]) -> None:
         for fragment in flight.fragments:
             center, total = fragment.center.parts, fragment.total.parts
-            if self._rule.averages and not all(healthy):
+            if self._rule.average and not all(healthy):
                 elastic.scale_(total, [len(healthy) / sum(healthy)] * len(total))
             if flight.moves:
                 for part, move, memory in zip(center, total, fragment.outer, strict=True):

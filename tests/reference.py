@@ -92,6 +92,7 @@ def easgd(
     alpha: Callable[[str, int], float],
     accumulate: int = 1,
     final_exchange: bool = False,
+    center_momentum: float = 0.0,
     sick: tuple[int, int] | None = None,
 ) -> tuple[State, list[State]]:
     """The center and the workers' iterates after all batches; ``batches`` by worker.
@@ -101,12 +102,15 @@ def easgd(
     """
     p = len(batches)
     workers, center = [dict(start) for _ in range(p)], dict(start)
+    v = {k: 0.0 * start[k] for k in start}
     steps = max(len(own) for own in batches) // accumulate
     for t in range(steps + 1):
+        rates = dict.fromkeys(start, 0.0)
         workers = [dict(center) if (i, t) == sick else x for i, x in enumerate(workers)]
         pulls = [{k: 0.0 * x[k] for k in x} for x in workers]
         if (t % tau == 0 and t < steps) or (final_exchange and t == steps):
-            pulls = [{k: alpha(k, t) * (x[k] - center[k]) for k in x} for x in workers]
+            rates = {k: alpha(k, t) for k in start}
+            pulls = [{k: rates[k] * (x[k] - center[k]) for k in x} for x in workers]
         if t < steps:
             for i in range(p):
                 micro = batches[i][t * accumulate : (t + 1) * accumulate]
@@ -117,18 +121,98 @@ def easgd(
                 mean = {k: sum(g[k] for g in gradients) / accumulate for k in point}
                 workers[i] = optimizers[i].step(workers[i], mean, t)
         workers = [{k: x[k] - pull[k] for k in x} for x, pull in zip(workers, pulls, strict=True)]
-        center = {k: center[k] + sum(pull[k] for pull in pulls) for k in center}
+        for k in center:
+            moved = center_momentum * v[k] + sum(pull[k] for pull in pulls)
+            v[k] = np.where(rates[k], moved, v[k])  # rows whose fragment has its turn
+            center[k] = center[k] + np.where(rates[k], moved, 0.0)
     return center, workers
 
 
 class LocalSgd:
-    """c <- mean of the workers. One that moves c by all the workers' moves, and keeps something."""
+    """The center becomes the mean of the workers; after Stich 2019.
+
+    Like all that follow, ``move`` says how far the center goes and what is kept, given how far each
+    worker went and what was kept before; ``memory`` names what is kept.
+    """
 
     memory: tuple[str, ...] = ()
 
     def move(self, moves: list[np.ndarray], kept: State) -> tuple[np.ndarray, State]:
-        """How far c goes, and what is kept, of what each worker went and what was kept."""
         return sum(moves) / len(moves), kept
+
+
+class Downpour(LocalSgd):
+    """The center goes as far as all workers together; Zhang et al. 2015."""
+
+    def move(self, moves: list[np.ndarray], kept: State) -> tuple[np.ndarray, State]:
+        return sum(moves), kept
+
+
+class SlowMo(LocalSgd):
+    """Wang et al. 2020, Alg. 1, line 7 and 8: u with the workers' learning rate γ, any constant."""
+
+    memory = ("u",)
+    gamma = 0.1
+
+    def __init__(self, alpha: float, beta: float) -> None:
+        self.alpha, self.beta = alpha, beta
+
+    def move(self, moves: list[np.ndarray], kept: State) -> tuple[np.ndarray, State]:
+        u = self.beta * kept["u"] - sum(moves) / len(moves) / self.gamma
+        return -self.alpha * self.gamma * u, {"u": u}
+
+
+class Bmuf(LocalSgd):
+    """Chen and Huo 2016: Δ(t) = η Δ(t-1) + ζ G(t); W(t) = W(t-1) + Δ(t)."""
+
+    memory = ("delta",)
+
+    def __init__(self, zeta: float, eta: float) -> None:
+        self.zeta, self.eta = zeta, eta
+
+    def move(self, moves: list[np.ndarray], kept: State) -> tuple[np.ndarray, State]:
+        delta = self.eta * kept["delta"] + self.zeta * sum(moves) / len(moves)
+        return delta, {"delta": delta}
+
+
+class DiLoCo(LocalSgd):
+    """Douillard et al. 2023, Alg. 1, with Nesterov momentum as torch and Sutskever have it."""
+
+    memory = ("b",)
+
+    def __init__(self, lr: float, momentum: float) -> None:
+        self.lr, self.momentum = lr, momentum
+
+    def move(self, moves: list[np.ndarray], kept: State) -> tuple[np.ndarray, State]:
+        gradient = -sum(moves) / len(moves)
+        b = self.momentum * kept["b"] + gradient
+        return -self.lr * (gradient + self.momentum * b), {"b": b}
+
+
+class OuterAdam(LocalSgd):
+    """The same with Adam (Kingma and Ba 2015) and torch's defaults."""
+
+    memory = ("m", "s", "t")
+
+    def __init__(self, lr: float) -> None:
+        self.lr = lr
+
+    def move(self, moves: list[np.ndarray], kept: State) -> tuple[np.ndarray, State]:
+        gradient, t = -sum(moves) / len(moves), kept["t"] + 1
+        m = 0.9 * kept["m"] + 0.1 * gradient
+        s = 0.999 * kept["s"] + 0.001 * gradient**2
+        mean, square = m / (1 - 0.9**t), s / (1 - 0.999**t)
+        return -self.lr * mean / (np.sqrt(square) + 1e-8), {"m": m, "s": s, "t": t}
+
+
+class Lookahead(LocalSgd):
+    """Zhang et al. 2019: φ <- φ + α (θ - φ)."""
+
+    def __init__(self, alpha: float) -> None:
+        self.alpha = alpha
+
+    def move(self, moves: list[np.ndarray], kept: State) -> tuple[np.ndarray, State]:
+        return self.alpha * sum(moves) / len(moves), kept
 
 
 def restarting(

@@ -3,11 +3,19 @@
 Nothing here knows of processes, of Lightning or of time; a rule is a function of tensors and rates.
 """
 
-from lightning_easgd.algorithms.averaging import LocalSGD
+from lightning_easgd.algorithms.averaging import Downpour, LocalSGD
 from lightning_easgd.algorithms.base import Rule
 from lightning_easgd.algorithms.elastic import EASGD
+from lightning_easgd.algorithms.outer import BMUF, DiLoCo, SlowMo
 
-RULES: dict[str, type[Rule]] = {"easgd": EASGD, "local_sgd": LocalSGD}
+RULES: dict[str, type[Rule]] = {
+    "easgd": EASGD,
+    "local_sgd": LocalSGD,
+    "downpour": Downpour,
+    "slowmo": SlowMo,
+    "bmuf": BMUF,
+    "diloco": DiLoCo,
+}
 """The rules that are known by name."""
 
 
@@ -27,4 +35,14 @@ def choose_rule(algorithm: str | Rule) -> Rule:
     )
 
 
-__all__ = ["EASGD", "RULES", "LocalSGD", "Rule", "choose_rule"]
+__all__ = [
+    "BMUF",
+    "EASGD",
+    "RULES",
+    "DiLoCo",
+    "Downpour",
+    "LocalSGD",
+    "Rule",
+    "SlowMo",
+    "choose_rule",
+]

@@ -26,3 +26,32 @@ class LocalSGD(Rule):
     @override
     def move_(self, center: Tensor, total: Tensor, memory: dict[str, Any]) -> None:
         center.add_(total)
+
+
+class Downpour(Rule):
+    """DOWNPOUR in its synchronous form: the center goes as far as all workers together.
+
+        c <- c + Σ_i (x^i - c) ;   x^i <- c
+
+    x^i - c is what a worker accumulated in its τ steps. The sum is as large as p times the mean: it
+    wants a learning rate p times smaller, and is unstable where τ is large. With ``average`` the
+    mean takes its place, which in this form is local SGD.
+
+    Dean et al. 2012, "Large scale distributed deep networks"; as the comparator of Zhang et al.
+    2015, arXiv:1412.6651, section 5.
+
+    Args:
+        average: whether the mean of the workers' moves is taken instead of the sum.
+
+    Raises:
+        ValueError: it is neither True nor False.
+    """
+
+    def __init__(self, *, average: bool = False) -> None:
+        if not isinstance(average, bool):
+            raise ValueError(f"average={average!r} is not allowed. Allowed: True, False.")
+        self.average = average
+
+    @override
+    def move_(self, center: Tensor, total: Tensor, memory: dict[str, Any]) -> None:
+        center.add_(total)

@@ -16,6 +16,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from lightning_easgd.schedules import is_number
@@ -26,12 +27,12 @@ class Rule(ABC):
 
     Attributes:
         restarts: whether workers go on from the new center; else they are pulled.
-        averages: whether the center moves by the mean of the differences over the workers; else by
+        average: whether the center moves by the mean of the differences over the workers; else by
             their sum. Under rules that pull, each is weighted with α before.
     """
 
     restarts: ClassVar[bool] = True
-    averages: bool = True
+    average: bool = True
 
     @abstractmethod
     def move_(self, center: Tensor, total: Tensor, memory: dict[str, Any]) -> None:
@@ -46,7 +47,7 @@ class Rule(ABC):
 
     def share(self, workers: int) -> float:
         """The multiple of x - c that each of ``workers`` workers adds, if they restart."""
-        return 1 / workers if self.averages else 1.0
+        return 1 / workers if self.average else 1.0
 
     @property
     def kind(self) -> str:
@@ -71,3 +72,11 @@ def require_momentum(name: str, momentum: object) -> float:
         f"{name}={momentum!r} is not stable: each move of the center would be at least as large as"
         " the one before. Allowed: a number in [0, 1); 0 is without momentum."
     )
+
+
+def momentum_of(memory: dict[str, Any], center: Tensor) -> Tensor:
+    """The momentum that is kept of a part of the center; zero at first."""
+    if "momentum" not in memory:
+        memory["momentum"] = torch.zeros_like(center)
+    momentum: Tensor = memory["momentum"]
+    return momentum

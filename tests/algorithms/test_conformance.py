@@ -5,6 +5,7 @@ Workers train all cases of all rules one after another, so that they are started
 
 from __future__ import annotations
 
+import re
 import warnings
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -19,7 +20,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from processes import run_workers
 from toy import Resumable, Toy, batches, initial_weights, loader, trainer, weights
 
-from lightning_easgd import EASGDStrategy, LocalSGD, Rule
+from lightning_easgd import EASGD, DiLoCo, Downpour, EASGDStrategy, Rule, SlowMo
 
 LR = 0.05
 SGD = partial(torch.optim.SGD, lr=LR)
@@ -42,11 +43,30 @@ class Row:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+def users_own() -> Rule:
+    """The rule that the README writes."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (example,) = [b for b in re.findall(r"```python\n(.*?)```", readme, re.S) if "(Rule)" in b]
+    assert len(example.splitlines()) < 60
+    names: dict[str, Any] = {}
+    exec(example, names)
+    return names["Lookahead"]()
+
+
 ROWS = {
     "easgd": Row("easgd"),
     "easgd alpha=0": Row("easgd", options={"alpha": 0.0}),
+    "easgd with momentum": Row(EASGD(center_momentum=0.6), copies=1),
     "local_sgd": Row("local_sgd", reference.LocalSgd()),
-    "LocalSGD()": Row(LocalSGD(), reference.LocalSgd()),
+    "downpour": Row("downpour", reference.Downpour()),
+    "downpour, average": Row(Downpour(average=True), reference.LocalSgd()),
+    "slowmo": Row(SlowMo(0.9, 0.4), reference.SlowMo(0.9, 0.4), copies=1),
+    "bmuf": Row("bmuf", reference.Bmuf(1.0, 0.875), copies=1),
+    "diloco": Row("diloco", reference.DiLoCo(0.7, 0.9), copies=1),
+    "diloco by Adam": Row(
+        DiLoCo(0.05, optimizer=torch.optim.Adam), reference.OuterAdam(0.05), copies=2
+    ),
+    "a user's": Row(users_own(), reference.Lookahead(0.5)),
 }
 PULLS = [name for name, row in ROWS.items() if row.reference is None]
 
@@ -105,7 +125,8 @@ def train(rank: int, workers: int, row: Row, case: Case, **more: Any) -> dict[st
 
     def on_train_end() -> None:
         fragments = [f for s in strategy._center.segments for f in s.fragments]
-        sizes = [v.numel() for f in fragments for kept in f.outer for v in kept.values()]
+        kept = [v for f in fragments for part in f.outer for v in part.values()]
+        sizes = [tensor.numel() for tensor in kept if tensor.dim()]
         assert sum(sizes) == row.copies * sum(p.numel() for p in module.parameters())
 
     module.on_train_batch_end, module.on_train_end = on_train_batch_end, on_train_end
@@ -145,9 +166,17 @@ def expected(row: Row, case: Case, workers: int) -> dict[str, np.ndarray]:
         own |= {"turns": TURNS[case.fragments], "sick": case.sick}
         return reference.restarting(row.reference, start, data, optimizers, **own)
     own["tau"] //= case.fragments
+    momentum = getattr(row.rule, "center_momentum", 0.0)
     alpha = partial(strength, case, row.options.get("alpha", 0.9 / workers))
     center, _ = reference.easgd(
-        start, data, optimizers, **own, alpha=alpha, sick=case.sick, final_exchange=True
+        start,
+        data,
+        optimizers,
+        **own,
+        alpha=alpha,
+        center_momentum=momentum,
+        sick=case.sick,
+        final_exchange=True,
     )
     return center
 
