@@ -105,13 +105,14 @@ class Workbench:
         window = self.window(contender, job.setting)
         interface = interface_towards(os.environ["MASTER_ADDR"])
         meter = Meter(window, interface, _waited(strategy, callbacks))
+        coupled = contender.period is not None or self.cfg.accuracy  # then at equal samples
         stalls = Stalls(job.setting.stall, f"{self.cfg.seed} {job.repetition} {meeting.rank}")
         trainer = pl.Trainer(
             accelerator=self.cfg.accelerator,
             strategy=strategy,
-            callbacks=[*callbacks, _Together(meeting), stalls, meter],
+            callbacks=[*callbacks, _Together(meeting, window, coupled=coupled), stalls, meter],
             max_epochs=-1,
-            max_steps=window.total,
+            max_steps=window.total if coupled else -1,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -146,14 +147,33 @@ class Workbench:
 
 
 class _Together(pl.Callback):
-    """Lets all workers begin to train at the same time."""
+    """Lets all workers begin to train at the same time, and share the machine until all are done.
 
-    def __init__(self, meeting: Meeting) -> None:
+    Workers that nothing keeps together drift apart. Those that end first would leave a larger share
+    of the machine's processors to the others, whose steps are still measured.
+
+    Args:
+        meeting: of the workers.
+        window: what is measured.
+        coupled: whether exchanges keep the workers together.
+    """
+
+    def __init__(self, meeting: Meeting, window: Window, *, coupled: bool) -> None:
         self._meeting = meeting
+        self._last = window.total
+        self._coupled = coupled
 
     def on_train_start(self, *_: Any) -> None:
         """When everything is set up."""
         self._meeting.meet("start")
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """After each batch."""
+        if self._coupled or trainer.global_step < self._last:
+            return
+        if trainer.global_step == self._last:
+            self._meeting.arrive("end")
+        trainer.should_stop = self._meeting.arrived("end")
 
 
 def _size(strategy: Strategy) -> dict[str, int]:

@@ -34,6 +34,14 @@ class Meeting:
             self._store.set(f"{place}/all", "")
         self._store.wait([f"{place}/all"])
 
+    def arrive(self, place: str) -> None:
+        """Be counted at a place, without waiting."""
+        self._store.add(f"{place}/arrived", 1)
+
+    def arrived(self, place: str) -> bool:
+        """Whether all workers have been counted there."""
+        return self._store.add(f"{place}/arrived", 0) == self.size
+
     def tell(self, name: str, value: Any) -> None:
         """Leave a message for the others."""
         self._store.set(name, json.dumps(value))

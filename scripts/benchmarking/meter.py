@@ -95,7 +95,7 @@ class Meter(pl.Callback):
     def on_train_batch_end(self, *_: Any) -> None:
         """After each batch."""
         self._batches += 1
-        if self._batches < self._window.first:
+        if not self._window.first <= self._batches <= self._window.total:
             return
         if self._batches in (self._window.first, self._window.total):
             self._sent.append(sent_bytes(self._interface))

@@ -235,6 +235,7 @@ def test_measures_says_how_to_train_and_leaves_its_numbers_only(tmp_path: Path) 
     )
 
 
+@pytest.mark.usefixtures("nothing_left")
 @pytest.mark.timeout(240)
 @pytest.mark.skipif(REASON is not None, reason=str(REASON))
 def test_a_slow_network_calls_for_more_than_a_fast_one(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def test_the_peak_of_a_forked_process_is_its_own() -> None:
         len(bytes(os.urandom(1)) * size)
         return peak_resident_bytes() - before
 
-    assert in_child(lambda: peak_of(64 << 20)) >= 64 << 20
+    assert in_child(lambda: peak_of(64 << 20)) > 60 << 20  # the kernel counts in batches
     assert in_child(lambda: peak_of(1)) < 32 << 20
 
 
