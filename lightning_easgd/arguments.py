@@ -187,13 +187,13 @@ def refuse(unsupported: Mapping[str, object]) -> None:
         if name in _GRADIENT_REDUCTION:
             raise TypeError(
                 f"EASGDStrategy got {name}={value!r}, which configures how DDP reduces gradients."
-                " Workers under EASGD never reduce gradients, they exchange weights every tau"
-                " steps. Remove the argument; tau, beta, buffers and bucket_bytes set what is"
-                " exchanged."
+                " Workers under EASGD never reduce gradients by DDP, they exchange weights every"
+                " tau steps. Remove the argument; tau, beta, buffers and bucket_bytes set what is"
+                " exchanged, and groups whose gradients are averaged."
             )
         raise TypeError(
             f"EASGDStrategy got an unknown argument {name}={value!r}. Its own are tau, beta, alpha,"
             " rho, algorithm, overlap, evaluate_on, buffers, elastic_point, final_exchange,"
             " strict_resume, exchange_timeout, compression, tau_min, tau_max, fragments,"
-            " center_device and bucket_bytes."
+            " groups, center_device and bucket_bytes."
         )

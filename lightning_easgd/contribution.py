@@ -38,6 +38,7 @@ class Contribution:
         weights: with which multiple it takes part.
         telemetry: where exchanges and distances are recorded.
         round_: makes differences, in place, what is sent of them.
+        agree: whether all workers that take part as one have finite differences, if this one has.
         from_iterate: whether x is the paper's iterate where a parameter is its look-ahead point.
     """
 
@@ -50,6 +51,7 @@ class Contribution:
         *,
         telemetry: Telemetry,
         round_: Callable[[Iterable[Tensor]], None],
+        agree: Callable[[bool], bool],
         from_iterate: bool,
     ) -> None:
         self._center = center
@@ -58,12 +60,13 @@ class Contribution:
         self._weights = weights
         self._telemetry = telemetry
         self._round_ = round_
+        self._agree = agree
         self._from_iterate = from_iterate
         self._distance = 0.0
         self.fragments: list[Fragment] = []
         """Those of which the differences were taken last."""
         self.healthy = True
-        """Whether these differences are finite."""
+        """Whether these differences, and those of its group if there are groups, are finite."""
 
     @torch.no_grad()
     def take_differences(self, turn: int) -> None:
@@ -117,7 +120,8 @@ class Contribution:
         distance = math.hypot(*(fragment.total.norm() for fragment in self.fragments))
         size = math.hypot(*(fragment.center.norm() for fragment in self.fragments))
         self._distance = distance / max(size, 1e-30)
-        self.healthy = math.isfinite(distance) or all(f.total.is_finite() for f in self.fragments)
+        finite = math.isfinite(distance) or all(f.total.is_finite() for f in self.fragments)
+        self.healthy = self._agree(finite)
 
     def _scale(self, clock: int, last: bool) -> Pull:
         """Turn x - c into what is sent of it; a copy of α (x - c) is the worker's own pull."""

@@ -32,6 +32,7 @@ from lightning_easgd.algorithms import EASGD, Rule
 from lightning_easgd.center import Center
 from lightning_easgd.communication import AllReduce, Place, Stop, verify_places
 from lightning_easgd.contribution import Contribution, Pull, Weights, pull_worker
+from lightning_easgd.gradients import GradientAverage
 from lightning_easgd.optimizers import LocalOptimizers
 from lightning_easgd.pace import AutomaticPeriod
 from lightning_easgd.rates import MovingRates
@@ -65,6 +66,7 @@ class Exchange:
         optimizers: the worker's own optimizers.
         rules: period, strength and variants.
         telemetry: where costs are counted.
+        gradients: averages those of this worker with others'; None: nothing does.
 
     Raises:
         ValueError: the strength is unstable for this number of workers.
@@ -78,6 +80,7 @@ class Exchange:
         optimizers: LocalOptimizers,
         rules: Rules,
         telemetry: Telemetry,
+        gradients: GradientAverage | None = None,
     ) -> None:
         self.center = center
         self.telemetry = telemetry
@@ -85,6 +88,8 @@ class Exchange:
         """Why training ends with this step, on every worker."""
         self._optimizers = optimizers
         self._rules = rules
+        self._gradients = gradients
+        self._averaged = False
         self._finished = False
         self._last_header_left = False
         self.clock = 0
@@ -95,9 +100,10 @@ class Exchange:
             center,
             optimizers,
             rule=rules.algorithm,
-            weights=self._weights(all_reduce.group.size),
+            weights=self._weights(len(all_reduce.senders)),
             telemetry=telemetry,
             round_=all_reduce.round_,
+            agree=all_reduce.agree,
             from_iterate=rules.elastic_point == "iterate",
         )
         self._transit = Transit(
@@ -161,6 +167,7 @@ class Exchange:
         try:
             yield
         finally:
+            self._averaged = False
             self._optimizers.after_step(optimizer)
             pull_worker(pull)
             self.clock += 1
@@ -168,6 +175,20 @@ class Exchange:
             self._transit.pace.step(self._transit.arrived)
         if self._restarts:
             self._begin_due()
+
+    def average_gradients(self, *, anew: bool = False) -> None:
+        """Average the gradients of this step with those of other workers, if that is wanted.
+
+        Args:
+            anew: whether there are new ones, also if those of this step were averaged.
+
+        Raises:
+            ExchangeError: one of them is missing, or stands in another step.
+            ValueError: a gradient is sparse.
+        """
+        if self._gradients is not None and (anew or not self._averaged):
+            self._gradients.average(self.clock)
+            self._averaged = anew
 
     def drain(self) -> None:
         """Wait for the exchange in flight, if any, and move the center.
@@ -195,6 +216,8 @@ class Exchange:
             ExchangeError: as for :meth:`drain`.
         """
         while True:
+            if self._gradients is not None:
+                self._gradients.accompany()
             self.drain()
             self.stopping = self._transit.stop_agreed
             self.center.adopt_unfrozen()
@@ -203,6 +226,8 @@ class Exchange:
             if training:
                 self._set_clock(training[0])
                 pull_worker(self._transit.answer(self.clock))
+                if not self._rules.overlap:
+                    self._transit.land()  # when workers that train do
                 continue
             self.drain()
             self.clock = max(header.clock for header in headers)
@@ -266,6 +291,7 @@ class Exchange:
             "period": self._rules.period.state(),
             "exchanged": self._transit.exchanged,
             "algorithm": self._rules.algorithm.kind,
+            "groups": self._transit.all_reduce.groups,
             **self.center.shared_state(),
         }
 
@@ -332,6 +358,8 @@ class Exchange:
     def _begin_due(self) -> Pull:
         if self.clock < self._next_due:
             return []
+        if self._gradients is not None:
+            self._gradients.before_exchange(self.clock)
         # Stops at an exchange, not when a header is read: that is not the same step on all workers.
         self._transit.land()
         self.stopping = self._transit.stop_agreed

@@ -35,20 +35,23 @@ from lightning_easgd.arguments import (
 from lightning_easgd.buffers import BufferPolicy
 from lightning_easgd.center import Center
 from lightning_easgd.communication import (
-    AllReduce,
     Codec,
-    CompressedAllReduce,
+    Island,
     Place,
     Stop,
     WorkerGroup,
     choose_codec,
     leave_all_groups,
+    make_all_reduce,
 )
 from lightning_easgd.exchange import ElasticPoint, Exchange, Rules
-from lightning_easgd.features import batches_per_epoch, refuse_features
+from lightning_easgd.features import batches_per_epoch, refuse_features, refuse_own_losses
+from lightning_easgd.gradients import GradientAverage
+from lightning_easgd.groups import Groups
 from lightning_easgd.internals import LoopHooks, StrategyRegistry, stops_early
 from lightning_easgd.optimizers import LocalOptimizers
 from lightning_easgd.persistence import PersistentStrategy
+from lightning_easgd.replica import replica_of
 from lightning_easgd.resuming import begin_epoch_as_usual
 from lightning_easgd.schedules import Rate, Strength
 from lightning_easgd.signals import SignalRelay
@@ -59,7 +62,7 @@ if TYPE_CHECKING:
 
     import lightning.pytorch as pl
     import torch
-    from torch import nn
+    from torch import Tensor, nn
     from torch.optim import Optimizer
 
 EvaluateOn = Literal["center", "worker"]
@@ -110,6 +113,10 @@ class EASGDStrategy(PersistentStrategy):
         tau_max: the largest τ that "auto" may choose; None: 64.
         fragments: into how many parts the model is cut, one of which is exchanged every
             tau / fragments steps; every parameter still every ``tau`` steps.
+        groups: workers that a fast network joins: a number of workers, "node" for those of each
+            machine, or lists of ranks. Their gradients are averaged at every step, and each group
+            takes part in exchanges as one worker, p being the number of groups. None: every worker
+            trains on its own.
         center_device: "cpu" keeps the center in pinned host memory, and exchanges from there over
             gloo; None: where the parameters are.
         bucket_bytes: the most that one all-reduce carries, in bytes.
@@ -127,8 +134,8 @@ class EASGDStrategy(PersistentStrategy):
     Raises:
         ValueError: an argument is out of range; later, at set-up, α is unstable for the number of
             workers, the module has nothing to train, or the workers' modules differ.
-        TypeError: an argument is unknown, or configures gradient reduction, which does not happen
-            here.
+        TypeError: an argument is unknown, or configures DDP's gradient reduction, which does not
+            happen here.
     """
 
     strategy_name = "easgd"
@@ -152,6 +159,7 @@ class EASGDStrategy(PersistentStrategy):
         tau_min: int | None = None,
         tau_max: int | None = None,
         fragments: int = 1,
+        groups: Groups | None = None,
         center_device: Literal["cpu"] | None = None,
         bucket_bytes: int = 25 * 2**20,
         accelerator: Accelerator | None = None,
@@ -175,6 +183,7 @@ class EASGDStrategy(PersistentStrategy):
             parallel_devices=parallel_devices,
             cluster_environment=cluster_environment,
             strict_resume=strict_resume,
+            groups=groups,
             checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
             process_group_backend=process_group_backend,
@@ -273,7 +282,7 @@ class EASGDStrategy(PersistentStrategy):
 
     @override
     def configure_ddp(self) -> None:
-        """Make the workers equal instead of wrapping the module: no gradient is ever reduced."""
+        """Make the workers equal instead of wrapping the module."""
         module = self.lightning_module
         assert module is not None
         assert self._timeout is not None
@@ -305,6 +314,7 @@ class EASGDStrategy(PersistentStrategy):
             f"final_exchange={self._final_exchange}",
             f"compression={self._codec}",
             f"fragments={self._rules.period.fragments}",
+            f"groups={self._groups}",
             f"center_device={'cpu' if self._offload else None}",
             f"bucket_bytes={self._bucket_bytes}",
         ]
@@ -314,24 +324,39 @@ class EASGDStrategy(PersistentStrategy):
         assert self._center is not None
         assert self.lightning_module is not None
         self.telemetry = Telemetry()
-        all_reduce = (
-            AllReduce(self._group, self._bucket_bytes)
-            if self._codec is None
-            else CompressedAllReduce(
-                self._group,
-                self._bucket_bytes,
-                self._codec,
-                feedback=self._rules.algorithm.restarts,
+        rule, module = self._rules.algorithm, self.lightning_module
+        optimizers = LocalOptimizers(lambda: self.optimizers)
+        groups = self._arranged_groups()
+        together = groups or ([list(range(self._group.size))] if rule.warm_up else [])
+        island = gradients = None
+        if together:
+            refuse_own_losses(self.optimizers)
+            island = Island(self._group, together, self._bucket_bytes)
+            gradients = GradientAverage(
+                island,
+                list(module.parameters()),
+                replica=replica_of(module.trainer, self._center, optimizers),
+                telemetry=self.telemetry,
+                until=rule.warm_up or None,
+                inside=bool(groups),
             )
+        all_reduce = make_all_reduce(
+            self._group,
+            self._bucket_bytes,
+            self._codec,
+            feedback=rule.restarts,
+            groups=groups,
+            island=island,
         )
-        gradients = [p for p in self.lightning_module.parameters() if p.requires_grad]
-        self.telemetry.ddp_bytes_per_step = all_reduce.ring_bytes(gradients)
+        trained = [p for p in module.parameters() if p.requires_grad]
+        self.telemetry.ddp_bytes_per_step = all_reduce.ring_bytes(trained)
         self._exchange = Exchange(
             self._center,
             all_reduce,
-            optimizers=LocalOptimizers(lambda: self.optimizers),
+            optimizers=optimizers,
             rules=self._rules,
             telemetry=self.telemetry,
+            gradients=gradients,
         )
 
     def _request_stop(self, why: Stop) -> bool:
@@ -394,6 +419,16 @@ class EASGDStrategy(PersistentStrategy):
         return gathered
 
     @override
+    def backward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Under manual optimization gradients are averaged here: what follows may clip them."""
+        assert self._exchange is not None
+        assert self.lightning_module is not None
+        loss = super().backward(*args, **kwargs)
+        if not self.lightning_module.automatic_optimization:
+            self._exchange.average_gradients(anew=True)
+        return loss
+
+    @override
     def optimizer_step(
         self,
         optimizer: Optimizer,
@@ -408,8 +443,15 @@ class EASGDStrategy(PersistentStrategy):
         """
         assert self._exchange is not None
         assert self._signals is not None
-        with self._exchange.step(optimizer):
-            output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        exchange = self._exchange
+
+        def averaged() -> Any:
+            loss = closure()
+            exchange.average_gradients()  # before they are unscaled and clipped
+            return loss
+
+        with exchange.step(optimizer):
+            output = super().optimizer_step(optimizer, averaged, model, **kwargs)
         if self._exchange.stopping is Stop.ENOUGH:
             self._signals.stop(Stop.ENOUGH)
         return output

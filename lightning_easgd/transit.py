@@ -121,7 +121,7 @@ class Transit:
         pull, payload = self.contribution.give(clock, self.turn)
         self._take_turns(clock)
         self.all_reduce.join(self._in_flight.pending, payload)
-        self._count_bytes(self.all_reduce.sum_bytes(payload))
+        self._count_bytes(self.all_reduce.sum_bytes(payload), payload)
         self._in_flight = replace(self._in_flight, clock=clock, payload=payload)
         return pull
 
@@ -154,7 +154,7 @@ class Transit:
         header = self._header(clock, place)
         pending = self.all_reduce.start(payload, header, last=last)
         moved = self.all_reduce.sum_bytes(payload, last=last)
-        self._count_bytes(self.all_reduce.header_bytes + moved)
+        self._count_bytes(self.all_reduce.header_bytes + moved, payload)
         segments, fragments = len(self._center.segments), self.contribution.fragments
         self._in_flight = InFlight(clock, segments, fragments, payload, pending)
         return self._in_flight
@@ -184,9 +184,10 @@ class Transit:
         self.exchanged = clock, self._center.joined
         self.turn = (self.turn + 1) % self._center.turns
 
-    def _count_bytes(self, moved: int) -> None:
+    def _count_bytes(self, moved: int, payload: Payload) -> None:
         self._telemetry.bytes_sent += moved
         self._telemetry.bytes_received += moved
+        self._telemetry.bytes_inside += self.all_reduce.inside_bytes(payload)
 
     def _await_headers(self, flight: InFlight, *, patiently: bool = False) -> list[Header]:
         with self._waiting():
@@ -214,9 +215,10 @@ class Transit:
         self._telemetry.worker_wait_seconds = [1e-6 * h.wait_microseconds for h in headers]
         if flight.payload:
             healthy = [not header.non_finite for header in headers]
-            self._telemetry.non_finite += healthy.count(False)
+            senders = [healthy[rank] for rank in self.all_reduce.senders]
+            self._telemetry.non_finite += senders.count(False)
             report_non_finite(flight.clock, healthy, speaks=self.all_reduce.group.rank == 0)
-            self._move_center(flight, healthy)
+            self._move_center(flight, senders)
             if flight.payload.statistics:
                 self._center.statistics.apply(healthy)
             if self._learn([_durations(header) for header in headers]):

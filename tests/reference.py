@@ -215,6 +215,35 @@ class Lookahead(LocalSgd):
         return self.alpha * sum(moves) / len(moves), kept
 
 
+def merged(
+    batches: list[list[tuple[np.ndarray, np.ndarray]]], groups: list[list[int]]
+) -> list[list[tuple[np.ndarray, np.ndarray]]]:
+    """The batches of each group: those of its workers, one below the other, while they last.
+
+    The gradient of the toy's mean over such a batch is the mean of the workers' gradients.
+    """
+    found = []
+    for ranks in groups:
+        longest = max(len(batches[rank]) for rank in ranks)
+        steps = [[batches[rank][t : t + 1] for rank in ranks] for t in range(longest)]
+        pairs = [[pair for part in parts for pair in part] for parts in steps]
+        found.append([tuple(np.concatenate(part) for part in zip(*p, strict=True)) for p in pairs])
+    return found
+
+
+class Clipped:
+    """An optimizer whose gradients are clipped to a norm, as torch does it."""
+
+    def __init__(self, optimizer: Any, norm: float) -> None:
+        self.optimizer, self.norm = optimizer, norm
+        self.gradient_point = optimizer.gradient_point
+
+    def step(self, x: State, gradient: State, t: int) -> State:
+        size = np.sqrt(sum((g**2).sum() for g in gradient.values()))
+        shrunk = {k: g * min(1.0, self.norm / (size + 1e-6)) for k, g in gradient.items()}
+        return self.optimizer.step(x, shrunk, t)
+
+
 def restarting(
     rule: Any,
     start: State,

@@ -29,10 +29,13 @@ class Rule(ABC):
         restarts: whether workers go on from the new center; else they are pulled.
         average: whether the center moves by the mean of the differences over the workers; else by
             their sum. Under rules that pull, each is weighted with α before.
+        warm_up: optimizer steps at the beginning of training in which the workers average their
+            gradients, and so stay equal.
     """
 
     restarts: ClassVar[bool] = True
     average: bool = True
+    warm_up: int = 0
 
     @abstractmethod
     def move_(self, center: Tensor, total: Tensor, memory: dict[str, Any]) -> None:
