@@ -177,6 +177,20 @@ def refuse_with_restarts(rule: Rule, **options: object) -> None:
             )
 
 
+def refuse_with_warm_up(rule: Rule, *, groups: object) -> None:
+    """Refuse groups under a rule that averages the gradients of all workers at first.
+
+    Raises:
+        ValueError: both are given.
+    """
+    if groups is not None and rule.warm_up:
+        raise ValueError(
+            f"groups={groups!r} is not possible with {rule}: groups average gradients inside, and"
+            f" {type(rule).__name__} over all workers at first. Remove groups, or set"
+            " algorithm='local_sgd' or another one that has no warm-up."
+        )
+
+
 def refuse(unsupported: Mapping[str, object]) -> None:
     """Refuse keyword arguments that the strategy does not have.
 

@@ -75,7 +75,8 @@ def refuse_own_losses(optimizers: Iterable[Optimizer]) -> None:
     if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers):
         raise MisconfigurationException(
             "LBFGS decides by the loss of its own worker how often it evaluates gradients, so that"
-            " workers cannot average them. Use another optimizer, or leave groups out."
+            " workers cannot average them. Use another optimizer, or leave groups and post-local"
+            " SGD out."
         )
 
 

@@ -208,6 +208,6 @@ def _gradient(parameter: nn.Parameter) -> torch.Tensor:
     if parameter.grad.layout is not torch.strided:
         raise ValueError(
             "A sparse gradient cannot be averaged with those of other workers. Use"
-            " nn.Embedding(sparse=False), or leave groups out."
+            " nn.Embedding(sparse=False), or leave groups and post-local SGD out."
         )
     return parameter.grad

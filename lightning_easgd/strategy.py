@@ -26,6 +26,7 @@ from lightning_easgd.arguments import (
     choose_period,
     refuse,
     refuse_with_restarts,
+    refuse_with_warm_up,
     require_bools,
     require_choice,
     require_count,
@@ -83,7 +84,7 @@ class EASGDStrategy(PersistentStrategy):
 
     Args:
         algorithm: what an exchange does: the name of a rule ("easgd", "local_sgd", "downpour",
-            "slowmo", "bmuf", "diloco") or a Rule with options of its own.
+            "post_local_sgd", "slowmo", "bmuf", "diloco") or a Rule with options of its own.
         tau: communication period τ, in optimizer steps: a whole number, a callable of the
             optimizer step, or "auto": the smallest at which exchanges hide behind training, found
             by measuring (see pace.py).
@@ -196,6 +197,7 @@ class EASGDStrategy(PersistentStrategy):
         refuse_with_restarts(
             rule, tau=tau, beta=beta, alpha=alpha, rho=rho, elastic_point=elastic_point
         )
+        refuse_with_warm_up(rule, groups=groups)
         overlap = choose_overlap(rule, overlap)
         self._rules = Rules(
             choose_period(

@@ -205,6 +205,13 @@ class OuterAdam(LocalSgd):
         return -self.lr * mean / (np.sqrt(square) + 1e-8), {"m": m, "s": s, "t": t}
 
 
+class PostLocalSgd(LocalSgd):
+    """Lin et al. 2018: gradients are averaged over the workers before ``warm_up`` steps."""
+
+    def __init__(self, warm_up: int) -> None:
+        self.warm_up = warm_up
+
+
 class Lookahead(LocalSgd):
     """Zhang et al. 2019: φ <- φ + α (θ - φ)."""
 
@@ -273,12 +280,16 @@ def restarting(
     pause, turn = tau // len(turns), 0
     steps = max(len(own) for own in batches) // accumulate
     for t in range(steps):
+        means = {}
         for i, own in enumerate(batches):
             micro = own[t * accumulate : (t + 1) * accumulate]
             if micro:
                 gradients = [toy_gradient(workers[i], batch) for batch in micro]
-                mean = {k: sum(g[k] for g in gradients) / accumulate for k in start}
-                workers[i] = optimizers[i].step(workers[i], mean, t)
+                means[i] = {k: sum(g[k] for g in gradients) / accumulate for k in start}
+        shared = {k: sum(g[k] for g in means.values()) / len(means) for k in start}
+        for i, own in means.items():
+            mean = shared if t < getattr(rule, "warm_up", 0) else own
+            workers[i] = optimizers[i].step(workers[i], mean, t)
         due = 1 if (t + 1) % pause == 0 else 0
         for _ in range(len(turns) if t + 1 == steps else due):
             for k, rows in turns[turn].items():

@@ -26,7 +26,7 @@ from test_reference import LR, OPTIMIZERS, reference_optimizers
 from torch.optim import lr_scheduler
 from toy import Resumable, Toy, batches, initial_weights, loader, trainer, weights
 
-from lightning_easgd import EASGD, DiLoCo, EASGDStrategy, SlowMo, TopK
+from lightning_easgd import EASGD, DiLoCo, EASGDStrategy, PostLocalSGD, SlowMo, TopK
 from lightning_easgd.communication import Header, liveness
 from lightning_easgd.groups import arrange
 
@@ -456,7 +456,7 @@ def resumed(rank: int, folder: Path, groups: Any, algorithm: Any, step: int | No
 
 
 def resumed_everywhere(rank: int, folder: Path) -> Any:
-    rules = {"groups": ([[0, 3], [1, 2]], "easgd")}
+    rules = {"groups": ([[0, 3], [1, 2]], "easgd"), "warm-up": (None, PostLocalSGD(warm_up=14))}
     return {
         name: [resumed(rank, folder / name, *rule, step) for step in (None, 10, 20)]
         for name, rule in rules.items()
@@ -465,10 +465,12 @@ def resumed_everywhere(rank: int, folder: Path) -> Any:
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
 def test_resuming_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    """In the middle of a warm-up and after it, too."""
     for run in run_workers(resumed_everywhere, tmp_path, workers=4, timeout=120):
         for straight, *others in run.values():
             assert all(other[0] == straight[0] for other in others)
         assert run["groups"][0][1] > 0
+        assert all(inside == 0 for _, inside in run["warm-up"])
 
 
 def regrouped(rank: int, folder: Path) -> Any:
@@ -503,6 +505,25 @@ def test_members_that_cannot_go_on_as_equals_start_at_the_center(tmp_path: Path)
     changed, missing = runs[0][0][0], runs[0][1][0]
     assert "Worker 0 starts at the center, with fresh optimizers: groups have changed" in changed[0]
     assert any("Worker 2 starts" in w and "worker 3 of its group does" in w for w in missing)
+
+
+def warmed_up(rank: int) -> Any:
+    module = Toy(ADAMW)
+    strategy = EASGDStrategy(algorithm=PostLocalSGD(warm_up=20), tau=4)
+    trainer(2, strategy).fit(module, loader(rank, [10, 7][rank]))
+    return weights(module)
+
+
+def test_a_warm_up_lasts_with_fewer_batches_too() -> None:
+    """All workers are one, as long as any of them has batches."""
+    (data,) = reference.merged([batches(0, 10), batches(1, 7)], [[0, 1]])
+    (optimizer,) = reference_optimizers("adamw", lambda name, t: 0.05, 1)
+    x = initial_weights()
+    for t, batch in enumerate(data):
+        x = optimizer.step(x, reference.toy_gradient(x, batch), t)
+    for got in run_workers(warmed_up, workers=2):
+        for key, value in got.items():
+            np.testing.assert_allclose(value, x[key], rtol=1e-9, atol=1e-11)
 
 
 def killed(rank: int) -> None:
@@ -578,6 +599,11 @@ def test_what_cannot_be_a_group_is_refused_on_all_workers() -> None:
 def test_what_names_no_groups_is_refused(groups: Any) -> None:
     with pytest.raises(ValueError, match=r"groups=.* does not name groups .*lists of ranks"):
         EASGDStrategy(groups=groups)
+
+
+def test_groups_and_a_warm_up_are_refused_together() -> None:
+    with pytest.raises(ValueError, match=r"groups=2 is not possible with PostLocalSGD.*Remove"):
+        EASGDStrategy(algorithm="post_local_sgd", groups=2)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 Nothing here knows of processes, of Lightning or of time; a rule is a function of tensors and rates.
 """
 
-from lightning_easgd.algorithms.averaging import Downpour, LocalSGD
+from lightning_easgd.algorithms.averaging import Downpour, LocalSGD, PostLocalSGD
 from lightning_easgd.algorithms.base import Rule
 from lightning_easgd.algorithms.elastic import EASGD
 from lightning_easgd.algorithms.outer import BMUF, DiLoCo, SlowMo
@@ -11,6 +11,7 @@ from lightning_easgd.algorithms.outer import BMUF, DiLoCo, SlowMo
 RULES: dict[str, type[Rule]] = {
     "easgd": EASGD,
     "local_sgd": LocalSGD,
+    "post_local_sgd": PostLocalSGD,
     "downpour": Downpour,
     "slowmo": SlowMo,
     "bmuf": BMUF,
@@ -42,6 +43,7 @@ __all__ = [
     "DiLoCo",
     "Downpour",
     "LocalSGD",
+    "PostLocalSGD",
     "Rule",
     "SlowMo",
     "choose_rule",

@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from processes import run_workers
 from toy import Resumable, Toy, batches, initial_weights, loader, trainer, weights
 
-from lightning_easgd import EASGD, DiLoCo, Downpour, EASGDStrategy, Rule, SlowMo
+from lightning_easgd import EASGD, DiLoCo, Downpour, EASGDStrategy, PostLocalSGD, Rule, SlowMo
 
 LR = 0.05
 SGD = partial(torch.optim.SGD, lr=LR)
@@ -58,6 +58,7 @@ ROWS = {
     "easgd alpha=0": Row("easgd", options={"alpha": 0.0}),
     "easgd with momentum": Row(EASGD(center_momentum=0.6), copies=1),
     "local_sgd": Row("local_sgd", reference.LocalSgd()),
+    "post_local_sgd": Row(PostLocalSGD(warm_up=6), reference.PostLocalSgd(6)),
     "downpour": Row("downpour", reference.Downpour()),
     "downpour, average": Row(Downpour(average=True), reference.LocalSgd()),
     "slowmo": Row(SlowMo(0.9, 0.4), reference.SlowMo(0.9, 0.4), copies=1),
