@@ -38,7 +38,7 @@ class Contribution:
         weights: with which multiple it takes part.
         telemetry: where exchanges and distances are recorded.
         round_: makes differences, in place, what is sent of them.
-        agree: whether all workers that take part as one have finite differences, if this one has.
+        agree: as of AllReduce: whether workers that take part as one all have finite differences.
         from_iterate: whether x is the paper's iterate where a parameter is its look-ahead point.
     """
 
@@ -51,7 +51,7 @@ class Contribution:
         *,
         telemetry: Telemetry,
         round_: Callable[[Iterable[Tensor]], None],
-        agree: Callable[[bool], bool],
+        agree: Callable[[bool, Callable[[], int]], bool],
         from_iterate: bool,
     ) -> None:
         self._center = center
@@ -121,7 +121,10 @@ class Contribution:
         size = math.hypot(*(fragment.center.norm() for fragment in self.fragments))
         self._distance = distance / max(size, 1e-30)
         finite = math.isfinite(distance) or all(f.total.is_finite() for f in self.fragments)
-        self.healthy = self._agree(finite)
+        self.healthy = self._agree(finite, self._checksum)
+
+    def _checksum(self) -> int:
+        return sum(fragment.total.checksum() for fragment in self.fragments) % 2**63
 
     def _scale(self, clock: int, last: bool) -> Pull:
         """Turn x - c into what is sent of it; a copy of α (x - c) is the worker's own pull."""

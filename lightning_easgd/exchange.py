@@ -128,7 +128,21 @@ class Exchange:
         self._reopen()
         self._transit.turn = 0
         self._transit.exchanged = None
+        if self._gradients is not None:
+            self._gradients.start()
         self._set_clock(step)
+
+    def resume(self, *, goes_on: bool) -> None:
+        """Begin to train with the state of :meth:`load_state`, when the optimizers have theirs.
+
+        Args:
+            goes_on: whether this worker's own state was there.
+
+        Raises:
+            ExchangeError: another worker left or did not come in time.
+        """
+        if self._gradients is not None:
+            self._gradients.resume(self.clock, goes_on=goes_on)
 
     def request_stop(self, why: Stop) -> bool:
         """Ask all workers to stop at the same step. Signal-safe.

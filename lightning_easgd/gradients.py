@@ -7,12 +7,14 @@ there are is agreed on every time, in the order of the module's parameters: one 
 members used counts as zero for the others, one that nobody used stays without a gradient.
 
 [Note: without a batch] A member that has no batch left while others do adds nothing, and the mean
-is that of the others. It takes their state over before anybody needs it: at an exchange, and when
-all have run out of batches.
+is that of the others. It takes their state over before anybody needs it: at an exchange, when all
+have run out of batches, and when they part.
 """
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -37,6 +39,8 @@ class Event(IntEnum):
     """To average gradients."""
     EXCHANGE = 2
     """To begin an exchange with all workers."""
+    PARTING = 3
+    """To take this step, and all that follow, by itself."""
 
 
 @dataclass(frozen=True)
@@ -44,23 +48,20 @@ class Word:
     """What one member says before anything is done together."""
 
     event: Event
-    clock: int
-    used: tuple[bool, ...]
-    """Of each parameter of the module, whether it has a gradient."""
+    clock: int = 0
+    used: int = 0
+    """A bit for each parameter of the module, set if it has a gradient."""
 
-    def pack(self) -> list[int]:
-        """As integers, always as many."""
-        bits = [
-            sum(bit << place for place, bit in enumerate(self.used[at : at + _BITS]))
-            for at in range(0, len(self.used), _BITS)
-        ]
-        return [self.event, self.clock, *bits]
+    def pack(self, parameters: int) -> list[int]:
+        """As integers, always as many for so many parameters."""
+        pieces = [self.used >> at & 2**_BITS - 1 for at in range(0, parameters, _BITS)]
+        return [self.event, self.clock, *pieces]
 
     @classmethod
-    def unpack(cls, numbers: Sequence[int], parameters: int) -> Word:
+    def unpack(cls, numbers: Sequence[int]) -> Word:
         """The inverse of :meth:`pack`."""
-        event, clock, *bits = numbers
-        used = tuple(bool(bits[at // _BITS] >> at % _BITS & 1) for at in range(parameters))
+        event, clock, *pieces = numbers
+        used = sum(piece << place * _BITS for place, piece in enumerate(pieces))
         return cls(Event(event), clock, used)
 
 
@@ -80,7 +81,7 @@ class GradientAverage:
         parameters: all of the module, in the order that members share.
         replica: of this worker.
         telemetry: where bytes are counted.
-        until: step of the clock from which on nothing is averaged any more; None: never.
+        until: step of the clock from which on members train by themselves; None: they never do.
         inside: whether the bytes count as those within a group.
     """
 
@@ -94,15 +95,36 @@ class GradientAverage:
         until: int | None = None,
         inside: bool = True,
     ) -> None:
-        self._island = island
+        self.island = island
         self._parameters = list(parameters)
         self._replica = replica
         self._telemetry = telemetry
         self._until = until
         self._inside = inside
-        self._current = set(range(island.size))  # places of those that took every step
-        self._layout: tuple[bool, ...] = ()
+        self._used = 0
         self._vector: FlatVector | None = None
+        self.start()
+
+    def start(self) -> None:
+        """Begin to train; all members are equal."""
+        self._alone = self.island.size == 1
+        self._current = set(range(self.island.size))  # places of those that took every step
+
+    def resume(self, clock: int, *, goes_on: bool) -> None:
+        """Begin to train where a checkpoint ended; raises as :meth:`average`.
+
+        Args:
+            clock: steps taken.
+            goes_on: whether this member has its own state back. If others have, and it has not, it
+                takes theirs over.
+        """
+        self.start()
+        if self._alone or self._parts_at(clock):
+            return
+        said = self.island.gather([goes_on], "Resuming")
+        if going := {place for place, (has_state,) in enumerate(said) if has_state}:
+            self._current = going
+            self._catch_up()
 
     @torch.no_grad()
     def average(self, clock: int) -> None:
@@ -112,42 +134,52 @@ class GradientAverage:
             ExchangeError: a member is missing, or stands in another step.
             ValueError: a gradient is sparse.
         """
-        if self._island.size == 1:
+        if self._alone:
             return
-        if self._until is not None and clock >= self._until:
-            self._vector = None
+        if self._parts_at(clock):
+            self._meet(Word(Event.PARTING, clock))
+            self._part()
             return
-        used = tuple(parameter.grad is not None for parameter in self._parameters)
+        has_gradient = [parameter.grad is not None for parameter in self._parameters]
+        used = sum(1 << place for place, has in enumerate(has_gradient) if has)
         self._sum(self._meet(Word(Event.GRADIENTS, clock, used)))
 
     def before_exchange(self, clock: int) -> None:
         """Tell members without a batch that an exchange begins; raises as :meth:`average`."""
-        self._meet(Word(Event.EXCHANGE, clock, self._nothing))
+        if not self._alone:
+            self._meet(Word(Event.EXCHANGE, clock))
 
     @torch.no_grad()
     def accompany(self) -> None:
         """Stand still until an exchange begins or all members do; raises as :meth:`average`."""
-        while True:
-            words = self._meet(Word(Event.STILL, 0, self._nothing))
-            if all(word.event is not Event.GRADIENTS for word in words):
+        while not self._alone:
+            words = self._meet(Word(Event.STILL))
+            events = {word.event for word in words}
+            if Event.PARTING in events:
+                self._part()
+            elif Event.GRADIENTS in events:
+                self._sum(words)
+            else:
                 return
-            self._sum(words)
 
-    @property
-    def _nothing(self) -> tuple[bool, ...]:
-        return (False,) * len(self._parameters)
+    def _parts_at(self, clock: int) -> bool:
+        return self._until is not None and clock >= self._until
+
+    def _part(self) -> None:
+        self._alone = True
+        self._vector = None
 
     def _meet(self, mine: Word) -> list[Word]:
-        numbers, still = mine.pack(), mine.event is Event.STILL
+        numbers, still = mine.pack(len(self._parameters)), mine.event is Event.STILL
         what = f"What a group does together at step {mine.clock}"
-        said = self._island.gather(numbers, what, patiently=still)
-        self._count(self._island.gather_bytes(len(numbers)))
-        words = [Word.unpack(numbers, len(self._parameters)) for numbers in said]
+        said = self.island.gather(numbers, what, patiently=still)
+        self._count(self.island.gather_bytes(len(numbers)))
+        words = [Word.unpack(numbers) for numbers in said]
         training = {place for place, word in enumerate(words) if word.event is not Event.STILL}
         if len({(words[place].event, words[place].clock) for place in training}) > 1:
             listing = "; ".join(
                 f"worker {rank}: {word.event.name.lower()} at step {word.clock}"
-                for rank, word in zip(self._island.ranks, words, strict=True)
+                for rank, word in zip(self.island.ranks, words, strict=True)
             )
             raise ExchangeError(
                 f"Workers whose gradients are averaged do different things ({listing}). Let all of"
@@ -155,44 +187,48 @@ class GradientAverage:
             )
         if any(word.event is Event.GRADIENTS for word in words):
             self._current &= training
-        elif len(self._current) < self._island.size:
+        else:
             self._catch_up()
         return words
 
     def _catch_up(self) -> None:
-        """Make members that stood still equal to one that did not."""
+        """Make members that did not take every step equal to one that did."""
+        if len(self._current) == self.island.size:
+            return
         source = min(self._current)
-        state = self._replica.read() if self._island.place == source else None
-        state = self._island.broadcast(state, source, "Making the workers of a group equal")
-        if self._island.place not in self._current:
+        mine = self._replica.read() if self.island.place == source else None
+        what = "Making the workers of a group equal"
+        state, size = self.island.broadcast(mine, source, what)
+        self._count(self.island.broadcast_bytes(size))
+        if self.island.place not in self._current:
             self._replica.write(state)
-        self._current = set(range(self._island.size))
+        self._current = set(range(self.island.size))
 
     def _sum(self, words: Sequence[Word]) -> None:
         training = [word for word in words if word.event is Event.GRADIENTS]
-        used = tuple(any(bits) for bits in zip(*(word.used for word in training), strict=True))
-        if not any(used):
+        used = functools.reduce(operator.or_, (word.used for word in training))
+        if not used:
             return
-        parameters = [p for p, is_used in zip(self._parameters, used, strict=True) if is_used]
+        parameters = [p for place, p in enumerate(self._parameters) if used >> place & 1]
         vector = self._flat(used, parameters)
-        takes_part = words[self._island.place].event is Event.GRADIENTS
+        takes_part = words[self.island.place].event is Event.GRADIENTS
         if takes_part:
             gradients = [_gradient(parameter) for parameter in parameters]
             vector.read_(gradients)
             torch._foreach_div_(vector.parts, len(training))
         else:
             vector.zero_()
-        self._island.sum_(vector.parts, f"The averaging of gradients at step {training[0].clock}")
-        self._count(self._island.ring_bytes(vector.parts))
+        self.island.sum_(vector.parts, f"The averaging of gradients at step {training[0].clock}")
+        self._count(self.island.ring_bytes(vector.parts))
         if takes_part:
             vector.write_to(gradients)
 
-    def _flat(self, used: tuple[bool, ...], parameters: Sequence[nn.Parameter]) -> FlatVector:
-        if self._vector is None or used != self._layout:
+    def _flat(self, used: int, parameters: Sequence[nn.Parameter]) -> FlatVector:
+        if self._vector is None or used != self._used:
             self._vector = None  # let go of the other one first
             layout = FlatLayout((str(i), parameter) for i, parameter in enumerate(parameters))
             memory = Memory(parameters[0].device)
-            self._layout, self._vector = used, FlatVector(layout, memory.allocate(layout.sizes))
+            self._used, self._vector = used, FlatVector(layout, memory.allocate(layout.sizes))
         return self._vector
 
     def _count(self, moved: int) -> None:

@@ -326,31 +326,18 @@ class EASGDStrategy(PersistentStrategy):
         assert self._center is not None
         assert self.lightning_module is not None
         self.telemetry = Telemetry()
-        rule, module = self._rules.algorithm, self.lightning_module
         optimizers = LocalOptimizers(lambda: self.optimizers)
         groups = self._arranged_groups()
-        together = groups or ([list(range(self._group.size))] if rule.warm_up else [])
-        island = gradients = None
-        if together:
-            refuse_own_losses(self.optimizers)
-            island = Island(self._group, together, self._bucket_bytes)
-            gradients = GradientAverage(
-                island,
-                list(module.parameters()),
-                replica=replica_of(module.trainer, self._center, optimizers),
-                telemetry=self.telemetry,
-                until=rule.warm_up or None,
-                inside=bool(groups),
-            )
+        gradients = self._averaged_gradients(groups, optimizers)
         all_reduce = make_all_reduce(
             self._group,
             self._bucket_bytes,
             self._codec,
-            feedback=rule.restarts,
+            feedback=self._rules.algorithm.restarts,
             groups=groups,
-            island=island,
+            island=gradients.island if gradients else None,
         )
-        trained = [p for p in module.parameters() if p.requires_grad]
+        trained = [p for p in self.lightning_module.parameters() if p.requires_grad]
         self.telemetry.ddp_bytes_per_step = all_reduce.ring_bytes(trained)
         self._exchange = Exchange(
             self._center,
@@ -359,6 +346,27 @@ class EASGDStrategy(PersistentStrategy):
             rules=self._rules,
             telemetry=self.telemetry,
             gradients=gradients,
+        )
+
+    def _averaged_gradients(
+        self, groups: list[list[int]], optimizers: LocalOptimizers
+    ) -> GradientAverage | None:
+        """Over the workers of every group, or over all in a rule's warm-up."""
+        assert self._group is not None
+        assert self._center is not None
+        assert self.lightning_module is not None
+        warm_up = self._rules.algorithm.warm_up
+        together = groups or ([list(range(self._group.size))] if warm_up else [])
+        if not together:
+            return None
+        refuse_own_losses(self.optimizers)
+        return GradientAverage(
+            Island(self._group, together, self._bucket_bytes),
+            list(self.lightning_module.parameters()),
+            replica=replica_of(self.lightning_module.trainer, self._center, optimizers),
+            telemetry=self.telemetry,
+            until=warm_up or None,
+            inside=bool(groups),
         )
 
     def _request_stop(self, why: Stop) -> bool:
@@ -380,6 +388,7 @@ class EASGDStrategy(PersistentStrategy):
         if self._resumed is None:
             self._exchange.start_clock(max(steps))
         else:
+            self._exchange.resume(goes_on=self._resumed.own is not None)
             self._resumed.restore_random_state()
             begin_epoch_as_usual(trainer, self._hooks)
             self._resumed = None  # as large as the worker's state

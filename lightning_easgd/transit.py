@@ -121,7 +121,7 @@ class Transit:
         pull, payload = self.contribution.give(clock, self.turn)
         self._take_turns(clock)
         self.all_reduce.join(self._in_flight.pending, payload)
-        self._count_bytes(self.all_reduce.sum_bytes(payload), payload)
+        self._count_bytes(*self.all_reduce.sum_bytes(payload))
         self._in_flight = replace(self._in_flight, clock=clock, payload=payload)
         return pull
 
@@ -153,8 +153,8 @@ class Transit:
     def _start(self, clock: int, place: Place, payload: Payload, *, last: bool = False) -> InFlight:
         header = self._header(clock, place)
         pending = self.all_reduce.start(payload, header, last=last)
-        moved = self.all_reduce.sum_bytes(payload, last=last)
-        self._count_bytes(self.all_reduce.header_bytes + moved, payload)
+        self._count_bytes(*self.all_reduce.header_bytes)
+        self._count_bytes(*self.all_reduce.sum_bytes(payload, last=last))
         segments, fragments = len(self._center.segments), self.contribution.fragments
         self._in_flight = InFlight(clock, segments, fragments, payload, pending)
         return self._in_flight
@@ -184,10 +184,10 @@ class Transit:
         self.exchanged = clock, self._center.joined
         self.turn = (self.turn + 1) % self._center.turns
 
-    def _count_bytes(self, moved: int, payload: Payload) -> None:
+    def _count_bytes(self, moved: int, inside: int) -> None:
         self._telemetry.bytes_sent += moved
         self._telemetry.bytes_received += moved
-        self._telemetry.bytes_inside += self.all_reduce.inside_bytes(payload)
+        self._telemetry.bytes_inside += inside
 
     def _await_headers(self, flight: InFlight, *, patiently: bool = False) -> list[Header]:
         with self._waiting():

@@ -290,6 +290,8 @@ def restarting(
         for i, own in means.items():
             mean = shared if t < getattr(rule, "warm_up", 0) else own
             workers[i] = optimizers[i].step(workers[i], mean, t)
+        if t < getattr(rule, "warm_up", 0):  # who had no batch, too
+            workers = [dict(workers[min(means)]) for _ in workers]
         due = 1 if (t + 1) % pause == 0 else 0
         for _ in range(len(turns) if t + 1 == steps else due):
             for k, rows in turns[turn].items():

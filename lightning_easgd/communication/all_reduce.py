@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,9 @@ from lightning_easgd.communication.background import Background
 from lightning_easgd.communication.group import WorkerGroup
 from lightning_easgd.communication.header import Header
 from lightning_easgd.flat import bucket_slices
+
+HEADER_BYTES = 8 * len(Header.__dataclass_fields__)
+"""Of one worker's header."""
 
 
 @dataclass(frozen=True)
@@ -149,8 +152,16 @@ class AllReduce:
     def round_(self, differences: Iterable[Tensor]) -> None:
         """Replace differences by what is sent of them, where the rest is not held back."""
 
-    def agree(self, healthy: bool) -> bool:
-        """Whether the differences of all workers that take part as one are finite."""
+    def agree(self, healthy: bool, checksum: Callable[[], int]) -> bool:
+        """Whether the differences of all workers that take part as one are finite.
+
+        Args:
+            healthy: whether this worker's are.
+            checksum: gives that of their bits, within 63.
+
+        Raises:
+            ExchangeError: those of workers that take part as one are not equal.
+        """
         return healthy
 
     @property
@@ -166,17 +177,13 @@ class AllReduce:
         """The inverse of :meth:`state`."""
 
     @property
-    def header_bytes(self) -> int:
-        """Bytes of headers that each worker sends, and receives, in an exchange."""
-        return 8 * len(Header.__dataclass_fields__) * (self.group.size - 1)
+    def header_bytes(self) -> tuple[int, int]:
+        """As :meth:`sum_bytes`, for headers."""
+        return HEADER_BYTES * (self.group.size - 1), 0
 
-    def sum_bytes(self, payload: Payload, *, last: bool = False) -> int:
-        """Bytes that each worker sends, and receives, for sums."""
-        return self.ring_bytes([*payload.differences.values(), *payload.statistics])
-
-    def inside_bytes(self, payload: Payload) -> int:
-        """Of :meth:`sum_bytes`, those that go to workers of the same group."""
-        return 0
+    def sum_bytes(self, payload: Payload, *, last: bool = False) -> tuple[int, int]:
+        """Bytes that this worker sends, and receives, for sums; of them, those inside its group."""
+        return self.ring_bytes([*payload.differences.values(), *payload.statistics]), 0
 
     def ring_bytes(self, tensors: Iterable[Tensor]) -> int:
         """Bytes that each worker sends, and receives, in ring all-reduces: 2 (p-1)/p of them."""

@@ -151,8 +151,8 @@ class CompressedAllReduce(AllReduce):
         travel = partial(self._travel, wires, payload, accounts)
         pending.parts.append((Background(travel, differences[0].device), True))
 
-    def sum_bytes(self, payload: Payload, *, last: bool = False) -> int:
-        """Bytes that each worker sends, and receives, for sums."""
+    def sum_bytes(self, payload: Payload, *, last: bool = False) -> tuple[int, int]:
+        """Bytes that each worker sends, and receives, for sums; none are inside a group."""
         if last:
             return super().sum_bytes(payload)
         others, moved = self.level.size - 1, self.ring_bytes(payload.statistics)
@@ -162,7 +162,7 @@ class CompressedAllReduce(AllReduce):
                 moved += others * self._codec.wire_bytes(tensor.numel())
             for bucket in account.buckets:
                 moved += 2 * others * self._codec.wire_bytes(bucket.share)
-        return moved
+        return moved, 0
 
     def state(self) -> dict[str, Any]:
         """What is held back, for a checkpoint of this worker."""

@@ -16,13 +16,23 @@ import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_easgd.communication.all_reduce import AllReduce, Level, Payload, PendingSum
+from lightning_easgd.communication.all_reduce import (
+    HEADER_BYTES,
+    AllReduce,
+    Level,
+    Payload,
+    PendingSum,
+)
 from lightning_easgd.communication.background import Background
 from lightning_easgd.communication.codecs import Codec
 from lightning_easgd.communication.compressed import CompressedAllReduce
 from lightning_easgd.communication.group import WorkerGroup
+from lightning_easgd.communication.header import ExchangeError
 from lightning_easgd.communication.island import Island
 from lightning_easgd.flat import bucket_slices
+
+_AGREED = 2
+"""Numbers that members tell each other before an exchange."""
 
 
 class GroupedAllReduce(AllReduce):
@@ -69,9 +79,15 @@ class GroupedAllReduce(AllReduce):
         pending.parts.append((travel, True))
 
     @override
-    def agree(self, healthy: bool) -> bool:
-        said = self._island.gather([healthy], "An agreement inside a group")
-        return all(well for (well,) in said)
+    def agree(self, healthy: bool, checksum: Callable[[], int]) -> bool:
+        if self._island.size == 1:
+            return healthy
+        mine = [healthy, checksum() if healthy else 0]
+        said = self._island.gather(mine, "An agreement inside a group")
+        if not all(well for well, _ in said):
+            return False
+        _require_equal(self._island.ranks, [bits for _, bits in said])
+        return True
 
     @override
     def round_(self, differences: Iterable[Tensor]) -> None:
@@ -85,19 +101,20 @@ class GroupedAllReduce(AllReduce):
     def load_state(self, state: Any) -> None:
         self._between.load_state(state)
 
+    @property
     @override
-    def sum_bytes(self, payload: Payload, *, last: bool = False) -> int:
-        moved = self._between.sum_bytes(payload, last=last) if self._leads else 0
-        return moved + self.inside_bytes(payload)
+    def header_bytes(self) -> tuple[int, int]:
+        total, _ = super().header_bytes
+        agreed = self._island.gather_bytes(_AGREED)
+        return total + agreed, HEADER_BYTES * (self._island.size - 1) + agreed
 
     @override
-    def inside_bytes(self, payload: Payload) -> int:
-        """The sum counts once on every member, as if each passed it on to the next."""
-        if self._island.size == 1:
-            return 0
+    def sum_bytes(self, payload: Payload, *, last: bool = False) -> tuple[int, int]:
         tensors = [*payload.differences.values(), *payload.statistics]
-        passed_on = sum(tensor.nbytes for tensor in tensors)
-        return passed_on + self._island.ring_bytes(payload.statistics)
+        inside = self._island.ring_bytes(payload.statistics)
+        inside += self._island.broadcast_bytes(sum(tensor.nbytes for tensor in tensors))
+        between, _ = self._between.sum_bytes(payload, last=last) if self._leads else (0, 0)
+        return between + inside, inside
 
     def _travel(self, between: Sequence[dist.Work | Background], payload: Payload) -> None:
         """Bring the sums to all members; the same collectives on all of them."""
@@ -151,3 +168,15 @@ def _finish(works: Iterable[dist.Work | None]) -> None:
     for work in list(works):  # all of them begin before the first is waited for
         assert work is not None
         work.wait()
+
+
+def _require_equal(ranks: Sequence[int], checksums: Sequence[int]) -> None:
+    if len(set(checksums)) > 1:
+        pairs = zip(ranks, checksums, strict=True)
+        listing = "; ".join(f"worker {rank}: checksum {bits:x}" for rank, bits in pairs)
+        raise ExchangeError(
+            f"The workers of a group no longer hold equal weights ({listing}). Let nothing that"
+            " only one of them knows change weights, gradients or learning rates: use"
+            " manual_backward under manual optimization, log what ReduceLROnPlateau judges by with"
+            " sync_dist=True, and put machines of different kinds into different groups."
+        )

@@ -72,10 +72,10 @@ class Island:
         for work in works:
             self._wait(work, what, poll=self._polls)
 
-    def broadcast(self, value: Any, source: int, what: str) -> Any:
-        """What the member at place ``source`` has, tensors among it; raises as :meth:`gather`.
+    def broadcast(self, value: Any, source: int, what: str) -> tuple[Any, int]:
+        """What the member at place ``source`` has, and its size in bytes; raises as :meth:`gather`.
 
-        Tensors arrive in host memory.
+        Tensors in it arrive in host memory.
         """
         content = torch.empty(0, dtype=torch.uint8)
         if self.place == source:
@@ -87,13 +87,17 @@ class Island:
             content = torch.empty(size, dtype=torch.uint8)
         rank = self.ranks[source]
         self._wait(dist.broadcast(content, rank, group=self._control, async_op=True), what)
-        if self.place == source:
-            return value
-        return torch.load(io.BytesIO(content.numpy().tobytes()), "cpu", weights_only=False)
+        if self.place != source:
+            value = torch.load(io.BytesIO(content.numpy().tobytes()), "cpu", weights_only=False)
+        return value, size
 
     def gather_bytes(self, count: int) -> int:
         """Bytes that this worker sends, and receives, in :meth:`gather` of ``count`` numbers."""
         return 8 * count * (self.size - 1)
+
+    def broadcast_bytes(self, size: int) -> int:
+        """The same when ``size`` bytes are passed on to all; the mean over the members."""
+        return (self.size - 1) * size // self.size
 
     def ring_bytes(self, tensors: Iterable[Tensor]) -> int:
         """Bytes that this worker sends, and receives, in :meth:`sum_`."""
