@@ -15,23 +15,41 @@ from lightning_easgd.algorithms import BMUF, EASGD, DiLoCo, Downpour, LocalSGD, 
 from lightning_easgd.callbacks import EASGDMonitor
 from lightning_easgd.communication import Codec, ExchangeError, Int8, TopK
 from lightning_easgd.contribution import NonFiniteError
+from lightning_easgd.schedules import (
+    AdaptivePeriod,
+    Anneal,
+    ConsensusTarget,
+    Cosine,
+    Exponential,
+    Linear,
+    Schedule,
+    Steps,
+)
 from lightning_easgd.strategy import EASGDStrategy
 from lightning_easgd.telemetry import Telemetry
 
 __all__ = [
     "BMUF",
     "EASGD",
+    "AdaptivePeriod",
+    "Anneal",
     "Codec",
+    "ConsensusTarget",
+    "Cosine",
     "DiLoCo",
     "Downpour",
     "EASGDMonitor",
     "EASGDStrategy",
     "ExchangeError",
+    "Exponential",
     "Int8",
+    "Linear",
     "LocalSGD",
     "NonFiniteError",
     "Rule",
+    "Schedule",
     "SlowMo",
+    "Steps",
     "Telemetry",
     "TopK",
 ]

@@ -13,17 +13,20 @@ own either way.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from lightning_easgd.schedules import is_number
+from lightning_easgd.schedules import Schedule, is_number
 
 
 class Rule(ABC):
     """How an exchange moves the center and the workers. Holds options only, and no state.
+
+    An option may be a Schedule; :meth:`move_` finds its value at the step of the exchange instead.
 
     Attributes:
         restarts: whether workers go on from the new center; else they are pulled.
@@ -48,6 +51,20 @@ class Rule(ABC):
     def share(self, workers: int) -> float:
         """The multiple of x - c that each of ``workers`` workers adds, if they restart."""
         return 1 / workers if self.average else 1.0
+
+    @property
+    def schedules(self) -> dict[str, Schedule]:
+        """The options that follow a schedule, by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Schedule)}
+
+    def at(self, step: int) -> Rule:
+        """This rule with the values that its schedules have after ``step`` optimizer steps."""
+        schedules = self.schedules
+        if not schedules:
+            return self
+        rule = copy.copy(self)
+        vars(rule).update({name: schedule.at(step) for name, schedule in schedules.items()})
+        return rule
 
     @property
     def kind(self) -> str:

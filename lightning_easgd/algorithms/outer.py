@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_easgd.algorithms.base import Rule, momentum_of, require_momentum
-from lightning_easgd.schedules import is_number
+from lightning_easgd.schedules import Constant, Rate, as_schedule, is_number
 
 
 class SlowMo(Rule):
@@ -34,7 +34,8 @@ class SlowMo(Rule):
     with slow momentum", arXiv:1910.00643.
 
     Args:
-        outer_lr: s, the paper's α, in (0, 2 (1 + μ)).
+        outer_lr: s, the paper's α, in (0, 2 (1 + μ)); a number, a callable of the optimizer step or
+            a schedule.
         outer_momentum: μ, the paper's β, in [0, 1). fairscale takes 0.2 for 4 nodes, 0.5 for 8, 0.6
             for 16.
 
@@ -42,7 +43,7 @@ class SlowMo(Rule):
         ValueError: one is out of its stable range.
     """
 
-    def __init__(self, outer_lr: float = 1.0, outer_momentum: float = 0.5) -> None:
+    def __init__(self, outer_lr: Rate = 1.0, outer_momentum: float = 0.5) -> None:
         self.outer_momentum = require_momentum("outer_momentum", outer_momentum)
         self.outer_lr = _require_rate("outer_lr", outer_lr, 2 * (1 + self.outer_momentum))
 
@@ -61,14 +62,14 @@ class BMUF(Rule):
     intra-block parallel optimization and blockwise model-update filtering", ICASSP.
 
     Args:
-        block_lr: ζ, in (0, 2 (1 + μ)).
+        block_lr: ζ, in (0, 2 (1 + μ)); a number, a callable of the optimizer step or a schedule.
         block_momentum: μ, in [0, 1); the paper's rule of thumb is 1 - 1/p.
 
     Raises:
         ValueError: one is out of its stable range.
     """
 
-    def __init__(self, block_lr: float = 1.0, block_momentum: float = 0.875) -> None:
+    def __init__(self, block_lr: Rate = 1.0, block_momentum: float = 0.875) -> None:
         self.block_momentum = require_momentum("block_momentum", block_momentum)
         self.block_lr = _require_rate("block_lr", block_lr, 2 * (1 + self.block_momentum))
 
@@ -89,7 +90,8 @@ class DiLoCo(Rule):
     arXiv:2311.08105, with AdamW inside; the defaults are the paper's.
 
     Args:
-        outer_lr: s; with Nesterov momentum in (0, 2 (1 + μ) / (1 + 2μ)).
+        outer_lr: s; with Nesterov momentum in (0, 2 (1 + μ) / (1 + 2μ)). A number, a callable of
+            the optimizer step or a schedule.
         outer_momentum: μ of Nesterov momentum, in [0, 1); None: 0.9. Not with ``optimizer``.
         optimizer: a class of ``torch.optim`` that treats every element alike; it sees flat tensors.
         **options: of ``optimizer``.
@@ -100,7 +102,7 @@ class DiLoCo(Rule):
 
     def __init__(
         self,
-        outer_lr: float = 0.7,
+        outer_lr: Rate = 0.7,
         outer_momentum: float | None = None,
         *,
         optimizer: type[Optimizer] | None = None,
@@ -137,8 +139,9 @@ class DiLoCo(Rule):
         memory.update(optimizer.state[parameter])
 
     def _try(self) -> None:
+        rule = self.at(0)
         try:
-            self.move_(torch.zeros(2), torch.zeros(2), {})
+            rule.move_(torch.zeros(2), torch.zeros(2), {})
         except Exception as error:
             raise ValueError(
                 f"optimizer={self.optimizer!r} with {self.options} cannot move a flat tensor by its"
@@ -148,11 +151,18 @@ class DiLoCo(Rule):
             ) from error
 
 
-def _require_rate(name: str, rate: object, bound: float) -> float:
-    if is_number(rate) and 0 < rate < bound:
-        return float(rate)
-    allowed = "a positive number" if bound == float("inf") else f"a number in (0, {bound:.4g})"
-    raise ValueError(
-        f"{name}={rate!r} is not stable where workers converge between exchanges. Allowed:"
-        f" {allowed} at this momentum and optimizer."
-    )
+def _require_rate(name: str, rate: Rate, bound: float) -> Any:
+    """A number, or a schedule that stays in (0, ``bound``); a number wherever move_ reads it."""
+
+    def check(value: object) -> float:
+        if is_number(value) and 0 < value < bound:
+            return float(value)
+        allowed = "a positive number" if bound == float("inf") else f"a number in (0, {bound:.4g})"
+        raise ValueError(
+            f"{name}={value!r} is not stable where workers converge between exchanges. Allowed:"
+            f" {allowed} at this momentum and optimizer, or a callable of the optimizer step or a"
+            " schedule that gives one."
+        )
+
+    schedule = as_schedule(name, rate, check)
+    return schedule.at(0) if isinstance(schedule, Constant) else schedule
