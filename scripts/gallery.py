@@ -40,7 +40,7 @@ PANELS = (
     Panel("steps", "Steps: τ", ("tau",)),
     Panel("outer_cosine", "Cosine: outer rate of DiLoCo", ("outer_lr",), ("strategy=diloco",)),
     Panel("anneal", "Anneal: ρ, as α = ηρ", (ALPHA,), ("schedule=constant", "optimizer.lr=0.1")),
-    Panel("consensus_target", "ConsensusTarget: β, as α = β/p", (ALPHA, DISTANCE), (), 0.05),
+    Panel("consensus_target", "ConsensusTarget: β, as α = β/p", (ALPHA, DISTANCE), (), 0.15),
     Panel("adaptive_period", "AdaptivePeriod: τ", ("tau",)),
 )
 LABELS = {"tau": "τ (steps)", ALPHA: "α", "outer_lr": "outer_lr", DISTANCE: "‖x − c‖ / ‖c‖"}
@@ -51,9 +51,20 @@ def train(panel: Panel, folder: Path, overrides: Sequence[str]) -> list[dict[str
     run = folder / panel.name
     if not (run / "report.json").exists():
         options = ["logger=csv", "trainer.log_every_n_steps=1", "trainer.enable_progress_bar=false"]
+        options += [
+            "test=false",
+            "trainer.limit_val_batches=0",
+            "trainer.enable_checkpointing=false",
+        ]
         command = [sys.executable, str(ROOT / "scripts" / "train.py"), f"vary={panel.name}"]
         command += [*options, *panel.overrides, *overrides, f"hydra.run.dir={run.resolve()}"]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=_environment())
+        subprocess.run(
+            command,
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=_environment(),
+        )
     (log,) = run.rglob("metrics.csv")
     with log.open() as file:
         return list(csv.DictReader(file))
