@@ -148,6 +148,19 @@ class Downpour(LocalSgd):
         return sum(moves), kept
 
 
+class MDownpour(LocalSgd):
+    """Zhang et al. 2015, Alg. 4 and 5: the master keeps x and v, and hands out x + δ v."""
+
+    memory = ("v",)
+
+    def __init__(self, momentum: float) -> None:
+        self.momentum = momentum
+
+    def move(self, moves: list[np.ndarray], kept: State) -> tuple[np.ndarray, State]:
+        v = self.momentum * kept["v"] + sum(moves)
+        return v + self.momentum * (v - kept["v"]), {"v": v}
+
+
 class SlowMo(LocalSgd):
     """Wang et al. 2020, Alg. 1, line 7 and 8: u with the workers' learning rate γ, any constant."""
 

@@ -3,7 +3,7 @@
 Nothing here knows of processes, of Lightning or of time; a rule is a function of tensors and rates.
 """
 
-from lightning_easgd.algorithms.averaging import Downpour, LocalSGD
+from lightning_easgd.algorithms.averaging import Downpour, LocalSGD, MDownpour
 from lightning_easgd.algorithms.base import Rule
 from lightning_easgd.algorithms.elastic import EASGD
 from lightning_easgd.algorithms.outer import BMUF, DiLoCo, SlowMo
@@ -12,6 +12,7 @@ RULES: dict[str, type[Rule]] = {
     "easgd": EASGD,
     "local_sgd": LocalSGD,
     "downpour": Downpour,
+    "mdownpour": MDownpour,
     "slowmo": SlowMo,
     "bmuf": BMUF,
     "diloco": DiLoCo,
@@ -42,6 +43,7 @@ __all__ = [
     "DiLoCo",
     "Downpour",
     "LocalSGD",
+    "MDownpour",
     "Rule",
     "SlowMo",
     "choose_rule",

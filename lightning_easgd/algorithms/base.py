@@ -14,7 +14,8 @@ own either way.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -29,9 +30,11 @@ class Rule(ABC):
         restarts: whether workers go on from the new center; else they are pulled.
         average: whether the center moves by the mean of the differences over the workers; else by
             their sum. Under rules that pull, each is weighted with α before.
+        default_tau: τ where none is given, in optimizer steps.
     """
 
     restarts: ClassVar[bool] = True
+    default_tau: ClassVar[int] = 10
     average: bool = True
 
     @abstractmethod
@@ -48,6 +51,25 @@ class Rule(ABC):
     def share(self, workers: int) -> float:
         """The multiple of x - c that each of ``workers`` workers adds, if they restart."""
         return 1 / workers if self.average else 1.0
+
+    def objection(
+        self,
+        *,
+        tau: int | Callable[[int], int] | Literal["auto"],
+        fragments: int,
+        compression: object,
+    ) -> str | None:
+        """Why the rule is not itself under these options of the strategy, and what is allowed.
+
+        Args:
+            tau: τ as the strategy got it, not checked yet.
+            fragments: into how many parts the model is cut.
+            compression: as the strategy got it, not checked yet.
+
+        Returns:
+            The message of an error; None if the rule can.
+        """
+        return None
 
     @property
     def kind(self) -> str:

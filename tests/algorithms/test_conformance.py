@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from processes import run_workers
 from toy import Resumable, Toy, batches, initial_weights, loader, trainer, weights
 
-from lightning_easgd import EASGD, DiLoCo, Downpour, EASGDStrategy, Rule, SlowMo
+from lightning_easgd import EASGD, DiLoCo, Downpour, EASGDStrategy, MDownpour, Rule, SlowMo
 
 LR = 0.05
 SGD = partial(torch.optim.SGD, lr=LR)
@@ -41,6 +41,17 @@ class Row:
     copies: int = 0
     """Flat copies of the parameters that it keeps."""
     options: dict[str, Any] = field(default_factory=dict)
+    tau: int | None = None
+    """The only period that it can."""
+    fragments: int = 2
+    """The most that it can."""
+
+    def can(self, case: Case, workers: int) -> bool:
+        """Whether it can be trained so."""
+        return case.fragments <= self.fragments and workers > case.needs_others
+
+    def period(self, case: Case) -> int:
+        return self.tau or case.tau
 
 
 def users_own() -> Rule:
@@ -60,6 +71,7 @@ ROWS = {
     "local_sgd": Row("local_sgd", reference.LocalSgd()),
     "downpour": Row("downpour", reference.Downpour()),
     "downpour, average": Row(Downpour(average=True), reference.LocalSgd()),
+    "mdownpour": Row(MDownpour(0.5), reference.MDownpour(0.5), copies=1, tau=1, fragments=1),
     "slowmo": Row(SlowMo(0.9, 0.4), reference.SlowMo(0.9, 0.4), copies=1),
     "bmuf": Row("bmuf", reference.Bmuf(1.0, 0.875), copies=1),
     "diloco": Row("diloco", reference.DiLoCo(0.7, 0.9), copies=1),
@@ -116,7 +128,7 @@ CASES = {
 def train(rank: int, workers: int, row: Row, case: Case, **more: Any) -> dict[str, np.ndarray]:
     """The center in the end, of the precision that it began with."""
     module = Toy(case.make, dtype=case.dtype)
-    options = {"algorithm": row.rule, "tau": case.tau, "fragments": case.fragments}
+    options = {"algorithm": row.rule, "tau": row.period(case), "fragments": case.fragments}
     strategy = EASGDStrategy(**options, **row.options, **more)
 
     def on_train_batch_end(outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -143,7 +155,7 @@ def train_all(rank: int, workers: int) -> dict[tuple[str, str], Any]:
         (name, case): train(rank, workers, row, CASES[case])
         for name, row in ROWS.items()
         for case in CASES
-        if workers > 1 or not CASES[case].needs_others
+        if row.can(CASES[case], workers)
     }
 
 
@@ -161,7 +173,7 @@ def expected(row: Row, case: Case, workers: int) -> dict[str, np.ndarray]:
     }
     optimizers = [make[case.make.func](lambda name, t: lr) for _ in range(workers)]
     data = [batches(rank, case.own(rank, workers)) for rank in range(workers)]
-    own = {"tau": case.tau, "accumulate": case.accumulate}
+    own = {"tau": row.period(case), "accumulate": case.accumulate}
     if row.reference is not None:
         own |= {"turns": TURNS[case.fragments], "sick": case.sick}
         return reference.restarting(row.reference, start, data, optimizers, **own)
@@ -191,10 +203,9 @@ def strength(case: Case, alpha: float, name: str, t: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("case", "workers"),
-    [(c, p) for c in CASES for p in (1, 2) if p > 1 or not CASES[c].needs_others],
+    ("name", "case", "workers"),
+    [(n, c, p) for n, row in ROWS.items() for c in CASES for p in (1, 2) if row.can(CASES[c], p)],
 )
-@pytest.mark.parametrize("name", ROWS)
 def test_the_center_is_that_of_the_reference(name: str, case: str, workers: int) -> None:
     center = expected(ROWS[name], CASES[case], workers)
     first, *others = [run[name, case] for run in trained(workers)]
@@ -234,7 +245,7 @@ def resume_all(rank: int, folder: Path) -> Any:
             for step in (None, 10, 20)
         ]
         for name, row in ROWS.items()
-        for fragments in (1, 2)
+        for fragments in range(1, row.fragments + 1)
     }
 
 
@@ -243,7 +254,7 @@ def resumable(rank: int, row: Row, fragments: int, folder: Path, step: int | Non
     saving = ModelCheckpoint(
         folder / str(fragments), "{step}", every_n_train_steps=5, save_top_k=-1
     )
-    options = {"algorithm": row.rule, "tau": 4, "fragments": fragments, **row.options}
+    options = {"algorithm": row.rule, "tau": row.tau or 4, "fragments": fragments, **row.options}
     fitting = trainer(
         2, EASGDStrategy(**options), max_epochs=3, enable_checkpointing=True, callbacks=[saving]
     )

@@ -23,6 +23,7 @@ from lightning_easgd import (
     Downpour,
     EASGDStrategy,
     LocalSGD,
+    MDownpour,
     Rule,
     SlowMo,
     TopK,
@@ -36,11 +37,20 @@ def averaged(rank: int, strategy: Any, make: Any) -> dict[str, np.ndarray]:
     return weights(module)
 
 
-def test_local_sgd_at_every_step_is_gradient_averaging() -> None:
+@pytest.mark.parametrize(
+    ("rule", "outer"),
+    [
+        ("local_sgd", {}),
+        (MDownpour(0.8, average=True), {"momentum": 0.8, "nesterov": True}),
+    ],
+    ids=["local_sgd", "mdownpour"],
+)
+def test_at_every_step_workers_average_gradients(rule: Any, outer: dict[str, Any]) -> None:
     """Over 50 steps of SGD, against DistributedDataParallel."""
     make = partial(torch.optim.SGD, lr=0.1)
-    rule = EASGDStrategy(algorithm="local_sgd", tau=1)
-    ours, theirs = (run_workers(averaged, s, make, workers=2) for s in (rule, "ddp"))
+    strategy = EASGDStrategy(algorithm=rule, tau=1)
+    ours = run_workers(averaged, strategy, make, workers=2)
+    theirs = run_workers(averaged, "ddp", partial(make, **outer), workers=2)
     for got, expected in zip(ours, theirs, strict=True):
         for key, value in got.items():
             np.testing.assert_allclose(value, expected[key], rtol=0, atol=1e-6)
@@ -245,11 +255,21 @@ def test_momentum_of_the_center_widens_what_is_stable(p: int, mu: float) -> None
         (lambda: DiLoCo(optimizer="adam"), "optimizer='adam'"),
         (lambda: EASGD(center_momentum=1), r"center_momentum=1 .*Allowed: a number in \[0, 1\)"),
         (lambda: Downpour(average="yes"), "average='yes' is not allowed"),
+        (lambda: MDownpour(average=1), "average=1 is not allowed"),
+        (lambda: MDownpour(1.0), r"momentum=1.0 .*Allowed: a number in \[0, 1\)"),
     ],
 )
 def test_hyper_parameters_out_of_range_are_refused(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("tau", [2, 0, lambda step: 1, "auto"])
+def test_a_period_that_a_rule_cannot_is_refused(tau: Any) -> None:
+    with pytest.raises(ValueError, match=r"tau=.* is not possible with MDownpour.*Allowed: tau=1"):
+        EASGDStrategy(algorithm="mdownpour", tau=tau)
+    assert str(EASGDStrategy(algorithm="mdownpour")._rules.period) == "1"
+    assert str(EASGDStrategy()._rules.period) == "10"
 
 
 @pytest.mark.parametrize("name", RULES)
