@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lightning_easgd.algorithms import (
     BMUF,
     EASGD,
+    SMA,
     DiLoCo,
     Downpour,
     LocalSGD,
@@ -30,6 +31,7 @@ from lightning_easgd.telemetry import Telemetry
 __all__ = [
     "BMUF",
     "EASGD",
+    "SMA",
     "Codec",
     "DiLoCo",
     "Downpour",

@@ -202,6 +202,12 @@ class Center:
         self._load_center()
         self._end_lending()
 
+    def restart_worker(self) -> None:
+        """Let the weights that take part in exchanges go on from the center, without momentum."""
+        for fragment in _fragments(self.segments[: self.joined]):
+            fragment.center.write_to(fragment.tensors())
+            fragment.forget()
+
     def read_module(self) -> None:
         """Make the module's weights and statistics, equal on all workers, those of the center."""
         for fragment in _fragments(self.segments):

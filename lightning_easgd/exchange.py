@@ -32,6 +32,7 @@ from lightning_easgd.algorithms import EASGD, Rule
 from lightning_easgd.center import Center
 from lightning_easgd.communication import AllReduce, Place, Stop, verify_places
 from lightning_easgd.contribution import Contribution, Pull, Weights, pull_worker
+from lightning_easgd.drops import LearningRateDrops
 from lightning_easgd.optimizers import LocalOptimizers
 from lightning_easgd.pace import AutomaticPeriod
 from lightning_easgd.rates import MovingRates
@@ -100,12 +101,14 @@ class Exchange:
             round_=all_reduce.round_,
             from_iterate=rules.elastic_point == "iterate",
         )
+        self._drops = LearningRateDrops(rules.algorithm.lr_drop, optimizers)
         self._transit = Transit(
             center,
             all_reduce,
             contribution,
             rule=rules.algorithm,
             telemetry=telemetry,
+            drops=self._drops,
             learn=rules.period.observe,
         )
         self.start_clock(0)
@@ -168,6 +171,8 @@ class Exchange:
             self._transit.pace.step(self._transit.arrived)
         if self._restarts:
             self._begin_due()
+        elif self._transit.restarts_workers:
+            self.drain()
 
     def drain(self) -> None:
         """Wait for the exchange in flight, if any, and move the center.
@@ -266,6 +271,7 @@ class Exchange:
             "period": self._rules.period.state(),
             "exchanged": self._transit.exchanged,
             "algorithm": self._rules.algorithm.kind,
+            "drops": self._drops.shared_state(),
             **self.center.shared_state(),
         }
 
@@ -276,6 +282,7 @@ class Exchange:
             "look_ahead": self._optimizers.look_ahead_state(),
             "telemetry": self.telemetry.counters(),
             "held_back": self._transit.all_reduce.state(),
+            "drops": self._drops.own_state(),
         }
 
     def load_state(self, shared: Mapping[str, Any], own: Mapping[str, Any] | None) -> None:
@@ -301,6 +308,7 @@ class Exchange:
             self._optimizers.load_look_ahead_state(own["look_ahead"])
             self.telemetry.load_counters(own["telemetry"])
             self._transit.all_reduce.load_state(own.get("held_back", {}))
+        self._drops.load_state(shared.get("drops", {}), (own or {}).get("drops", {}))
 
     def _load_outer(self, shared: Mapping[str, Any]) -> None:
         outer, kind = shared.get("outer", {}), self._rules.algorithm.kind
@@ -324,6 +332,7 @@ class Exchange:
     def _reopen(self) -> None:
         # The learning-rate finder ends a training of its own before the one that it was called in.
         self._finished = self._last_header_left = False
+        self._drops.forget()
         if not self._transit.stop_agreed.by_exception:
             self._transit.stop_agreed = self.stopping = Stop.NO
         if not self._transit.stop_requested.by_exception:
@@ -337,7 +346,7 @@ class Exchange:
         self.stopping = self._transit.stop_agreed
         self._set_clock(self.clock)
         pull = self._transit.begin(self.clock)
-        if not self._rules.overlap:
+        if not self._rules.overlap and not self._transit.restarts_workers:
             self._transit.land()
         return pull
 

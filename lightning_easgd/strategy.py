@@ -80,7 +80,7 @@ class EASGDStrategy(PersistentStrategy):
 
     Args:
         algorithm: what an exchange does: the name of a rule ("easgd", "local_sgd", "downpour",
-            "mdownpour", "slowmo", "bmuf", "diloco") or a Rule with options of its own.
+            "mdownpour", "slowmo", "bmuf", "diloco", "sma") or a Rule with options of its own.
         tau: communication period τ, in optimizer steps: a whole number, a callable of the
             optimizer step, or "auto": the smallest at which exchanges hide behind training, found
             by measuring (see pace.py). None: 10, or what the rule is limited to.

@@ -27,6 +27,7 @@ from lightning_easgd.communication import (
     verify,
 )
 from lightning_easgd.contribution import Contribution, Pull, report_non_finite
+from lightning_easgd.drops import LearningRateDrops
 from lightning_easgd.pace import Durations, Pace
 from lightning_easgd.segments import Fragment
 from lightning_easgd.telemetry import Telemetry
@@ -46,6 +47,8 @@ class InFlight:
     pending: PendingSum
     moves: bool = True
     """Whether the rule moves the center; else what arrives is only added to it."""
+    restarts: bool = False
+    """Whether workers that were pulled go on from the center that it moves."""
 
 
 class Transit:
@@ -57,6 +60,7 @@ class Transit:
         contribution: of this worker.
         rule: how sums move the center.
         telemetry: where costs are counted.
+        drops: of this worker's learning rate.
         learn: told what all workers measured, after every exchange; says whether to measure afresh.
     """
 
@@ -68,10 +72,12 @@ class Transit:
         *,
         rule: Rule,
         telemetry: Telemetry,
+        drops: LearningRateDrops,
         learn: Callable[[Sequence[Durations]], bool],
     ) -> None:
         self.all_reduce = all_reduce
         self.contribution = contribution
+        self.drops = drops
         self.pace = Pace()
         self.turn = 0
         """Which fragment the next exchange is of."""
@@ -93,6 +99,11 @@ class Transit:
         """Whether nothing is under way."""
         return self._in_flight is None
 
+    @property
+    def restarts_workers(self) -> bool:
+        """Whether workers that are pulled go on from the center that is under way."""
+        return self._in_flight is not None and self._in_flight.restarts
+
     def arrived(self) -> bool:
         """Whether what is under way has arrived and only waits to be taken in."""
         return self._in_flight is not None and self._in_flight.pending.arrived()
@@ -101,7 +112,9 @@ class Transit:
         """Send this worker's differences off; the caller owes the worker the returned pull."""
         self.contribution.take_differences(self.turn)
         pull, payload = self.contribution.give(clock, self.turn, last=last)
-        self._start(clock, Place.TRAINING, payload, last=last)
+        restarts = self.drops.take()
+        flight = self._start(clock, Place.TRAINING, payload, last=last)
+        self._in_flight = replace(flight, restarts=restarts)
         self._take_turns(clock)
         self.pace.exchange()
         return pull
@@ -122,7 +135,9 @@ class Transit:
         self._take_turns(clock)
         self.all_reduce.join(self._in_flight.pending, payload)
         self._count_bytes(self.all_reduce.sum_bytes(payload))
-        self._in_flight = replace(self._in_flight, clock=clock, payload=payload)
+        self._in_flight = replace(
+            self._in_flight, clock=clock, payload=payload, restarts=self.drops.take()
+        )
         return pull
 
     def give_back(self, clock: int) -> None:
@@ -178,6 +193,7 @@ class Transit:
             step_microseconds=measured.step,
             exchange_microseconds=measured.exchange,
             cost_microseconds=measured.cost,
+            restart=self.drops.announce(),
         )
 
     def _take_turns(self, clock: int) -> None:
@@ -211,6 +227,7 @@ class Transit:
     @torch.no_grad()
     def _apply(self, flight: InFlight, headers: Sequence[Header]) -> None:
         self.stop_agreed = max(self.stop_agreed, *(header.stop for header in headers))
+        self.drops.hear(headers)
         self._telemetry.worker_wait_seconds = [1e-6 * h.wait_microseconds for h in headers]
         if flight.payload:
             healthy = [not header.non_finite for header in headers]
@@ -221,6 +238,8 @@ class Transit:
                 self._center.statistics.apply(healthy)
             if self._learn([_durations(header) for header in headers]):
                 self.pace.restart()
+        if flight.restarts:
+            self._center.restart_worker()
         self._center.join(flight.segments)
 
     def _move_center(self, flight: InFlight, healthy: Sequence[bool]) -> None:

@@ -93,24 +93,34 @@ def easgd(
     accumulate: int = 1,
     final_exchange: bool = False,
     center_momentum: float = 0.0,
+    lr_drop: float = 0.0,
     sick: tuple[int, int] | None = None,
 ) -> tuple[State, list[State]]:
     """The center and the workers' iterates after all batches; ``batches`` by worker.
 
     A worker whose batch is None, or that has no more, takes no step but takes part in exchanges;
-    one that is ``sick`` at a step starts again at the center instead.
+    one that is ``sick`` at a step starts again at the center instead. All do, without momentum,
+    with the exchange after the one at which one's learning rate is ``lr_drop`` of its peak.
     """
     p = len(batches)
     workers, center = [dict(start) for _ in range(p)], dict(start)
     v = {k: 0.0 * start[k] for k in start}
+    peaks, agreed = [0.0] * p, False
     steps = max(len(own) for own in batches) // accumulate
     for t in range(steps + 1):
+        restart = False
         rates = dict.fromkeys(start, 0.0)
         workers = [dict(center) if (i, t) == sick else x for i, x in enumerate(workers)]
         pulls = [{k: 0.0 * x[k] for k in x} for x in workers]
         if (t % tau == 0 and t < steps) or (final_exchange and t == steps):
             rates = {k: alpha(k, t) for k in start}
             pulls = [{k: rates[k] * (x[k] - center[k]) for k in x} for x in workers]
+            if t and lr_drop:
+                restart = agreed
+                now = [max(optimizer.lr(k, t) for k in start) for optimizer in optimizers]
+                before = now if restart else peaks
+                peaks = [max(pair) for pair in zip(now, before, strict=True)]
+                agreed = any(n <= lr_drop * peak for n, peak in zip(now, peaks, strict=True))
         if t < steps:
             for i in range(p):
                 micro = batches[i][t * accumulate : (t + 1) * accumulate]
@@ -125,6 +135,9 @@ def easgd(
             moved = center_momentum * v[k] + sum(pull[k] for pull in pulls)
             v[k] = np.where(rates[k], moved, v[k])  # rows whose fragment has its turn
             center[k] = center[k] + np.where(rates[k], moved, 0.0)
+        if restart:
+            workers = [dict(center) for _ in workers]
+            v = {k: 0.0 * start[k] for k in start}
     return center, workers
 
 

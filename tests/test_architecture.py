@@ -16,7 +16,7 @@ LAYERS = [
     {"arguments", "segments"},
     {"buffers", "communication", "optimizers"},
     {"center"},
-    {"rates"},
+    {"drops", "rates"},
     {"contribution"},
     {"transit"},
     {"exchange", "internals"},

@@ -5,7 +5,7 @@ Nothing here knows of processes, of Lightning or of time; a rule is a function o
 
 from lightning_easgd.algorithms.averaging import Downpour, LocalSGD, MDownpour
 from lightning_easgd.algorithms.base import Rule
-from lightning_easgd.algorithms.elastic import EASGD
+from lightning_easgd.algorithms.elastic import EASGD, SMA
 from lightning_easgd.algorithms.outer import BMUF, DiLoCo, SlowMo
 
 RULES: dict[str, type[Rule]] = {
@@ -16,6 +16,7 @@ RULES: dict[str, type[Rule]] = {
     "slowmo": SlowMo,
     "bmuf": BMUF,
     "diloco": DiLoCo,
+    "sma": SMA,
 }
 """The rules that are known by name."""
 
@@ -40,6 +41,7 @@ __all__ = [
     "BMUF",
     "EASGD",
     "RULES",
+    "SMA",
     "DiLoCo",
     "Downpour",
     "LocalSGD",

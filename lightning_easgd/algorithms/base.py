@@ -31,11 +31,15 @@ class Rule(ABC):
         average: whether the center moves by the mean of the differences over the workers; else by
             their sum. Under rules that pull, each is weighted with α before.
         default_tau: τ where none is given, in optimizer steps.
+        lr_drop: where workers are pulled, they start again at the center, without momentum, when
+            the learning rate of one has fallen to this part of its peak since the last restart, in
+            (0, 1); None: never.
     """
 
     restarts: ClassVar[bool] = True
     default_tau: ClassVar[int] = 10
     average: bool = True
+    lr_drop: float | None = None
 
     @abstractmethod
     def move_(self, center: Tensor, total: Tensor, memory: dict[str, Any]) -> None:

@@ -20,7 +20,16 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from processes import run_workers
 from toy import Resumable, Toy, batches, initial_weights, loader, trainer, weights
 
-from lightning_easgd import EASGD, DiLoCo, Downpour, EASGDStrategy, MDownpour, Rule, SlowMo
+from lightning_easgd import (
+    EASGD,
+    SMA,
+    DiLoCo,
+    Downpour,
+    EASGDStrategy,
+    MDownpour,
+    Rule,
+    SlowMo,
+)
 
 LR = 0.05
 SGD = partial(torch.optim.SGD, lr=LR)
@@ -68,6 +77,7 @@ ROWS = {
     "easgd": Row("easgd"),
     "easgd alpha=0": Row("easgd", options={"alpha": 0.0}),
     "easgd with momentum": Row(EASGD(center_momentum=0.6), copies=1),
+    "sma": Row(SMA(0.6, lr_drop=0.5), copies=1),
     "local_sgd": Row("local_sgd", reference.LocalSgd()),
     "downpour": Row("downpour", reference.Downpour()),
     "downpour, average": Row(Downpour(average=True), reference.LocalSgd()),
@@ -98,6 +108,8 @@ class Case:
     fragments: int = 1
     dtype: torch.dtype = torch.float64
     within: float = 1e-9
+    rates: list[dict[int, float]] | None = None
+    """Learning rates of each worker from a step on, in ascending order; None: the optimizer's."""
 
     @property
     def needs_others(self) -> bool:
@@ -106,6 +118,19 @@ class Case:
     def own(self, rank: int, workers: int) -> int:
         """Batches of a worker."""
         return self.steps * self.accumulate - (self.missing if rank == workers - 1 else 0)
+
+    def rate(self, rank: int, step: int) -> float:
+        """The learning rate of a worker's step."""
+        if self.rates is None:
+            return self.make.keywords["lr"]
+        return [rate for since, rate in self.rates[rank].items() if since <= step][-1]
+
+
+FALLS = [{0: 0.05, 9: 0.04, 21: 0.02}, {0: 0.05, 5: 0.02, 29: 0.01}]
+"""Worker 1's falls to less than half before steps 5 and 29, worker 0's in two parts before 21.
+
+With τ = 4 that is seen at steps 8, 24 and 32; SMA restarts at 12, 28 and 36.
+"""
 
 
 STILL = Case(steps=9, tau=2, make=partial(torch.optim.SGD, lr=0.0))
@@ -122,6 +147,9 @@ CASES = {
     "two fragments": Case(steps=21, fragments=2),
     "two fragments to the end": Case(steps=20, fragments=2),
     "a poisoned worker": Case(steps=16, make=SGD, sick=(1, 8)),
+    "learning rates fall": Case(steps=46, rates=FALLS),
+    "learning rates fall, fewer batches": Case(steps=46, missing=13, make=SGD, rates=FALLS),
+    "learning rates fall, two fragments": Case(steps=46, fragments=2, rates=FALLS),
 }
 
 
@@ -141,7 +169,11 @@ def train(rank: int, workers: int, row: Row, case: Case, **more: Any) -> dict[st
         sizes = [tensor.numel() for tensor in kept if tensor.dim()]
         assert sum(sizes) == row.copies * sum(p.numel() for p in module.parameters())
 
+    def on_train_batch_start(batch: Any, batch_idx: int) -> None:
+        strategy.optimizers[0].param_groups[0]["lr"] = case.rate(rank, module.global_step)
+
     module.on_train_batch_end, module.on_train_end = on_train_batch_end, on_train_end
+    module.on_train_batch_start = on_train_batch_start
     fitting = trainer(workers, strategy, accumulate_grad_batches=case.accumulate)
     fitting.fit(module, loader(rank, case.own(rank, workers), case.dtype))
     assert all(parameter.dtype == case.dtype for parameter in module.parameters())
@@ -166,13 +198,17 @@ def trained(workers: int) -> list[dict[tuple[str, str], Any]]:
 
 def expected(row: Row, case: Case, workers: int) -> dict[str, np.ndarray]:
     """The center by the reference."""
-    start, lr = initial_weights(), case.make.keywords["lr"]
+    start = initial_weights()
     make = {
         torch.optim.SGD: reference.Sgd,
         torch.optim.AdamW: partial(reference.AdamW, start=start),
     }
-    optimizers = [make[case.make.func](lambda name, t: lr) for _ in range(workers)]
-    data = [batches(rank, case.own(rank, workers)) for rank in range(workers)]
+    counts = [case.own(rank, workers) for rank in range(workers)]
+    optimizers = [
+        make[case.make.func](lambda name, t, rank=rank, n=n: case.rate(rank, min(t, n - 1)))
+        for rank, n in enumerate(counts)
+    ]
+    data = [batches(rank, count) for rank, count in enumerate(counts)]
     own = {"tau": row.period(case), "accumulate": case.accumulate}
     if row.reference is not None:
         own |= {"turns": TURNS[case.fragments], "sick": case.sick}
@@ -187,6 +223,7 @@ def expected(row: Row, case: Case, workers: int) -> dict[str, np.ndarray]:
         **own,
         alpha=alpha,
         center_momentum=momentum,
+        lr_drop=getattr(row.rule, "lr_drop", None) or 0.0,
         sick=case.sick,
         final_exchange=True,
     )
@@ -224,9 +261,12 @@ def test_nothing_moves_where_workers_agree_and_have_nothing_to_learn(name: str, 
 
 
 def two_ways(rank: int) -> Any:
-    case = CASES["21 exchanges"]
     options = [{"overlap": overlap} for overlap in (True, False)]
-    return {name: [train(rank, 2, ROWS[name], case, **more) for more in options] for name in PULLS}
+    return {
+        (name, case): [train(rank, 2, ROWS[name], CASES[case], **more) for more in options]
+        for name in PULLS
+        for case in ("21 exchanges", "learning rates fall")
+    }
 
 
 def test_overlap_changes_no_bit_where_it_is_possible() -> None:
@@ -255,9 +295,14 @@ def resumable(rank: int, row: Row, fragments: int, folder: Path, step: int | Non
         folder / str(fragments), "{step}", every_n_train_steps=5, save_top_k=-1
     )
     options = {"algorithm": row.rule, "tau": row.tau or 4, "fragments": fragments, **row.options}
-    fitting = trainer(
-        2, EASGDStrategy(**options), max_epochs=3, enable_checkpointing=True, callbacks=[saving]
-    )
+    strategy = EASGDStrategy(**options)
+
+    def on_train_batch_start(batch: Any, batch_idx: int) -> None:
+        rate = Case(rates=FALLS).rate(rank, module.global_step)
+        strategy.optimizers[0].param_groups[0]["lr"] = rate
+
+    module.on_train_batch_start = on_train_batch_start
+    fitting = trainer(2, strategy, max_epochs=4, enable_checkpointing=True, callbacks=[saving])
     saved = step and folder / str(fragments) / f"step={step}.ckpt"
     fitting.fit(module, Resumable(rank, 8), ckpt_path=saved)
     return {name: value.tobytes() for name, value in weights(module).items()}

@@ -19,6 +19,7 @@ from toy import Resumable, Toy, loader, trainer, weights
 from lightning_easgd import (
     BMUF,
     EASGD,
+    SMA,
     DiLoCo,
     Downpour,
     EASGDStrategy,
@@ -103,6 +104,64 @@ def test_nothing_is_lost_on_the_way_to_the_center() -> None:
         for (codec, end, fragments), center in found.items():
             if end[1] or fragments == 1:  # else each row knows of another number of steps
                 np.testing.assert_allclose(center, end[2] * mean, atol=1e-9, err_msg=codec)
+
+
+RATES = 7 * [1.0] + 14 * [0.25]
+
+
+def restarted(rank: int) -> Any:
+    """How far a worker came by its steps, and where it and the center are in the end."""
+    found = {}
+    for codec in [None, *CODECS]:
+        for fragments in (1, 2):
+            module, given_up = Slope(rank), torch.zeros(700, dtype=torch.float64)
+            strategy = EASGDStrategy(
+                algorithm=SMA(0.0),
+                tau=4,
+                compression=codec,
+                fragments=fragments,
+                bucket_bytes=2000,
+                final_exchange=False,
+            )
+            with_hooks(module, strategy, given_up)
+            trainer(3, strategy).fit(module, loader(rank, len(RATES)))
+            ends = module.end, module.more.detach(), given_up
+            found[str(codec), fragments] = [end.numpy() for end in ends]
+    return module.step.numpy() * sum(RATES), found
+
+
+def with_hooks(module: Slope, strategy: EASGDStrategy, given_up: torch.Tensor) -> None:
+    """Let the learning rate fall, and note what a worker gives up at a restart, and its end."""
+
+    def on_train_start() -> None:
+        restart = strategy._center.restart_worker
+
+        def noted() -> None:
+            given_up.add_(module.more.detach())
+            restart()
+            given_up.sub_(module.more.detach())
+
+        strategy._center.restart_worker = noted
+
+    def on_train_batch_start(batch: Any, batch_idx: int) -> None:
+        strategy.optimizers[0].param_groups[0]["lr"] = RATES[batch_idx]
+
+    def on_train_end() -> None:
+        module.end = module.more.detach().clone()
+
+    for hook in (on_train_start, on_train_batch_start, on_train_end):
+        setattr(module, hook.__name__, hook)
+
+
+def test_a_restart_gives_up_nothing_but_what_workers_kept_for_themselves() -> None:
+    """What a worker has lost to the center arrives there, however much a codec holds back."""
+    results = run_workers(restarted, workers=3)
+    steps = sum(came for came, _ in results)
+    for codec in results[0][1]:
+        ends, centers, given_up = zip(*(found[codec] for _, found in results), strict=True)
+        assert all(np.abs(own).max() > 0.1 for own in given_up)
+        assert all(np.array_equal(center, centers[0]) for center in centers)
+        np.testing.assert_allclose(sum(ends) + centers[0] + sum(given_up), steps, atol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -254,6 +313,8 @@ def test_momentum_of_the_center_widens_what_is_stable(p: int, mu: float) -> None
         (lambda: DiLoCo(optimizer=torch.optim.Adam, taw=1), "unexpected keyword argument 'taw'"),
         (lambda: DiLoCo(optimizer="adam"), "optimizer='adam'"),
         (lambda: EASGD(center_momentum=1), r"center_momentum=1 .*Allowed: a number in \[0, 1\)"),
+        (lambda: SMA(-0.1), r"center_momentum=-0.1 .*Allowed: a number in \[0, 1\)"),
+        (lambda: SMA(lr_drop=1), r"lr_drop=1 .*Allowed: a number in \(0, 1\)"),
         (lambda: Downpour(average="yes"), "average='yes' is not allowed"),
         (lambda: MDownpour(average=1), "average=1 is not allowed"),
         (lambda: MDownpour(1.0), r"momentum=1.0 .*Allowed: a number in \[0, 1\)"),
