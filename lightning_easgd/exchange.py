@@ -28,11 +28,11 @@ from typing import Any, Literal
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_easgd.agreement import Agreement
 from lightning_easgd.algorithms import EASGD, Rule
 from lightning_easgd.center import Center
 from lightning_easgd.communication import AllReduce, Place, Stop, verify_places
 from lightning_easgd.contribution import Contribution, Pull, Weights, pull_worker
-from lightning_easgd.drops import LearningRateDrops
 from lightning_easgd.optimizers import LocalOptimizers
 from lightning_easgd.pace import AutomaticPeriod
 from lightning_easgd.rates import MovingRates
@@ -92,31 +92,33 @@ class Exchange:
         """Optimizer steps taken; equal on all workers at every exchange."""
         self._restarts = rules.algorithm.restarts
         self._speaks = all_reduce.group.rank == 0
+        self._agreement = Agreement(rules.algorithm, optimizers, all_reduce.group.size)
         contribution = Contribution(
             center,
             optimizers,
             rule=rules.algorithm,
-            weights=self._weights(all_reduce.group.size),
+            weights=self._weights(all_reduce.group.rank, all_reduce.group.size),
             telemetry=telemetry,
             round_=all_reduce.round_,
             from_iterate=rules.elastic_point == "iterate",
         )
-        self._drops = LearningRateDrops(rules.algorithm.lr_drop, optimizers)
         self._transit = Transit(
             center,
             all_reduce,
             contribution,
             rule=rules.algorithm,
             telemetry=telemetry,
-            drops=self._drops,
+            agreement=self._agreement,
             learn=rules.period.observe,
         )
         self.start_clock(0)
 
-    def _weights(self, workers: int) -> Weights:
-        if self._restarts:
-            share = self._rules.algorithm.share(workers)
-            return lambda step: ({}, share)
+    def _weights(self, rank: int, workers: int) -> Weights:
+        rule, leadership = self._rules.algorithm, self._agreement.leadership
+        if rule.loss_smoothing is not None:
+            return lambda step: ({}, float(leadership.leader == rank))
+        if rule.restarts:
+            return lambda step: ({}, rule.share(workers))
         strength, optimizers = self._rules.strength, self._optimizers
         return MovingRates(strength, optimizers, workers=workers, speaks=self._speaks).at
 
@@ -149,6 +151,10 @@ class Exchange:
     def trains(self) -> bool:
         """Whether the module holds the worker, which may take another step."""
         return not (self._finished or self.center.lent)
+
+    def observe_loss(self, output: object) -> bool:
+        """A training step has returned ``output``; whether that has a loss if one is needed."""
+        return self._agreement.leadership.observe(output)
 
     @contextmanager
     def step(self, optimizer: Optimizer) -> Iterator[None]:
@@ -271,7 +277,7 @@ class Exchange:
             "period": self._rules.period.state(),
             "exchanged": self._transit.exchanged,
             "algorithm": self._rules.algorithm.kind,
-            "drops": self._drops.shared_state(),
+            "agreement": self._agreement.shared_state(),
             **self.center.shared_state(),
         }
 
@@ -282,7 +288,7 @@ class Exchange:
             "look_ahead": self._optimizers.look_ahead_state(),
             "telemetry": self.telemetry.counters(),
             "held_back": self._transit.all_reduce.state(),
-            "drops": self._drops.own_state(),
+            "agreement": self._agreement.own_state(),
         }
 
     def load_state(self, shared: Mapping[str, Any], own: Mapping[str, Any] | None) -> None:
@@ -308,7 +314,8 @@ class Exchange:
             self._optimizers.load_look_ahead_state(own["look_ahead"])
             self.telemetry.load_counters(own["telemetry"])
             self._transit.all_reduce.load_state(own.get("held_back", {}))
-        self._drops.load_state(shared.get("drops", {}), (own or {}).get("drops", {}))
+        agreed, said = shared.get("agreement", {}), (own or {}).get("agreement", {})
+        self._agreement.load_state(agreed, said)
 
     def _load_outer(self, shared: Mapping[str, Any]) -> None:
         outer, kind = shared.get("outer", {}), self._rules.algorithm.kind
@@ -332,7 +339,7 @@ class Exchange:
     def _reopen(self) -> None:
         # The learning-rate finder ends a training of its own before the one that it was called in.
         self._finished = self._last_header_left = False
-        self._drops.forget()
+        self._agreement.forget()
         if not self._transit.stop_agreed.by_exception:
             self._transit.stop_agreed = self.stopping = Stop.NO
         if not self._transit.stop_requested.by_exception:

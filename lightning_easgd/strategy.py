@@ -80,7 +80,8 @@ class EASGDStrategy(PersistentStrategy):
 
     Args:
         algorithm: what an exchange does: the name of a rule ("easgd", "local_sgd", "downpour",
-            "mdownpour", "slowmo", "bmuf", "diloco", "sma") or a Rule with options of its own.
+            "mdownpour", "slowmo", "bmuf", "diloco", "sma", "leader_sgd") or a Rule with options of
+            its own.
         tau: communication period τ, in optimizer steps: a whole number, a callable of the
             optimizer step, or "auto": the smallest at which exchanges hide behind training, found
             by measuring (see pace.py). None: 10, or what the rule is limited to.
@@ -396,6 +397,20 @@ class EASGDStrategy(PersistentStrategy):
         if gathered and self._exchange is not None and self._exchange.trains:
             self._meet_if_uneven(Place.COLLECTIVE)
         return gathered
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """One batch of this worker, whose loss the rule may want to know."""
+        assert self._exchange is not None
+        assert self.lightning_module is not None
+        output = super().training_step(*args, **kwargs)
+        known = self._exchange.observe_loss(output)
+        if not known and not self.lightning_module.automatic_optimization:
+            raise MisconfigurationException(
+                f"{self._rules.algorithm} compares the workers' training losses, and under manual"
+                " optimization training_step returned none. Return the loss, or {'loss': loss}."
+            )
+        return output
 
     @override
     def optimizer_step(

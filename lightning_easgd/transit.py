@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from lightning_easgd.agreement import Agreement
 from lightning_easgd.algorithms import Rule, elastic
 from lightning_easgd.center import Center
 from lightning_easgd.communication import (
@@ -27,7 +28,6 @@ from lightning_easgd.communication import (
     verify,
 )
 from lightning_easgd.contribution import Contribution, Pull, report_non_finite
-from lightning_easgd.drops import LearningRateDrops
 from lightning_easgd.pace import Durations, Pace
 from lightning_easgd.segments import Fragment
 from lightning_easgd.telemetry import Telemetry
@@ -60,7 +60,7 @@ class Transit:
         contribution: of this worker.
         rule: how sums move the center.
         telemetry: where costs are counted.
-        drops: of this worker's learning rate.
+        agreement: what the rule wants to be agreed on.
         learn: told what all workers measured, after every exchange; says whether to measure afresh.
     """
 
@@ -72,12 +72,12 @@ class Transit:
         *,
         rule: Rule,
         telemetry: Telemetry,
-        drops: LearningRateDrops,
+        agreement: Agreement,
         learn: Callable[[Sequence[Durations]], bool],
     ) -> None:
         self.all_reduce = all_reduce
         self.contribution = contribution
-        self.drops = drops
+        self._agreement = agreement
         self.pace = Pace()
         self.turn = 0
         """Which fragment the next exchange is of."""
@@ -112,7 +112,7 @@ class Transit:
         """Send this worker's differences off; the caller owes the worker the returned pull."""
         self.contribution.take_differences(self.turn)
         pull, payload = self.contribution.give(clock, self.turn, last=last)
-        restarts = self.drops.take()
+        restarts = self._agreement.drops.take()
         flight = self._start(clock, Place.TRAINING, payload, last=last)
         self._in_flight = replace(flight, restarts=restarts)
         self._take_turns(clock)
@@ -136,7 +136,7 @@ class Transit:
         self.all_reduce.join(self._in_flight.pending, payload)
         self._count_bytes(self.all_reduce.sum_bytes(payload))
         self._in_flight = replace(
-            self._in_flight, clock=clock, payload=payload, restarts=self.drops.take()
+            self._in_flight, clock=clock, payload=payload, restarts=self._agreement.drops.take()
         )
         return pull
 
@@ -193,7 +193,7 @@ class Transit:
             step_microseconds=measured.step,
             exchange_microseconds=measured.exchange,
             cost_microseconds=measured.cost,
-            restart=self.drops.announce(),
+            **self._agreement.announce(),
         )
 
     def _take_turns(self, clock: int) -> None:
@@ -227,7 +227,7 @@ class Transit:
     @torch.no_grad()
     def _apply(self, flight: InFlight, headers: Sequence[Header]) -> None:
         self.stop_agreed = max(self.stop_agreed, *(header.stop for header in headers))
-        self.drops.hear(headers)
+        self._agreement.hear(headers)
         self._telemetry.worker_wait_seconds = [1e-6 * h.wait_microseconds for h in headers]
         if flight.payload:
             healthy = [not header.non_finite for header in headers]
@@ -253,7 +253,7 @@ class Transit:
             else:
                 elastic.move_center_(center, total)
             if self._rule.restarts:
-                fragment.center.write_to(fragment.tensors())
+                fragment.restart(self._rule.mixing)
 
 
 def _durations(header: Header) -> Durations:

@@ -6,6 +6,7 @@ A state is a dict of arrays; ``alpha`` is a function of the parameter's name and
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,11 @@ def toy_gradient(state: State, batch: tuple[np.ndarray, np.ndarray]) -> State:
     x, y = batch
     residual = 2 * (x @ state["w"] + state["b"] - y) / y.size
     return {"w": x.T @ residual, "b": residual.sum(axis=0)}
+
+
+def toy_loss(state: State, batch: tuple[np.ndarray, np.ndarray]) -> float:
+    x, y = batch
+    return float(np.mean((x @ state["w"] + state["b"] - y) ** 2))
 
 
 class Sgd:
@@ -291,4 +297,56 @@ def restarting(
                     x[k] = x[k].copy()
                     x[k][rows] = center[k][rows]
             turn = (turn + 1) % len(turns)
+    return center
+
+
+@dataclass
+class LeaderSgd:
+    """Teng et al. 2019: pull λ, and s of the running losses."""
+
+    pull: float
+    smoothing: float
+
+
+def following(
+    rule: LeaderSgd,
+    start: State,
+    batches: list[list[tuple[np.ndarray, np.ndarray]]],
+    optimizers: list[Any],
+    *,
+    tau: int,
+    accumulate: int = 1,
+    sick: tuple[int, int] | None = None,
+    **_: Any,
+) -> State:
+    """As restarting, but the center becomes a worker's weights, to which all are pulled."""
+    p, leader = len(batches), 0
+    workers, center, running = [dict(start) for _ in batches], dict(start), [np.inf] * p
+    steps = max(len(own) for own in batches) // accumulate
+
+    def best() -> int:
+        return min(range(p), key=lambda i: (running[i], i != leader, i))
+
+    for t in range(steps):
+        for i, own in enumerate(batches):
+            micro = own[t * accumulate : (t + 1) * accumulate]
+            for batch in micro:
+                new = toy_loss(workers[i], batch)
+                mean = rule.smoothing * running[i] + (1 - rule.smoothing) * new
+                running[i] = mean if np.isfinite(running[i]) else new
+            if micro:
+                gradients = [toy_gradient(workers[i], batch) for batch in micro]
+                mean = {k: sum(g[k] for g in gradients) / accumulate for k in start}
+                workers[i] = optimizers[i].step(workers[i], mean, t)
+            if sick == (i, t + 1):
+                workers[i], running[i] = dict(center), np.inf
+        if (t + 1) % tau and t + 1 < steps:
+            continue
+        if (t + 1) % tau:
+            leader = best()  # all have ended, and know the latest losses
+        if sick != (leader, t + 1):
+            center = dict(workers[leader])
+        for x in workers:
+            x.update({k: x[k] - rule.pull * (x[k] - center[k]) for k in x})
+        leader = best()
     return center

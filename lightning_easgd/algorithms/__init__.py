@@ -6,6 +6,7 @@ Nothing here knows of processes, of Lightning or of time; a rule is a function o
 from lightning_easgd.algorithms.averaging import Downpour, LocalSGD, MDownpour
 from lightning_easgd.algorithms.base import Rule
 from lightning_easgd.algorithms.elastic import EASGD, SMA
+from lightning_easgd.algorithms.leader import LeaderSGD
 from lightning_easgd.algorithms.outer import BMUF, DiLoCo, SlowMo
 
 RULES: dict[str, type[Rule]] = {
@@ -17,6 +18,7 @@ RULES: dict[str, type[Rule]] = {
     "bmuf": BMUF,
     "diloco": DiLoCo,
     "sma": SMA,
+    "leader_sgd": LeaderSGD,
 }
 """The rules that are known by name."""
 
@@ -44,6 +46,7 @@ __all__ = [
     "SMA",
     "DiLoCo",
     "Downpour",
+    "LeaderSGD",
     "LocalSGD",
     "MDownpour",
     "Rule",

@@ -7,8 +7,8 @@ multiple, how the center moves, and which of two things the workers do then::
     pulled      x <- x - α (x - c)   by what each sent itself, so that nobody waits for the sum
     restarted   x <- c+              at the new center, for which they wait
 
-with α per parameter from the strategy's beta, alpha or rho. A worker's optimizer state stays its
-own either way.
+with α per parameter from the strategy's beta, alpha or rho; with ``mixing`` a restart is only part
+of the way, x <- mixing x + (1 - mixing) c+. A worker's optimizer state stays its own either way.
 """
 
 from __future__ import annotations
@@ -34,12 +34,18 @@ class Rule(ABC):
         lr_drop: where workers are pulled, they start again at the center, without momentum, when
             the learning rate of one has fallen to this part of its peak since the last restart, in
             (0, 1); None: never.
+        mixing: what a worker that restarts keeps of its own weights, in [0, 1).
+        loss_smoothing: only the worker whose running training loss is the lowest adds its
+            difference, the others add zeros; see Leadership. With ``average`` False. None: all add
+            theirs.
     """
 
     restarts: ClassVar[bool] = True
     default_tau: ClassVar[int] = 10
     average: bool = True
     lr_drop: float | None = None
+    mixing: float = 0.0
+    loss_smoothing: float | None = None
 
     @abstractmethod
     def move_(self, center: Tensor, total: Tensor, memory: dict[str, Any]) -> None:

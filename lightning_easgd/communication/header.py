@@ -78,6 +78,8 @@ class Header:
     """An exchange, from its start to its arrival."""
     cost_microseconds: int = 0
     """By how much an exchange lengthens the steps."""
+    loss_bits: int = 0
+    """The bits of the worker's running training loss, as of Leadership."""
     restart: bool = False
     """The worker's learning rate has fallen; all restart at the center with the next exchange."""
 

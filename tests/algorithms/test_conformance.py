@@ -26,6 +26,7 @@ from lightning_easgd import (
     DiLoCo,
     Downpour,
     EASGDStrategy,
+    LeaderSGD,
     MDownpour,
     Rule,
     SlowMo,
@@ -54,6 +55,8 @@ class Row:
     """The only period that it can."""
     fragments: int = 2
     """The most that it can."""
+    run: Any = None
+    """What trains with the reference; None: reference.restarting."""
 
     def can(self, case: Case, workers: int) -> bool:
         """Whether it can be trained so."""
@@ -87,6 +90,12 @@ ROWS = {
     "diloco": Row("diloco", reference.DiLoCo(0.7, 0.9), copies=1),
     "diloco by Adam": Row(
         DiLoCo(0.05, optimizer=torch.optim.Adam), reference.OuterAdam(0.05), copies=2
+    ),
+    "leader_sgd": Row(
+        LeaderSGD(0.3, loss_smoothing=0.8),
+        reference.LeaderSgd(0.3, 0.8),
+        fragments=1,
+        run=reference.following,
     ),
     "a user's": Row(users_own(), reference.Lookahead(0.5)),
 }
@@ -212,7 +221,7 @@ def expected(row: Row, case: Case, workers: int) -> dict[str, np.ndarray]:
     own = {"tau": row.period(case), "accumulate": case.accumulate}
     if row.reference is not None:
         own |= {"turns": TURNS[case.fragments], "sick": case.sick}
-        return reference.restarting(row.reference, start, data, optimizers, **own)
+        return (row.run or reference.restarting)(row.reference, start, data, optimizers, **own)
     own["tau"] //= case.fragments
     momentum = getattr(row.rule, "center_momentum", 0.0)
     alpha = partial(strength, case, row.options.get("alpha", 0.9 / workers))

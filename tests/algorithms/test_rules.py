@@ -23,6 +23,7 @@ from lightning_easgd import (
     DiLoCo,
     Downpour,
     EASGDStrategy,
+    LeaderSGD,
     LocalSGD,
     MDownpour,
     Rule,
@@ -248,6 +249,9 @@ def test_momentum_that_belongs_to_other_fragments_starts_afresh_and_says_so(tmp_
     assert others == []
 
 
+with_leader = partial(EASGDStrategy, algorithm="leader_sgd")
+
+
 def radius(rule: Rule) -> float:
     """By what the center and its momentum grow in an exchange, where workers always reach 0."""
     c, memory = torch.ones(1, dtype=torch.float64), {}
@@ -318,6 +322,11 @@ def test_momentum_of_the_center_widens_what_is_stable(p: int, mu: float) -> None
         (lambda: Downpour(average="yes"), "average='yes' is not allowed"),
         (lambda: MDownpour(average=1), "average=1 is not allowed"),
         (lambda: MDownpour(1.0), r"momentum=1.0 .*Allowed: a number in \[0, 1\)"),
+        (lambda: LeaderSGD(0), r"pull=0 .*Allowed: a number in \(0, 1\]"),
+        (lambda: LeaderSGD(loss_smoothing=1), r"loss_smoothing=1 .*Allowed: a number in \[0, 1\)"),
+        (lambda: with_leader(fragments=2), r"fragments=2 is not possible with LeaderSGD"),
+        (lambda: with_leader(compression="int8"), "compression='int8' .*Allowed: compression=None"),
+        (lambda: with_leader(alpha=0.5), "alpha=0.5 has no meaning under LeaderSGD"),
     ],
 )
 def test_hyper_parameters_out_of_range_are_refused(make: Any, message: str) -> None:
