@@ -176,6 +176,7 @@ class Exchange:
             self.telemetry.steps += 1
             self._transit.pace.step(self._transit.arrived)
         if self._restarts:
+            self._transit.go_on(self.clock)
             self._begin_due()
         elif self._transit.restarts_workers:
             self.drain()
@@ -276,6 +277,7 @@ class Exchange:
             "turn": self._transit.turn,
             "period": self._rules.period.state(),
             "exchanged": self._transit.exchanged,
+            "owed": self._transit.owed,
             "algorithm": self._rules.algorithm.kind,
             "agreement": self._agreement.shared_state(),
             **self.center.shared_state(),
@@ -302,6 +304,9 @@ class Exchange:
         self.clock = shared["clock"]
         self._transit.turn = shared["turn"] % self.center.turns
         self._transit.exchanged = shared.get("exchanged")
+        if self._rules.algorithm.delay and (owed := shared.get("owed")):
+            due, turn, joined = owed
+            self._transit.owed = due, turn % self.center.turns, joined
         self._load_outer(shared)
         if self._rules.period.is_constant:
             # Perhaps another one now. An exchange that is due at the clock was not begun yet.
@@ -339,6 +344,7 @@ class Exchange:
     def _reopen(self) -> None:
         # The learning-rate finder ends a training of its own before the one that it was called in.
         self._finished = self._last_header_left = False
+        self._transit.owed = None
         self._agreement.forget()
         if not self._transit.stop_agreed.by_exception:
             self._transit.stop_agreed = self.stopping = Stop.NO

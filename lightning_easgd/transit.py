@@ -3,10 +3,16 @@
 [Note: who decides] Nothing that one worker knows alone decides whether a collective runs or how
 large it is. What a worker wants to change (a new parameter joins, training stops) is announced in
 the header of one exchange and takes effect at the next, when every worker has read every header.
+
+[Note: delay] Under a rule with a delay a sum moves the center when it has arrived, but the worker
+goes on from there at a step that is known when it is sent. Nothing reads the center in between but
+who looks at it. So when it arrived, and whether it was awaited for a checkpoint, changes no bit of
+what follows.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -83,6 +89,8 @@ class Transit:
         """Which fragment the next exchange is of."""
         self.exchanged: tuple[int, int] | None = None
         """When the latest exchange began, and how many segments were in it."""
+        self.owed: tuple[int, int, int] | None = None
+        """When the worker goes on from the center, in which turn and how many segments."""
         self.stop_requested = Stop.NO
         """Why this worker was asked to stop."""
         self.stop_agreed = Stop.NO
@@ -108,8 +116,20 @@ class Transit:
         """Whether what is under way has arrived and only waits to be taken in."""
         return self._in_flight is not None and self._in_flight.pending.arrived()
 
+    @torch.no_grad()
+    def go_on(self, clock: float = math.inf) -> None:
+        """Let the worker go on from the center, if it does by ``clock`` and still has to."""
+        if self.owed is None or self.owed[0] > clock:
+            return
+        self.land()
+        _, turn, joined = self.owed
+        self.owed = None
+        for fragment in self._center.fragments(turn, joined):
+            fragment.restart(self._rule.mixing)
+
     def begin(self, clock: int, *, last: bool = False) -> Pull:
         """Send this worker's differences off; the caller owes the worker the returned pull."""
+        self.go_on()
         self.contribution.take_differences(self.turn)
         pull, payload = self.contribution.give(clock, self.turn, last=last)
         restarts = self._agreement.drops.take()
@@ -124,6 +144,7 @@ class Transit:
 
         If one of them began an exchange, :meth:`answer` it; else :meth:`land`.
         """
+        self.go_on()
         self.contribution.take_differences(self.turn)
         flight = self._start(clock, place, Payload())
         return self._await_headers(flight, patiently=True)
@@ -198,6 +219,8 @@ class Transit:
 
     def _take_turns(self, clock: int) -> None:
         self.exchanged = clock, self._center.joined
+        if self._rule.delay:
+            self.owed = clock + self._rule.delay, self.turn, self._center.joined
         self.turn = (self.turn + 1) % self._center.turns
 
     def _count_bytes(self, moved: int) -> None:
@@ -252,7 +275,7 @@ class Transit:
                     self._rule.move_(part, move, memory)
             else:
                 elastic.move_center_(center, total)
-            if self._rule.restarts:
+            if self._rule.restarts and not self._rule.delay:
                 fragment.restart(self._rule.mixing)
 
 

@@ -151,10 +151,13 @@ class LocalSgd:
     """The center becomes the mean of the workers; after Stich 2019.
 
     Like all that follow, ``move`` says how far the center goes and what is kept, given how far each
-    worker went and what was kept before; ``memory`` names what is kept.
+    worker went and what was kept before; ``memory`` names what is kept. Workers go on ``delay``
+    steps later, and keep ``mixing`` of themselves.
     """
 
     memory: tuple[str, ...] = ()
+    delay = 0
+    mixing = 0.0
 
     def move(self, moves: list[np.ndarray], kept: State) -> tuple[np.ndarray, State]:
         return sum(moves) / len(moves), kept
@@ -212,8 +215,9 @@ class DiLoCo(LocalSgd):
 
     memory = ("b",)
 
-    def __init__(self, lr: float, momentum: float) -> None:
-        self.lr, self.momentum = lr, momentum
+    def __init__(self, lr: float, momentum: float, delay: int = 0, mixing: float = 0.0) -> None:
+        """With a delay: Douillard et al. 2025, Alg. 2, ``mixing`` being its α."""
+        self.lr, self.momentum, self.delay, self.mixing = lr, momentum, delay, mixing
 
     def move(self, moves: list[np.ndarray], kept: State) -> tuple[np.ndarray, State]:
         gradient = -sum(moves) / len(moves)
@@ -275,6 +279,16 @@ def restarting(
     turns = turns or [{k: list(range(len(start[k]))) for k in start}]
     pause, turn = tau // len(turns), 0
     steps = max(len(own) for own in batches) // accumulate
+    owed: list[tuple[int, dict[str, list[int]]]] = []
+
+    def go_on(clock: float) -> None:
+        while owed and owed[0][0] <= clock:
+            _, rows = owed.pop()
+            for x in workers:
+                for k, mine in rows.items():
+                    x[k] = x[k].copy()
+                    x[k][mine] = rule.mixing * x[k][mine] + (1 - rule.mixing) * center[k][mine]
+
     for t in range(steps):
         for i, own in enumerate(batches):
             micro = own[t * accumulate : (t + 1) * accumulate]
@@ -282,8 +296,12 @@ def restarting(
                 gradients = [toy_gradient(workers[i], batch) for batch in micro]
                 mean = {k: sum(g[k] for g in gradients) / accumulate for k in start}
                 workers[i] = optimizers[i].step(workers[i], mean, t)
+        go_on(t + 1)
         due = 1 if (t + 1) % pause == 0 else 0
         for _ in range(len(turns) if t + 1 == steps else due):
+            go_on(np.inf)
+            if sick and sick[1] == t + 1:
+                workers[sick[0]] = dict(center)
             for k, rows in turns[turn].items():
                 well = [x for i, x in enumerate(workers) if (i, t + 1) != sick]
                 moves = [x[k][rows] - center[k][rows] for x in well]
@@ -293,9 +311,8 @@ def restarting(
                 center[k][rows] += far
                 for name, value in new.items():
                     kept[k][name][rows] = value
-                for x in workers:
-                    x[k] = x[k].copy()
-                    x[k][rows] = center[k][rows]
+            owed.append((t + 1 + rule.delay, turns[turn]))
+            go_on(t + 1)
             turn = (turn + 1) % len(turns)
     return center
 

@@ -35,6 +35,8 @@ class Rule(ABC):
             the learning rate of one has fallen to this part of its peak since the last restart, in
             (0, 1); None: never.
         mixing: what a worker that restarts keeps of its own weights, in [0, 1).
+        delay: steps that a worker that restarts takes meanwhile, while the sum travels; at most
+            those up to the next exchange.
         loss_smoothing: only the worker whose running training loss is the lowest adds its
             difference, the others add zeros; see Leadership. With ``average`` False. None: all add
             theirs.
@@ -45,6 +47,7 @@ class Rule(ABC):
     average: bool = True
     lr_drop: float | None = None
     mixing: float = 0.0
+    delay: int = 0
     loss_smoothing: float | None = None
 
     @abstractmethod
@@ -61,6 +64,11 @@ class Rule(ABC):
     def share(self, workers: int) -> float:
         """The multiple of x - c that each of ``workers`` workers adds, if they restart."""
         return 1 / workers if self.average else 1.0
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether workers can go on while the sum travels, with the same result."""
+        return not self.restarts or self.delay > 0
 
     def objection(
         self,

@@ -60,7 +60,15 @@ class Row:
 
     def can(self, case: Case, workers: int) -> bool:
         """Whether it can be trained so."""
-        return case.fragments <= self.fragments and workers > case.needs_others
+        cut = case.fragments <= self.fragments
+        in_time = self.delay * case.fragments <= self.period(case)
+        watches = case.rates is None or getattr(self.rule, "lr_drop", None) is not None
+        return cut and in_time and watches and workers > case.needs_others
+
+    @property
+    def delay(self) -> int:
+        """Steps that workers take while the sum travels, if they restart."""
+        return getattr(self.rule, "delay", 0)
 
     def period(self, case: Case) -> int:
         return self.tau or case.tau
@@ -91,6 +99,10 @@ ROWS = {
     "diloco by Adam": Row(
         DiLoCo(0.05, optimizer=torch.optim.Adam), reference.OuterAdam(0.05), copies=2
     ),
+    "diloco, 1 step late": Row(DiLoCo(delay=1), reference.DiLoCo(0.7, 0.9, 1, 0.5), copies=1),
+    "diloco, 2 steps late": Row(
+        DiLoCo(delay=2, mixing=0.0), reference.DiLoCo(0.7, 0.9, 2, 0.0), copies=1
+    ),
     "leader_sgd": Row(
         LeaderSGD(0.3, loss_smoothing=0.8),
         reference.LeaderSgd(0.3, 0.8),
@@ -99,7 +111,7 @@ ROWS = {
     ),
     "a user's": Row(users_own(), reference.Lookahead(0.5)),
 }
-PULLS = [name for name, row in ROWS.items() if row.reference is None]
+OVERLAPS = [name for name, row in ROWS.items() if row.reference is None or row.delay]
 
 
 @dataclass
@@ -273,8 +285,9 @@ def two_ways(rank: int) -> Any:
     options = [{"overlap": overlap} for overlap in (True, False)]
     return {
         (name, case): [train(rank, 2, ROWS[name], CASES[case], **more) for more in options]
-        for name in PULLS
-        for case in ("21 exchanges", "learning rates fall")
+        for name in OVERLAPS
+        for case in ("21 exchanges", "learning rates fall", "two fragments")
+        if ROWS[name].can(CASES[case], 2)
     }
 
 

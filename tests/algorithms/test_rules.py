@@ -107,6 +107,32 @@ def test_nothing_is_lost_on_the_way_to_the_center() -> None:
                 np.testing.assert_allclose(center, end[2] * mean, atol=1e-9, err_msg=codec)
 
 
+def moved_late(rank: int) -> Any:
+    found = {}
+    for codec in CODECS:
+        for end in ENDS:
+            module = Slope(rank)
+            strategy = EASGDStrategy(
+                algorithm=DiLoCo(1.0, 0.0, delay=1, mixing=0.0),
+                tau=2,
+                compression=codec,
+                bucket_bytes=2000,
+                final_exchange=end[1],
+            )
+            trainer(3, strategy).fit(module, loader(rank, end[0]))
+            found[str(codec), end] = module.more.detach().numpy().copy()
+    return module.step.numpy(), found
+
+
+def test_nothing_but_the_steps_of_the_delay_is_lost_on_the_way() -> None:
+    """Of 7 exchanges the first is of two steps, the others of one: the other is given up."""
+    results = run_workers(moved_late, workers=3)
+    mean = sum(step for step, _ in results) / 3
+    for _, found in results:
+        for (codec, _end), center in found.items():
+            np.testing.assert_allclose(center, 8 * mean, atol=1e-9, err_msg=codec)
+
+
 RATES = 7 * [1.0] + 14 * [0.25]
 
 
@@ -250,6 +276,7 @@ def test_momentum_that_belongs_to_other_fragments_starts_afresh_and_says_so(tmp_
 
 
 with_leader = partial(EASGDStrategy, algorithm="leader_sgd")
+late = partial(EASGDStrategy, algorithm=DiLoCo(delay=5))
 
 
 def radius(rule: Rule) -> float:
@@ -316,6 +343,12 @@ def test_momentum_of_the_center_widens_what_is_stable(p: int, mu: float) -> None
         (lambda: DiLoCo(optimizer=torch.optim.LBFGS), "cannot move a flat tensor .*closure"),
         (lambda: DiLoCo(optimizer=torch.optim.Adam, taw=1), "unexpected keyword argument 'taw'"),
         (lambda: DiLoCo(optimizer="adam"), "optimizer='adam'"),
+        (lambda: DiLoCo(delay=-1), r"delay=-1 .*a whole number of steps, or 0"),
+        (lambda: DiLoCo(delay=True), "delay=True is not allowed"),
+        (lambda: DiLoCo(mixing=1), r"mixing=1 .*Allowed: a number in \[0, 1\)"),
+        (lambda: late(tau=4), r"delay=5 with tau=4 and fragments=1 .*tau of at least 5, or"),
+        (lambda: late(tau=8, fragments=2), r"delay=5 with tau=8 .*tau of at least 10, or delay=0"),
+        (lambda: late(tau="auto"), "delay=5 with tau='auto' .*a number tau"),
         (lambda: EASGD(center_momentum=1), r"center_momentum=1 .*Allowed: a number in \[0, 1\)"),
         (lambda: SMA(-0.1), r"center_momentum=-0.1 .*Allowed: a number in \[0, 1\)"),
         (lambda: SMA(lr_drop=1), r"lr_drop=1 .*Allowed: a number in \(0, 1\)"),
