@@ -6,11 +6,12 @@ and one object that asks them in order at every step (``exchange``). ``strategy`
 object into Lightning.
 
 Importing the package registers ``Trainer(strategy="easgd")``, ``easgd_spawn``, ``easgd_fork`` and
-``easgd_notebook``.
+``easgd_notebook``, and so the other rules of the family by their names.
 """
 
 from lightning.pytorch.strategies import StrategyRegistry
 
+from lightning_easgd.algorithms import BMUF, EASGD, DiLoCo, Downpour, LocalSGD, Rule, SlowMo
 from lightning_easgd.callbacks import EASGDMonitor
 from lightning_easgd.communication import Codec, ExchangeError, Int8, TopK
 from lightning_easgd.contribution import NonFiniteError
@@ -18,12 +19,19 @@ from lightning_easgd.strategy import EASGDStrategy
 from lightning_easgd.telemetry import Telemetry
 
 __all__ = [
+    "BMUF",
+    "EASGD",
     "Codec",
+    "DiLoCo",
+    "Downpour",
     "EASGDMonitor",
     "EASGDStrategy",
     "ExchangeError",
     "Int8",
+    "LocalSGD",
     "NonFiniteError",
+    "Rule",
+    "SlowMo",
     "Telemetry",
     "TopK",
 ]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Literal
 
+from lightning_easgd.algorithms import Rule
 from lightning_easgd.pace import TAU_MAX, TAU_MIN, AutomaticPeriod
 from lightning_easgd.schedules import Period, is_number
 
@@ -133,6 +134,49 @@ def choose_period(
     )
 
 
+def choose_overlap(rule: Rule, overlap: bool | None) -> bool:
+    """Whether exchanges travel behind training; None: if the rule can.
+
+    Raises:
+        ValueError: it is not True, False or None, or the rule cannot.
+    """
+    if overlap is None:
+        return not rule.restarts
+    require_bools(overlap=overlap)
+    if overlap and rule.restarts:
+        raise ValueError(
+            f"overlap=True is not possible with {rule}: its workers go on from the new center, so"
+            " nothing can be trained while the sum travels. Remove overlap; under algorithm='easgd'"
+            " every exchange overlaps exactly."
+        )
+    return overlap
+
+
+def refuse_with_restarts(rule: Rule, **options: object) -> None:
+    """Refuse what has no meaning under a rule whose workers restart at the center.
+
+    Args:
+        rule: if its workers are pulled instead, nothing is refused.
+        **options: tau, beta, alpha, rho and elastic_point, None where they are not given.
+
+    Raises:
+        ValueError: tau is "auto", elastic_point the iterate, or another one is given.
+    """
+    pull = "sets how strongly workers and center pull at each other. Leave it out"
+    reasons = {
+        **dict.fromkeys(("beta", "alpha", "rho"), pull),
+        "elastic_point": "says from where a worker is pulled. Leave it out",
+        "tau": "looks for the period at which exchanges hide behind training. Give tau a number",
+    }
+    for name, value in options.items():
+        allowed = name == "tau" and value != "auto"
+        if rule.restarts and not allowed and value not in (None, "parameter"):
+            raise ValueError(
+                f"{name}={value!r} has no meaning under {rule}, whose workers wait for the new"
+                f" center and go on from there: it {reasons[name]}, or set algorithm='easgd'."
+            )
+
+
 def refuse(unsupported: Mapping[str, object]) -> None:
     """Refuse keyword arguments that the strategy does not have.
 
@@ -149,7 +193,7 @@ def refuse(unsupported: Mapping[str, object]) -> None:
             )
         raise TypeError(
             f"EASGDStrategy got an unknown argument {name}={value!r}. Its own are tau, beta, alpha,"
-            " rho, overlap, evaluate_on, buffers, elastic_point, final_exchange, strict_resume,"
-            " exchange_timeout, compression, tau_min, tau_max, fragments, center_device and"
-            " bucket_bytes."
+            " rho, algorithm, overlap, evaluate_on, buffers, elastic_point, final_exchange,"
+            " strict_resume, exchange_timeout, compression, tau_min, tau_max, fragments,"
+            " center_device and bucket_bytes."
         )

@@ -137,8 +137,8 @@ class Center:
     def shared_state(self) -> dict[str, Any]:
         """What the state dict does not tell of the center, for a checkpoint.
 
-        The segments by the names of their parameters, how many joined, and the values whose own
-        precision in the module is lower than the center's.
+        The segments by the names of their parameters, how many joined, the values whose own
+        precision in the module is lower than the center's, and what the update rule keeps.
         """
         exact: dict[str, Tensor] = {}
         for piece, view in self._pieces("center"):
@@ -151,7 +151,15 @@ class Center:
             "segments": [segment.names for segment in self.segments],
             "joined": self.joined,
             "exact": exact,
+            "outer": {f.name: f.outer for f in _fragments(self.segments) if any(f.outer)},
         }
+
+    def load_outer(self, outer: Mapping[str, list[dict[str, Any]]]) -> bool:
+        """Give the update rule what it kept; whether all of it was of fragments there are."""
+        here = {fragment.name: fragment for fragment in _fragments(self.segments)}
+        for name in outer.keys() & here.keys():
+            here[name].load_outer(outer[name])
+        return outer.keys() <= here.keys()
 
     def load_shared_state(self, state: Mapping[str, Any]) -> None:
         """Form the segments of :meth:`shared_state` again; the module holds the center."""
@@ -198,6 +206,7 @@ class Center:
         """Make the module's weights and statistics, equal on all workers, those of the center."""
         for fragment in _fragments(self.segments):
             fragment.center.read_(fragment.tensors())
+            fragment.forget()
         self.statistics.read_center()
         self._end_lending()
 

@@ -9,17 +9,19 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from lightning_easgd.algorithms import elastic
+from lightning_easgd.algorithms import Rule, elastic
 from lightning_easgd.center import Center
 from lightning_easgd.communication import Payload
 from lightning_easgd.flat import FlatVector
 from lightning_easgd.optimizers import LocalOptimizers
-from lightning_easgd.rates import MovingRates
 from lightning_easgd.segments import Fragment
 from lightning_easgd.telemetry import Telemetry
 
 Pull = list[tuple[Fragment, FlatVector]]
 """What a worker loses: α (x - c) of each fragment."""
+
+Weights = Callable[[int], tuple[dict[int, float], float]]
+"""The multiples of x - c that a worker adds at a step, as of MovingRates.at."""
 
 
 class NonFiniteError(RuntimeError):
@@ -27,12 +29,13 @@ class NonFiniteError(RuntimeError):
 
 
 class Contribution:
-    """The elastic differences of one worker.
+    """The differences of one worker.
 
     Args:
         center: of this worker's module.
         optimizers: the worker's own.
-        rates: the moving rates α.
+        rule: what becomes of the worker.
+        weights: with which multiple it takes part.
         telemetry: where exchanges and distances are recorded.
         round_: makes differences, in place, what is sent of them.
         from_iterate: whether x is the paper's iterate where a parameter is its look-ahead point.
@@ -42,7 +45,8 @@ class Contribution:
         self,
         center: Center,
         optimizers: LocalOptimizers,
-        rates: MovingRates,
+        rule: Rule,
+        weights: Weights,
         *,
         telemetry: Telemetry,
         round_: Callable[[Iterable[Tensor]], None],
@@ -50,7 +54,8 @@ class Contribution:
     ) -> None:
         self._center = center
         self._optimizers = optimizers
-        self._rates = rates
+        self._rule = rule
+        self._weights = weights
         self._telemetry = telemetry
         self._round_ = round_
         self._from_iterate = from_iterate
@@ -71,7 +76,10 @@ class Contribution:
                 [pair for fragment in self.fragments for pair in fragment.values(fragment.total)]
             )
         for fragment in self.fragments:
-            elastic.difference_(fragment.total.parts, fragment.center.parts)
+            if self._rule.restarts:
+                fragment.subtract_start_()
+            else:
+                elastic.difference_(fragment.total.parts, fragment.center.parts)
         self._measure()
 
     @torch.no_grad()
@@ -112,8 +120,8 @@ class Contribution:
         self.healthy = math.isfinite(distance) or all(f.total.is_finite() for f in self.fragments)
 
     def _scale(self, clock: int, last: bool) -> Pull:
-        """Turn x - c into α (x - c); a copy of it is the worker's own pull."""
-        alphas, default = self._rates.at(clock)
+        """Turn x - c into what is sent of it; a copy of α (x - c) is the worker's own pull."""
+        alphas, default = self._weights(clock)
         self._telemetry.alpha = max([*alphas.values(), default])
         for fragment in self.fragments:
             rates = [alphas.get(id(piece.whole), default) for piece in fragment.pieces]
@@ -123,6 +131,9 @@ class Contribution:
                 elastic.scale_(fragment.total.views, rates)
         if not last:
             self._round_(self._totals().values())
+        if self._rule.restarts:
+            self._telemetry.alpha = 1.0
+            return []
         return [(fragment, fragment.total.clone()) for fragment in self.fragments]
 
     def _leave_out(self) -> Pull:

@@ -5,6 +5,12 @@
 optimizer steps, and only then the worker is pulled: x <- x - d. The pull never enters gradients,
 momentum, weight decay or clipping. At t = 0 the difference is zero and no exchange is made.
 
+[Note: restarts] Under a rule whose workers restart at the center, the exchange follows the step
+that makes τ | t, and is awaited there. Before the next step it would be too late: where gradients
+are accumulated, and under manual optimization, they would belong to weights that are gone. So the
+center is always as new as the latest exchange, and a last one is made only of what has been trained
+since.
+
 [Note: standing still] Workers may have different numbers of batches. One that has no step to take
 sends a header that says so, reads those of the others, and takes part in the exchange if one of
 them began one: like a worker whose gradients are zero, it is pulled and pulls. Nothing is counted
@@ -13,17 +19,19 @@ twice, since what it gives to the center it loses itself. When all stand still t
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_easgd.algorithms import EASGD, Rule
 from lightning_easgd.center import Center
 from lightning_easgd.communication import AllReduce, Place, Stop, verify_places
-from lightning_easgd.contribution import Contribution, Pull, pull_worker
+from lightning_easgd.contribution import Contribution, Pull, Weights, pull_worker
 from lightning_easgd.optimizers import LocalOptimizers
 from lightning_easgd.pace import AutomaticPeriod
 from lightning_easgd.rates import MovingRates
@@ -36,12 +44,16 @@ ElasticPoint = Literal["iterate", "parameter"]
 
 @dataclass(frozen=True)
 class Rules:
-    """When to exchange, how strongly, and from which point of the worker."""
+    """When to exchange, how strongly, from which point of the worker, and what happens then.
+
+    Under an algorithm whose workers restart there is no strength, no overlap and no such point.
+    """
 
     period: Period | AutomaticPeriod
     strength: Strength
     overlap: bool = True
     elastic_point: ElasticPoint = "iterate"
+    algorithm: Rule = field(default_factory=EASGD)
 
 
 class Exchange:
@@ -77,12 +89,13 @@ class Exchange:
         self._last_header_left = False
         self.clock = 0
         """Optimizer steps taken; equal on all workers at every exchange."""
-        group = all_reduce.group
-        rates = MovingRates(rules.strength, optimizers, workers=group.size, speaks=group.rank == 0)
+        self._restarts = rules.algorithm.restarts
+        self._speaks = all_reduce.group.rank == 0
         contribution = Contribution(
             center,
             optimizers,
-            rates,
+            rule=rules.algorithm,
+            weights=self._weights(all_reduce.group.size),
             telemetry=telemetry,
             round_=all_reduce.round_,
             from_iterate=rules.elastic_point == "iterate",
@@ -91,15 +104,24 @@ class Exchange:
             center,
             all_reduce,
             contribution,
+            rule=rules.algorithm,
             telemetry=telemetry,
             learn=rules.period.observe,
         )
         self.start_clock(0)
 
+    def _weights(self, workers: int) -> Weights:
+        if self._restarts:
+            share = self._rules.algorithm.share(workers)
+            return lambda step: ({}, share)
+        strength, optimizers = self._rules.strength, self._optimizers
+        return MovingRates(strength, optimizers, workers=workers, speaks=self._speaks).at
+
     def start_clock(self, step: int) -> None:
         """Begin to train after ``step`` optimizer steps, equal on all workers."""
         self._reopen()
         self._transit.turn = 0
+        self._transit.exchanged = None
         self._set_clock(step)
 
     def request_stop(self, why: Stop) -> bool:
@@ -133,7 +155,9 @@ class Exchange:
         """
         assert not self.center.lent, "a step was taken while the module showed the center"
         self.center.adopt_unfrozen()
-        pull: Pull = self._begin_due() if self.clock >= self._next_due else []
+        pull: Pull = []
+        if not self._restarts:
+            pull = self._begin_due()
         try:
             yield
         finally:
@@ -142,6 +166,8 @@ class Exchange:
             self.clock += 1
             self.telemetry.steps += 1
             self._transit.pace.step(self._transit.arrived)
+        if self._restarts:
+            self._begin_due()
 
     def drain(self) -> None:
         """Wait for the exchange in flight, if any, and move the center.
@@ -205,8 +231,10 @@ class Exchange:
         if not self.meet(Place.FIT_END):
             return False
         self._last_header_left = True
-        for _ in range(self.center.turns):
-            if exchange:
+        settled = self._restarts and self._transit.exchanged == (self.clock, self.center.joined)
+        for turn in range(self.center.turns):
+            is_new = not (settled and turn == self.center.turns - 1)
+            if exchange and is_new:
                 self._transit.begin(self.clock, last=True)
             else:
                 self._transit.give_back(self.clock)
@@ -236,6 +264,8 @@ class Exchange:
             "next_due": self._next_due,
             "turn": self._transit.turn,
             "period": self._rules.period.state(),
+            "exchanged": self._transit.exchanged,
+            "algorithm": self._rules.algorithm.kind,
             **self.center.shared_state(),
         }
 
@@ -258,9 +288,12 @@ class Exchange:
         self.center.load_shared_state(shared)
         self.clock = shared["clock"]
         self._transit.turn = shared["turn"] % self.center.turns
+        self._transit.exchanged = shared.get("exchanged")
+        self._load_outer(shared)
         if self._rules.period.is_constant:
             # Perhaps another one now. An exchange that is due at the clock was not begun yet.
-            self.telemetry.tau, self._next_due = self._rules.period.after(max(0, self.clock - 1))
+            known = self.clock if self._restarts else max(0, self.clock - 1)
+            self.telemetry.tau, self._next_due = self._rules.period.after(known)
         else:
             self.telemetry.tau, self._next_due = shared["tau"], shared["next_due"]
             self._rules.period.load_state(shared["period"])
@@ -268,6 +301,19 @@ class Exchange:
             self._optimizers.load_look_ahead_state(own["look_ahead"])
             self.telemetry.load_counters(own["telemetry"])
             self._transit.all_reduce.load_state(own.get("held_back", {}))
+
+    def _load_outer(self, shared: Mapping[str, Any]) -> None:
+        outer, kind = shared.get("outer", {}), self._rules.algorithm.kind
+        known = shared.get("algorithm") == kind
+        if known:
+            known = self.center.load_outer(outer)
+        if outer and not known and self._speaks:
+            warnings.warn(
+                "The center's momentum starts afresh: the checkpoint holds that of"
+                f" {shared['algorithm']}, by fragment, and this is {kind} in {self.center.turns}"
+                " fragment(s). Keep algorithm and fragments to go on with it.",
+                stacklevel=2,
+            )
 
     def read_module(self) -> None:
         """Start again from the module's weights, which are equal on all workers."""
@@ -284,6 +330,8 @@ class Exchange:
             self._transit.stop_requested = Stop.NO
 
     def _begin_due(self) -> Pull:
+        if self.clock < self._next_due:
+            return []
         # Stops at an exchange, not when a header is read: that is not the same step on all workers.
         self._transit.land()
         self.stopping = self._transit.stop_agreed

@@ -171,8 +171,11 @@ class FlatVector:
         torch._foreach_copy_(self.views, [as_real(tensor.detach()) for tensor in tensors])
 
     def write_to(self, tensors: Sequence[Tensor]) -> None:
-        """Copy this vector into tensors, in place and in their own precision."""
-        torch._foreach_copy_([as_real(tensor.detach()) for tensor in tensors], self.views)
+        """Copy this vector into tensors, in place and in their own precision.
+
+        Autograd does not notice, as in :meth:`subtract_from`.
+        """
+        torch._foreach_copy_([as_real(tensor.data) for tensor in tensors], self.views)
 
     def subtract_from(self, tensors: Sequence[Tensor]) -> None:
         """Subtract this vector from tensors, in place; computed in this vector's precision.

@@ -11,10 +11,12 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from lightning_easgd.flat import FlatLayout, FlatVector, Memory
+from lightning_easgd.flat import FlatLayout, FlatVector, Memory, as_real
 
 _MOST_CUTS_PER_PARAMETER = 1024
 
@@ -56,7 +58,13 @@ class Fragment:
         self.layout = FlatLayout((str(piece), piece.tensor) for piece in pieces)
         self.center = FlatVector(self.layout, memory.allocate(self.layout.sizes))
         self.center.read_(self.tensors())
+        self.forget()
         self._total: FlatVector | None = None
+
+    def forget(self) -> None:
+        """Begin as if there had been no exchange yet."""
+        self.outer: list[dict[str, Any]] = [{} for _ in self.center.parts]
+        """What the update rule keeps of each flat tensor of the center."""
 
     @property
     def name(self) -> str:
@@ -76,6 +84,25 @@ class Fragment:
     def tensors(self) -> list[Tensor]:
         """The values in the module; views."""
         return [piece.tensor for piece in self.pieces]
+
+    def load_outer(self, outer: Sequence[dict[str, Any]]) -> None:
+        """Take over what a checkpoint holds of :attr:`outer`."""
+        for part, mine, saved in zip(self.center.parts, self.outer, outer, strict=True):
+            for key, value in saved.items():
+                flat = isinstance(value, Tensor) and value.shape == part.shape
+                mine[key] = value.to(part.device) if flat else value
+
+    def subtract_start_(self) -> None:
+        """Turn weights in the sum's place into their distance from where a restart began them.
+
+        That is the center as parameters hold it, in their own precision.
+        """
+        precisions = [as_real(tensor).dtype for tensor in self.tensors()]
+        if set(precisions) <= {part.dtype for part in self.center.parts}:
+            torch._foreach_sub_(self.total.parts, self.center.parts)
+            return
+        pairs = zip(self.center.views, precisions, strict=True)
+        torch._foreach_sub_(self.total.views, [view.to(dtype) for view, dtype in pairs])
 
     def values(self, vector: FlatVector) -> Iterator[tuple[Piece, Tensor]]:
         """Each piece with its values in the center or the sum."""

@@ -20,9 +20,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
+from lightning_easgd.algorithms import RULES, Rule, choose_rule
 from lightning_easgd.arguments import (
+    choose_overlap,
     choose_period,
     refuse,
+    refuse_with_restarts,
     require_bools,
     require_choice,
     require_count,
@@ -72,7 +75,12 @@ class EASGDStrategy(PersistentStrategy):
     2). The sum travels while training goes on; the result is that of a blocking exchange, bit for
     bit. Evaluation, checkpoints and the module after ``fit`` are the center.
 
+    Other rules of the family (``algorithm``) share all of this but the pull: under them, workers
+    wait for the sum and go on from the new center.
+
     Args:
+        algorithm: what an exchange does: the name of a rule ("easgd", "local_sgd", "downpour",
+            "slowmo", "bmuf", "diloco") or a Rule with options of its own.
         tau: communication period τ, in optimizer steps: a whole number, a callable of the
             optimizer step, or "auto": the smallest at which exchanges hide behind training, found
             by measuring (see pace.py).
@@ -80,14 +88,16 @@ class EASGDStrategy(PersistentStrategy):
         alpha: α, how far a worker moves towards the center, in [0, 2/(p+1)).
         rho: elastic strength ρ; α = ηρ with the current learning rate η of each parameter group. At
             most one of beta, alpha and rho is given, as a number or a callable of the optimizer
-            step; none: β = 0.9.
+            step; none: β = 0.9. For rules that pull.
         overlap: let the all-reduce travel behind the following steps. The same bits either way.
+            None: if the rule can, which those that pull can.
         evaluate_on: what validation during ``fit`` sees: the center, or each worker's own weights.
         buffers: BatchNorm statistics and other float buffers of the center: the average over the
             workers, worker 0's ("broadcast"), or each worker's own ("local"). Integer buffers are
             always local.
         elastic_point: from where a worker is pulled under ``torch.optim.SGD(nesterov=True)``: the
-            paper's iterate x, or the stored look-ahead parameter y = x + δv.
+            paper's iterate x, or the stored look-ahead parameter y = x + δv. None: the iterate;
+            rules that do not pull take the parameter.
         final_exchange: one last exchange at the end of ``fit``.
         strict_resume: whether it is an error if the own state of a worker is missing or damaged in
             the checkpoint that training resumes from; else that worker starts at the center.
@@ -126,14 +136,15 @@ class EASGDStrategy(PersistentStrategy):
     def __init__(
         self,
         *,
+        algorithm: str | Rule = "easgd",
         tau: int | Callable[[int], int] | Literal["auto"] = 10,
         beta: Rate | None = None,
         alpha: Rate | None = None,
         rho: Rate | None = None,
-        overlap: bool = True,
+        overlap: bool | None = None,
         evaluate_on: EvaluateOn = "center",
         buffers: BufferPolicy = "average",
-        elastic_point: ElasticPoint = "iterate",
+        elastic_point: ElasticPoint | None = None,
         final_exchange: bool = True,
         strict_resume: bool = False,
         exchange_timeout: float | timedelta = timedelta(minutes=5),
@@ -156,8 +167,9 @@ class EASGDStrategy(PersistentStrategy):
         refuse(unsupported)
         require_choice("evaluate_on", evaluate_on, get_args(EvaluateOn))
         require_choice("buffers", buffers, get_args(BufferPolicy))
-        require_choice("elastic_point", elastic_point, get_args(ElasticPoint))
-        require_bools(overlap=overlap, final_exchange=final_exchange, strict_resume=strict_resume)
+        if elastic_point is not None:
+            require_choice("elastic_point", elastic_point, get_args(ElasticPoint))
+        require_bools(final_exchange=final_exchange, strict_resume=strict_resume)
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -171,11 +183,20 @@ class EASGDStrategy(PersistentStrategy):
         )
         require_choice("center_device", center_device, ("cpu", None))
         require_count("fragments", fragments, "parts of the model")
-        period = choose_period(
-            tau, (tau_min, tau_max), int(fragments), overlap=overlap, log=rank_zero_info
+        rule = choose_rule(algorithm)
+        refuse_with_restarts(
+            rule, tau=tau, beta=beta, alpha=alpha, rho=rho, elastic_point=elastic_point
         )
-        strength = Strength.choose(beta=beta, alpha=alpha, rho=rho)
-        self._rules = Rules(period, strength, overlap=overlap, elastic_point=elastic_point)
+        overlap = choose_overlap(rule, overlap)
+        self._rules = Rules(
+            choose_period(
+                tau, (tau_min, tau_max), int(fragments), overlap=overlap, log=rank_zero_info
+            ),
+            Strength.choose(beta=beta, alpha=alpha, rho=rho),
+            overlap=overlap,
+            elastic_point=elastic_point or ("parameter" if rule.restarts else "iterate"),
+            algorithm=rule,
+        )
         self._offload = center_device == "cpu"
         self._evaluate_on = evaluate_on
         self._buffer_policy = buffers
@@ -194,13 +215,15 @@ class EASGDStrategy(PersistentStrategy):
     @override
     def register_strategies(cls, strategy_registry: StrategyRegistry) -> None:
         methods = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "fork"}
-        for suffix, start_method in methods.items():
-            strategy_registry.register(
-                cls.strategy_name + suffix,
-                cls,
-                description=f"Elastic Averaging SGD with `start_method` '{start_method}'",
-                start_method=start_method,
-            )
+        for algorithm, rule in RULES.items():
+            for suffix, start_method in methods.items():
+                strategy_registry.register(
+                    algorithm + suffix,
+                    cls,
+                    description=f"{rule.__name__} with `start_method` '{start_method}'",
+                    algorithm=algorithm,
+                    start_method=start_method,
+                )
 
     def center_state_dict(self) -> dict[str, Any]:
         """The module's state dict with the center's weights, at any time from ``fit`` on.
@@ -274,6 +297,7 @@ class EASGDStrategy(PersistentStrategy):
         """What must be equal on all workers, a line each; callables can't be compared."""
         strength = self._rules.strength
         return [
+            f"algorithm={self._rules.algorithm}",
             f"tau={self._rules.period}",
             f"{strength.kind}={'callable' if callable(strength.value) else strength.value}",
             f"elastic_point={self._rules.elastic_point}",
@@ -293,7 +317,12 @@ class EASGDStrategy(PersistentStrategy):
         all_reduce = (
             AllReduce(self._group, self._bucket_bytes)
             if self._codec is None
-            else CompressedAllReduce(self._group, self._bucket_bytes, self._codec)
+            else CompressedAllReduce(
+                self._group,
+                self._bucket_bytes,
+                self._codec,
+                feedback=self._rules.algorithm.restarts,
+            )
         )
         gradients = [p for p in self.lightning_module.parameters() if p.requires_grad]
         self.telemetry.ddp_bytes_per_step = all_reduce.ring_bytes(gradients)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lightning_easgd.algorithms import elastic
+from lightning_easgd.algorithms import Rule, elastic
 from lightning_easgd.center import Center
 from lightning_easgd.communication import (
     AllReduce,
@@ -44,6 +44,8 @@ class InFlight:
     fragments: list[Fragment]
     payload: Payload
     pending: PendingSum
+    moves: bool = True
+    """Whether the rule moves the center; else what arrives is only added to it."""
 
 
 class Transit:
@@ -53,6 +55,7 @@ class Transit:
         center: of this worker's module.
         all_reduce: how sums travel between the workers.
         contribution: of this worker.
+        rule: how sums move the center.
         telemetry: where costs are counted.
         learn: told what all workers measured, after every exchange; says whether to measure afresh.
     """
@@ -63,6 +66,7 @@ class Transit:
         all_reduce: AllReduce,
         contribution: Contribution,
         *,
+        rule: Rule,
         telemetry: Telemetry,
         learn: Callable[[Sequence[Durations]], bool],
     ) -> None:
@@ -71,11 +75,14 @@ class Transit:
         self.pace = Pace()
         self.turn = 0
         """Which fragment the next exchange is of."""
+        self.exchanged: tuple[int, int] | None = None
+        """When the latest exchange began, and how many segments were in it."""
         self.stop_requested = Stop.NO
         """Why this worker was asked to stop."""
         self.stop_agreed = Stop.NO
         """Why all workers stop at the next exchange."""
         self._center = center
+        self._rule = rule
         self._telemetry = telemetry
         self._learn = learn
         self._in_flight: InFlight | None = None
@@ -95,7 +102,7 @@ class Transit:
         self.contribution.take_differences(self.turn)
         pull, payload = self.contribution.give(clock, self.turn, last=last)
         self._start(clock, Place.TRAINING, payload, last=last)
-        self._take_turns()
+        self._take_turns(clock)
         self.pace.exchange()
         return pull
 
@@ -112,7 +119,7 @@ class Transit:
         """Take part in the exchange that others began at ``clock``, whose headers are here."""
         assert self._in_flight is not None
         pull, payload = self.contribution.give(clock, self.turn)
-        self._take_turns()
+        self._take_turns(clock)
         self.all_reduce.join(self._in_flight.pending, payload)
         self._count_bytes(self.all_reduce.sum_bytes(payload))
         self._in_flight = replace(self._in_flight, clock=clock, payload=payload)
@@ -122,8 +129,9 @@ class Transit:
         """Let what is held back of the fragment whose turn it is go to the center."""
         held = self.all_reduce.holds_back
         payload = self.contribution.nothing(self.turn) if held else Payload()
-        self._start(clock, Place.FIT_END, payload, last=True)
-        self._take_turns()
+        flight = self._start(clock, Place.FIT_END, payload, last=True)
+        self._in_flight = replace(flight, moves=False)
+        self._take_turns(clock)
 
     def land(self) -> None:
         """Wait for what is under way, if anything, and move the center.
@@ -172,7 +180,8 @@ class Transit:
             cost_microseconds=measured.cost,
         )
 
-    def _take_turns(self) -> None:
+    def _take_turns(self, clock: int) -> None:
+        self.exchanged = clock, self._center.joined
         self.turn = (self.turn + 1) % self._center.turns
 
     def _count_bytes(self, moved: int) -> None:
@@ -207,13 +216,25 @@ class Transit:
             healthy = [not header.non_finite for header in headers]
             self._telemetry.non_finite += healthy.count(False)
             report_non_finite(flight.clock, healthy, speaks=self.all_reduce.group.rank == 0)
-            for fragment in flight.fragments:
-                elastic.move_center_(fragment.center.parts, fragment.total.parts)
+            self._move_center(flight, healthy)
             if flight.payload.statistics:
                 self._center.statistics.apply(healthy)
             if self._learn([_durations(header) for header in headers]):
                 self.pace.restart()
         self._center.join(flight.segments)
+
+    def _move_center(self, flight: InFlight, healthy: Sequence[bool]) -> None:
+        for fragment in flight.fragments:
+            center, total = fragment.center.parts, fragment.total.parts
+            if self._rule.average and not all(healthy):
+                elastic.scale_(total, [len(healthy) / sum(healthy)] * len(total))
+            if flight.moves:
+                for part, move, memory in zip(center, total, fragment.outer, strict=True):
+                    self._rule.move_(part, move, memory)
+            else:
+                elastic.move_center_(center, total)
+            if self._rule.restarts:
+                fragment.center.write_to(fragment.tensors())
 
 
 def _durations(header: Header) -> Durations:

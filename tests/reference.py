@@ -92,18 +92,25 @@ def easgd(
     alpha: Callable[[str, int], float],
     accumulate: int = 1,
     final_exchange: bool = False,
+    center_momentum: float = 0.0,
+    sick: tuple[int, int] | None = None,
 ) -> tuple[State, list[State]]:
     """The center and the workers' iterates after all batches; ``batches`` by worker.
 
-    A worker whose batch is None, or that has no more, takes no step but takes part in exchanges.
+    A worker whose batch is None, or that has no more, takes no step but takes part in exchanges;
+    one that is ``sick`` at a step starts again at the center instead.
     """
     p = len(batches)
     workers, center = [dict(start) for _ in range(p)], dict(start)
+    v = {k: 0.0 * start[k] for k in start}
     steps = max(len(own) for own in batches) // accumulate
     for t in range(steps + 1):
+        rates = dict.fromkeys(start, 0.0)
+        workers = [dict(center) if (i, t) == sick else x for i, x in enumerate(workers)]
         pulls = [{k: 0.0 * x[k] for k in x} for x in workers]
         if (t % tau == 0 and t < steps) or (final_exchange and t == steps):
-            pulls = [{k: alpha(k, t) * (x[k] - center[k]) for k in x} for x in workers]
+            rates = {k: alpha(k, t) for k in start}
+            pulls = [{k: rates[k] * (x[k] - center[k]) for k in x} for x in workers]
         if t < steps:
             for i in range(p):
                 micro = batches[i][t * accumulate : (t + 1) * accumulate]
@@ -114,5 +121,148 @@ def easgd(
                 mean = {k: sum(g[k] for g in gradients) / accumulate for k in point}
                 workers[i] = optimizers[i].step(workers[i], mean, t)
         workers = [{k: x[k] - pull[k] for k in x} for x, pull in zip(workers, pulls, strict=True)]
-        center = {k: center[k] + sum(pull[k] for pull in pulls) for k in center}
+        for k in center:
+            moved = center_momentum * v[k] + sum(pull[k] for pull in pulls)
+            v[k] = np.where(rates[k], moved, v[k])  # rows whose fragment has its turn
+            center[k] = center[k] + np.where(rates[k], moved, 0.0)
     return center, workers
+
+
+class LocalSgd:
+    """The center becomes the mean of the workers; after Stich 2019.
+
+    Like all that follow, ``move`` says how far the center goes and what is kept, given how far each
+    worker went and what was kept before; ``memory`` names what is kept.
+    """
+
+    memory: tuple[str, ...] = ()
+
+    def move(self, moves: list[np.ndarray], kept: State) -> tuple[np.ndarray, State]:
+        return sum(moves) / len(moves), kept
+
+
+class Downpour(LocalSgd):
+    """The center goes as far as all workers together; Zhang et al. 2015."""
+
+    def move(self, moves: list[np.ndarray], kept: State) -> tuple[np.ndarray, State]:
+        return sum(moves), kept
+
+
+class SlowMo(LocalSgd):
+    """Wang et al. 2020, Alg. 1, line 7 and 8: u with the workers' learning rate γ, any constant."""
+
+    memory = ("u",)
+    gamma = 0.1
+
+    def __init__(self, alpha: float, beta: float) -> None:
+        self.alpha, self.beta = alpha, beta
+
+    def move(self, moves: list[np.ndarray], kept: State) -> tuple[np.ndarray, State]:
+        u = self.beta * kept["u"] - sum(moves) / len(moves) / self.gamma
+        return -self.alpha * self.gamma * u, {"u": u}
+
+
+class Bmuf(LocalSgd):
+    """Chen and Huo 2016: Δ(t) = η Δ(t-1) + ζ G(t); W(t) = W(t-1) + Δ(t)."""
+
+    memory = ("delta",)
+
+    def __init__(self, zeta: float, eta: float) -> None:
+        self.zeta, self.eta = zeta, eta
+
+    def move(self, moves: list[np.ndarray], kept: State) -> tuple[np.ndarray, State]:
+        delta = self.eta * kept["delta"] + self.zeta * sum(moves) / len(moves)
+        return delta, {"delta": delta}
+
+
+class DiLoCo(LocalSgd):
+    """Douillard et al. 2023, Alg. 1, with Nesterov momentum as torch and Sutskever have it."""
+
+    memory = ("b",)
+
+    def __init__(self, lr: float, momentum: float) -> None:
+        self.lr, self.momentum = lr, momentum
+
+    def move(self, moves: list[np.ndarray], kept: State) -> tuple[np.ndarray, State]:
+        gradient = -sum(moves) / len(moves)
+        b = self.momentum * kept["b"] + gradient
+        return -self.lr * (gradient + self.momentum * b), {"b": b}
+
+
+class OuterAdam(LocalSgd):
+    """The same with Adam (Kingma and Ba 2015) and torch's defaults."""
+
+    memory = ("m", "s", "t")
+
+    def __init__(self, lr: float) -> None:
+        self.lr = lr
+
+    def move(self, moves: list[np.ndarray], kept: State) -> tuple[np.ndarray, State]:
+        gradient, t = -sum(moves) / len(moves), kept["t"] + 1
+        m = 0.9 * kept["m"] + 0.1 * gradient
+        s = 0.999 * kept["s"] + 0.001 * gradient**2
+        mean, square = m / (1 - 0.9**t), s / (1 - 0.999**t)
+        return -self.lr * mean / (np.sqrt(square) + 1e-8), {"m": m, "s": s, "t": t}
+
+
+class Lookahead(LocalSgd):
+    """Zhang et al. 2019: φ <- φ + α (θ - φ)."""
+
+    def __init__(self, alpha: float) -> None:
+        self.alpha = alpha
+
+    def move(self, moves: list[np.ndarray], kept: State) -> tuple[np.ndarray, State]:
+        return self.alpha * sum(moves) / len(moves), kept
+
+
+def restarting(
+    rule: Any,
+    start: State,
+    batches: list[list[tuple[np.ndarray, np.ndarray]]],
+    optimizers: list[Any],
+    *,
+    tau: int,
+    turns: list[dict[str, list[int]]] | None = None,
+    accumulate: int = 1,
+    sick: tuple[int, int] | None = None,
+) -> State:
+    """The center after all batches; every tau steps workers go on from it.
+
+    Args:
+        rule: as LocalSgd.
+        start: of all.
+        batches: by worker; one that has no more takes no step.
+        optimizers: by worker.
+        tau: steps between two exchanges of a row.
+        turns: rows of each parameter that are exchanged together; None: all.
+        accumulate: batches of a step.
+        sick: a worker, and the steps after which it has nothing to give.
+    """
+    workers, center = [dict(start) for _ in batches], dict(start)
+    kept = {k: {name: np.zeros_like(start[k]) for name in rule.memory} for k in start}
+    turns = turns or [{k: list(range(len(start[k]))) for k in start}]
+    pause, turn = tau // len(turns), 0
+    steps = max(len(own) for own in batches) // accumulate
+    for t in range(steps):
+        for i, own in enumerate(batches):
+            micro = own[t * accumulate : (t + 1) * accumulate]
+            if micro:
+                gradients = [toy_gradient(workers[i], batch) for batch in micro]
+                mean = {k: sum(g[k] for g in gradients) / accumulate for k in start}
+                workers[i] = optimizers[i].step(workers[i], mean, t)
+        due = 1 if (t + 1) % pause == 0 else 0
+        for _ in range(len(turns) if t + 1 == steps else due):
+            for k, rows in turns[turn].items():
+                well = [x for i, x in enumerate(workers) if (i, t + 1) != sick]
+                moves = [x[k][rows] - center[k][rows] for x in well]
+                old = {name: value[rows] for name, value in kept[k].items()}
+                far, new = rule.move(moves, old)
+                center[k] = center[k].copy()
+                center[k][rows] += far
+                for name, value in new.items():
+                    kept[k][name][rows] = value
+                for x in workers:
+                    x[k] = x[k].copy()
+                    x[k][rows] = center[k][rows]
+            turn = (turn + 1) % len(turns)
+    return center

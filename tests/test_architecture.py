@@ -12,8 +12,8 @@ ROOT = Path(lightning_easgd.__file__).parent
 LAYERS = [
     {"fingerprint", "flat", "random_state", "schedules", "telemetry"},
     {"pace"},
-    {"algorithms", "arguments"},
-    {"segments"},
+    {"algorithms"},
+    {"arguments", "segments"},
     {"buffers", "communication", "optimizers"},
     {"center"},
     {"rates"},

@@ -2,3 +2,47 @@
 
 Nothing here knows of processes, of Lightning or of time; a rule is a function of tensors and rates.
 """
+
+from lightning_easgd.algorithms.averaging import Downpour, LocalSGD
+from lightning_easgd.algorithms.base import Rule
+from lightning_easgd.algorithms.elastic import EASGD
+from lightning_easgd.algorithms.outer import BMUF, DiLoCo, SlowMo
+
+RULES: dict[str, type[Rule]] = {
+    "easgd": EASGD,
+    "local_sgd": LocalSGD,
+    "downpour": Downpour,
+    "slowmo": SlowMo,
+    "bmuf": BMUF,
+    "diloco": DiLoCo,
+}
+"""The rules that are known by name."""
+
+
+def choose_rule(algorithm: str | Rule) -> Rule:
+    """The rule that ``algorithm`` names or is.
+
+    Raises:
+        ValueError: no rule has this name.
+    """
+    if isinstance(algorithm, Rule):
+        return algorithm
+    if isinstance(algorithm, str) and algorithm in RULES:
+        return RULES[algorithm]()
+    raise ValueError(
+        f"algorithm={algorithm!r} is not allowed. Allowed: {', '.join(map(repr, RULES))}, or a"
+        " lightning_easgd.Rule with options of its own."
+    )
+
+
+__all__ = [
+    "BMUF",
+    "EASGD",
+    "RULES",
+    "DiLoCo",
+    "Downpour",
+    "LocalSGD",
+    "Rule",
+    "SlowMo",
+    "choose_rule",
+]

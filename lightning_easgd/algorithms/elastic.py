@@ -14,15 +14,46 @@ the τ steps in between: the trajectory is that of a blocking exchange, bit for 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
+
+from lightning_easgd.algorithms.base import Rule, momentum_of, require_momentum
+
+
+class EASGD(Rule):
+    """Synchronous EASGD, and EAMSGD where workers use Nesterov momentum; see the module.
+
+    With ``center_momentum`` the center moves by v <- μ v + Σ_i α (x^i - c), as in Crossbow's
+    synchronous model averaging (Koliousis et al. 2019, arXiv:1901.02244), but for its restarts.
+
+    Args:
+        center_momentum: μ, in [0, 1); 0 is the paper.
+
+    Raises:
+        ValueError: it is out of its stable range.
+    """
+
+    restarts = False
+    average = False
+
+    def __init__(self, center_momentum: float = 0.0) -> None:
+        self.center_momentum = require_momentum("center_momentum", center_momentum)
+
+    @override
+    def move_(self, center: Tensor, total: Tensor, memory: dict[str, Any]) -> None:
+        if self.center_momentum:
+            total = momentum_of(memory, center).mul_(self.center_momentum).add_(total)
+        move_center_([center], [total])
 
 
 def stability_bound(workers: int) -> float:
     """The α at and above which the synchronous form diverges as η -> 0: 2/(p+1).
 
     From (2-ηh)(2-pα) > 2α and (2-ηh)+(2-pα) > α, the conditions on a quadratic of curvature h.
+    With momentum μ in the center more is stable: α < 2(1+μ)/(p+1+μ).
     """
     return 2.0 / (workers + 1)
 

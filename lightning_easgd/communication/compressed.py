@@ -63,12 +63,15 @@ class Account:
     Args:
         tensor: of differences.
         codec: how it is written.
+        feedback: whether what is not sent is kept.
         workers: how many there are.
         bucket_bytes: the most that one collective carries, uncompressed.
     """
 
-    def __init__(self, tensor: Tensor, codec: Codec, workers: int, bucket_bytes: int) -> None:
-        self.unsent = torch.zeros_like(tensor) if codec.feedback else None
+    def __init__(
+        self, tensor: Tensor, codec: Codec, *, feedback: bool, workers: int, bucket_bytes: int
+    ) -> None:
+        self.unsent = torch.zeros_like(tensor) if feedback else None
         self.buckets = []
         if codec.block is not None:
             self.buckets = [
@@ -101,19 +104,24 @@ class CompressedAllReduce(AllReduce):
         group: the workers; its ``data`` group carries nothing else.
         bucket_bytes: the most that one collective carries, uncompressed.
         codec: how differences are written.
+        feedback: whether a worker keeps what encoding lost, also if the codec leaves it in the
+            worker's weights: these do not last where workers restart.
     """
 
     holds_back = True
 
-    def __init__(self, group: WorkerGroup, bucket_bytes: int, codec: Codec) -> None:
+    def __init__(
+        self, group: WorkerGroup, bucket_bytes: int, codec: Codec, *, feedback: bool = False
+    ) -> None:
         super().__init__(group, bucket_bytes)
         self._codec = codec
+        self._feedback = codec.feedback or feedback
         self._accounts: dict[str, Account] = {}
         self._saved: dict[str, Mapping[str, Any]] = {}
 
     def round_(self, differences: Iterable[Tensor]) -> None:
         """Replace differences by what is sent of them, where the rest is not held back."""
-        if not self._codec.feedback:
+        if not self._feedback:
             for tensor in differences:
                 tensor.copy_(self._decoded(self._codec.encode(tensor), tensor))
 
@@ -162,7 +170,13 @@ class CompressedAllReduce(AllReduce):
         """Of the differences, in order; those that have none get one."""
         for name, tensor in payload.differences.items():
             if name not in self._accounts:
-                account = Account(tensor, self._codec, self.group.size, self.bucket_bytes)
+                account = Account(
+                    tensor,
+                    self._codec,
+                    feedback=self._feedback,
+                    workers=self.group.size,
+                    bucket_bytes=self.bucket_bytes,
+                )
                 if name in self._saved:
                     account.load_state(self._saved.pop(name))
                 self._accounts[name] = account

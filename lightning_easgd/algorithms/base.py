@@ -1,0 +1,82 @@
+"""What an update rule is: how the center moves by an exchange, and what becomes of the workers.
+
+All rules share one exchange. What a worker x brings is a multiple of x - c, its difference from the
+center c; what arrives is the sum over all p workers, and moves the center. A rule says which
+multiple, how the center moves, and which of two things the workers do then::
+
+    pulled      x <- x - α (x - c)   by what each sent itself, so that nobody waits for the sum
+    restarted   x <- c+              at the new center, for which they wait
+
+with α per parameter from the strategy's beta, alpha or rho. A worker's optimizer state stays its
+own either way.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_easgd.schedules import is_number
+
+
+class Rule(ABC):
+    """How an exchange moves the center and the workers. Holds options only, and no state.
+
+    Attributes:
+        restarts: whether workers go on from the new center; else they are pulled.
+        average: whether the center moves by the mean of the differences over the workers; else by
+            their sum. Under rules that pull, each is weighted with α before.
+    """
+
+    restarts: ClassVar[bool] = True
+    average: bool = True
+
+    @abstractmethod
+    def move_(self, center: Tensor, total: Tensor, memory: dict[str, Any]) -> None:
+        """Move the center, in place. A pure function; equal arguments give equal bits everywhere.
+
+        Args:
+            center: a flat part of the center c, of shape (n,), in single or double precision.
+            total: mean or sum of the differences, of the same shape; may be overwritten.
+            memory: what the rule keeps of this part from one exchange to the next, empty at first;
+                tensors and numbers, which checkpoints hold.
+        """
+
+    def share(self, workers: int) -> float:
+        """The multiple of x - c that each of ``workers`` workers adds, if they restart."""
+        return 1 / workers if self.average else 1.0
+
+    @property
+    def kind(self) -> str:
+        """Equal for rules that understand each other's memory."""
+        return type(self).__name__
+
+    def __repr__(self) -> str:
+        """Name and options, by which workers are compared."""
+        options = ", ".join(f"{key}={value}" for key, value in vars(self).items())
+        return f"{type(self).__name__}({options})"
+
+
+def require_momentum(name: str, momentum: object) -> float:
+    """A momentum, in [0, 1).
+
+    Raises:
+        ValueError: it is not; the center would move ever faster.
+    """
+    if is_number(momentum) and 0 <= momentum < 1:
+        return float(momentum)
+    raise ValueError(
+        f"{name}={momentum!r} is not stable: each move of the center would be at least as large as"
+        " the one before. Allowed: a number in [0, 1); 0 is without momentum."
+    )
+
+
+def momentum_of(memory: dict[str, Any], center: Tensor) -> Tensor:
+    """The momentum that is kept of a part of the center; zero at first."""
+    if "momentum" not in memory:
+        memory["momentum"] = torch.zeros_like(center)
+    momentum: Tensor = memory["momentum"]
+    return momentum

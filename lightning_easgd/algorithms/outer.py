@@ -1,0 +1,158 @@
+"""Rules that move the center by an optimizer of its own; workers restart at it.
+
+The workers' mean displacement from where they began, m - c, takes the place of the negative
+gradient. Letters: p workers, x^i a worker, c the center, m = (1/p) Σ_i x^i their mean, v what is
+kept, s `outer_lr`, μ `outer_momentum`, γ the learning rate of the workers.
+
+[Note: stable outer rates] Where workers converge between two exchanges, m stays and c - m becomes
+the gradient of a quadratic of curvature 1. There heavy-ball momentum is stable for s < 2 (1 + μ)
+and Nesterov's for s < 2 (1 + μ) / (1 + 2μ); workers that do not get as far allow for more.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_easgd.algorithms.base import Rule, momentum_of, require_momentum
+from lightning_easgd.schedules import is_number
+
+
+class SlowMo(Rule):
+    """SlowMo: the center moves with slow momentum.
+
+        v <- μ v + (m - c) ;   c <- c + s v ;   x^i <- c
+
+    The paper keeps u = v / γ. That is the same while γ is; where a schedule changes it, v keeps its
+    size here, so that the center never depends on the learning rate that one worker has.
+
+    Wang, Tantia, Ballas, Rabbat 2020, "SlowMo: improving communication-efficient distributed SGD
+    with slow momentum", arXiv:1910.00643.
+
+    Args:
+        outer_lr: s, the paper's α, in (0, 2 (1 + μ)).
+        outer_momentum: μ, the paper's β, in [0, 1). fairscale takes 0.2 for 4 nodes, 0.5 for 8, 0.6
+            for 16.
+
+    Raises:
+        ValueError: one is out of its stable range.
+    """
+
+    def __init__(self, outer_lr: float = 1.0, outer_momentum: float = 0.5) -> None:
+        self.outer_momentum = require_momentum("outer_momentum", outer_momentum)
+        self.outer_lr = _require_rate("outer_lr", outer_lr, 2 * (1 + self.outer_momentum))
+
+    @override
+    def move_(self, center: Tensor, total: Tensor, memory: dict[str, Any]) -> None:
+        v = momentum_of(memory, center)
+        center.add_(v.mul_(self.outer_momentum).add_(total), alpha=self.outer_lr)
+
+
+class BMUF(Rule):
+    """Blockwise model-update filtering, with classical block momentum.
+
+        v <- μ v + ζ (m - c) ;   c <- c + v ;   x^i <- c
+
+    Chen, Huo 2016, "Scalable training of deep learning machines by incremental block training with
+    intra-block parallel optimization and blockwise model-update filtering", ICASSP.
+
+    Args:
+        block_lr: ζ, in (0, 2 (1 + μ)).
+        block_momentum: μ, in [0, 1); the paper's rule of thumb is 1 - 1/p.
+
+    Raises:
+        ValueError: one is out of its stable range.
+    """
+
+    def __init__(self, block_lr: float = 1.0, block_momentum: float = 0.875) -> None:
+        self.block_momentum = require_momentum("block_momentum", block_momentum)
+        self.block_lr = _require_rate("block_lr", block_lr, 2 * (1 + self.block_momentum))
+
+    @override
+    def move_(self, center: Tensor, total: Tensor, memory: dict[str, Any]) -> None:
+        v = momentum_of(memory, center)
+        center.add_(v.mul_(self.block_momentum).add_(total, alpha=self.block_lr))
+
+
+class DiLoCo(Rule):
+    """DiLoCo: the center moves by any of torch's optimizers, with c - m as its gradient.
+
+        c <- optimizer(c, c - m) ;   x^i <- c
+
+    By default that is Nesterov momentum: v <- μ v + (c - m) ; c <- c - s (c - m + μ v).
+
+    Douillard et al. 2023, "DiLoCo: distributed low-communication training of language models",
+    arXiv:2311.08105, with AdamW inside; the defaults are the paper's.
+
+    Args:
+        outer_lr: s; with Nesterov momentum in (0, 2 (1 + μ) / (1 + 2μ)).
+        outer_momentum: μ of Nesterov momentum, in [0, 1); None: 0.9. Not with ``optimizer``.
+        optimizer: a class of ``torch.optim`` that treats every element alike; it sees flat tensors.
+        **options: of ``optimizer``.
+
+    Raises:
+        ValueError: a rate is out of its stable range, or ``optimizer`` can't take flat tensors.
+    """
+
+    def __init__(
+        self,
+        outer_lr: float = 0.7,
+        outer_momentum: float | None = None,
+        *,
+        optimizer: type[Optimizer] | None = None,
+        **options: Any,
+    ) -> None:
+        bound = float("inf")
+        if optimizer is None:
+            mu = 0.9 if outer_momentum is None else outer_momentum
+            mu = require_momentum("outer_momentum", mu)
+            optimizer, bound = torch.optim.SGD, 2 * (1 + mu) / (1 + 2 * mu)
+            options = {"momentum": mu, "nesterov": mu > 0, **options}
+        elif outer_momentum is not None:
+            raise ValueError(
+                f"outer_momentum={outer_momentum!r} is that of the default optimizer. Give"
+                f" {getattr(optimizer, '__name__', optimizer)} options of its own instead."
+            )
+        self.outer_lr = _require_rate("outer_lr", outer_lr, bound)
+        self.optimizer = optimizer
+        self.options = options
+        self._try()
+
+    @property
+    @override
+    def kind(self) -> str:
+        return f"DiLoCo by {self.optimizer.__name__}"
+
+    @override
+    def move_(self, center: Tensor, total: Tensor, memory: dict[str, Any]) -> None:
+        parameter = nn.Parameter(center)
+        parameter.grad = total.neg_()
+        optimizer = self.optimizer([parameter], lr=self.outer_lr, **self.options)  # type: ignore[call-arg]
+        optimizer.state[parameter].update(memory)
+        optimizer.step()
+        memory.update(optimizer.state[parameter])
+
+    def _try(self) -> None:
+        try:
+            self.move_(torch.zeros(2), torch.zeros(2), {})
+        except Exception as error:
+            raise ValueError(
+                f"optimizer={self.optimizer!r} with {self.options} cannot move a flat tensor by its"
+                f" gradient ({type(error).__name__}: {error}). Allowed: a class of torch.optim that"
+                " treats every element alike and needs no closure, such as SGD, Adam or AdamW, and"
+                " its options."
+            ) from error
+
+
+def _require_rate(name: str, rate: object, bound: float) -> float:
+    if is_number(rate) and 0 < rate < bound:
+        return float(rate)
+    allowed = "a positive number" if bound == float("inf") else f"a number in (0, {bound:.4g})"
+    raise ValueError(
+        f"{name}={rate!r} is not stable where workers converge between exchanges. Allowed:"
+        f" {allowed} at this momentum and optimizer."
+    )

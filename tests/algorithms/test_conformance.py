@@ -1,0 +1,260 @@
+"""One table that every rule runs through, on real workers and against slow, obvious references.
+
+Workers train all cases of all rules one after another, so that they are started once.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from processes import run_workers
+from toy import Resumable, Toy, batches, initial_weights, loader, trainer, weights
+
+from lightning_easgd import EASGD, DiLoCo, Downpour, EASGDStrategy, Rule, SlowMo
+
+LR = 0.05
+SGD = partial(torch.optim.SGD, lr=LR)
+ADAMW = partial(torch.optim.AdamW, lr=LR)
+TURNS = {
+    1: [{"w": [0, 1, 2], "b": [0, 1]}],
+    2: [{"w": [0, 1], "b": []}, {"w": [2], "b": [0, 1]}],
+}
+"""Rows of the toy's parameters in each fragment, by the number of fragments."""
+
+
+@dataclass
+class Row:
+    """A rule and its reference; None: the paper's EASGD, whose workers are pulled."""
+
+    rule: str | Rule
+    reference: Any = None
+    copies: int = 0
+    """Flat copies of the parameters that it keeps."""
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def users_own() -> Rule:
+    """The rule that the README writes."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (example,) = [b for b in re.findall(r"```python\n(.*?)```", readme, re.S) if "(Rule)" in b]
+    assert len(example.splitlines()) < 60
+    names: dict[str, Any] = {}
+    exec(example, names)
+    return names["Lookahead"]()
+
+
+ROWS = {
+    "easgd": Row("easgd"),
+    "easgd alpha=0": Row("easgd", options={"alpha": 0.0}),
+    "easgd with momentum": Row(EASGD(center_momentum=0.6), copies=1),
+    "local_sgd": Row("local_sgd", reference.LocalSgd()),
+    "downpour": Row("downpour", reference.Downpour()),
+    "downpour, average": Row(Downpour(average=True), reference.LocalSgd()),
+    "slowmo": Row(SlowMo(0.9, 0.4), reference.SlowMo(0.9, 0.4), copies=1),
+    "bmuf": Row("bmuf", reference.Bmuf(1.0, 0.875), copies=1),
+    "diloco": Row("diloco", reference.DiLoCo(0.7, 0.9), copies=1),
+    "diloco by Adam": Row(
+        DiLoCo(0.05, optimizer=torch.optim.Adam), reference.OuterAdam(0.05), copies=2
+    ),
+    "a user's": Row(users_own(), reference.Lookahead(0.5)),
+}
+PULLS = [name for name, row in ROWS.items() if row.reference is None]
+
+
+@dataclass
+class Case:
+    """How a rule is used, and how close it is to its reference."""
+
+    steps: int = 80
+    tau: int = 4
+    make: Any = ADAMW
+    accumulate: int = 1
+    missing: int = 0
+    """Batches that the last worker has less than the others."""
+    sick: tuple[int, int] | None = None
+    """A worker whose weights are poisoned, and the step of the exchange that finds it."""
+    fragments: int = 1
+    dtype: torch.dtype = torch.float64
+    within: float = 1e-9
+
+    @property
+    def needs_others(self) -> bool:
+        return bool(self.missing or self.sick)
+
+    def own(self, rank: int, workers: int) -> int:
+        """Batches of a worker."""
+        return self.steps * self.accumulate - (self.missing if rank == workers - 1 else 0)
+
+
+STILL = Case(steps=9, tau=2, make=partial(torch.optim.SGD, lr=0.0))
+CASES = {
+    "20 exchanges": Case(),
+    "21 exchanges": Case(steps=82),
+    "tau=1": Case(steps=20, tau=1),
+    "single precision": Case(steps=20, dtype=torch.float32, within=1e-4),
+    "half precision": Case(steps=20, make=SGD, dtype=torch.bfloat16, within=0.1),
+    "nothing to learn, float32": replace(STILL, dtype=torch.float32, within=1e-6),
+    "nothing to learn, bfloat16": replace(STILL, dtype=torch.bfloat16, within=0.02),
+    "accumulated gradients": Case(steps=10, accumulate=3),
+    "fewer batches": Case(steps=24, missing=6, make=SGD),
+    "two fragments": Case(steps=21, fragments=2),
+    "two fragments to the end": Case(steps=20, fragments=2),
+    "a poisoned worker": Case(steps=16, make=SGD, sick=(1, 8)),
+}
+
+
+def train(rank: int, workers: int, row: Row, case: Case, **more: Any) -> dict[str, np.ndarray]:
+    """The center in the end, of the precision that it began with."""
+    module = Toy(case.make, dtype=case.dtype)
+    options = {"algorithm": row.rule, "tau": case.tau, "fragments": case.fragments}
+    strategy = EASGDStrategy(**options, **row.options, **more)
+
+    def on_train_batch_end(outputs: Any, batch: Any, batch_idx: int) -> None:
+        if case.sick is not None and (rank, batch_idx + 2) == case.sick:
+            module.w.data[0, 0] = float("nan")
+
+    def on_train_end() -> None:
+        fragments = [f for s in strategy._center.segments for f in s.fragments]
+        kept = [v for f in fragments for part in f.outer for v in part.values()]
+        sizes = [tensor.numel() for tensor in kept if tensor.dim()]
+        assert sum(sizes) == row.copies * sum(p.numel() for p in module.parameters())
+
+    module.on_train_batch_end, module.on_train_end = on_train_batch_end, on_train_end
+    fitting = trainer(workers, strategy, accumulate_grad_batches=case.accumulate)
+    fitting.fit(module, loader(rank, case.own(rank, workers), case.dtype))
+    assert all(parameter.dtype == case.dtype for parameter in module.parameters())
+    return weights(module)
+
+
+def train_all(rank: int, workers: int) -> dict[tuple[str, str], Any]:
+    """All cases that workers can be compared in; by rule and case."""
+    warnings.filterwarnings("ignore", "At step")  # a poisoned worker's
+    return {
+        (name, case): train(rank, workers, row, CASES[case])
+        for name, row in ROWS.items()
+        for case in CASES
+        if workers > 1 or not CASES[case].needs_others
+    }
+
+
+@cache
+def trained(workers: int) -> list[dict[tuple[str, str], Any]]:
+    return run_workers(train_all, workers, workers=workers, timeout=170)
+
+
+def expected(row: Row, case: Case, workers: int) -> dict[str, np.ndarray]:
+    """The center by the reference."""
+    start, lr = initial_weights(), case.make.keywords["lr"]
+    make = {
+        torch.optim.SGD: reference.Sgd,
+        torch.optim.AdamW: partial(reference.AdamW, start=start),
+    }
+    optimizers = [make[case.make.func](lambda name, t: lr) for _ in range(workers)]
+    data = [batches(rank, case.own(rank, workers)) for rank in range(workers)]
+    own = {"tau": case.tau, "accumulate": case.accumulate}
+    if row.reference is not None:
+        own |= {"turns": TURNS[case.fragments], "sick": case.sick}
+        return reference.restarting(row.reference, start, data, optimizers, **own)
+    own["tau"] //= case.fragments
+    momentum = getattr(row.rule, "center_momentum", 0.0)
+    alpha = partial(strength, case, row.options.get("alpha", 0.9 / workers))
+    center, _ = reference.easgd(
+        start,
+        data,
+        optimizers,
+        **own,
+        alpha=alpha,
+        center_momentum=momentum,
+        sick=case.sick,
+        final_exchange=True,
+    )
+    return center
+
+
+def strength(case: Case, alpha: float, name: str, t: int) -> np.ndarray:
+    """α of each row: 0 while another fragment has its turn."""
+    turns = TURNS[case.fragments]
+    rates = np.zeros({"w": (3, 1), "b": (2,)}[name])
+    rows = turns[(t // (case.tau // case.fragments) - 1) % len(turns)][name]
+    rates[slice(None) if t == case.steps else rows] = alpha if t else 0.0
+    return rates
+
+
+@pytest.mark.parametrize(
+    ("case", "workers"),
+    [(c, p) for c in CASES for p in (1, 2) if p > 1 or not CASES[c].needs_others],
+)
+@pytest.mark.parametrize("name", ROWS)
+def test_the_center_is_that_of_the_reference(name: str, case: str, workers: int) -> None:
+    center = expected(ROWS[name], CASES[case], workers)
+    first, *others = [run[name, case] for run in trained(workers)]
+    for key, value in first.items():
+        assert all(np.array_equal(value, other[key]) for other in others)
+        np.testing.assert_allclose(value, center[key], rtol=0, atol=CASES[case].within)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ROWS)
+def test_nothing_moves_where_workers_agree_and_have_nothing_to_learn(name: str, dtype: str) -> None:
+    for run in trained(2):
+        for key, value in run[name, f"nothing to learn, {dtype}"].items():
+            start = torch.tensor(initial_weights()[key], dtype=getattr(torch, dtype))
+            assert np.array_equal(value, start.double().numpy())
+
+
+def two_ways(rank: int) -> Any:
+    case = CASES["21 exchanges"]
+    options = [{"overlap": overlap} for overlap in (True, False)]
+    return {name: [train(rank, 2, ROWS[name], case, **more) for more in options] for name in PULLS}
+
+
+def test_overlap_changes_no_bit_where_it_is_possible() -> None:
+    for run in run_workers(two_ways, workers=2):
+        for behind, blocking in run.values():
+            assert {k: v.tobytes() for k, v in behind.items()} == {
+                k: v.tobytes() for k, v in blocking.items()
+            }
+
+
+def resume_all(rank: int, folder: Path) -> Any:
+    """Per rule and number of fragments, the final bits of a run and of what resumed it."""
+    return {
+        (name, fragments): [
+            resumable(rank, row, fragments, folder / name.replace("/", ""), step)
+            for step in (None, 10, 20)
+        ]
+        for name, row in ROWS.items()
+        for fragments in (1, 2)
+    }
+
+
+def resumable(rank: int, row: Row, fragments: int, folder: Path, step: int | None) -> Any:
+    module = Toy(ADAMW)
+    saving = ModelCheckpoint(
+        folder / str(fragments), "{step}", every_n_train_steps=5, save_top_k=-1
+    )
+    options = {"algorithm": row.rule, "tau": 4, "fragments": fragments, **row.options}
+    fitting = trainer(
+        2, EASGDStrategy(**options), max_epochs=3, enable_checkpointing=True, callbacks=[saving]
+    )
+    saved = step and folder / str(fragments) / f"step={step}.ckpt"
+    fitting.fit(module, Resumable(rank, 8), ckpt_path=saved)
+    return {name: value.tobytes() for name, value in weights(module).items()}
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_resuming_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    """Between two exchanges, and at one."""
+    for run in run_workers(resume_all, tmp_path, workers=2, timeout=170):
+        for key, (straight, between, at) in run.items():
+            assert straight == between == at, key
