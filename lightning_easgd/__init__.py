@@ -11,7 +11,18 @@ Importing the package registers ``Trainer(strategy="easgd")``, ``easgd_spawn``, 
 
 from lightning.pytorch.strategies import StrategyRegistry
 
-from lightning_easgd.algorithms import BMUF, EASGD, DiLoCo, Downpour, LocalSGD, Rule, SlowMo
+from lightning_easgd.algorithms import (
+    BMUF,
+    EASGD,
+    SMA,
+    DiLoCo,
+    Downpour,
+    LeaderSGD,
+    LocalSGD,
+    MDownpour,
+    Rule,
+    SlowMo,
+)
 from lightning_easgd.callbacks import EASGDMonitor
 from lightning_easgd.communication import Codec, ExchangeError, Int8, TopK
 from lightning_easgd.contribution import NonFiniteError
@@ -21,6 +32,7 @@ from lightning_easgd.telemetry import Telemetry
 __all__ = [
     "BMUF",
     "EASGD",
+    "SMA",
     "Codec",
     "DiLoCo",
     "Downpour",
@@ -28,7 +40,9 @@ __all__ = [
     "EASGDStrategy",
     "ExchangeError",
     "Int8",
+    "LeaderSGD",
     "LocalSGD",
+    "MDownpour",
     "NonFiniteError",
     "Rule",
     "SlowMo",

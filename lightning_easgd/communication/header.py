@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from enum import IntEnum
+from typing import Any
 
 
 class ExchangeError(RuntimeError):
@@ -77,6 +78,10 @@ class Header:
     """An exchange, from its start to its arrival."""
     cost_microseconds: int = 0
     """By how much an exchange lengthens the steps."""
+    loss_bits: int = 0
+    """The bits of the worker's running training loss, as of Leadership."""
+    restart: bool = False
+    """The worker's learning rate has fallen; all restart at the center with the next exchange."""
 
     def pack(self) -> list[int]:
         """The fields as integers."""
@@ -85,9 +90,14 @@ class Header:
     @classmethod
     def unpack(cls, values: Sequence[int]) -> Header:
         """The inverse of :meth:`pack`."""
-        clock, fingerprint, announced, place, stop, non_finite, *rest = values
-        where, why, sick = Place(place), Stop(stop), bool(non_finite)
-        return cls(clock, fingerprint, announced, where, why, sick, *rest)
+        named: dict[str, Any] = dict(zip(cls.__dataclass_fields__, values, strict=True))
+        for name, kind in _KINDS.items():
+            named[name] = kind(named[name])
+        return cls(**named)
+
+
+_KINDS = {"place": Place, "stop": Stop, "non_finite": bool, "restart": bool}
+"""Fields that are no numbers."""
 
 
 def verify(headers: Sequence[Header]) -> None:
