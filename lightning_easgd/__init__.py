@@ -11,7 +11,18 @@ Importing the package registers ``Trainer(strategy="easgd")``, ``easgd_spawn``, 
 
 from lightning.pytorch.strategies import StrategyRegistry
 
-from lightning_easgd.algorithms import BMUF, EASGD, DiLoCo, Downpour, LocalSGD, Rule, SlowMo
+from lightning_easgd.algorithms import (
+    BMUF,
+    EASGD,
+    SMA,
+    DiLoCo,
+    Downpour,
+    LeaderSGD,
+    LocalSGD,
+    MDownpour,
+    Rule,
+    SlowMo,
+)
 from lightning_easgd.callbacks import EASGDMonitor
 from lightning_easgd.communication import Codec, ExchangeError, Int8, TopK
 from lightning_easgd.contribution import NonFiniteError
@@ -31,6 +42,7 @@ from lightning_easgd.telemetry import Telemetry
 __all__ = [
     "BMUF",
     "EASGD",
+    "SMA",
     "AdaptivePeriod",
     "Anneal",
     "Codec",
@@ -43,8 +55,10 @@ __all__ = [
     "ExchangeError",
     "Exponential",
     "Int8",
+    "LeaderSGD",
     "Linear",
     "LocalSGD",
+    "MDownpour",
     "NonFiniteError",
     "Rule",
     "Schedule",

@@ -142,9 +142,9 @@ def choose_overlap(rule: Rule, overlap: bool | None) -> bool:
         ValueError: it is not True, False or None, or the rule cannot.
     """
     if overlap is None:
-        return not rule.restarts
+        return rule.overlaps
     require_bools(overlap=overlap)
-    if overlap and rule.restarts:
+    if overlap and not rule.overlaps:
         raise ValueError(
             f"overlap=True is not possible with {rule}: its workers go on from the new center, so"
             " nothing can be trained while the sum travels. Remove overlap; under algorithm='easgd'"

@@ -80,7 +80,7 @@ class Contribution:
                 [pair for fragment in self.fragments for pair in fragment.values(fragment.total)]
             )
         for fragment in self.fragments:
-            if self._rule.restarts:
+            if self._rule.restarts and not self._rule.mixing:
                 fragment.subtract_start_()
             else:
                 elastic.difference_(fragment.total.parts, fragment.center.parts)
@@ -158,7 +158,7 @@ class Contribution:
         if not last:
             self._round_(self._totals().values())
         if self._rule.restarts:
-            self._telemetry.alpha = 1.0
+            self._telemetry.alpha = 1 - self._rule.mixing
             return []
         return [(fragment, fragment.total.clone()) for fragment in self.fragments]
 

@@ -28,6 +28,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_easgd.agreement import Agreement
 from lightning_easgd.algorithms import EASGD, Rule
 from lightning_easgd.center import Center
 from lightning_easgd.communication import AllReduce, Place, Stop, verify_places
@@ -99,11 +100,12 @@ class Exchange:
         """Optimizer steps taken; equal on all workers at every exchange."""
         self._restarts = rules.algorithm.restarts
         self._speaks = all_reduce.group.rank == 0
+        self._agreement = Agreement(rules.algorithm, optimizers, all_reduce.group.size)
         contribution = Contribution(
             center,
             optimizers,
             rule=rules.algorithm,
-            weights=self._weights(all_reduce.group.size),
+            weights=self._weights(all_reduce.group.rank, all_reduce.group.size),
             telemetry=telemetry,
             round_=all_reduce.round_,
             from_iterate=rules.elastic_point == "iterate",
@@ -114,14 +116,17 @@ class Exchange:
             contribution,
             rule=rules.algorithm,
             telemetry=telemetry,
+            agreement=self._agreement,
             schedules=rules.schedules,
         )
         self.start_clock(0)
 
-    def _weights(self, workers: int) -> Weights:
-        if self._restarts:
-            share = self._rules.algorithm.share(workers)
-            return lambda step: ({}, share)
+    def _weights(self, rank: int, workers: int) -> Weights:
+        rule, leadership = self._rules.algorithm, self._agreement.leadership
+        if rule.loss_smoothing is not None:
+            return lambda step: ({}, float(leadership.leader == rank))
+        if rule.restarts:
+            return lambda step: ({}, rule.share(workers))
         strength, optimizers = self._rules.strength, self._optimizers
         return MovingRates(strength, optimizers, workers=workers, speaks=self._speaks).at
 
@@ -155,6 +160,10 @@ class Exchange:
         """Whether the module holds the worker, which may take another step."""
         return not (self._finished or self.center.lent)
 
+    def observe_loss(self, output: object) -> bool:
+        """A training step has returned ``output``; whether that has a loss if one is needed."""
+        return self._agreement.leadership.observe(output)
+
     @contextmanager
     def step(self, optimizer: Optimizer) -> Iterator[None]:
         """Surrounds one step of one of the worker's optimizers; begins the exchange that is due.
@@ -175,7 +184,10 @@ class Exchange:
             self.telemetry.steps += 1
             self._transit.pace.step(self._transit.arrived)
         if self._restarts:
+            self._transit.go_on(self.clock)
             self._begin_due()
+        elif self._transit.restarts_workers:
+            self.drain()
 
     def drain(self) -> None:
         """Wait for the exchange in flight, if any, and move the center.
@@ -274,7 +286,9 @@ class Exchange:
             "schedules": self._rules.schedules.state(),
             "consensus": self._transit.consensus.state(),
             "exchanged": self._transit.exchanged,
+            "owed": self._transit.owed,
             "algorithm": self._rules.algorithm.kind,
+            "agreement": self._agreement.shared_state(),
             **self.center.shared_state(),
         }
 
@@ -285,6 +299,7 @@ class Exchange:
             "look_ahead": self._optimizers.look_ahead_state(),
             "telemetry": self.telemetry.counters(),
             "held_back": self._transit.all_reduce.state(),
+            "agreement": self._agreement.own_state(),
         }
 
     def load_state(self, shared: Mapping[str, Any], own: Mapping[str, Any] | None) -> None:
@@ -298,6 +313,9 @@ class Exchange:
         self.clock = shared["clock"]
         self._transit.turn = shared["turn"] % self.center.turns
         self._transit.exchanged = shared.get("exchanged")
+        if self._rules.algorithm.delay and (owed := shared.get("owed")):
+            due, turn, joined = owed
+            self._transit.owed = due, turn % self.center.turns, joined
         self._load_outer(shared)
         self._rules.schedules.load_state(shared.get("schedules", {}))
         self._transit.consensus.load_state(shared.get("consensus"))
@@ -311,6 +329,8 @@ class Exchange:
             self._optimizers.load_look_ahead_state(own["look_ahead"])
             self.telemetry.load_counters(own["telemetry"])
             self._transit.all_reduce.load_state(own.get("held_back", {}))
+        agreed, said = shared.get("agreement", {}), (own or {}).get("agreement", {})
+        self._agreement.load_state(agreed, said)
 
     def _load_outer(self, shared: Mapping[str, Any]) -> None:
         outer, kind = shared.get("outer", {}), self._rules.algorithm.kind
@@ -334,6 +354,8 @@ class Exchange:
     def _reopen(self) -> None:
         # The learning-rate finder ends a training of its own before the one that it was called in.
         self._finished = self._last_header_left = False
+        self._transit.owed = None
+        self._agreement.forget()
         if not self._transit.stop_agreed.by_exception:
             self._transit.stop_agreed = self.stopping = Stop.NO
         if not self._transit.stop_requested.by_exception:
@@ -347,7 +369,7 @@ class Exchange:
         self.stopping = self._transit.stop_agreed
         self._set_clock(self.clock)
         pull = self._transit.begin(self.clock)
-        if not self._rules.overlap:
+        if not self._rules.overlap and not self._transit.restarts_workers:
             self._transit.land()
         return pull
 

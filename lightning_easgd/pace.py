@@ -4,6 +4,11 @@
 follow, if they take as long. What does not hide is the work at both ends: differences, pull, the
 center's move, and what the network takes from the processor on the way. That is found by comparing:
 rounds with an exchange take longer than as many steps with nothing under way.
+
+Where workers share processors, that is too much: steps with nothing under way are those in which
+others wait for their sums, and leave the processors to them. What rounds take more of the
+processors is too little: the kernel's work for the network is not in it. If it is less, the middle
+of both is the cost.
 """
 
 from __future__ import annotations
@@ -12,8 +17,8 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, NamedTuple
 
 from typing_extensions import override
 
@@ -31,6 +36,14 @@ _OUTLIER = 3.0
 _UNSETTLED_STEPS = 3
 
 
+class Step(NamedTuple):
+    """What a step took, in seconds."""
+
+    time: float
+    processors: float
+    """Of all threads of this process."""
+
+
 class Pace:
     """Measures the steps and exchanges of one worker.
 
@@ -38,13 +51,19 @@ class Pace:
 
     Args:
         clock: seconds.
+        processors: seconds that this process has had of them.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.perf_counter,
+        processors: Callable[[], float] = time.process_time,
+    ) -> None:
         self._clock = clock
-        self._idle: deque[float] = deque(maxlen=_IDLE_STEPS)
+        self._processors = processors
+        self._idle: deque[Step] = deque(maxlen=_IDLE_STEPS)
         self._flights: deque[float] = deque(maxlen=_ENOUGH_ROUNDS)
-        self._rounds: deque[tuple[float, int]] = deque(maxlen=_ENOUGH_ROUNDS)  # seconds and steps
+        self._rounds: deque[tuple[Step, int]] = deque(maxlen=_ENOUGH_ROUNDS)  # sums, how many
         self._unsettled = _UNSETTLED_STEPS
         self._longest = math.inf  # what is longer is something else than a step
         self.interrupt()
@@ -58,8 +77,9 @@ class Pace:
     def interrupt(self) -> None:
         """Forget what is being measured: something else than steps takes its time."""
         self._last_end: float | None = None
+        self._last_used = 0.0
         self._departure: float | None = None
-        self._round: list[float] | None = None
+        self._round: list[Step] | None = None
         self._exchanged = self._idled = False
         self._waited = 0.0
 
@@ -78,43 +98,50 @@ class Pace:
         if self._round is not None:
             if not self._idled:
                 self._idle.extend(self._round[1:])  # the best that is known of idle ones
-            self._rounds.append((sum(self._round), len(self._round)))
+            self._rounds.append((_combined(sum, self._round), len(self._round)))
         self._round = None if self._last_end is None else []
         self._exchanged, self._idled = True, False
         if self._idle:
-            self._longest = _OUTLIER * statistics.median(self._idle)
+            self._longest = _OUTLIER * statistics.median(step.time for step in self._idle)
         self._departure = self._clock()
 
     def step(self, arrived: Callable[[], bool]) -> None:
         """A step has ended; ``arrived`` says whether the sums under way are there."""
-        now = self._clock()
+        now, used = self._clock(), self._processors()
         if self._unsettled:
             self._unsettled -= 1
         elif self._last_end is not None:
-            self._note(now - self._last_end - self._waited)
+            took = min(now - self._last_end - self._waited, self._longest)
+            self._note(Step(took, used - self._last_used))
         if self._departure is not None and arrived():
             if self._last_end is not None:  # at some moment between then and now
                 self._departure += min(now - self._last_end, now - self._departure) / 2
             self.arrive()
-        self._last_end, self._waited, self._exchanged = now, 0.0, False
+        self._last_end, self._last_used = now, used
+        self._waited, self._exchanged = 0.0, False
 
     def durations(self) -> Durations:
         """What is known now."""
         if not self._idle:
             return Durations()
-        step = statistics.fmean(self._idle)  # not the median: it adds up over a round
-        longer = sum(seconds - count * step for seconds, count in self._rounds)
-        cost = max(0.0, longer / max(1, len(self._rounds)))
+        step = _combined(statistics.fmean, self._idle)  # no medians: it adds up over a round
+        longer = sum(took.time - count * step.time for took, count in self._rounds)
+        busier = sum(took.processors - count * step.processors for took, count in self._rounds)
+        busier *= step.time / max(step.processors, 1e-9)
+        cost = (longer + min(longer, busier)) / 2 / max(1, len(self._rounds))
         exchange = statistics.median(self._flights) if self._flights else 0.0
-        return Durations(*(math.ceil(1e6 * seconds) for seconds in (step, exchange, cost)))
+        return Durations(*(math.ceil(1e6 * seconds) for seconds in (step.time, exchange, cost)))
 
-    def _note(self, seconds: float) -> None:
-        seconds = min(seconds, self._longest)
+    def _note(self, step: Step) -> None:
         if self._departure is None and not self._exchanged:
-            self._idle.append(seconds)
+            self._idle.append(step)
             self._idled = True
         if self._round is not None:
-            self._round.append(seconds)
+            self._round.append(step)
+
+
+def _combined(how: Callable[[Iterable[float]], float], steps: Iterable[Step]) -> Step:
+    return Step(how([step.time for step in steps]), how([step.processors for step in steps]))
 
 
 class AutomaticPeriod(Schedule):
@@ -173,7 +200,7 @@ class AutomaticPeriod(Schedule):
         found = Durations(
             step=max(durations.step for durations in known),
             exchange=min(durations.exchange for durations in known),
-            cost=sum(durations.cost for durations in known) // len(known),
+            cost=max(0, sum(durations.cost for durations in known) // len(known)),
         )
         if self._rounds in (_FIRST_ROUNDS, _ENOUGH_ROUNDS):
             self._choose(found)

@@ -81,10 +81,12 @@ class EASGDStrategy(PersistentStrategy):
 
     Args:
         algorithm: what an exchange does: the name of a rule ("easgd", "local_sgd", "downpour",
-            "slowmo", "bmuf", "diloco") or a Rule with options of its own.
+            "mdownpour", "slowmo", "bmuf", "diloco", "sma", "leader_sgd") or a Rule with options of
+            its own.
         tau: communication period τ, in optimizer steps: a whole number, a callable of the
             optimizer step, a Schedule (see schedules/), or "auto": the smallest at which exchanges
-            hide behind training, found by measuring (see pace.py).
+            hide behind training, found by measuring (see pace.py). None: 10, or what the rule is
+            limited to.
         beta: β = pα, how far the center moves towards the mean of the p workers, in (0, 2).
         alpha: α, how far a worker moves towards the center, in [0, 2/(p+1)).
         rho: elastic strength ρ; α = ηρ with the current learning rate η of each parameter group. At
@@ -138,7 +140,7 @@ class EASGDStrategy(PersistentStrategy):
         self,
         *,
         algorithm: str | Rule = "easgd",
-        tau: Rate | Literal["auto"] = 10,
+        tau: Rate | Literal["auto"] | None = None,
         beta: Rate | None = None,
         alpha: Rate | None = None,
         rho: Rate | None = None,
@@ -185,6 +187,10 @@ class EASGDStrategy(PersistentStrategy):
         require_choice("center_device", center_device, ("cpu", None))
         require_count("fragments", fragments, "parts of the model")
         rule = choose_rule(algorithm)
+        tau = rule.default_tau if tau is None else tau
+        objection = rule.objection(tau=tau, fragments=int(fragments), compression=compression)
+        if objection:
+            raise ValueError(objection)
         refuse_with_restarts(
             rule, tau=tau, beta=beta, alpha=alpha, rho=rho, elastic_point=elastic_point
         )
@@ -394,6 +400,20 @@ class EASGDStrategy(PersistentStrategy):
         if gathered and self._exchange is not None and self._exchange.trains:
             self._meet_if_uneven(Place.COLLECTIVE)
         return gathered
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """One batch of this worker, whose loss the rule may want to know."""
+        assert self._exchange is not None
+        assert self.lightning_module is not None
+        output = super().training_step(*args, **kwargs)
+        known = self._exchange.observe_loss(output)
+        if not known and not self.lightning_module.automatic_optimization:
+            raise MisconfigurationException(
+                f"{self._rules.algorithm} compares the workers' training losses, and under manual"
+                " optimization training_step returned none. Return the loss, or {'loss': loss}."
+            )
+        return output
 
     @override
     def optimizer_step(

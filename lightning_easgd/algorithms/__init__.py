@@ -3,18 +3,22 @@
 Nothing here knows of processes, of Lightning or of time; a rule is a function of tensors and rates.
 """
 
-from lightning_easgd.algorithms.averaging import Downpour, LocalSGD
+from lightning_easgd.algorithms.averaging import Downpour, LocalSGD, MDownpour
 from lightning_easgd.algorithms.base import Rule
-from lightning_easgd.algorithms.elastic import EASGD
+from lightning_easgd.algorithms.elastic import EASGD, SMA
+from lightning_easgd.algorithms.leader import LeaderSGD
 from lightning_easgd.algorithms.outer import BMUF, DiLoCo, SlowMo
 
 RULES: dict[str, type[Rule]] = {
     "easgd": EASGD,
     "local_sgd": LocalSGD,
     "downpour": Downpour,
+    "mdownpour": MDownpour,
     "slowmo": SlowMo,
     "bmuf": BMUF,
     "diloco": DiLoCo,
+    "sma": SMA,
+    "leader_sgd": LeaderSGD,
 }
 """The rules that are known by name."""
 
@@ -39,9 +43,12 @@ __all__ = [
     "BMUF",
     "EASGD",
     "RULES",
+    "SMA",
     "DiLoCo",
     "Downpour",
+    "LeaderSGD",
     "LocalSGD",
+    "MDownpour",
     "Rule",
     "SlowMo",
     "choose_rule",

@@ -11,7 +11,7 @@ and Nesterov's for s < 2 (1 + μ) / (1 + 2μ); workers that do not get as far al
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -89,15 +89,32 @@ class DiLoCo(Rule):
     Douillard et al. 2023, "DiLoCo: distributed low-communication training of language models",
     arXiv:2311.08105, with AdamW inside; the defaults are the paper's.
 
+    With a ``delay`` of d steps this is Streaming DiLoCo, where workers train on while the sum
+    travels, which hides behind d steps. What is sent at step t, after it, is applied after step
+    t + d on all workers, however early it came::
+
+        after t        send x^i - c
+        after t + d    c <- optimizer(c, c - m(t)) ;   x^i <- κ x^i + (1 - κ) c
+
+    The next difference counts from the new center. So of what a worker did in between, κ is part of
+    it, once, and the rest is given up with x^i. A worker that has no step to take until then, at
+    the end of ``fit`` or with fewer batches, applies it where it stands.
+
+    Douillard et al. 2025, "Streaming DiLoCo with overlapping communication: towards a distributed
+    free lunch", arXiv:2501.18512, Alg. 2, with ``fragments`` for its streams.
+
     Args:
         outer_lr: s; with Nesterov momentum in (0, 2 (1 + μ) / (1 + 2μ)). A number, a callable of
             the optimizer step or a schedule.
         outer_momentum: μ of Nesterov momentum, in [0, 1); None: 0.9. Not with ``optimizer``.
+        delay: d, a whole number of steps from 0 to τ / fragments.
+        mixing: κ, the paper's α, in [0, 1); None: 0.5 with a delay, as in the paper, else 0.
         optimizer: a class of ``torch.optim`` that treats every element alike; it sees flat tensors.
         **options: of ``optimizer``.
 
     Raises:
-        ValueError: a rate is out of its stable range, or ``optimizer`` can't take flat tensors.
+        ValueError: a rate is out of its stable range, ``optimizer`` can't take flat tensors, or
+            delay or mixing is out of range; where the strategy is made, the delay is too long.
     """
 
     def __init__(
@@ -105,9 +122,13 @@ class DiLoCo(Rule):
         outer_lr: Rate = 0.7,
         outer_momentum: float | None = None,
         *,
+        delay: int = 0,
+        mixing: float | None = None,
         optimizer: type[Optimizer] | None = None,
         **options: Any,
     ) -> None:
+        self.delay = _require_delay(delay)
+        self.mixing = _require_mixing((0.5 if self.delay else 0.0) if mixing is None else mixing)
         bound = float("inf")
         if optimizer is None:
             mu = 0.9 if outer_momentum is None else outer_momentum
@@ -130,6 +151,19 @@ class DiLoCo(Rule):
         return f"DiLoCo by {self.optimizer.__name__}"
 
     @override
+    def objection(
+        self, *, tau: Rate | Literal["auto"], fragments: int, compression: object
+    ) -> str | None:
+        pause = tau // fragments if is_number(tau) else 0
+        if self.delay <= pause:
+            return None
+        return (
+            f"delay={self.delay} with tau={tau!r} and fragments={fragments} is too long: the next"
+            " exchange begins tau / fragments steps later, from what this one made of the worker."
+            f" Allowed: a number tau of at least {self.delay * fragments}, or delay=0."
+        )
+
+    @override
     def move_(self, center: Tensor, total: Tensor, memory: dict[str, Any]) -> None:
         parameter = nn.Parameter(center)
         parameter.grad = total.neg_()
@@ -149,6 +183,20 @@ class DiLoCo(Rule):
                 " treats every element alike and needs no closure, such as SGD, Adam or AdamW, and"
                 " its options."
             ) from error
+
+
+def _require_delay(delay: object) -> int:
+    if is_number(delay) and delay >= 0 and delay == int(delay):
+        return int(delay)
+    raise ValueError(f"delay={delay!r} is not allowed. Allowed: a whole number of steps, or 0.")
+
+
+def _require_mixing(mixing: object) -> float:
+    if is_number(mixing) and 0 <= mixing < 1:
+        return float(mixing)
+    raise ValueError(
+        f"mixing={mixing!r} never takes a worker to the center. Allowed: a number in [0, 1)."
+    )
 
 
 def _require_rate(name: str, rate: Rate, bound: float) -> Any:

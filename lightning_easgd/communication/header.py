@@ -6,6 +6,7 @@ all raise the same error. Nothing else about an exchange is agreed on.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
@@ -79,7 +80,10 @@ class Header:
     """An exchange, from its start to its arrival."""
     cost_microseconds: int = 0
     """By how much an exchange lengthens the steps."""
-
+    loss: float = math.inf
+    """The worker's running training loss, as of Leadership; infinite where it is not known."""
+    restart: bool = False
+    """The worker's learning rate has fallen; all restart at the center with the next exchange."""
     distance: float = 0.0
     """‖x - c‖ of the fragments whose turn it is, before the pull."""
     size: float = 0.0
@@ -96,14 +100,7 @@ class Header:
     @classmethod
     def unpack(cls, values: Sequence[int]) -> Header:
         """The inverse of :meth:`pack`."""
-        kinds: dict[str, Callable[[int], Any]] = {
-            "int": int,
-            "bool": bool,
-            "float": _float,
-            "Place": Place,
-            "Stop": Stop,
-        }
-        read = [kinds[str(field.type)] for field in fields(cls)]
+        read = [_KINDS[str(field.type)] for field in fields(cls)]
         return cls(*(kind(value) for kind, value in zip(read, values, strict=True)))
 
 

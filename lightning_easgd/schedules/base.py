@@ -52,7 +52,7 @@ class Durations:
     exchange: int = 0
     """An exchange, from its start to the arrival of the sums."""
     cost: int = 0
-    """By how much an exchange lengthens the steps that it hides behind."""
+    """By how much an exchange lengthens the steps that it hides behind; below 0 by chance only."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from lightning_easgd import (
     Anneal,
     ConsensusTarget,
     Cosine,
+    DiLoCo,
     EASGDStrategy,
     Exponential,
     Linear,
@@ -239,12 +240,13 @@ class Lookahead(Rule):
         center.add_(total, alpha=self.slow_lr)
 
 
-class Following:
+class Following(reference.LocalSgd):
     """A reference whose option is set anew at every exchange."""
 
     def __init__(self, rule: Any, option: str, value: Any) -> None:
         self.rule, self.option, self.value = rule, option, value
-        self.memory, self.calls = rule.memory, 0
+        self.memory, self.delay, self.mixing = rule.memory, rule.delay, rule.mixing
+        self.calls = 0
 
     def move(self, moves: Any, kept: Any) -> Any:
         setattr(self.rule, self.option, self.value(4 * (1 + self.calls // 2)))  # w and b in turn
@@ -254,6 +256,7 @@ class Following:
 
 OUTER: dict[str, tuple[Any, Any, str]] = {
     "slowmo": (lambda s: SlowMo(s, 0.4), reference.SlowMo(0, 0.4), "alpha"),
+    "late": (lambda s: DiLoCo(s, 0.4, delay=2), reference.DiLoCo(0, 0.4, 2, 0.5), "lr"),
     "a user's": (Lookahead, reference.Lookahead(0), "alpha"),
 }
 
