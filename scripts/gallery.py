@@ -40,7 +40,7 @@ PANELS = (
     Panel("steps", "Steps: τ", ("tau",)),
     Panel("outer_cosine", "Cosine: outer rate of DiLoCo", ("outer_lr",), ("strategy=diloco",)),
     Panel("anneal", "Anneal: ρ, as α = ηρ", (ALPHA,), ("schedule=constant", "optimizer.lr=0.1")),
-    Panel("consensus_target", "ConsensusTarget: β, as α = β/p", (ALPHA, DISTANCE), (), 0.15),
+    Panel("consensus_target", "ConsensusTarget: β, as α = β/p", (ALPHA, DISTANCE), (), 0.1),
     Panel("adaptive_period", "AdaptivePeriod: τ", ("tau",)),
 )
 LABELS = {"tau": "τ (steps)", ALPHA: "α", "outer_lr": "outer_lr", DISTANCE: "‖x − c‖ / ‖c‖"}

@@ -10,6 +10,7 @@ from typing_extensions import override
 from lightning_easgd.schedules.base import Observation, Schedule, is_number
 
 _GAIN = 0.25
+_STEADY = 0.75
 
 
 class ConsensusTarget(Schedule):
@@ -19,7 +20,11 @@ class ConsensusTarget(Schedule):
 
     once in a round, in which every fragment has its turn; the same for α. A stronger pull brings
     workers closer. Since d is known an exchange later, a large power would swing around the target,
-    and 1 without end. It stays in its bounds, and below what is stable for so many workers.
+    and 1 without end. It stays in its bounds, and below α = 2/(p+1), which is stable.
+
+    Close to that a stronger pull drives workers away, since their mean swings around the center:
+    under noise, d² is proportional to (p-1)/(α (2-α)) + 1/((p+1)α (2 - (p+1)α)). For 2 to 64
+    workers three quarters of it are within 14 % of the least d, and 0.99 of it up to 3.2 times d.
 
     Kong et al. 2021, "Consensus control for decentralized deep learning", arXiv:2102.04828, show
     that workers closer than a critical distance lose nothing against full synchrony (theirs is from
@@ -29,7 +34,7 @@ class ConsensusTarget(Schedule):
         target: wanted distance, a fraction of ‖c‖, above 0; telemetry has ``consensus_distance``.
         start: the strength at first.
         least: the least strength, above 0.
-        most: the greatest strength; None: what is stable.
+        most: the greatest strength; None: three quarters of what is stable.
         factor: f, the most that a round changes it by, above 1.
 
     Raises:
@@ -78,7 +83,7 @@ class ConsensusTarget(Schedule):
 
     @override
     def limit(self, most: float) -> None:
-        self._limit = min(self._limit, most)
+        self._limit = _STEADY * most if self.most is None else min(self.most, most)
 
     @override
     def observe(self, seen: Observation) -> bool:

@@ -42,15 +42,20 @@ def test_the_distance_is_brought_to_the_target(target: float):
 
 def test_what_is_stable_is_never_left():
     schedule = ConsensusTarget(1e-9)
-    schedule.limit(1.3)
+    schedule.limit(1.6)
     for _ in range(100):
         schedule.observe(Observation(distance=1.0))
-        assert schedule.at(0) <= 1.3
-    assert schedule.at(0) == 1.3
+        assert schedule.at(0) <= 1.2001
+    assert schedule.at(0) == pytest.approx(1.2)
     fewer = ConsensusTarget(1e-9)
-    fewer.limit(0.95)
+    fewer.limit(1.0)
     fewer.load_state(schedule.state())
-    assert fewer.at(0) == 0.95
+    assert fewer.at(0) == 0.75
+    for most, expected in [(1.1, 1.1), (1.8, 1.6)]:
+        chosen = ConsensusTarget(1e-9, most=most)
+        chosen.limit(1.6)
+        chosen.load_state({"value": 9.0})
+        assert chosen.at(0) == expected
 
 
 def tau_after(variances: list[float | None], lr: float = 0.1, **options: Any) -> list[int]:

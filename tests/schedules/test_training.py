@@ -227,7 +227,7 @@ def test_adaptive_schedules_follow_workers_that_are_pushed_apart() -> None:
     assert alphas[159] > 2 * alphas[59]
     assert alphas[-1] < alphas[59]
     most = max(alpha for _, alpha, _ in first["most"])
-    assert most == pytest.approx(0.99 * 2 / 4)
+    assert most == pytest.approx(0.75 * 0.99 * 2 / 4)
 
 
 class Lookahead(Rule):
