@@ -26,6 +26,16 @@ from lightning_easgd.algorithms import (
 from lightning_easgd.callbacks import EASGDMonitor
 from lightning_easgd.communication import Codec, ExchangeError, Int8, TopK
 from lightning_easgd.contribution import NonFiniteError
+from lightning_easgd.schedules import (
+    AdaptivePeriod,
+    Anneal,
+    ConsensusTarget,
+    Cosine,
+    Exponential,
+    Linear,
+    Schedule,
+    Steps,
+)
 from lightning_easgd.strategy import EASGDStrategy
 from lightning_easgd.telemetry import Telemetry
 
@@ -33,19 +43,27 @@ __all__ = [
     "BMUF",
     "EASGD",
     "SMA",
+    "AdaptivePeriod",
+    "Anneal",
     "Codec",
+    "ConsensusTarget",
+    "Cosine",
     "DiLoCo",
     "Downpour",
     "EASGDMonitor",
     "EASGDStrategy",
     "ExchangeError",
+    "Exponential",
     "Int8",
     "LeaderSGD",
+    "Linear",
     "LocalSGD",
     "MDownpour",
     "NonFiniteError",
     "Rule",
+    "Schedule",
     "SlowMo",
+    "Steps",
     "Telemetry",
     "TopK",
 ]

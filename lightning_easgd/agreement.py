@@ -32,7 +32,7 @@ class Agreement:
 
     def announce(self) -> dict[str, Any]:
         """What this worker says of it, as fields of a header."""
-        return {"restart": self.drops.announce(), "loss_bits": self.leadership.announce()}
+        return {"restart": self.drops.announce(), "loss": self.leadership.announce()}
 
     def hear(self, headers: Sequence[Header]) -> None:
         """Draw the conclusion that all others draw too."""

@@ -8,7 +8,7 @@ from typing import Literal
 
 from lightning_easgd.algorithms import Rule
 from lightning_easgd.pace import TAU_MAX, TAU_MIN, AutomaticPeriod
-from lightning_easgd.schedules import Period, is_number
+from lightning_easgd.schedules import Period, Rate, is_number
 
 _GRADIENT_REDUCTION = {
     "broadcast_buffers",
@@ -93,17 +93,17 @@ def require_duration(name: str, value: float | timedelta) -> timedelta:
 
 
 def choose_period(
-    tau: int | Callable[[int], int] | Literal["auto"],
+    tau: Rate | Literal["auto"],
     bounds: tuple[int | None, int | None],
     fragments: int,
     *,
     overlap: bool,
     log: Callable[[str], None],
-) -> Period | AutomaticPeriod:
+) -> Period:
     """The communication period.
 
     Args:
-        tau: a number, a callable of the step, or "auto".
+        tau: a number, a callable of the step, a schedule, or "auto".
         bounds: ``tau_min`` and ``tau_max``, of what "auto" may choose; None for the default.
         fragments: parts of the model that are exchanged in turn.
         overlap: whether exchanges hide behind training.
@@ -126,12 +126,13 @@ def choose_period(
             " overlap=False none does. Set overlap=True (the same bits), or give tau a number."
         )
     least, most = bounds
-    return AutomaticPeriod(
+    automatic = AutomaticPeriod(
         TAU_MIN if least is None else least,
         TAU_MAX if most is None else most,
         fragments,
         log=log,
     )
+    return Period(automatic, fragments)
 
 
 def choose_overlap(rule: Rule, overlap: bool | None) -> bool:
@@ -175,6 +176,24 @@ def refuse_with_restarts(rule: Rule, **options: object) -> None:
                 f"{name}={value!r} has no meaning under {rule}, whose workers wait for the new"
                 f" center and go on from there: it {reasons[name]}, or set algorithm='easgd'."
             )
+
+
+def refuse_partial_sums(period: Period, codec: object, *, partial: bool) -> None:
+    """Refuse a schedule that needs the workers' mean where most of it is held back.
+
+    Args:
+        period: the communication period.
+        codec: how differences travel.
+        partial: whether it sends only some of the elements.
+
+    Raises:
+        ValueError: the schedule reads the variance across workers.
+    """
+    if partial and period.schedule.reads_variance:
+        raise ValueError(
+            f"tau={period} compares workers with their mean, and with compression={codec} only a"
+            " part of it arrives. Take compression='int8', 'bf16', 'fp16' or None, or another tau."
+        )
 
 
 def refuse(unsupported: Mapping[str, object]) -> None:

@@ -34,9 +34,8 @@ from lightning_easgd.center import Center
 from lightning_easgd.communication import AllReduce, Place, Stop, verify_places
 from lightning_easgd.contribution import Contribution, Pull, Weights, pull_worker
 from lightning_easgd.optimizers import LocalOptimizers
-from lightning_easgd.pace import AutomaticPeriod
 from lightning_easgd.rates import MovingRates
-from lightning_easgd.schedules import Period, Strength
+from lightning_easgd.schedules import Period, Schedules, Strength
 from lightning_easgd.telemetry import Telemetry
 from lightning_easgd.transit import Transit
 
@@ -50,11 +49,20 @@ class Rules:
     Under an algorithm whose workers restart there is no strength, no overlap and no such point.
     """
 
-    period: Period | AutomaticPeriod
+    period: Period
     strength: Strength
     overlap: bool = True
     elastic_point: ElasticPoint = "iterate"
     algorithm: Rule = field(default_factory=EASGD)
+
+    @property
+    def schedules(self) -> Schedules:
+        """Whatever follows training."""
+        named = {f"algorithm.{name}": s for name, s in self.algorithm.schedules.items()}
+        named["tau"] = self.period.schedule
+        if not self.algorithm.restarts:
+            named[self.strength.kind] = self.strength.schedule
+        return Schedules(named)
 
 
 class Exchange:
@@ -109,7 +117,7 @@ class Exchange:
             rule=rules.algorithm,
             telemetry=telemetry,
             agreement=self._agreement,
-            learn=rules.period.observe,
+            schedules=rules.schedules,
         )
         self.start_clock(0)
 
@@ -275,7 +283,8 @@ class Exchange:
             "tau": self.telemetry.tau,
             "next_due": self._next_due,
             "turn": self._transit.turn,
-            "period": self._rules.period.state(),
+            "schedules": self._rules.schedules.state(),
+            "consensus": self._transit.consensus.state(),
             "exchanged": self._transit.exchanged,
             "owed": self._transit.owed,
             "algorithm": self._rules.algorithm.kind,
@@ -308,13 +317,14 @@ class Exchange:
             due, turn, joined = owed
             self._transit.owed = due, turn % self.center.turns, joined
         self._load_outer(shared)
+        self._rules.schedules.load_state(shared.get("schedules", {}))
+        self._transit.consensus.load_state(shared.get("consensus"))
         if self._rules.period.is_constant:
             # Perhaps another one now. An exchange that is due at the clock was not begun yet.
             known = self.clock if self._restarts else max(0, self.clock - 1)
             self.telemetry.tau, self._next_due = self._rules.period.after(known)
         else:
             self.telemetry.tau, self._next_due = shared["tau"], shared["next_due"]
-            self._rules.period.load_state(shared["period"])
         if own is not None:
             self._optimizers.load_look_ahead_state(own["look_ahead"])
             self.telemetry.load_counters(own["telemetry"])

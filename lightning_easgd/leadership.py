@@ -6,7 +6,6 @@ A worker says its loss in the header of every exchange; by the next one all know
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -51,20 +50,17 @@ class Leadership:
         self._running = loss
         return True
 
-    def announce(self) -> int:
-        """The bits of this worker's running loss, for a header; infinite if it is not known."""
-        loss = math.inf if self._running is None else float(self._running)
-        bits: int = struct.unpack("<q", struct.pack("<d", loss))[0]
-        return bits
+    def announce(self) -> float:
+        """This worker's running loss, for a header; infinite if it is not known."""
+        return math.inf if self._running is None else float(self._running)
 
     def hear(self, headers: Sequence[Header]) -> None:
         """Agree with all others on who leads; of equals who did before, else the first."""
         if self._smoothing is None:
             return
-        losses = [struct.unpack("<d", struct.pack("<q", h.loss_bits))[0] for h in headers]
         ranking = [
-            (loss if math.isfinite(loss) else math.inf, rank != self.leader, rank)
-            for rank, loss in enumerate(losses)
+            (header.loss if math.isfinite(header.loss) else math.inf, rank != self.leader, rank)
+            for rank, header in enumerate(headers)
         ]
         self.leader = min(ranking)[-1]
 

@@ -17,11 +17,12 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, NamedTuple
 
-from lightning_easgd.schedules import is_number
+from typing_extensions import override
+
+from lightning_easgd.schedules import Durations, Observation, Schedule, is_number
 
 TAU_MIN, TAU_MAX = 1, 64
 """Where the period is looked for by default: what the paper tried (section 5)."""
@@ -33,18 +34,6 @@ _FIRST_ROUNDS, _ENOUGH_ROUNDS = 3, 16
 _IDLE_STEPS = 64
 _OUTLIER = 3.0
 _UNSETTLED_STEPS = 3
-
-
-@dataclass(frozen=True)
-class Durations:
-    """What one worker measured, in whole microseconds; 0 where it is not known."""
-
-    step: int = 0
-    """An optimizer step, data and all, while nothing is under way."""
-    exchange: int = 0
-    """An exchange, from its start to the arrival of the sums."""
-    cost: int = 0
-    """By how much an exchange lengthens the steps that it hides behind; below 0 by chance only."""
 
 
 class Step(NamedTuple):
@@ -155,7 +144,7 @@ def _combined(how: Callable[[Iterable[float]], float], steps: Iterable[Step]) ->
     return Step(how([step.time for step in steps]), how([step.processors for step in steps]))
 
 
-class AutomaticPeriod:
+class AutomaticPeriod(Schedule):
     """The smallest τ at which an exchange hides behind training, as far as one can.
 
     The sums arrive within τ steps, and what cannot hide takes at most 2 % of the time. It is chosen
@@ -172,7 +161,7 @@ class AutomaticPeriod:
         ValueError: the bounds are no whole numbers, or no multiple of ``fragments`` lies within.
     """
 
-    is_constant = False
+    of: ClassVar[tuple[str, ...]] = ("tau",)
 
     def __init__(
         self,
@@ -182,27 +171,29 @@ class AutomaticPeriod:
         *,
         log: Callable[[str], None] = print,
     ) -> None:
-        self.fragments = fragments
+        self._fragments = fragments
         self._bounds = _bounds(tau_min, tau_max, fragments)
         self._log = log
         self._chosen_for = Durations()
         self._rounds = 0
         self._tau = self._allowed(_FIRST_TAU / fragments)
 
-    def __str__(self) -> str:
+    @override
+    def __repr__(self) -> str:
         return f"auto, from {self._bounds[0]} to {self._bounds[1]}"
 
-    def after(self, step: int) -> tuple[int, int]:
-        """τ in force after ``step`` steps, and the next step that begins with an exchange."""
-        return self._tau, step + self._tau // self.fragments
+    @property
+    @override
+    def bounds(self) -> tuple[float, float]:
+        return self._bounds
 
-    def observe(self, workers: Sequence[Durations]) -> bool:
-        """Learn what the workers measured; the same on all of them, after every exchange.
+    @override
+    def at(self, step: int) -> float:
+        return self._tau
 
-        Returns:
-            Whether they must measure afresh, since what they measured has changed.
-        """
-        known = [durations for durations in workers if durations.step and durations.exchange]
+    @override
+    def observe(self, seen: Observation) -> bool:
+        known = [durations for durations in seen.durations if durations.step and durations.exchange]
         if not known:
             return False
         self._rounds += 1
@@ -218,15 +209,13 @@ class AutomaticPeriod:
             self._rounds = 0
         return changed
 
+    @override
     def state(self) -> dict[str, Any]:
-        """For a checkpoint; equal on all workers."""
         return {"tau": self._tau, "rounds": self._rounds, "chosen_for": vars(self._chosen_for)}
 
+    @override
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """The inverse of :meth:`state`, within the bounds; does nothing if τ was not automatic."""
-        if not state:
-            return
-        self._tau = self._allowed(state["tau"] / self.fragments)
+        self._tau = self._allowed(state["tau"] / self._fragments)
         self._rounds = state["rounds"]
         self._chosen_for = Durations(**state["chosen_for"])
 
@@ -249,10 +238,10 @@ class AutomaticPeriod:
 
     def _allowed(self, steps_between: float) -> int:
         least, most = self._bounds
-        return min(max(self.fragments * math.ceil(steps_between), least), most)
+        return min(max(self._fragments * math.ceil(steps_between), least), most)
 
     def _reason(self, tau: int, found: Durations, behind: int, rarely: int) -> str:
-        hidden = tau // self.fragments >= behind
+        hidden = tau // self._fragments >= behind
         return (
             f"tau=auto: {self._tau} -> {tau}. A step takes {found.step / 1e3:.1f} ms and an"
             f" exchange {found.exchange / 1e3:.1f} ms, which hides behind {behind} step(s); it"

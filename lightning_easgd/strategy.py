@@ -25,6 +25,7 @@ from lightning_easgd.arguments import (
     choose_overlap,
     choose_period,
     refuse,
+    refuse_partial_sums,
     refuse_with_restarts,
     require_bools,
     require_choice,
@@ -45,12 +46,12 @@ from lightning_easgd.communication import (
     leave_all_groups,
 )
 from lightning_easgd.exchange import ElasticPoint, Exchange, Rules
-from lightning_easgd.features import batches_per_epoch, refuse_features
+from lightning_easgd.features import batches_per_epoch, expected_training, refuse_features
 from lightning_easgd.internals import LoopHooks, StrategyRegistry, stops_early
 from lightning_easgd.optimizers import LocalOptimizers
 from lightning_easgd.persistence import PersistentStrategy
 from lightning_easgd.resuming import begin_epoch_as_usual
-from lightning_easgd.schedules import Rate, Strength
+from lightning_easgd.schedules import Rate, Strength, Training
 from lightning_easgd.signals import SignalRelay
 from lightning_easgd.telemetry import Telemetry
 
@@ -83,13 +84,14 @@ class EASGDStrategy(PersistentStrategy):
             "mdownpour", "slowmo", "bmuf", "diloco", "sma", "leader_sgd") or a Rule with options of
             its own.
         tau: communication period τ, in optimizer steps: a whole number, a callable of the
-            optimizer step, or "auto": the smallest at which exchanges hide behind training, found
-            by measuring (see pace.py). None: 10, or what the rule is limited to.
+            optimizer step, a Schedule (see schedules/), or "auto": the smallest at which exchanges
+            hide behind training, found by measuring (see pace.py). None: 10, or what the rule is
+            limited to.
         beta: β = pα, how far the center moves towards the mean of the p workers, in (0, 2).
         alpha: α, how far a worker moves towards the center, in [0, 2/(p+1)).
         rho: elastic strength ρ; α = ηρ with the current learning rate η of each parameter group. At
-            most one of beta, alpha and rho is given, as a number or a callable of the optimizer
-            step; none: β = 0.9. For rules that pull.
+            most one of beta, alpha and rho is given, as a number, a callable of the optimizer step
+            or a Schedule; none: β = 0.9. For rules that pull.
         overlap: let the all-reduce travel behind the following steps. The same bits either way.
             None: if the rule can, which those that pull can.
         evaluate_on: what validation during ``fit`` sees: the center, or each worker's own weights.
@@ -138,7 +140,7 @@ class EASGDStrategy(PersistentStrategy):
         self,
         *,
         algorithm: str | Rule = "easgd",
-        tau: int | Callable[[int], int] | Literal["auto"] | None = None,
+        tau: Rate | Literal["auto"] | None = None,
         beta: Rate | None = None,
         alpha: Rate | None = None,
         rho: Rate | None = None,
@@ -208,6 +210,8 @@ class EASGDStrategy(PersistentStrategy):
         self._final_exchange = final_exchange
         self._exchange_timeout = require_duration("exchange_timeout", exchange_timeout)
         self._codec = choose_codec(compression)
+        sparse = self._codec is not None and self._codec.block is None
+        refuse_partial_sums(self._rules.period, self._codec, partial=sparse)
         self._bucket_bytes = require_count("bucket_bytes", bucket_bytes, "bytes")
         self.telemetry = Telemetry()
         self._center: Center | None = None
@@ -300,11 +304,10 @@ class EASGDStrategy(PersistentStrategy):
 
     def _options(self) -> list[str]:
         """What must be equal on all workers, a line each; callables can't be compared."""
-        strength = self._rules.strength
         return [
             f"algorithm={self._rules.algorithm}",
             f"tau={self._rules.period}",
-            f"{strength.kind}={'callable' if callable(strength.value) else strength.value}",
+            str(self._rules.strength),
             f"elastic_point={self._rules.elastic_point}",
             f"buffers={self._buffer_policy}",
             f"final_exchange={self._final_exchange}",
@@ -352,9 +355,9 @@ class EASGDStrategy(PersistentStrategy):
         assert self._signals is not None
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
-        steps, batches = zip(
-            *self._group.gather((trainer.global_step, batches_per_epoch(trainer))), strict=True
-        )
+        mine = trainer.global_step, batches_per_epoch(trainer), expected_training(trainer)
+        steps, batches, expected = zip(*self._group.gather(mine), strict=True)
+        self._rules.schedules.begin(Training.of_all(expected))
         if self._resumed is None:
             self._exchange.start_clock(max(steps))
         else:

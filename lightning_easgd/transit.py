@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -33,8 +33,10 @@ from lightning_easgd.communication import (
     Stop,
     verify,
 )
+from lightning_easgd.consensus import Consensus
 from lightning_easgd.contribution import Contribution, Pull, report_non_finite
-from lightning_easgd.pace import Durations, Pace
+from lightning_easgd.pace import Pace
+from lightning_easgd.schedules import Schedules
 from lightning_easgd.segments import Fragment
 from lightning_easgd.telemetry import Telemetry
 
@@ -46,6 +48,8 @@ class InFlight:
     """An exchange that was started and not yet applied."""
 
     clock: int
+    turn: int
+    """Which fragment of each segment it is of."""
     segments: int
     """Segments known when it was started, those that join after it included."""
     fragments: list[Fragment]
@@ -67,7 +71,7 @@ class Transit:
         rule: how sums move the center.
         telemetry: where costs are counted.
         agreement: what the rule wants to be agreed on.
-        learn: told what all workers measured, after every exchange; says whether to measure afresh.
+        schedules: observe what the workers tell of themselves, after every exchange.
     """
 
     def __init__(
@@ -79,12 +83,13 @@ class Transit:
         rule: Rule,
         telemetry: Telemetry,
         agreement: Agreement,
-        learn: Callable[[Sequence[Durations]], bool],
+        schedules: Schedules,
     ) -> None:
         self.all_reduce = all_reduce
         self.contribution = contribution
         self._agreement = agreement
         self.pace = Pace()
+        self.consensus = Consensus(center.turns)
         self.turn = 0
         """Which fragment the next exchange is of."""
         self.exchanged: tuple[int, int] | None = None
@@ -98,7 +103,7 @@ class Transit:
         self._center = center
         self._rule = rule
         self._telemetry = telemetry
-        self._learn = learn
+        self._schedules = schedules
         self._in_flight: InFlight | None = None
         self._count = 0
 
@@ -192,7 +197,7 @@ class Transit:
         moved = self.all_reduce.sum_bytes(payload, last=last)
         self._count_bytes(self.all_reduce.header_bytes + moved)
         segments, fragments = len(self._center.segments), self.contribution.fragments
-        self._in_flight = InFlight(clock, segments, fragments, payload, pending)
+        self._in_flight = InFlight(clock, self.turn, segments, fragments, payload, pending)
         return self._in_flight
 
     def _header(self, clock: int, place: Place) -> Header:
@@ -214,6 +219,10 @@ class Transit:
             step_microseconds=measured.step,
             exchange_microseconds=measured.exchange,
             cost_microseconds=measured.cost,
+            distance=self.contribution.distance,
+            size=self.contribution.size,
+            variance=self.consensus.variance,
+            lr=self.contribution.learning_rate() if self._schedules.read_variance else 0.0,
             **self._agreement.announce(),
         )
 
@@ -256,30 +265,35 @@ class Transit:
             healthy = [not header.non_finite for header in headers]
             self._telemetry.non_finite += healthy.count(False)
             report_non_finite(flight.clock, healthy, speaks=self.all_reduce.group.rank == 0)
+            mean = self._mean_distance(healthy)
             self._move_center(flight, healthy)
             if flight.payload.statistics:
                 self._center.statistics.apply(healthy)
-            if self._learn([_durations(header) for header in headers]):
+            # Only now: the center moves as all knew when the exchange began.
+            if flight.moves and self._schedules.observe(
+                self.consensus.note(flight.turn, headers, mean)
+            ):
                 self.pace.restart()
         if flight.restarts:
             self._center.restart_worker()
         self._center.join(flight.segments)
 
+    def _mean_distance(self, healthy: Sequence[bool]) -> float | None:
+        if not self._schedules.read_variance:
+            return None
+        return self.contribution.mean_distance(sum(healthy))
+
     def _move_center(self, flight: InFlight, healthy: Sequence[bool]) -> None:
+        rule = self._rule.at(flight.clock)
+        self._telemetry.rates = {name: getattr(rule, name) for name in self._rule.schedules}
         for fragment in flight.fragments:
             center, total = fragment.center.parts, fragment.total.parts
-            if self._rule.average and not all(healthy):
+            if rule.average and not all(healthy):
                 elastic.scale_(total, [len(healthy) / sum(healthy)] * len(total))
             if flight.moves:
                 for part, move, memory in zip(center, total, fragment.outer, strict=True):
-                    self._rule.move_(part, move, memory)
+                    rule.move_(part, move, memory)
             else:
                 elastic.move_center_(center, total)
-            if self._rule.restarts and not self._rule.delay:
-                fragment.restart(self._rule.mixing)
-
-
-def _durations(header: Header) -> Durations:
-    return Durations(
-        header.step_microseconds, header.exchange_microseconds, header.cost_microseconds
-    )
+            if rule.restarts and not rule.delay:
+                fragment.restart(rule.mixing)

@@ -16,7 +16,7 @@ LAYERS = [
     {"arguments", "segments"},
     {"buffers", "communication", "optimizers"},
     {"center"},
-    {"drops", "leadership", "rates"},
+    {"consensus", "drops", "leadership", "rates"},
     {"agreement", "contribution"},
     {"transit"},
     {"exchange", "internals"},

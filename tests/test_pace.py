@@ -13,7 +13,8 @@ from test_reference import OPTIMIZERS
 from toy import Resumable, Toy, loader, trainer, weights
 
 from lightning_easgd import EASGDStrategy
-from lightning_easgd.pace import AutomaticPeriod, Durations, Pace
+from lightning_easgd.pace import AutomaticPeriod, Pace
+from lightning_easgd.schedules import Durations, Observation, Period
 
 
 class Simulated:
@@ -27,7 +28,8 @@ class Simulated:
     ) -> None:
         self.step, self.exchange, self.cost, self.crowded = step, exchange, cost, crowded
         self.said: list[str] = []
-        self.period = AutomaticPeriod(log=self.said.append, **bounds)
+        automatic = AutomaticPeriod(log=self.said.append, **bounds)
+        self.period = Period(automatic, bounds.get("fragments", 1))
         self.now = self.used = self.waited = 0.0
         self.pace = Pace(lambda: self.now, lambda: self.used)
         self.arrival = 0.0
@@ -42,7 +44,7 @@ class Simulated:
                 self.waited += late
                 self.pace.wait(late)
                 self.pace.arrive()
-                if self.period.observe([self.pace.durations()]):
+                if self.period.schedule.observe(Observation([self.pace.durations()])):
                     self.pace.restart()
                 tau, due = self.period.after(clock)
                 self.now += self.cost
@@ -126,8 +128,8 @@ def test_the_slowest_worker_and_the_last_to_begin_count() -> None:
     period = AutomaticPeriod(log=said.append)
     workers = [Durations(50_000, 900_000, 0), Durations(100_000, 500_000, 4_000), Durations()]
     for _ in range(3):
-        period.observe(workers)
-    assert period.after(0) == (5, 5)
+        period.observe(Observation(workers))
+    assert Period(period).after(0) == (5, 5)
     assert len(said) == 1
 
 

@@ -5,13 +5,13 @@ Letters: p workers, x^i a worker, c the center, m = (1/p) Î£_i x^i their mean, Ï
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_easgd.algorithms.base import Rule, momentum_of, require_momentum
+from lightning_easgd.schedules import Rate
 
 
 class LocalSGD(Rule):
@@ -86,11 +86,7 @@ class MDownpour(Downpour):
 
     @override
     def objection(
-        self,
-        *,
-        tau: int | Callable[[int], int] | Literal["auto"],
-        fragments: int,
-        compression: object,
+        self, *, tau: Rate | Literal["auto"], fragments: int, compression: object
     ) -> str | None:
         if tau == 1:
             return None

@@ -13,18 +13,20 @@ of the way, x <- mixing x + (1 - mixing) c+. A worker's optimizer state stays it
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_easgd.schedules import is_number
+from lightning_easgd.schedules import Rate, Schedule, is_number
 
 
 class Rule(ABC):
     """How an exchange moves the center and the workers. Holds options only, and no state.
+
+    An option may be a Schedule; :meth:`move_` finds its value at the step of the exchange instead.
 
     Attributes:
         restarts: whether workers go on from the new center; else they are pulled.
@@ -66,16 +68,26 @@ class Rule(ABC):
         return 1 / workers if self.average else 1.0
 
     @property
+    def schedules(self) -> dict[str, Schedule]:
+        """The options that follow a schedule, by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Schedule)}
+
+    def at(self, step: int) -> Rule:
+        """This rule with the values that its schedules have after ``step`` optimizer steps."""
+        schedules = self.schedules
+        if not schedules:
+            return self
+        rule = copy.copy(self)
+        vars(rule).update({name: schedule.at(step) for name, schedule in schedules.items()})
+        return rule
+
+    @property
     def overlaps(self) -> bool:
         """Whether workers can go on while the sum travels, with the same result."""
         return not self.restarts or self.delay > 0
 
     def objection(
-        self,
-        *,
-        tau: int | Callable[[int], int] | Literal["auto"],
-        fragments: int,
-        compression: object,
+        self, *, tau: Rate | Literal["auto"], fragments: int, compression: object
     ) -> str | None:
         """Why the rule is not itself under these options of the strategy, and what is allowed.
 

@@ -5,14 +5,13 @@ Letters: x^i a worker, L the worker that leads, c the center.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_easgd.algorithms.base import Rule
-from lightning_easgd.schedules import is_number
+from lightning_easgd.schedules import Rate, Schedule, is_number
 
 
 class LeaderSGD(Rule):
@@ -56,12 +55,14 @@ class LeaderSGD(Rule):
 
     @override
     def objection(
-        self,
-        *,
-        tau: int | Callable[[int], int] | Literal["auto"],
-        fragments: int,
-        compression: object,
+        self, *, tau: Rate | Literal["auto"], fragments: int, compression: object
     ) -> str | None:
+        if isinstance(tau, Schedule) and tau.reads_variance:
+            return (
+                f"tau={tau!r} is not possible with {self}: the sum of an exchange is the leader's"
+                " weights, and tells no variance across workers. Allowed: another schedule, or a"
+                " number."
+            )
         for name, given, usual in (("fragments", fragments, 1), ("compression", compression, None)):
             if given != usual:
                 return (

@@ -20,10 +20,12 @@ from lightning_easgd import (
     BMUF,
     EASGD,
     SMA,
+    AdaptivePeriod,
     DiLoCo,
     Downpour,
     EASGDStrategy,
     LeaderSGD,
+    Linear,
     LocalSGD,
     MDownpour,
     Rule,
@@ -349,6 +351,7 @@ def test_momentum_of_the_center_widens_what_is_stable(p: int, mu: float) -> None
         (lambda: late(tau=4), r"delay=5 with tau=4 and fragments=1 .*tau of at least 5, or"),
         (lambda: late(tau=8, fragments=2), r"delay=5 with tau=8 .*tau of at least 10, or delay=0"),
         (lambda: late(tau="auto"), "delay=5 with tau='auto' .*a number tau"),
+        (lambda: late(tau=Linear(8, 16)), r"delay=5 with tau=Linear\(.* .*a number tau"),
         (lambda: EASGD(center_momentum=1), r"center_momentum=1 .*Allowed: a number in \[0, 1\)"),
         (lambda: SMA(-0.1), r"center_momentum=-0.1 .*Allowed: a number in \[0, 1\)"),
         (lambda: SMA(lr_drop=1), r"lr_drop=1 .*Allowed: a number in \(0, 1\)"),
@@ -359,6 +362,7 @@ def test_momentum_of_the_center_widens_what_is_stable(p: int, mu: float) -> None
         (lambda: LeaderSGD(loss_smoothing=1), r"loss_smoothing=1 .*Allowed: a number in \[0, 1\)"),
         (lambda: with_leader(fragments=2), r"fragments=2 is not possible with LeaderSGD"),
         (lambda: with_leader(compression="int8"), "compression='int8' .*Allowed: compression=None"),
+        (lambda: with_leader(tau=AdaptivePeriod(4)), "tau=AdaptivePeriod.* tells no variance"),
         (lambda: with_leader(alpha=0.5), "alpha=0.5 has no meaning under LeaderSGD"),
     ],
 )
@@ -367,7 +371,7 @@ def test_hyper_parameters_out_of_range_are_refused(make: Any, message: str) -> N
         make()
 
 
-@pytest.mark.parametrize("tau", [2, 0, lambda step: 1, "auto"])
+@pytest.mark.parametrize("tau", [2, 0, lambda step: 1, Linear(1, 2), "auto"])
 def test_a_period_that_a_rule_cannot_is_refused(tau: Any) -> None:
     with pytest.raises(ValueError, match=r"tau=.* is not possible with MDownpour.*Allowed: tau=1"):
         EASGDStrategy(algorithm="mdownpour", tau=tau)
