@@ -14,9 +14,12 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lightning_easgd.algorithms import (
     BMUF,
     EASGD,
+    SMA,
     DiLoCo,
     Downpour,
+    LeaderSGD,
     LocalSGD,
+    MDownpour,
     PostLocalSGD,
     Rule,
     SlowMo,
@@ -24,24 +27,45 @@ from lightning_easgd.algorithms import (
 from lightning_easgd.callbacks import EASGDMonitor
 from lightning_easgd.communication import Codec, ExchangeError, Int8, TopK
 from lightning_easgd.contribution import NonFiniteError
+from lightning_easgd.schedules import (
+    AdaptivePeriod,
+    Anneal,
+    ConsensusTarget,
+    Cosine,
+    Exponential,
+    Linear,
+    Schedule,
+    Steps,
+)
 from lightning_easgd.strategy import EASGDStrategy
 from lightning_easgd.telemetry import Telemetry
 
 __all__ = [
     "BMUF",
     "EASGD",
+    "SMA",
+    "AdaptivePeriod",
+    "Anneal",
     "Codec",
+    "ConsensusTarget",
+    "Cosine",
     "DiLoCo",
     "Downpour",
     "EASGDMonitor",
     "EASGDStrategy",
     "ExchangeError",
+    "Exponential",
     "Int8",
+    "LeaderSGD",
+    "Linear",
     "LocalSGD",
+    "MDownpour",
     "NonFiniteError",
     "PostLocalSGD",
     "Rule",
+    "Schedule",
     "SlowMo",
+    "Steps",
     "Telemetry",
     "TopK",
 ]

@@ -8,7 +8,7 @@ from typing import Literal
 
 from lightning_easgd.algorithms import Rule
 from lightning_easgd.pace import TAU_MAX, TAU_MIN, AutomaticPeriod
-from lightning_easgd.schedules import Period, is_number
+from lightning_easgd.schedules import Period, Rate, is_number
 
 _GRADIENT_REDUCTION = {
     "broadcast_buffers",
@@ -93,17 +93,17 @@ def require_duration(name: str, value: float | timedelta) -> timedelta:
 
 
 def choose_period(
-    tau: int | Callable[[int], int] | Literal["auto"],
+    tau: Rate | Literal["auto"],
     bounds: tuple[int | None, int | None],
     fragments: int,
     *,
     overlap: bool,
     log: Callable[[str], None],
-) -> Period | AutomaticPeriod:
+) -> Period:
     """The communication period.
 
     Args:
-        tau: a number, a callable of the step, or "auto".
+        tau: a number, a callable of the step, a schedule, or "auto".
         bounds: ``tau_min`` and ``tau_max``, of what "auto" may choose; None for the default.
         fragments: parts of the model that are exchanged in turn.
         overlap: whether exchanges hide behind training.
@@ -126,12 +126,13 @@ def choose_period(
             " overlap=False none does. Set overlap=True (the same bits), or give tau a number."
         )
     least, most = bounds
-    return AutomaticPeriod(
+    automatic = AutomaticPeriod(
         TAU_MIN if least is None else least,
         TAU_MAX if most is None else most,
         fragments,
         log=log,
     )
+    return Period(automatic, fragments)
 
 
 def choose_overlap(rule: Rule, overlap: bool | None) -> bool:
@@ -141,9 +142,9 @@ def choose_overlap(rule: Rule, overlap: bool | None) -> bool:
         ValueError: it is not True, False or None, or the rule cannot.
     """
     if overlap is None:
-        return not rule.restarts
+        return rule.overlaps
     require_bools(overlap=overlap)
-    if overlap and rule.restarts:
+    if overlap and not rule.overlaps:
         raise ValueError(
             f"overlap=True is not possible with {rule}: its workers go on from the new center, so"
             " nothing can be trained while the sum travels. Remove overlap; under algorithm='easgd'"
@@ -188,6 +189,24 @@ def refuse_with_warm_up(rule: Rule, *, groups: object) -> None:
             f"groups={groups!r} is not possible with {rule}: groups average gradients inside, and"
             f" {type(rule).__name__} over all workers at first. Remove groups, or set"
             " algorithm='local_sgd' or another one that has no warm-up."
+        )
+
+
+def refuse_partial_sums(period: Period, codec: object, *, partial: bool) -> None:
+    """Refuse a schedule that needs the workers' mean where most of it is held back.
+
+    Args:
+        period: the communication period.
+        codec: how differences travel.
+        partial: whether it sends only some of the elements.
+
+    Raises:
+        ValueError: the schedule reads the variance across workers.
+    """
+    if partial and period.schedule.reads_variance:
+        raise ValueError(
+            f"tau={period} compares workers with their mean, and with compression={codec} only a"
+            " part of it arrives. Take compression='int8', 'bf16', 'fp16' or None, or another tau."
         )
 
 

@@ -94,13 +94,17 @@ class Center:
 
         Nothing may be in flight.
         """
-        fragments = [
-            segment.fragments[turn]
-            for segment in self.segments[: self.joined]
-            if turn < len(segment.fragments)
-        ]
+        fragments = self.fragments(turn, self.joined)
         self._provide_sums(fragments)
         return fragments
+
+    def fragments(self, turn: int, joined: int) -> list[Fragment]:
+        """Those of the first ``joined`` segments that are exchanged in this turn."""
+        return [
+            segment.fragments[turn]
+            for segment in self.segments[:joined]
+            if turn < len(segment.fragments)
+        ]
 
     def fingerprint(self, segments: int, turn: int = 0) -> int:
         """A hash of the first ``segments`` segments' names and shapes and the turn, in 56 bits."""
@@ -201,6 +205,12 @@ class Center:
         """Make the module's weights and statistics those of the center, for good."""
         self._load_center()
         self._end_lending()
+
+    def restart_worker(self) -> None:
+        """Let the weights that take part in exchanges go on from the center, without momentum."""
+        for fragment in _fragments(self.segments[: self.joined]):
+            fragment.center.write_to(fragment.tensors())
+            fragment.forget()
 
     def read_module(self) -> None:
         """Make the module's weights and statistics, equal on all workers, those of the center."""

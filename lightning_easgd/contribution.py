@@ -62,7 +62,11 @@ class Contribution:
         self._round_ = round_
         self._agree = agree
         self._from_iterate = from_iterate
-        self._distance = 0.0
+        self._rates: list[list[float]] = []
+        self.distance = 0.0
+        """‖x - c‖ of the fragments whose differences were taken last."""
+        self.size = 0.0
+        """‖c‖ of the same."""
         self.fragments: list[Fragment] = []
         """Those of which the differences were taken last."""
         self.healthy = True
@@ -79,7 +83,7 @@ class Contribution:
                 [pair for fragment in self.fragments for pair in fragment.values(fragment.total)]
             )
         for fragment in self.fragments:
-            if self._rule.restarts:
+            if self._rule.restarts and not self._rule.mixing:
                 fragment.subtract_start_()
             else:
                 elastic.difference_(fragment.total.parts, fragment.center.parts)
@@ -106,8 +110,27 @@ class Contribution:
             self._optimizers.forget(self._center.parameters())
             self._center.overwrite_worker()
         self._telemetry.exchanges += 1
-        self._telemetry.consensus_distance = self._distance
+        self._telemetry.consensus_distance = self.distance / max(self.size, 1e-30)
         return pull, payload
+
+    def mean_distance(self, workers: int) -> float | None:
+        """‖m - c‖ of the mean m of ``workers`` workers, when their sums have arrived.
+
+        Parameters with a rate of 0 tell nothing of their mean, and count as if they did not move.
+        None if that is all of them, or this worker added nothing.
+        """
+        norms: list[float] = []
+        for fragment, rates in zip(self.fragments, self._rates, strict=bool(self._rates)):
+            if len(set(rates)) == 1 and rates[0]:
+                norms.append(fragment.total.norm() / rates[0])
+            elif any(rates):
+                views = zip(torch._foreach_norm(fragment.total.views), rates, strict=True)
+                norms += [float(norm) / rate for norm, rate in views if rate]
+        return math.hypot(*norms) / workers if norms else None
+
+    def learning_rate(self) -> float:
+        """The largest η of this worker; 0 if its optimizers have none."""
+        return max(self._optimizers.learning_rates().values(), default=0.0)
 
     def nothing(self, turn: int) -> Payload:
         """Differences of zero, for what is held back to be added to."""
@@ -117,10 +140,10 @@ class Contribution:
         return Payload(self._totals())
 
     def _measure(self) -> None:
-        distance = math.hypot(*(fragment.total.norm() for fragment in self.fragments))
-        size = math.hypot(*(fragment.center.norm() for fragment in self.fragments))
-        self._distance = distance / max(size, 1e-30)
-        finite = math.isfinite(distance) or all(f.total.is_finite() for f in self.fragments)
+        self.distance = math.hypot(*(fragment.total.norm() for fragment in self.fragments))
+        self.size = math.hypot(*(fragment.center.norm() for fragment in self.fragments))
+        finite = math.isfinite(self.distance)
+        finite = finite or all(f.total.is_finite() for f in self.fragments)
         self.healthy = self._agree(finite, self._checksum)
 
     def _checksum(self) -> int:
@@ -130,8 +153,11 @@ class Contribution:
         """Turn x - c into what is sent of it; a copy of α (x - c) is the worker's own pull."""
         alphas, default = self._weights(clock)
         self._telemetry.alpha = max([*alphas.values(), default])
-        for fragment in self.fragments:
-            rates = [alphas.get(id(piece.whole), default) for piece in fragment.pieces]
+        self._rates = [
+            [alphas.get(id(piece.whole), default) for piece in fragment.pieces]
+            for fragment in self.fragments
+        ]
+        for fragment, rates in zip(self.fragments, self._rates, strict=True):
             if len(set(rates)) == 1:
                 elastic.scale_(fragment.total.parts, rates[:1] * len(fragment.total.parts))
             else:
@@ -139,12 +165,13 @@ class Contribution:
         if not last:
             self._round_(self._totals().values())
         if self._rule.restarts:
-            self._telemetry.alpha = 1.0
+            self._telemetry.alpha = 1 - self._rule.mixing
             return []
         return [(fragment, fragment.total.clone()) for fragment in self.fragments]
 
     def _leave_out(self) -> Pull:
         """Add nothing to the sums, and pull nothing."""
+        self._rates = []
         for fragment in self.fragments:
             fragment.total.zero_()
         return []

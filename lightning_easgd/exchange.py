@@ -28,15 +28,15 @@ from typing import Any, Literal
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_easgd.agreement import Agreement
 from lightning_easgd.algorithms import EASGD, Rule
 from lightning_easgd.center import Center
 from lightning_easgd.communication import AllReduce, Place, Stop, verify_places
 from lightning_easgd.contribution import Contribution, Pull, Weights, pull_worker
 from lightning_easgd.gradients import GradientAverage
 from lightning_easgd.optimizers import LocalOptimizers
-from lightning_easgd.pace import AutomaticPeriod
 from lightning_easgd.rates import MovingRates
-from lightning_easgd.schedules import Period, Strength
+from lightning_easgd.schedules import Period, Schedules, Strength
 from lightning_easgd.telemetry import Telemetry
 from lightning_easgd.transit import Transit
 
@@ -50,11 +50,20 @@ class Rules:
     Under an algorithm whose workers restart there is no strength, no overlap and no such point.
     """
 
-    period: Period | AutomaticPeriod
+    period: Period
     strength: Strength
     overlap: bool = True
     elastic_point: ElasticPoint = "iterate"
     algorithm: Rule = field(default_factory=EASGD)
+
+    @property
+    def schedules(self) -> Schedules:
+        """Whatever follows training."""
+        named = {f"algorithm.{name}": s for name, s in self.algorithm.schedules.items()}
+        named["tau"] = self.period.schedule
+        if not self.algorithm.restarts:
+            named[self.strength.kind] = self.strength.schedule
+        return Schedules(named)
 
 
 class Exchange:
@@ -96,11 +105,12 @@ class Exchange:
         """Optimizer steps taken; equal on all workers at every exchange."""
         self._restarts = rules.algorithm.restarts
         self._speaks = all_reduce.group.rank == 0
+        self._agreement = Agreement(rules.algorithm, optimizers, all_reduce.parties)
         contribution = Contribution(
             center,
             optimizers,
             rule=rules.algorithm,
-            weights=self._weights(len(all_reduce.senders)),
+            weights=self._weights(all_reduce.party, len(all_reduce.parties)),
             telemetry=telemetry,
             round_=all_reduce.round_,
             agree=all_reduce.agree,
@@ -112,14 +122,17 @@ class Exchange:
             contribution,
             rule=rules.algorithm,
             telemetry=telemetry,
-            learn=rules.period.observe,
+            agreement=self._agreement,
+            schedules=rules.schedules,
         )
         self.start_clock(0)
 
-    def _weights(self, workers: int) -> Weights:
-        if self._restarts:
-            share = self._rules.algorithm.share(workers)
-            return lambda step: ({}, share)
+    def _weights(self, party: int, workers: int) -> Weights:
+        rule, leadership = self._rules.algorithm, self._agreement.leadership
+        if rule.loss_smoothing is not None:
+            return lambda step: ({}, float(leadership.leader == party))
+        if rule.restarts:
+            return lambda step: ({}, rule.share(workers))
         strength, optimizers = self._rules.strength, self._optimizers
         return MovingRates(strength, optimizers, workers=workers, speaks=self._speaks).at
 
@@ -167,6 +180,10 @@ class Exchange:
         """Whether the module holds the worker, which may take another step."""
         return not (self._finished or self.center.lent)
 
+    def observe_loss(self, output: object) -> bool:
+        """A training step has returned ``output``; whether that has a loss if one is needed."""
+        return self._agreement.leadership.observe(output)
+
     @contextmanager
     def step(self, optimizer: Optimizer) -> Iterator[None]:
         """Surrounds one step of one of the worker's optimizers; begins the exchange that is due.
@@ -188,7 +205,10 @@ class Exchange:
             self.telemetry.steps += 1
             self._transit.pace.step(self._transit.arrived)
         if self._restarts:
+            self._transit.go_on(self.clock)
             self._begin_due()
+        elif self._transit.restarts_workers:
+            self.drain()
 
     def average_gradients(self, *, anew: bool = False) -> None:
         """Average the gradients of this step with those of other workers, if that is wanted.
@@ -231,6 +251,7 @@ class Exchange:
         """
         while True:
             if self._gradients is not None:
+                self._transit.go_on()  # before weights of others are taken over
                 self._gradients.accompany()
             self.drain()
             self.stopping = self._transit.stop_agreed
@@ -240,7 +261,7 @@ class Exchange:
             if training:
                 self._set_clock(training[0])
                 pull_worker(self._transit.answer(self.clock))
-                if not self._rules.overlap:
+                if not self._rules.overlap or self._transit.restarts_workers:
                     self._transit.land()  # when workers that train do
                 continue
             self.drain()
@@ -302,10 +323,13 @@ class Exchange:
             "tau": self.telemetry.tau,
             "next_due": self._next_due,
             "turn": self._transit.turn,
-            "period": self._rules.period.state(),
+            "schedules": self._rules.schedules.state(),
+            "consensus": self._transit.consensus.state(),
             "exchanged": self._transit.exchanged,
+            "owed": self._transit.owed,
             "algorithm": self._rules.algorithm.kind,
             "groups": self._transit.all_reduce.groups,
+            "agreement": self._agreement.shared_state(),
             **self.center.shared_state(),
         }
 
@@ -316,6 +340,7 @@ class Exchange:
             "look_ahead": self._optimizers.look_ahead_state(),
             "telemetry": self.telemetry.counters(),
             "held_back": self._transit.all_reduce.state(),
+            "agreement": self._agreement.own_state(),
         }
 
     def load_state(self, shared: Mapping[str, Any], own: Mapping[str, Any] | None) -> None:
@@ -329,18 +354,24 @@ class Exchange:
         self.clock = shared["clock"]
         self._transit.turn = shared["turn"] % self.center.turns
         self._transit.exchanged = shared.get("exchanged")
+        if self._rules.algorithm.delay and (owed := shared.get("owed")):
+            due, turn, joined = owed
+            self._transit.owed = due, turn % self.center.turns, joined
         self._load_outer(shared)
+        self._rules.schedules.load_state(shared.get("schedules", {}))
+        self._transit.consensus.load_state(shared.get("consensus"))
         if self._rules.period.is_constant:
             # Perhaps another one now. An exchange that is due at the clock was not begun yet.
             known = self.clock if self._restarts else max(0, self.clock - 1)
             self.telemetry.tau, self._next_due = self._rules.period.after(known)
         else:
             self.telemetry.tau, self._next_due = shared["tau"], shared["next_due"]
-            self._rules.period.load_state(shared["period"])
         if own is not None:
             self._optimizers.load_look_ahead_state(own["look_ahead"])
             self.telemetry.load_counters(own["telemetry"])
             self._transit.all_reduce.load_state(own.get("held_back", {}))
+        agreed, said = shared.get("agreement", {}), (own or {}).get("agreement", {})
+        self._agreement.load_state(agreed, said)
 
     def _load_outer(self, shared: Mapping[str, Any]) -> None:
         outer, kind = shared.get("outer", {}), self._rules.algorithm.kind
@@ -364,6 +395,8 @@ class Exchange:
     def _reopen(self) -> None:
         # The learning-rate finder ends a training of its own before the one that it was called in.
         self._finished = self._last_header_left = False
+        self._transit.owed = None
+        self._agreement.forget()
         if not self._transit.stop_agreed.by_exception:
             self._transit.stop_agreed = self.stopping = Stop.NO
         if not self._transit.stop_requested.by_exception:
@@ -379,7 +412,7 @@ class Exchange:
         self.stopping = self._transit.stop_agreed
         self._set_clock(self.clock)
         pull = self._transit.begin(self.clock)
-        if not self._rules.overlap:
+        if not self._rules.overlap and not self._transit.restarts_workers:
             self._transit.land()
         return pull
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import lightning.pytorch as pl
@@ -15,6 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.data import IterableDataset
 
 from lightning_easgd.internals import train_loaders, validates_by_clock
+from lightning_easgd.schedules import Training
 
 
 def refuse_features(trainer: pl.Trainer, *, sync_batchnorm: bool) -> None:
@@ -88,3 +90,20 @@ def batches_per_epoch(trainer: pl.Trainer) -> int | None:
     )
     reloaded = trainer.reload_dataloaders_every_n_epochs > 0  # type: ignore[attr-defined]
     return None if unknown or reloaded else int(trainer.num_training_batches)
+
+
+def expected_training(trainer: pl.Trainer) -> Training:
+    """How long training is going to take, as this worker knows it; its data must be set up.
+
+    Under manual optimization only ``max_steps`` tells, which counts the steps of all optimizers.
+    """
+    try:
+        automatic = trainer.lightning_module.automatic_optimization
+        steps = trainer.estimated_stepping_batches if automatic else trainer.max_steps
+    except MisconfigurationException:  # the accumulation of gradients changes
+        automatic, steps = False, trainer.max_steps
+    end = int(steps) if 0 < steps < math.inf else None
+    batches = batches_per_epoch(trainer)
+    if not automatic or batches is None:
+        return Training(end)
+    return Training(end, math.ceil(batches / trainer.accumulate_grad_batches))

@@ -187,6 +187,16 @@ class FlatVector:
         targets = [as_real(tensor.data) for tensor in tensors]
         torch._foreach_sub_(targets, self._views_on(targets))
 
+    def mix_into(self, tensors: Sequence[Tensor], weight: float) -> None:
+        """Move tensors x by ``weight`` of the way to this vector, in place, in its precision.
+
+        A tensor that equals this vector stays as it is. Autograd does not notice, as in
+        :meth:`subtract_from`.
+        """
+        targets = [as_real(tensor.data) for tensor in tensors]
+        for target, view in zip(targets, self._views_on(targets), strict=True):
+            target.copy_(torch.lerp(target.to(view.dtype), view, weight))
+
     def _views_on(self, targets: Sequence[Tensor]) -> list[Tensor]:
         """The views, copied to the device of ``targets`` if this vector lies on another."""
         if not targets or targets[0].device == self.parts[0].device:

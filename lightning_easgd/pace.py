@@ -4,6 +4,11 @@
 follow, if they take as long. What does not hide is the work at both ends: differences, pull, the
 center's move, and what the network takes from the processor on the way. That is found by comparing:
 rounds with an exchange take longer than as many steps with nothing under way.
+
+Where workers share processors, that is too much: steps with nothing under way are those in which
+others wait for their sums, and leave the processors to them. What rounds take more of the
+processors is too little: the kernel's work for the network is not in it. If it is less, the middle
+of both is the cost.
 """
 
 from __future__ import annotations
@@ -12,11 +17,12 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, NamedTuple
 
-from lightning_easgd.schedules import is_number
+from typing_extensions import override
+
+from lightning_easgd.schedules import Durations, Observation, Schedule, is_number
 
 TAU_MIN, TAU_MAX = 1, 64
 """Where the period is looked for by default: what the paper tried (section 5)."""
@@ -30,16 +36,12 @@ _OUTLIER = 3.0
 _UNSETTLED_STEPS = 3
 
 
-@dataclass(frozen=True)
-class Durations:
-    """What one worker measured, in whole microseconds; 0 where it is not known."""
+class Step(NamedTuple):
+    """What a step took, in seconds."""
 
-    step: int = 0
-    """An optimizer step, data and all, while nothing is under way."""
-    exchange: int = 0
-    """An exchange, from its start to the arrival of the sums."""
-    cost: int = 0
-    """By how much an exchange lengthens the steps that it hides behind."""
+    time: float
+    processors: float
+    """Of all threads of this process."""
 
 
 class Pace:
@@ -49,13 +51,19 @@ class Pace:
 
     Args:
         clock: seconds.
+        processors: seconds that this process has had of them.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.perf_counter,
+        processors: Callable[[], float] = time.process_time,
+    ) -> None:
         self._clock = clock
-        self._idle: deque[float] = deque(maxlen=_IDLE_STEPS)
+        self._processors = processors
+        self._idle: deque[Step] = deque(maxlen=_IDLE_STEPS)
         self._flights: deque[float] = deque(maxlen=_ENOUGH_ROUNDS)
-        self._rounds: deque[tuple[float, int]] = deque(maxlen=_ENOUGH_ROUNDS)  # seconds and steps
+        self._rounds: deque[tuple[Step, int]] = deque(maxlen=_ENOUGH_ROUNDS)  # sums, how many
         self._unsettled = _UNSETTLED_STEPS
         self._longest = math.inf  # what is longer is something else than a step
         self.interrupt()
@@ -69,8 +77,9 @@ class Pace:
     def interrupt(self) -> None:
         """Forget what is being measured: something else than steps takes its time."""
         self._last_end: float | None = None
+        self._last_used = 0.0
         self._departure: float | None = None
-        self._round: list[float] | None = None
+        self._round: list[Step] | None = None
         self._exchanged = self._idled = False
         self._waited = 0.0
 
@@ -89,46 +98,53 @@ class Pace:
         if self._round is not None:
             if not self._idled:
                 self._idle.extend(self._round[1:])  # the best that is known of idle ones
-            self._rounds.append((sum(self._round), len(self._round)))
+            self._rounds.append((_combined(sum, self._round), len(self._round)))
         self._round = None if self._last_end is None else []
         self._exchanged, self._idled = True, False
         if self._idle:
-            self._longest = _OUTLIER * statistics.median(self._idle)
+            self._longest = _OUTLIER * statistics.median(step.time for step in self._idle)
         self._departure = self._clock()
 
     def step(self, arrived: Callable[[], bool]) -> None:
         """A step has ended; ``arrived`` says whether the sums under way are there."""
-        now = self._clock()
+        now, used = self._clock(), self._processors()
         if self._unsettled:
             self._unsettled -= 1
         elif self._last_end is not None:
-            self._note(now - self._last_end - self._waited)
+            took = min(now - self._last_end - self._waited, self._longest)
+            self._note(Step(took, used - self._last_used))
         if self._departure is not None and arrived():
             if self._last_end is not None:  # at some moment between then and now
                 self._departure += min(now - self._last_end, now - self._departure) / 2
             self.arrive()
-        self._last_end, self._waited, self._exchanged = now, 0.0, False
+        self._last_end, self._last_used = now, used
+        self._waited, self._exchanged = 0.0, False
 
     def durations(self) -> Durations:
         """What is known now."""
         if not self._idle:
             return Durations()
-        step = statistics.fmean(self._idle)  # not the median: it adds up over a round
-        longer = sum(seconds - count * step for seconds, count in self._rounds)
-        cost = max(0.0, longer / max(1, len(self._rounds)))
+        step = _combined(statistics.fmean, self._idle)  # no medians: it adds up over a round
+        longer = sum(took.time - count * step.time for took, count in self._rounds)
+        busier = sum(took.processors - count * step.processors for took, count in self._rounds)
+        busier *= step.time / max(step.processors, 1e-9)
+        cost = (longer + min(longer, busier)) / 2 / max(1, len(self._rounds))
         exchange = statistics.median(self._flights) if self._flights else 0.0
-        return Durations(*(math.ceil(1e6 * seconds) for seconds in (step, exchange, cost)))
+        return Durations(*(math.ceil(1e6 * seconds) for seconds in (step.time, exchange, cost)))
 
-    def _note(self, seconds: float) -> None:
-        seconds = min(seconds, self._longest)
+    def _note(self, step: Step) -> None:
         if self._departure is None and not self._exchanged:
-            self._idle.append(seconds)
+            self._idle.append(step)
             self._idled = True
         if self._round is not None:
-            self._round.append(seconds)
+            self._round.append(step)
 
 
-class AutomaticPeriod:
+def _combined(how: Callable[[Iterable[float]], float], steps: Iterable[Step]) -> Step:
+    return Step(how([step.time for step in steps]), how([step.processors for step in steps]))
+
+
+class AutomaticPeriod(Schedule):
     """The smallest τ at which an exchange hides behind training, as far as one can.
 
     The sums arrive within τ steps, and what cannot hide takes at most 2 % of the time. It is chosen
@@ -145,7 +161,7 @@ class AutomaticPeriod:
         ValueError: the bounds are no whole numbers, or no multiple of ``fragments`` lies within.
     """
 
-    is_constant = False
+    of: ClassVar[tuple[str, ...]] = ("tau",)
 
     def __init__(
         self,
@@ -155,34 +171,36 @@ class AutomaticPeriod:
         *,
         log: Callable[[str], None] = print,
     ) -> None:
-        self.fragments = fragments
+        self._fragments = fragments
         self._bounds = _bounds(tau_min, tau_max, fragments)
         self._log = log
         self._chosen_for = Durations()
         self._rounds = 0
         self._tau = self._allowed(_FIRST_TAU / fragments)
 
-    def __str__(self) -> str:
+    @override
+    def __repr__(self) -> str:
         return f"auto, from {self._bounds[0]} to {self._bounds[1]}"
 
-    def after(self, step: int) -> tuple[int, int]:
-        """τ in force after ``step`` steps, and the next step that begins with an exchange."""
-        return self._tau, step + self._tau // self.fragments
+    @property
+    @override
+    def bounds(self) -> tuple[float, float]:
+        return self._bounds
 
-    def observe(self, workers: Sequence[Durations]) -> bool:
-        """Learn what the workers measured; the same on all of them, after every exchange.
+    @override
+    def at(self, step: int) -> float:
+        return self._tau
 
-        Returns:
-            Whether they must measure afresh, since what they measured has changed.
-        """
-        known = [durations for durations in workers if durations.step and durations.exchange]
+    @override
+    def observe(self, seen: Observation) -> bool:
+        known = [durations for durations in seen.durations if durations.step and durations.exchange]
         if not known:
             return False
         self._rounds += 1
         found = Durations(
             step=max(durations.step for durations in known),
             exchange=min(durations.exchange for durations in known),
-            cost=sum(durations.cost for durations in known) // len(known),
+            cost=max(0, sum(durations.cost for durations in known) // len(known)),
         )
         if self._rounds in (_FIRST_ROUNDS, _ENOUGH_ROUNDS):
             self._choose(found)
@@ -191,15 +209,13 @@ class AutomaticPeriod:
             self._rounds = 0
         return changed
 
+    @override
     def state(self) -> dict[str, Any]:
-        """For a checkpoint; equal on all workers."""
         return {"tau": self._tau, "rounds": self._rounds, "chosen_for": vars(self._chosen_for)}
 
+    @override
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """The inverse of :meth:`state`, within the bounds; does nothing if τ was not automatic."""
-        if not state:
-            return
-        self._tau = self._allowed(state["tau"] / self.fragments)
+        self._tau = self._allowed(state["tau"] / self._fragments)
         self._rounds = state["rounds"]
         self._chosen_for = Durations(**state["chosen_for"])
 
@@ -222,10 +238,10 @@ class AutomaticPeriod:
 
     def _allowed(self, steps_between: float) -> int:
         least, most = self._bounds
-        return min(max(self.fragments * math.ceil(steps_between), least), most)
+        return min(max(self._fragments * math.ceil(steps_between), least), most)
 
     def _reason(self, tau: int, found: Durations, behind: int, rarely: int) -> str:
-        hidden = tau // self.fragments >= behind
+        hidden = tau // self._fragments >= behind
         return (
             f"tau=auto: {self._tau} -> {tau}. A step takes {found.step / 1e3:.1f} ms and an"
             f" exchange {found.exchange / 1e3:.1f} ms, which hides behind {behind} step(s); it"

@@ -32,13 +32,16 @@ class MovingRates:
         self._workers = workers
         self._bound = elastic.stability_bound(workers)
         self._speaks = speaks
+        self._limits = {"alpha": self._bound, "beta": self._bound * workers}
+        if strength.kind in self._limits:
+            strength.schedule.limit(_HELD_BELOW_EDGE * self._limits[strength.kind])
         self._require_stability()
 
     def at(self, step: int) -> tuple[dict[int, float], float]:
         """α by parameter identity, and α of the parameters that are not among them.
 
-        An α that a schedule carried to the edge of stability or past it is held just below, which
-        is said once.
+        An α that a callable or a learning rate carried to the edge of stability or past it is held
+        just below, which is said once.
         """
         value = self._strength.at(step)
         if self._strength.kind != "rho":
@@ -64,16 +67,14 @@ class MovingRates:
         return held
 
     def _require_stability(self) -> None:
-        kind, value = self._strength.kind, self._strength.at(0)
+        kind, schedule = self._strength.kind, self._strength.schedule
+        # ρ may rise while η falls: how α = ηρ goes on is not known yet.
+        value = schedule.at(0) if kind == "rho" else schedule.bounds[1]
         lr = max(self._optimizers.learning_rates().values(), default=0.0)
         alpha = self._strength.alpha(value, lr, self._workers)
         if alpha < self._bound:
             return
-        limits = {
-            "alpha": self._bound,
-            "beta": self._bound * self._workers,
-            "rho": self._bound / max(lr, 1e-30),
-        }
+        limits = {**self._limits, "rho": self._bound / max(lr, 1e-30)}
         at_rate = f" at learning rate {lr:g}" if kind == "rho" else ""
         raise ValueError(
             f"{kind}={value:g} gives a moving rate alpha={alpha:g}{at_rate} for {self._workers}"

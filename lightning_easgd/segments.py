@@ -92,6 +92,13 @@ class Fragment:
                 flat = isinstance(value, Tensor) and value.shape == part.shape
                 mine[key] = value.to(part.device) if flat else value
 
+    def restart(self, mixing: float) -> None:
+        """Let the module's weights x go on from the center c: x <- mixing x + (1 - mixing) c."""
+        if mixing:
+            self.center.mix_into(self.tensors(), 1 - mixing)
+        else:
+            self.center.write_to(self.tensors())
+
     def subtract_start_(self) -> None:
         """Turn weights in the sum's place into their distance from where a restart began them.
 

@@ -25,6 +25,7 @@ from lightning_easgd.arguments import (
     choose_overlap,
     choose_period,
     refuse,
+    refuse_partial_sums,
     refuse_with_restarts,
     refuse_with_warm_up,
     require_bools,
@@ -46,7 +47,12 @@ from lightning_easgd.communication import (
     make_all_reduce,
 )
 from lightning_easgd.exchange import ElasticPoint, Exchange, Rules
-from lightning_easgd.features import batches_per_epoch, refuse_features, refuse_own_losses
+from lightning_easgd.features import (
+    batches_per_epoch,
+    expected_training,
+    refuse_features,
+    refuse_own_losses,
+)
 from lightning_easgd.gradients import GradientAverage
 from lightning_easgd.groups import Groups
 from lightning_easgd.internals import LoopHooks, StrategyRegistry, stops_early
@@ -54,7 +60,7 @@ from lightning_easgd.optimizers import LocalOptimizers
 from lightning_easgd.persistence import PersistentStrategy
 from lightning_easgd.replica import replica_of
 from lightning_easgd.resuming import begin_epoch_as_usual
-from lightning_easgd.schedules import Rate, Strength
+from lightning_easgd.schedules import Rate, Strength, Training
 from lightning_easgd.signals import SignalRelay
 from lightning_easgd.telemetry import Telemetry
 
@@ -84,15 +90,17 @@ class EASGDStrategy(PersistentStrategy):
 
     Args:
         algorithm: what an exchange does: the name of a rule ("easgd", "local_sgd", "downpour",
-            "post_local_sgd", "slowmo", "bmuf", "diloco") or a Rule with options of its own.
+            "post_local_sgd", "mdownpour", "slowmo", "bmuf", "diloco", "sma", "leader_sgd") or a
+            Rule with options of its own.
         tau: communication period τ, in optimizer steps: a whole number, a callable of the
-            optimizer step, or "auto": the smallest at which exchanges hide behind training, found
-            by measuring (see pace.py).
+            optimizer step, a Schedule (see schedules/), or "auto": the smallest at which exchanges
+            hide behind training, found by measuring (see pace.py). None: 10, or what the rule is
+            limited to.
         beta: β = pα, how far the center moves towards the mean of the p workers, in (0, 2).
         alpha: α, how far a worker moves towards the center, in [0, 2/(p+1)).
         rho: elastic strength ρ; α = ηρ with the current learning rate η of each parameter group. At
-            most one of beta, alpha and rho is given, as a number or a callable of the optimizer
-            step; none: β = 0.9. For rules that pull.
+            most one of beta, alpha and rho is given, as a number, a callable of the optimizer step
+            or a Schedule; none: β = 0.9. For rules that pull.
         overlap: let the all-reduce travel behind the following steps. The same bits either way.
             None: if the rule can, which those that pull can.
         evaluate_on: what validation during ``fit`` sees: the center, or each worker's own weights.
@@ -145,7 +153,7 @@ class EASGDStrategy(PersistentStrategy):
         self,
         *,
         algorithm: str | Rule = "easgd",
-        tau: int | Callable[[int], int] | Literal["auto"] = 10,
+        tau: Rate | Literal["auto"] | None = None,
         beta: Rate | None = None,
         alpha: Rate | None = None,
         rho: Rate | None = None,
@@ -194,6 +202,10 @@ class EASGDStrategy(PersistentStrategy):
         require_choice("center_device", center_device, ("cpu", None))
         require_count("fragments", fragments, "parts of the model")
         rule = choose_rule(algorithm)
+        tau = rule.default_tau if tau is None else tau
+        objection = rule.objection(tau=tau, fragments=int(fragments), compression=compression)
+        if objection:
+            raise ValueError(objection)
         refuse_with_restarts(
             rule, tau=tau, beta=beta, alpha=alpha, rho=rho, elastic_point=elastic_point
         )
@@ -214,6 +226,8 @@ class EASGDStrategy(PersistentStrategy):
         self._final_exchange = final_exchange
         self._exchange_timeout = require_duration("exchange_timeout", exchange_timeout)
         self._codec = choose_codec(compression)
+        sparse = self._codec is not None and self._codec.block is None
+        refuse_partial_sums(self._rules.period, self._codec, partial=sparse)
         self._bucket_bytes = require_count("bucket_bytes", bucket_bytes, "bytes")
         self.telemetry = Telemetry()
         self._center: Center | None = None
@@ -306,11 +320,10 @@ class EASGDStrategy(PersistentStrategy):
 
     def _options(self) -> list[str]:
         """What must be equal on all workers, a line each; callables can't be compared."""
-        strength = self._rules.strength
         return [
             f"algorithm={self._rules.algorithm}",
             f"tau={self._rules.period}",
-            f"{strength.kind}={'callable' if callable(strength.value) else strength.value}",
+            str(self._rules.strength),
             f"elastic_point={self._rules.elastic_point}",
             f"buffers={self._buffer_policy}",
             f"final_exchange={self._final_exchange}",
@@ -382,9 +395,9 @@ class EASGDStrategy(PersistentStrategy):
         assert self._signals is not None
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
-        steps, batches = zip(
-            *self._group.gather((trainer.global_step, batches_per_epoch(trainer))), strict=True
-        )
+        mine = trainer.global_step, batches_per_epoch(trainer), expected_training(trainer)
+        steps, batches, expected = zip(*self._group.gather(mine), strict=True)
+        self._rules.schedules.begin(Training.of_all(expected))
         if self._resumed is None:
             self._exchange.start_clock(max(steps))
         else:
@@ -428,6 +441,20 @@ class EASGDStrategy(PersistentStrategy):
         if gathered and self._exchange is not None and self._exchange.trains:
             self._meet_if_uneven(Place.COLLECTIVE)
         return gathered
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """One batch of this worker, whose loss the rule may want to know."""
+        assert self._exchange is not None
+        assert self.lightning_module is not None
+        output = super().training_step(*args, **kwargs)
+        known = self._exchange.observe_loss(output)
+        if not known and not self.lightning_module.automatic_optimization:
+            raise MisconfigurationException(
+                f"{self._rules.algorithm} compares the workers' training losses, and under manual"
+                " optimization training_step returned none. Return the loss, or {'loss': loss}."
+            )
+        return output
 
     @override
     def backward(self, *args: Any, **kwargs: Any) -> Tensor:

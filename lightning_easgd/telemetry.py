@@ -42,6 +42,8 @@ class Telemetry:
     """Communication period τ in force, in optimizer steps."""
     alpha: float = 0.0
     """Moving rate α of the latest exchange (the largest, if parameter groups differ)."""
+    rates: dict[str, float] = field(default_factory=dict)
+    """Options of the rule that follow a schedule, at the latest exchange that has arrived."""
     non_finite: int = 0
     """Differences left out because a worker's weights were not finite, over all workers."""
     ddp_bytes_per_step: int = 0
@@ -71,5 +73,6 @@ class Telemetry:
 
     def metrics(self) -> dict[str, float]:
         """The scalars that are worth a curve, by name."""
-        skipped = ("steps", "ddp_bytes_per_step", "worker_wait_seconds")
-        return {name: float(v) for name, v in asdict(self).items() if name not in skipped}
+        skipped = ("steps", "ddp_bytes_per_step", "worker_wait_seconds", "rates")
+        scalars = {name: v for name, v in asdict(self).items() if name not in skipped}
+        return {name: float(v) for name, v in {**scalars, **self.rates}.items()}

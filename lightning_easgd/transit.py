@@ -3,17 +3,24 @@
 [Note: who decides] Nothing that one worker knows alone decides whether a collective runs or how
 large it is. What a worker wants to change (a new parameter joins, training stops) is announced in
 the header of one exchange and takes effect at the next, when every worker has read every header.
+
+[Note: delay] Under a rule with a delay a sum moves the center when it has arrived, but the worker
+goes on from there at a step that is known when it is sent. Nothing reads the center in between but
+who looks at it. So when it arrived, and whether it was awaited for a checkpoint, changes no bit of
+what follows.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 
+from lightning_easgd.agreement import Agreement
 from lightning_easgd.algorithms import Rule, elastic
 from lightning_easgd.center import Center
 from lightning_easgd.communication import (
@@ -26,8 +33,10 @@ from lightning_easgd.communication import (
     Stop,
     verify,
 )
+from lightning_easgd.consensus import Consensus
 from lightning_easgd.contribution import Contribution, Pull, report_non_finite
-from lightning_easgd.pace import Durations, Pace
+from lightning_easgd.pace import Pace
+from lightning_easgd.schedules import Schedules
 from lightning_easgd.segments import Fragment
 from lightning_easgd.telemetry import Telemetry
 
@@ -39,6 +48,8 @@ class InFlight:
     """An exchange that was started and not yet applied."""
 
     clock: int
+    turn: int
+    """Which fragment of each segment it is of."""
     segments: int
     """Segments known when it was started, those that join after it included."""
     fragments: list[Fragment]
@@ -46,6 +57,8 @@ class InFlight:
     pending: PendingSum
     moves: bool = True
     """Whether the rule moves the center; else what arrives is only added to it."""
+    restarts: bool = False
+    """Whether workers that were pulled go on from the center that it moves."""
 
 
 class Transit:
@@ -57,7 +70,8 @@ class Transit:
         contribution: of this worker.
         rule: how sums move the center.
         telemetry: where costs are counted.
-        learn: told what all workers measured, after every exchange; says whether to measure afresh.
+        agreement: what the rule wants to be agreed on.
+        schedules: observe what the workers tell of themselves, after every exchange.
     """
 
     def __init__(
@@ -68,15 +82,20 @@ class Transit:
         *,
         rule: Rule,
         telemetry: Telemetry,
-        learn: Callable[[Sequence[Durations]], bool],
+        agreement: Agreement,
+        schedules: Schedules,
     ) -> None:
         self.all_reduce = all_reduce
         self.contribution = contribution
+        self._agreement = agreement
         self.pace = Pace()
+        self.consensus = Consensus(center.turns)
         self.turn = 0
         """Which fragment the next exchange is of."""
         self.exchanged: tuple[int, int] | None = None
         """When the latest exchange began, and how many segments were in it."""
+        self.owed: tuple[int, int, int] | None = None
+        """When the worker goes on from the center, in which turn and how many segments."""
         self.stop_requested = Stop.NO
         """Why this worker was asked to stop."""
         self.stop_agreed = Stop.NO
@@ -84,7 +103,7 @@ class Transit:
         self._center = center
         self._rule = rule
         self._telemetry = telemetry
-        self._learn = learn
+        self._schedules = schedules
         self._in_flight: InFlight | None = None
         self._count = 0
 
@@ -93,15 +112,34 @@ class Transit:
         """Whether nothing is under way."""
         return self._in_flight is None
 
+    @property
+    def restarts_workers(self) -> bool:
+        """Whether workers that are pulled go on from the center that is under way."""
+        return self._in_flight is not None and self._in_flight.restarts
+
     def arrived(self) -> bool:
         """Whether what is under way has arrived and only waits to be taken in."""
         return self._in_flight is not None and self._in_flight.pending.arrived()
 
+    @torch.no_grad()
+    def go_on(self, clock: float = math.inf) -> None:
+        """Let the worker go on from the center, if it does by ``clock`` and still has to."""
+        if self.owed is None or self.owed[0] > clock:
+            return
+        self.land()
+        _, turn, joined = self.owed
+        self.owed = None
+        for fragment in self._center.fragments(turn, joined):
+            fragment.restart(self._rule.mixing)
+
     def begin(self, clock: int, *, last: bool = False) -> Pull:
         """Send this worker's differences off; the caller owes the worker the returned pull."""
+        self.go_on()
         self.contribution.take_differences(self.turn)
         pull, payload = self.contribution.give(clock, self.turn, last=last)
-        self._start(clock, Place.TRAINING, payload, last=last)
+        restarts = self._agreement.drops.take()
+        flight = self._start(clock, Place.TRAINING, payload, last=last)
+        self._in_flight = replace(flight, restarts=restarts)
         self._take_turns(clock)
         self.pace.exchange()
         return pull
@@ -111,6 +149,7 @@ class Transit:
 
         If one of them began an exchange, :meth:`answer` it; else :meth:`land`.
         """
+        self.go_on()
         self.contribution.take_differences(self.turn)
         flight = self._start(clock, place, Payload())
         return self._await_headers(flight, patiently=True)
@@ -122,7 +161,9 @@ class Transit:
         self._take_turns(clock)
         self.all_reduce.join(self._in_flight.pending, payload)
         self._count_bytes(*self.all_reduce.sum_bytes(payload))
-        self._in_flight = replace(self._in_flight, clock=clock, payload=payload)
+        self._in_flight = replace(
+            self._in_flight, clock=clock, payload=payload, restarts=self._agreement.drops.take()
+        )
         return pull
 
     def give_back(self, clock: int) -> None:
@@ -156,7 +197,7 @@ class Transit:
         self._count_bytes(*self.all_reduce.header_bytes)
         self._count_bytes(*self.all_reduce.sum_bytes(payload, last=last))
         segments, fragments = len(self._center.segments), self.contribution.fragments
-        self._in_flight = InFlight(clock, segments, fragments, payload, pending)
+        self._in_flight = InFlight(clock, self.turn, segments, fragments, payload, pending)
         return self._in_flight
 
     def _header(self, clock: int, place: Place) -> Header:
@@ -178,10 +219,17 @@ class Transit:
             step_microseconds=measured.step,
             exchange_microseconds=measured.exchange,
             cost_microseconds=measured.cost,
+            distance=self.contribution.distance,
+            size=self.contribution.size,
+            variance=self.consensus.variance,
+            lr=self.contribution.learning_rate() if self._schedules.read_variance else 0.0,
+            **self._agreement.announce(),
         )
 
     def _take_turns(self, clock: int) -> None:
         self.exchanged = clock, self._center.joined
+        if self._rule.delay:
+            self.owed = clock + self._rule.delay, self.turn, self._center.joined
         self.turn = (self.turn + 1) % self._center.turns
 
     def _count_bytes(self, moved: int, inside: int) -> None:
@@ -212,34 +260,43 @@ class Transit:
     @torch.no_grad()
     def _apply(self, flight: InFlight, headers: Sequence[Header]) -> None:
         self.stop_agreed = max(self.stop_agreed, *(header.stop for header in headers))
+        self._agreement.hear(headers)
         self._telemetry.worker_wait_seconds = [1e-6 * h.wait_microseconds for h in headers]
         if flight.payload:
             healthy = [not header.non_finite for header in headers]
             senders = [healthy[rank] for rank in self.all_reduce.senders]
             self._telemetry.non_finite += senders.count(False)
             report_non_finite(flight.clock, healthy, speaks=self.all_reduce.group.rank == 0)
+            told = [headers[rank] for rank in self.all_reduce.senders]
+            mean = self._mean_distance(senders)
             self._move_center(flight, senders)
             if flight.payload.statistics:
                 self._center.statistics.apply(healthy)
-            if self._learn([_durations(header) for header in headers]):
+            # Only now: the center moves as all knew when the exchange began.
+            if flight.moves and self._schedules.observe(
+                self.consensus.note(flight.turn, told, mean)
+            ):
                 self.pace.restart()
+        if flight.restarts:
+            self._center.restart_worker()
         self._center.join(flight.segments)
 
+    def _mean_distance(self, healthy: Sequence[bool]) -> float | None:
+        if not self._schedules.read_variance:
+            return None
+        return self.contribution.mean_distance(sum(healthy))
+
     def _move_center(self, flight: InFlight, healthy: Sequence[bool]) -> None:
+        rule = self._rule.at(flight.clock)
+        self._telemetry.rates = {name: getattr(rule, name) for name in self._rule.schedules}
         for fragment in flight.fragments:
             center, total = fragment.center.parts, fragment.total.parts
-            if self._rule.average and not all(healthy):
+            if rule.average and not all(healthy):
                 elastic.scale_(total, [len(healthy) / sum(healthy)] * len(total))
             if flight.moves:
                 for part, move, memory in zip(center, total, fragment.outer, strict=True):
-                    self._rule.move_(part, move, memory)
+                    rule.move_(part, move, memory)
             else:
                 elastic.move_center_(center, total)
-            if self._rule.restarts:
-                fragment.center.write_to(fragment.tensors())
-
-
-def _durations(header: Header) -> Durations:
-    return Durations(
-        header.step_microseconds, header.exchange_microseconds, header.cost_microseconds
-    )
+            if rule.restarts and not rule.delay:
+                fragment.restart(rule.mixing)

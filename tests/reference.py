@@ -6,6 +6,7 @@ A state is a dict of arrays; ``alpha`` is a function of the parameter's name and
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,11 @@ def toy_gradient(state: State, batch: tuple[np.ndarray, np.ndarray]) -> State:
     x, y = batch
     residual = 2 * (x @ state["w"] + state["b"] - y) / y.size
     return {"w": x.T @ residual, "b": residual.sum(axis=0)}
+
+
+def toy_loss(state: State, batch: tuple[np.ndarray, np.ndarray]) -> float:
+    x, y = batch
+    return float(np.mean((x @ state["w"] + state["b"] - y) ** 2))
 
 
 class Sgd:
@@ -93,24 +99,34 @@ def easgd(
     accumulate: int = 1,
     final_exchange: bool = False,
     center_momentum: float = 0.0,
+    lr_drop: float = 0.0,
     sick: tuple[int, int] | None = None,
 ) -> tuple[State, list[State]]:
     """The center and the workers' iterates after all batches; ``batches`` by worker.
 
     A worker whose batch is None, or that has no more, takes no step but takes part in exchanges;
-    one that is ``sick`` at a step starts again at the center instead.
+    one that is ``sick`` at a step starts again at the center instead. All do, without momentum,
+    with the exchange after the one at which one's learning rate is ``lr_drop`` of its peak.
     """
     p = len(batches)
     workers, center = [dict(start) for _ in range(p)], dict(start)
     v = {k: 0.0 * start[k] for k in start}
+    peaks, agreed = [0.0] * p, False
     steps = max(len(own) for own in batches) // accumulate
     for t in range(steps + 1):
+        restart = False
         rates = dict.fromkeys(start, 0.0)
         workers = [dict(center) if (i, t) == sick else x for i, x in enumerate(workers)]
         pulls = [{k: 0.0 * x[k] for k in x} for x in workers]
         if (t % tau == 0 and t < steps) or (final_exchange and t == steps):
             rates = {k: alpha(k, t) for k in start}
             pulls = [{k: rates[k] * (x[k] - center[k]) for k in x} for x in workers]
+            if t and lr_drop:
+                restart = agreed
+                now = [max(optimizer.lr(k, t) for k in start) for optimizer in optimizers]
+                before = now if restart else peaks
+                peaks = [max(pair) for pair in zip(now, before, strict=True)]
+                agreed = any(n <= lr_drop * peak for n, peak in zip(now, peaks, strict=True))
         if t < steps:
             for i in range(p):
                 micro = batches[i][t * accumulate : (t + 1) * accumulate]
@@ -125,6 +141,9 @@ def easgd(
             moved = center_momentum * v[k] + sum(pull[k] for pull in pulls)
             v[k] = np.where(rates[k], moved, v[k])  # rows whose fragment has its turn
             center[k] = center[k] + np.where(rates[k], moved, 0.0)
+        if restart:
+            workers = [dict(center) for _ in workers]
+            v = {k: 0.0 * start[k] for k in start}
     return center, workers
 
 
@@ -132,10 +151,13 @@ class LocalSgd:
     """The center becomes the mean of the workers; after Stich 2019.
 
     Like all that follow, ``move`` says how far the center goes and what is kept, given how far each
-    worker went and what was kept before; ``memory`` names what is kept.
+    worker went and what was kept before; ``memory`` names what is kept. Workers go on ``delay``
+    steps later, and keep ``mixing`` of themselves.
     """
 
     memory: tuple[str, ...] = ()
+    delay = 0
+    mixing = 0.0
 
     def move(self, moves: list[np.ndarray], kept: State) -> tuple[np.ndarray, State]:
         return sum(moves) / len(moves), kept
@@ -146,6 +168,19 @@ class Downpour(LocalSgd):
 
     def move(self, moves: list[np.ndarray], kept: State) -> tuple[np.ndarray, State]:
         return sum(moves), kept
+
+
+class MDownpour(LocalSgd):
+    """Zhang et al. 2015, Alg. 4 and 5: the master keeps x and v, and hands out x + δ v."""
+
+    memory = ("v",)
+
+    def __init__(self, momentum: float) -> None:
+        self.momentum = momentum
+
+    def move(self, moves: list[np.ndarray], kept: State) -> tuple[np.ndarray, State]:
+        v = self.momentum * kept["v"] + sum(moves)
+        return v + self.momentum * (v - kept["v"]), {"v": v}
 
 
 class SlowMo(LocalSgd):
@@ -180,8 +215,9 @@ class DiLoCo(LocalSgd):
 
     memory = ("b",)
 
-    def __init__(self, lr: float, momentum: float) -> None:
-        self.lr, self.momentum = lr, momentum
+    def __init__(self, lr: float, momentum: float, delay: int = 0, mixing: float = 0.0) -> None:
+        """With a delay: Douillard et al. 2025, Alg. 2, ``mixing`` being its α."""
+        self.lr, self.momentum, self.delay, self.mixing = lr, momentum, delay, mixing
 
     def move(self, moves: list[np.ndarray], kept: State) -> tuple[np.ndarray, State]:
         gradient = -sum(moves) / len(moves)
@@ -279,6 +315,16 @@ def restarting(
     turns = turns or [{k: list(range(len(start[k]))) for k in start}]
     pause, turn = tau // len(turns), 0
     steps = max(len(own) for own in batches) // accumulate
+    owed: list[tuple[int, dict[str, list[int]]]] = []
+
+    def go_on(clock: float) -> None:
+        while owed and owed[0][0] <= clock:
+            _, rows = owed.pop()
+            for x in workers:
+                for k, mine in rows.items():
+                    x[k] = x[k].copy()
+                    x[k][mine] = rule.mixing * x[k][mine] + (1 - rule.mixing) * center[k][mine]
+
     for t in range(steps):
         means = {}
         for i, own in enumerate(batches):
@@ -292,8 +338,12 @@ def restarting(
             workers[i] = optimizers[i].step(workers[i], mean, t)
         if t < getattr(rule, "warm_up", 0):  # who had no batch, too
             workers = [dict(workers[min(means)]) for _ in workers]
+        go_on(t + 1)
         due = 1 if (t + 1) % pause == 0 else 0
         for _ in range(len(turns) if t + 1 == steps else due):
+            go_on(np.inf)
+            if sick and sick[1] == t + 1:
+                workers[sick[0]] = dict(center)
             for k, rows in turns[turn].items():
                 well = [x for i, x in enumerate(workers) if (i, t + 1) != sick]
                 moves = [x[k][rows] - center[k][rows] for x in well]
@@ -303,8 +353,59 @@ def restarting(
                 center[k][rows] += far
                 for name, value in new.items():
                     kept[k][name][rows] = value
-                for x in workers:
-                    x[k] = x[k].copy()
-                    x[k][rows] = center[k][rows]
+            owed.append((t + 1 + rule.delay, turns[turn]))
+            go_on(t + 1)
             turn = (turn + 1) % len(turns)
+    return center
+
+
+@dataclass
+class LeaderSgd:
+    """Teng et al. 2019: pull λ, and s of the running losses."""
+
+    pull: float
+    smoothing: float
+
+
+def following(
+    rule: LeaderSgd,
+    start: State,
+    batches: list[list[tuple[np.ndarray, np.ndarray]]],
+    optimizers: list[Any],
+    *,
+    tau: int,
+    accumulate: int = 1,
+    sick: tuple[int, int] | None = None,
+    **_: Any,
+) -> State:
+    """As restarting, but the center becomes a worker's weights, to which all are pulled."""
+    p, leader = len(batches), 0
+    workers, center, running = [dict(start) for _ in batches], dict(start), [np.inf] * p
+    steps = max(len(own) for own in batches) // accumulate
+
+    def best() -> int:
+        return min(range(p), key=lambda i: (running[i], i != leader, i))
+
+    for t in range(steps):
+        for i, own in enumerate(batches):
+            micro = own[t * accumulate : (t + 1) * accumulate]
+            for batch in micro:
+                new = toy_loss(workers[i], batch)
+                mean = rule.smoothing * running[i] + (1 - rule.smoothing) * new
+                running[i] = mean if np.isfinite(running[i]) else new
+            if micro:
+                gradients = [toy_gradient(workers[i], batch) for batch in micro]
+                mean = {k: sum(g[k] for g in gradients) / accumulate for k in start}
+                workers[i] = optimizers[i].step(workers[i], mean, t)
+            if sick == (i, t + 1):
+                workers[i], running[i] = dict(center), np.inf
+        if (t + 1) % tau and t + 1 < steps:
+            continue
+        if (t + 1) % tau:
+            leader = best()  # all have ended, and know the latest losses
+        if sick != (leader, t + 1):
+            center = dict(workers[leader])
+        for x in workers:
+            x.update({k: x[k] - rule.pull * (x[k] - center[k]) for k in x})
+        leader = best()
     return center

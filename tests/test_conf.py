@@ -109,6 +109,26 @@ def test_easgd_takes_one_strength(config, strength):
     assert isinstance(instantiate(cfg.strategy), EASGDStrategy)
 
 
+@pytest.mark.parametrize("name", of("vary"))
+def test_every_schedule_sets_a_parameter_of_the_strategy(config, name):
+    rule = ["strategy=diloco"] if name == "outer_cosine" else []
+    plain, varied = config(*rule).strategy, config(*rule, f"vary={name}").strategy
+    (changed,) = [key for key in plain if plain[key] != varied[key]]
+    target = (varied[changed].get("outer_lr") or varied[changed])["_target_"]
+    strategy = instantiate(varied)
+    assert isinstance(strategy, EASGDStrategy)
+    rules = strategy._rules
+    kinds = {type(s).__name__ for s in rules.schedules._named.values()} | {"Constant"}
+    assert kinds == {"Constant", target.rpartition(".")[2]}
+
+
+def test_schedules_are_taken_together_and_the_command_line_has_the_last_word(config):
+    cfg = config("vary=[linear,consensus_target]", "strategy.tau=4", "strategy.beta.target=0.2")
+    assert cfg.strategy.tau == 4
+    assert cfg.strategy.beta.target == 0.2
+    assert config("vary=cosine", "schedule=constant").schedule == "constant"
+
+
 def test_single_runs_one_process_on_the_accelerator(config):
     cfg = config("strategy=single")
     assert cfg.trainer.devices == 1

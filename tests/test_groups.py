@@ -22,7 +22,19 @@ from test_gradients import ADAMW
 from test_reference import LR, OPTIMIZERS, reference_optimizers
 from toy import Resumable, Toy, batches, initial_weights, loader, trainer, weights
 
-from lightning_easgd import EASGD, DiLoCo, EASGDStrategy, PostLocalSGD, SlowMo, TopK
+from lightning_easgd import (
+    EASGD,
+    SMA,
+    AdaptivePeriod,
+    ConsensusTarget,
+    DiLoCo,
+    EASGDStrategy,
+    LeaderSGD,
+    MDownpour,
+    PostLocalSGD,
+    SlowMo,
+    TopK,
+)
 from lightning_easgd.communication import Header
 from lightning_easgd.groups import arrange
 
@@ -32,7 +44,7 @@ GROUPS = {4: 2, 8: [[7, 3], [0, 1, 5], [2, 4, 6]]}
 
 @dataclass
 class Case:
-    """How groups train, and the reference of the rule; None: the paper's EASGD."""
+    """How groups train, and the reference of the rule; None: elastic averaging."""
 
     options: dict[str, Any] = field(default_factory=dict)
     reference: Any = None
@@ -44,10 +56,17 @@ class Case:
     sick: tuple[int, int] | None = None
     """A worker whose weights are poisoned, and the step of the exchange that finds it."""
     clip: float | None = None
+    falls: int = 1000
+    """The step from which on the learning rate is a fifth."""
+    run: Any = None
+    """What trains with the reference; None: reference.restarting."""
 
     def own(self, rank: int) -> int:
         less = self.missing[rank % len(self.missing)] if self.missing else 0
         return self.steps * self.accumulate - less
+
+    def rate(self, step: int) -> float:
+        return LR if step < self.falls else LR / 5
 
 
 CASES = {
@@ -65,11 +84,23 @@ CASES = {
     "downpour": Case({"algorithm": "downpour"}, reference.Downpour(), "sgd"),
     "slowmo": Case({"algorithm": SlowMo(0.9, 0.4)}, reference.SlowMo(0.9, 0.4), "adamw"),
     "diloco": Case({"algorithm": DiLoCo(0.7, 0.9)}, reference.DiLoCo(0.7, 0.9), "sgd"),
+    "mdownpour": Case({"algorithm": MDownpour(0.5), "tau": 1}, reference.MDownpour(0.5), "sgd"),
+    "a delay": Case({"algorithm": DiLoCo(delay=3)}, reference.DiLoCo(0.7, 0.9, 3, 0.5), "sgd"),
+    "leader_sgd": Case(
+        {"algorithm": LeaderSGD(0.3)}, reference.LeaderSgd(0.3, 0.9), "sgd", run=reference.following
+    ),
+    "sma": Case({"algorithm": SMA(0.6)}, optimizer="adamw", falls=5, steps=22),
     "fewer batches in groups": Case(missing=(0, 5)),
     "fewer batches in groups, adamw": Case(missing=(6, 0), optimizer="adamw"),
     "fewer batches everywhere": Case(missing=(2, 0, 5, 3), steps=17),
     "fewer batches, local_sgd": Case(
         {"algorithm": "local_sgd"}, reference.LocalSgd(), "sgd", missing=(0, 4)
+    ),
+    "fewer batches, a delay": Case(
+        {"algorithm": DiLoCo(delay=3)}, reference.DiLoCo(0.7, 0.9, 3, 0.5), "sgd", missing=(0, 5)
+    ),
+    "fewer batches, sma": Case(
+        {"algorithm": SMA(0.6)}, optimizer="adamw", falls=5, steps=22, missing=(13, 0)
     ),
     "a poisoned group": Case(optimizer="sgd", sick=(2, 8)),
     "a poisoned group, local_sgd": Case(
@@ -79,7 +110,7 @@ CASES = {
 
 
 SOME = (
-    *("nesterov", "nesterov, blocking", "clipped", "diloco", "a poisoned group"),
+    *("nesterov", "nesterov, blocking", "clipped", "leader_sgd", "a poisoned group"),
     *("fewer batches everywhere", "fewer batches, local_sgd"),
 )
 """Those that 8 workers train, too."""
@@ -100,6 +131,11 @@ def train(rank: int, workers: int, case: Case) -> Any:
         if case.sick is not None and (rank, batch_idx + 2) == case.sick:
             module.w.data[0, 0] = float("nan")
 
+    def on_train_batch_start(batch: Any, batch_idx: int) -> None:
+        for group in fitting.optimizers[0].param_groups:
+            group["lr"] = case.rate(fitting.global_step)
+
+    module.on_train_batch_start = on_train_batch_start
     module.on_train_batch_end = on_train_batch_end
     module.on_train_epoch_end = lambda: own.update(weights(module))
     fitting = trainer(
@@ -126,7 +162,7 @@ def expected(case: Case, workers: int) -> reference.State:
     """The center, where each group is one worker with the batches of all of its members."""
     groups = lists(workers)
     data = reference.merged([batches(rank, case.own(rank)) for rank in range(workers)], groups)
-    optimizers = reference_optimizers(case.optimizer, lambda name, t: LR, len(groups))
+    optimizers = reference_optimizers(case.optimizer, lambda name, t: case.rate(t), len(groups))
     if case.clip is not None:
         optimizers = [reference.Clipped(optimizer, case.clip) for optimizer in optimizers]
     sick = None
@@ -135,13 +171,15 @@ def expected(case: Case, workers: int) -> reference.State:
     start, tau = initial_weights(), case.options.get("tau", 4)
     own = {"tau": tau, "accumulate": case.accumulate, "sick": sick}
     if case.reference is not None:
-        return reference.restarting(case.reference, start, data, optimizers, **own)
+        run = case.run or reference.restarting
+        return run(case.reference, start, data, optimizers, **own)
     center, _ = reference.easgd(
         start,
         data,
         optimizers,
         alpha=lambda name, t: case.options.get("rho", 0.9 / len(groups) / LR) * LR,
         center_momentum=getattr(case.options.get("algorithm"), "center_momentum", 0.0),
+        lr_drop=getattr(case.options.get("algorithm"), "lr_drop", None) or 0.0,
         final_exchange=True,
         **own,
     )
@@ -167,7 +205,7 @@ def test_members_are_equal_bit_for_bit_and_groups_are_not(workers: int, name: st
     for ranks in lists(workers):
         assert all(own[rank] == own[ranks[0]] for rank in ranks)
         firsts.append(own[ranks[0]])
-    if "local_sgd" not in name:  # whose last exchange may follow the last step
+    if name != "mdownpour" and "local_sgd" not in name:  # these end with an exchange
         assert all(firsts[0] != other for other in firsts[1:])
 
 
@@ -201,6 +239,7 @@ COMBINED: list[dict[str, Any]] = [
     {"algorithm": "diloco", "buffers": "broadcast"},
     {"center_device": "cpu", "compression": "int8", "buffers": "local"},
     {"tau": "auto", "tau_max": 8, "evaluate_on": "worker"},
+    {"tau": AdaptivePeriod(4, sample=2), "alpha": ConsensusTarget(0.02, 0.3)},
 ]
 
 

@@ -13,18 +13,25 @@ from test_reference import OPTIMIZERS
 from toy import Resumable, Toy, loader, trainer, weights
 
 from lightning_easgd import EASGDStrategy
-from lightning_easgd.pace import AutomaticPeriod, Durations, Pace
+from lightning_easgd.pace import AutomaticPeriod, Pace
+from lightning_easgd.schedules import Durations, Observation, Period
 
 
 class Simulated:
-    """A worker whose steps, sums and exchanges take what they are told, in seconds."""
+    """A worker whose steps, sums and exchanges take what they are told, in seconds.
 
-    def __init__(self, step: float, exchange: float, cost: float, **bounds: Any) -> None:
-        self.step, self.exchange, self.cost = step, exchange, cost
+    ``crowded``: by how much others on its processors lengthen a step while its sums are under way.
+    """
+
+    def __init__(
+        self, step: float, exchange: float, cost: float, crowded: float = 0.0, **bounds: Any
+    ) -> None:
+        self.step, self.exchange, self.cost, self.crowded = step, exchange, cost, crowded
         self.said: list[str] = []
-        self.period = AutomaticPeriod(log=self.said.append, **bounds)
-        self.now = self.waited = 0.0
-        self.pace = Pace(lambda: self.now)
+        automatic = AutomaticPeriod(log=self.said.append, **bounds)
+        self.period = Period(automatic, bounds.get("fragments", 1))
+        self.now = self.used = self.waited = 0.0
+        self.pace = Pace(lambda: self.now, lambda: self.used)
         self.arrival = 0.0
 
     def train(self, steps: int) -> int:
@@ -37,13 +44,16 @@ class Simulated:
                 self.waited += late
                 self.pace.wait(late)
                 self.pace.arrive()
-                if self.period.observe([self.pace.durations()]):
+                if self.period.schedule.observe(Observation([self.pace.durations()])):
                     self.pace.restart()
                 tau, due = self.period.after(clock)
                 self.now += self.cost
+                self.used += self.cost
                 self.pace.exchange()
                 self.arrival = self.now + self.exchange
+            self.now += self.crowded if self.now < self.arrival else 0.0
             self.now += self.step
+            self.used += self.step
             self.pace.step(lambda: self.now >= self.arrival)
         return tau
 
@@ -63,6 +73,12 @@ class Simulated:
 )
 def test_the_smallest_period_is_found(step: float, exchange: float, cost: float, tau: int) -> None:
     assert Simulated(step, exchange, cost).train(3000) == pytest.approx(tau, abs=1, rel=0.1)
+
+
+def test_half_of_what_others_take_of_the_processors_is_a_cost_of_the_exchange() -> None:
+    """With time alone τ would be 22: 5 steps are 9 ms longer."""
+    assert Simulated(0.1, 0.48, 0.0, crowded=0.009).train(3000) == pytest.approx(11, abs=1)
+    assert Simulated(0.1, 0.48, 0.016, crowded=0.009).train(3000) == pytest.approx(19, abs=1)
 
 
 def test_once_it_is_found_nobody_waits() -> None:
@@ -112,8 +128,8 @@ def test_the_slowest_worker_and_the_last_to_begin_count() -> None:
     period = AutomaticPeriod(log=said.append)
     workers = [Durations(50_000, 900_000, 0), Durations(100_000, 500_000, 4_000), Durations()]
     for _ in range(3):
-        period.observe(workers)
-    assert period.after(0) == (5, 5)
+        period.observe(Observation(workers))
+    assert Period(period).after(0) == (5, 5)
     assert len(said) == 1
 
 

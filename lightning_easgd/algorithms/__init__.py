@@ -3,9 +3,10 @@
 Nothing here knows of processes, of Lightning or of time; a rule is a function of tensors and rates.
 """
 
-from lightning_easgd.algorithms.averaging import Downpour, LocalSGD, PostLocalSGD
+from lightning_easgd.algorithms.averaging import Downpour, LocalSGD, MDownpour, PostLocalSGD
 from lightning_easgd.algorithms.base import Rule
-from lightning_easgd.algorithms.elastic import EASGD
+from lightning_easgd.algorithms.elastic import EASGD, SMA
+from lightning_easgd.algorithms.leader import LeaderSGD
 from lightning_easgd.algorithms.outer import BMUF, DiLoCo, SlowMo
 
 RULES: dict[str, type[Rule]] = {
@@ -13,9 +14,12 @@ RULES: dict[str, type[Rule]] = {
     "local_sgd": LocalSGD,
     "post_local_sgd": PostLocalSGD,
     "downpour": Downpour,
+    "mdownpour": MDownpour,
     "slowmo": SlowMo,
     "bmuf": BMUF,
     "diloco": DiLoCo,
+    "sma": SMA,
+    "leader_sgd": LeaderSGD,
 }
 """The rules that are known by name."""
 
@@ -40,9 +44,12 @@ __all__ = [
     "BMUF",
     "EASGD",
     "RULES",
+    "SMA",
     "DiLoCo",
     "Downpour",
+    "LeaderSGD",
     "LocalSGD",
+    "MDownpour",
     "PostLocalSGD",
     "Rule",
     "SlowMo",

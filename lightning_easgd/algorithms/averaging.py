@@ -1,17 +1,17 @@
-"""Rules without a memory whose workers restart at the center.
+"""Rules that add the workers' moves to the center, at which they restart.
 
 Letters: p workers, x^i a worker, c the center, m = (1/p) Σ_i x^i their mean, τ `tau`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_easgd.algorithms.base import Rule
-from lightning_easgd.schedules import is_number
+from lightning_easgd.algorithms.base import Rule, momentum_of, require_momentum
+from lightning_easgd.schedules import Rate, is_number
 
 
 class LocalSGD(Rule):
@@ -83,3 +83,47 @@ class Downpour(Rule):
     @override
     def move_(self, center: Tensor, total: Tensor, memory: dict[str, Any]) -> None:
         center.add_(total)
+
+
+class MDownpour(Downpour):
+    """MDOWNPOUR: DOWNPOUR with Nesterov's momentum in the center, at τ = 1.
+
+        v <- δ v + Σ_i (x^i - c) ;   c <- c + Σ_i (x^i - c) + δ v ;   x^i <- c
+
+    The center c is the paper's look-ahead point, at which workers take their gradients: of one step
+    of SGD without momentum x^i - c is -η g^i(c). As under torch's Nesterov momentum it is also what
+    is evaluated and delivered. With ``average`` and p workers that equals DDP with
+    ``torch.optim.SGD(momentum=δ, nesterov=True)``.
+
+    Zhang et al. 2015, arXiv:1412.6651, Alg. 4 and 5: a comparator, there with δ = 0.99.
+
+    Args:
+        momentum: δ, in [0, 1).
+        average: as of Downpour.
+
+    Raises:
+        ValueError: one is out of range; or, where the strategy is made, τ is not 1.
+    """
+
+    default_tau = 1
+
+    def __init__(self, momentum: float = 0.9, *, average: bool = False) -> None:
+        super().__init__(average=average)
+        self.momentum = require_momentum("momentum", momentum)
+
+    @override
+    def objection(
+        self, *, tau: Rate | Literal["auto"], fragments: int, compression: object
+    ) -> str | None:
+        if tau == 1:
+            return None
+        return (
+            f"tau={tau!r} is not possible with {self}: only a worker's first step is taken at the"
+            " center's look-ahead point. Allowed: tau=1. For a larger period set"
+            " algorithm='downpour', or 'slowmo' or 'diloco' for one with momentum."
+        )
+
+    @override
+    def move_(self, center: Tensor, total: Tensor, memory: dict[str, Any]) -> None:
+        v = momentum_of(memory, center).mul_(self.momentum).add_(total)
+        center.add_(total).add_(v, alpha=self.momentum)

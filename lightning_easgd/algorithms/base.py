@@ -7,34 +7,52 @@ multiple, how the center moves, and which of two things the workers do then::
     pulled      x <- x - α (x - c)   by what each sent itself, so that nobody waits for the sum
     restarted   x <- c+              at the new center, for which they wait
 
-with α per parameter from the strategy's beta, alpha or rho. A worker's optimizer state stays its
-own either way.
+with α per parameter from the strategy's beta, alpha or rho; with ``mixing`` a restart is only part
+of the way, x <- mixing x + (1 - mixing) c+. A worker's optimizer state stays its own either way.
 """
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_easgd.schedules import is_number
+from lightning_easgd.schedules import Rate, Schedule, is_number
 
 
 class Rule(ABC):
     """How an exchange moves the center and the workers. Holds options only, and no state.
 
+    An option may be a Schedule; :meth:`move_` finds its value at the step of the exchange instead.
+
     Attributes:
         restarts: whether workers go on from the new center; else they are pulled.
         average: whether the center moves by the mean of the differences over the workers; else by
             their sum. Under rules that pull, each is weighted with α before.
+        default_tau: τ where none is given, in optimizer steps.
+        lr_drop: where workers are pulled, they start again at the center, without momentum, when
+            the learning rate of one has fallen to this part of its peak since the last restart, in
+            (0, 1); None: never.
+        mixing: what a worker that restarts keeps of its own weights, in [0, 1).
+        delay: steps that a worker that restarts takes meanwhile, while the sum travels; at most
+            those up to the next exchange.
+        loss_smoothing: only the worker whose running training loss is the lowest adds its
+            difference, the others add zeros; see Leadership. With ``average`` False. None: all add
+            theirs.
         warm_up: optimizer steps at the beginning of training in which the workers average their
             gradients, and so stay equal.
     """
 
     restarts: ClassVar[bool] = True
+    default_tau: ClassVar[int] = 10
     average: bool = True
+    lr_drop: float | None = None
+    mixing: float = 0.0
+    delay: int = 0
+    loss_smoothing: float | None = None
     warm_up: int = 0
 
     @abstractmethod
@@ -51,6 +69,40 @@ class Rule(ABC):
     def share(self, workers: int) -> float:
         """The multiple of x - c that each of ``workers`` workers adds, if they restart."""
         return 1 / workers if self.average else 1.0
+
+    @property
+    def schedules(self) -> dict[str, Schedule]:
+        """The options that follow a schedule, by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Schedule)}
+
+    def at(self, step: int) -> Rule:
+        """This rule with the values that its schedules have after ``step`` optimizer steps."""
+        schedules = self.schedules
+        if not schedules:
+            return self
+        rule = copy.copy(self)
+        vars(rule).update({name: schedule.at(step) for name, schedule in schedules.items()})
+        return rule
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether workers can go on while the sum travels, with the same result."""
+        return not self.restarts or self.delay > 0
+
+    def objection(
+        self, *, tau: Rate | Literal["auto"], fragments: int, compression: object
+    ) -> str | None:
+        """Why the rule is not itself under these options of the strategy, and what is allowed.
+
+        Args:
+            tau: τ as the strategy got it, not checked yet.
+            fragments: into how many parts the model is cut.
+            compression: as the strategy got it, not checked yet.
+
+        Returns:
+            The message of an error; None if the rule can.
+        """
+        return None
 
     @property
     def kind(self) -> str:

@@ -21,13 +21,14 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_easgd.algorithms.base import Rule, momentum_of, require_momentum
+from lightning_easgd.schedules import is_number
 
 
 class EASGD(Rule):
     """Synchronous EASGD, and EAMSGD where workers use Nesterov momentum; see the module.
 
-    With ``center_momentum`` the center moves by v <- μ v + Σ_i α (x^i - c), as in Crossbow's
-    synchronous model averaging (Koliousis et al. 2019, arXiv:1901.02244), but for its restarts.
+    With ``center_momentum`` the center moves by v <- μ v + Σ_i α (x^i - c), as under SMA but for
+    its restarts.
 
     Args:
         center_momentum: μ, in [0, 1); 0 is the paper.
@@ -47,6 +48,43 @@ class EASGD(Rule):
         if self.center_momentum:
             total = momentum_of(memory, center).mul_(self.center_momentum).add_(total)
         move_center_([center], [total])
+
+
+class SMA(EASGD):
+    """Synchronous model averaging, as in Crossbow: momentum in the center, and restarts.
+
+        x^i <- x^i - η g^i(x^i) - α (x^i - c)
+        v   <- μ v + Σ_i α (x^i - c) ;   c <- c + v
+
+    as under EASGD with ``center_momentum``. When the learning rate falls, averaging begins anew
+    from the center: x^i <- c, v <- 0. What remained of x^i - c is given up; optimizers keep their
+    state. That is done with the exchange after the one at which a worker saw its learning rate
+    fallen, behind the local step and the pull. All wait for that one exchange; the others overlap
+    exactly.
+
+    Koliousis et al. 2019, "Crossbow: scaling deep learning with small batch sizes on multi-GPU
+    servers", arXiv:1901.02244, Alg. 1 and section 3; there α = 1/p, here the strategy's ``beta=1``.
+
+    Args:
+        center_momentum: μ, in [0, 1).
+        lr_drop: what counts as a fall: the highest learning rate of any parameter of one worker
+            is, at an exchange, at most this part of its peak since the last restart; in (0, 1).
+            With a schedule that falls slowly, each such fall is a restart; with ``rho``, a worker's
+            α falls along.
+
+    Raises:
+        ValueError: one is out of range.
+    """
+
+    def __init__(self, center_momentum: float = 0.9, *, lr_drop: float = 0.5) -> None:
+        super().__init__(center_momentum)
+        if not (is_number(lr_drop) and 0 < lr_drop < 1):
+            raise ValueError(
+                f"lr_drop={lr_drop!r} is not a part to which a learning rate falls. Allowed: a"
+                " number in (0, 1), for example 0.5; algorithm=EASGD(center_momentum=...) is"
+                " without restarts."
+            )
+        self.lr_drop = float(lr_drop)
 
 
 def stability_bound(workers: int) -> float:

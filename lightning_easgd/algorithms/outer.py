@@ -11,7 +11,7 @@ and Nesterov's for s < 2 (1 + μ) / (1 + 2μ); workers that do not get as far al
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_easgd.algorithms.base import Rule, momentum_of, require_momentum
-from lightning_easgd.schedules import is_number
+from lightning_easgd.schedules import Constant, Rate, as_schedule, is_number
 
 
 class SlowMo(Rule):
@@ -34,7 +34,8 @@ class SlowMo(Rule):
     with slow momentum", arXiv:1910.00643.
 
     Args:
-        outer_lr: s, the paper's α, in (0, 2 (1 + μ)).
+        outer_lr: s, the paper's α, in (0, 2 (1 + μ)); a number, a callable of the optimizer step or
+            a schedule.
         outer_momentum: μ, the paper's β, in [0, 1). fairscale takes 0.2 for 4 nodes, 0.5 for 8, 0.6
             for 16.
 
@@ -42,7 +43,7 @@ class SlowMo(Rule):
         ValueError: one is out of its stable range.
     """
 
-    def __init__(self, outer_lr: float = 1.0, outer_momentum: float = 0.5) -> None:
+    def __init__(self, outer_lr: Rate = 1.0, outer_momentum: float = 0.5) -> None:
         self.outer_momentum = require_momentum("outer_momentum", outer_momentum)
         self.outer_lr = _require_rate("outer_lr", outer_lr, 2 * (1 + self.outer_momentum))
 
@@ -61,14 +62,14 @@ class BMUF(Rule):
     intra-block parallel optimization and blockwise model-update filtering", ICASSP.
 
     Args:
-        block_lr: ζ, in (0, 2 (1 + μ)).
+        block_lr: ζ, in (0, 2 (1 + μ)); a number, a callable of the optimizer step or a schedule.
         block_momentum: μ, in [0, 1); the paper's rule of thumb is 1 - 1/p.
 
     Raises:
         ValueError: one is out of its stable range.
     """
 
-    def __init__(self, block_lr: float = 1.0, block_momentum: float = 0.875) -> None:
+    def __init__(self, block_lr: Rate = 1.0, block_momentum: float = 0.875) -> None:
         self.block_momentum = require_momentum("block_momentum", block_momentum)
         self.block_lr = _require_rate("block_lr", block_lr, 2 * (1 + self.block_momentum))
 
@@ -88,24 +89,46 @@ class DiLoCo(Rule):
     Douillard et al. 2023, "DiLoCo: distributed low-communication training of language models",
     arXiv:2311.08105, with AdamW inside; the defaults are the paper's.
 
+    With a ``delay`` of d steps this is Streaming DiLoCo, where workers train on while the sum
+    travels, which hides behind d steps. What is sent at step t, after it, is applied after step
+    t + d on all workers, however early it came::
+
+        after t        send x^i - c
+        after t + d    c <- optimizer(c, c - m(t)) ;   x^i <- κ x^i + (1 - κ) c
+
+    The next difference counts from the new center. So of what a worker did in between, κ is part of
+    it, once, and the rest is given up with x^i. A worker that has no step to take until then, at
+    the end of ``fit`` or with fewer batches, applies it where it stands.
+
+    Douillard et al. 2025, "Streaming DiLoCo with overlapping communication: towards a distributed
+    free lunch", arXiv:2501.18512, Alg. 2, with ``fragments`` for its streams.
+
     Args:
-        outer_lr: s; with Nesterov momentum in (0, 2 (1 + μ) / (1 + 2μ)).
+        outer_lr: s; with Nesterov momentum in (0, 2 (1 + μ) / (1 + 2μ)). A number, a callable of
+            the optimizer step or a schedule.
         outer_momentum: μ of Nesterov momentum, in [0, 1); None: 0.9. Not with ``optimizer``.
+        delay: d, a whole number of steps from 0 to τ / fragments.
+        mixing: κ, the paper's α, in [0, 1); None: 0.5 with a delay, as in the paper, else 0.
         optimizer: a class of ``torch.optim`` that treats every element alike; it sees flat tensors.
         **options: of ``optimizer``.
 
     Raises:
-        ValueError: a rate is out of its stable range, or ``optimizer`` can't take flat tensors.
+        ValueError: a rate is out of its stable range, ``optimizer`` can't take flat tensors, or
+            delay or mixing is out of range; where the strategy is made, the delay is too long.
     """
 
     def __init__(
         self,
-        outer_lr: float = 0.7,
+        outer_lr: Rate = 0.7,
         outer_momentum: float | None = None,
         *,
+        delay: int = 0,
+        mixing: float | None = None,
         optimizer: type[Optimizer] | None = None,
         **options: Any,
     ) -> None:
+        self.delay = _require_delay(delay)
+        self.mixing = _require_mixing((0.5 if self.delay else 0.0) if mixing is None else mixing)
         bound = float("inf")
         if optimizer is None:
             mu = 0.9 if outer_momentum is None else outer_momentum
@@ -128,6 +151,19 @@ class DiLoCo(Rule):
         return f"DiLoCo by {self.optimizer.__name__}"
 
     @override
+    def objection(
+        self, *, tau: Rate | Literal["auto"], fragments: int, compression: object
+    ) -> str | None:
+        pause = tau // fragments if is_number(tau) else 0
+        if self.delay <= pause:
+            return None
+        return (
+            f"delay={self.delay} with tau={tau!r} and fragments={fragments} is too long: the next"
+            " exchange begins tau / fragments steps later, from what this one made of the worker."
+            f" Allowed: a number tau of at least {self.delay * fragments}, or delay=0."
+        )
+
+    @override
     def move_(self, center: Tensor, total: Tensor, memory: dict[str, Any]) -> None:
         parameter = nn.Parameter(center)
         parameter.grad = total.neg_()
@@ -137,8 +173,9 @@ class DiLoCo(Rule):
         memory.update(optimizer.state[parameter])
 
     def _try(self) -> None:
+        rule = self.at(0)
         try:
-            self.move_(torch.zeros(2), torch.zeros(2), {})
+            rule.move_(torch.zeros(2), torch.zeros(2), {})
         except Exception as error:
             raise ValueError(
                 f"optimizer={self.optimizer!r} with {self.options} cannot move a flat tensor by its"
@@ -148,11 +185,32 @@ class DiLoCo(Rule):
             ) from error
 
 
-def _require_rate(name: str, rate: object, bound: float) -> float:
-    if is_number(rate) and 0 < rate < bound:
-        return float(rate)
-    allowed = "a positive number" if bound == float("inf") else f"a number in (0, {bound:.4g})"
+def _require_delay(delay: object) -> int:
+    if is_number(delay) and delay >= 0 and delay == int(delay):
+        return int(delay)
+    raise ValueError(f"delay={delay!r} is not allowed. Allowed: a whole number of steps, or 0.")
+
+
+def _require_mixing(mixing: object) -> float:
+    if is_number(mixing) and 0 <= mixing < 1:
+        return float(mixing)
     raise ValueError(
-        f"{name}={rate!r} is not stable where workers converge between exchanges. Allowed:"
-        f" {allowed} at this momentum and optimizer."
+        f"mixing={mixing!r} never takes a worker to the center. Allowed: a number in [0, 1)."
     )
+
+
+def _require_rate(name: str, rate: Rate, bound: float) -> Any:
+    """A number, or a schedule that stays in (0, ``bound``); a number wherever move_ reads it."""
+
+    def check(value: object) -> float:
+        if is_number(value) and 0 < value < bound:
+            return float(value)
+        allowed = "a positive number" if bound == float("inf") else f"a number in (0, {bound:.4g})"
+        raise ValueError(
+            f"{name}={value!r} is not stable where workers converge between exchanges. Allowed:"
+            f" {allowed} at this momentum and optimizer, or a callable of the optimizer step or a"
+            " schedule that gives one."
+        )
+
+    schedule = as_schedule(name, rate, check)
+    return schedule.at(0) if isinstance(schedule, Constant) else schedule

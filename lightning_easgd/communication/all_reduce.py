@@ -165,9 +165,19 @@ class AllReduce:
         return healthy
 
     @property
+    def parties(self) -> list[list[int]]:
+        """Ranks of the workers of each group, or if there are none of each worker."""
+        return self.groups or [[rank] for rank in range(self.group.size)]
+
+    @property
+    def party(self) -> int:
+        """The number, in :attr:`parties`, of that with this worker."""
+        return next(i for i, ranks in enumerate(self.parties) if self.group.rank in ranks)
+
+    @property
     def senders(self) -> list[int]:
         """The ranks of the workers whose differences are summed."""
-        return [ranks[0] for ranks in self.groups] or list(range(self.group.size))
+        return [ranks[0] for ranks in self.parties]
 
     def state(self) -> dict[str, Any]:
         """What is held back, for a checkpoint of this worker."""

@@ -6,9 +6,12 @@ all raise the same error. Nothing else about an exchange is agreed on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+import math
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass, fields
 from enum import IntEnum
+from typing import Any
 
 
 class ExchangeError(RuntimeError):
@@ -53,7 +56,7 @@ class Place(IntEnum):
 
 @dataclass(frozen=True)
 class Header:
-    """What one worker says about itself at an exchange; every field travels as a 64-bit integer."""
+    """What one worker says about itself at an exchange; every field travels in 64 bits."""
 
     clock: int
     """Optimizer steps taken."""
@@ -77,17 +80,48 @@ class Header:
     """An exchange, from its start to its arrival."""
     cost_microseconds: int = 0
     """By how much an exchange lengthens the steps."""
+    loss: float = math.inf
+    """The worker's running training loss, as of Leadership; infinite where it is not known."""
+    restart: bool = False
+    """The worker's learning rate has fallen; all restart at the center with the next exchange."""
+    distance: float = 0.0
+    """‖x - c‖ of the fragments whose turn it is, before the pull."""
+    size: float = 0.0
+    """‖c‖ of the same."""
+    variance: float = -1.0
+    """Across workers, of the latest round that has arrived; negative where it is not known."""
+    lr: float = 0.0
+    """The largest learning rate, where variance is read."""
 
     def pack(self) -> list[int]:
         """The fields as integers."""
-        return [int(value) for value in astuple(self)]
+        return [_bits(value) if isinstance(value, float) else int(value) for value in astuple(self)]
 
     @classmethod
     def unpack(cls, values: Sequence[int]) -> Header:
         """The inverse of :meth:`pack`."""
-        clock, fingerprint, announced, place, stop, non_finite, *rest = values
-        where, why, sick = Place(place), Stop(stop), bool(non_finite)
-        return cls(clock, fingerprint, announced, where, why, sick, *rest)
+        read = [_KINDS[str(field.type)] for field in fields(cls)]
+        return cls(*(kind(value) for kind, value in zip(read, values, strict=True)))
+
+
+def _bits(value: float) -> int:
+    bits: int = struct.unpack("<q", struct.pack("<d", value))[0]
+    return bits
+
+
+def _float(bits: int) -> float:
+    value: float = struct.unpack("<d", struct.pack("<q", bits))[0]
+    return value
+
+
+_KINDS: dict[str, Callable[[int], Any]] = {
+    "int": int,
+    "bool": bool,
+    "float": _float,
+    "Place": Place,
+    "Stop": Stop,
+}
+"""What a field is made of its 64 bits by, by the name of its type."""
 
 
 def verify(headers: Sequence[Header]) -> None:

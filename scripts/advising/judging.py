@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from lightning_easgd.pace import AutomaticPeriod, Durations
+from lightning_easgd.pace import AutomaticPeriod
+from lightning_easgd.schedules import Durations, Observation
 
 WORTH = 1.05
 """The least speed-up over DDP for which another algorithm is advised."""
@@ -236,8 +237,8 @@ def period(found: Durations, fragments: int, bounds: tuple[int, int] = (1, _NO_B
     chosen: list[str] = []
     automatic = AutomaticPeriod(*bounds, fragments, log=chosen.append)
     while not chosen:  # it makes sure before it chooses
-        automatic.observe([found])
-    return automatic.after(0)[0]
+        automatic.observe(Observation([found]))
+    return int(automatic.at(0))
 
 
 def together(workers: Sequence[Durations]) -> Durations:

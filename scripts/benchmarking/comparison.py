@@ -119,13 +119,11 @@ class Comparison:
             progress.begin(job)
             workers = cluster.run(job)
             assert workers is not None, "worker 0 gets all measurements"
-            period = self._contenders[job.contender].period
             batch_size = self._cfg.data.batch_size
             result = Result.of(
                 job,
                 workers,
                 batch_size=batch_size,
-                period=period,
                 job_seconds=progress.job_seconds,
             )
             results.add(result)

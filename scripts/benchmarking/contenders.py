@@ -26,7 +26,9 @@ class Contender:
         title: its name in tables.
         strategy: configuration of the Lightning strategy.
         callback: configuration of the callback that it needs, if any.
-        period: optimizer steps between two exchanges; None: there are none.
+        period: optimizer steps between two exchanges, unless the strategy chose another; None:
+            there are none.
+        warm_up: steps that it trains before those that are measured, besides the first two periods.
         requires: a package that must be installed.
         install: how to install it.
         gpu_only: why it runs on GPUs only; None: it runs on both.
@@ -36,6 +38,7 @@ class Contender:
     strategy: Mapping[str, Any]
     callback: Mapping[str, Any] | None = None
     period: int | None = None
+    warm_up: int = 0
     requires: str | None = None
     install: str = ""
     gpu_only: str | None = None

@@ -57,7 +57,7 @@ class Workbench:
             return Window(first, rounds * self.cfg.tau - first)
         if contender.period == 1 and not setting.stall:
             return Window(2, max(1, self.cfg.steps // _EVERY_STEP_SHARE))
-        return Window(first, self.cfg.steps)
+        return Window(first + contender.warm_up, self.cfg.steps)
 
     def measure(self, job: Job, port: int) -> list[dict[str, Any]] | None:
         """Take part in a job, in a process of its own.
@@ -76,7 +76,7 @@ class Workbench:
         meeting = Meeting(port, self.cfg.job_timeout)
         contender = self.contenders[job.contender]
         module = self._module(meeting.rank, job.repetition)
-        meter = self._fit(contender, module, job, meeting)
+        meter, period = self._fit(contender, module, job, meeting)
         found = Measurement(
             steps=len(meter.step_seconds),
             seconds=meter.seconds,
@@ -85,6 +85,7 @@ class Workbench:
             sent_bytes=meter.sent_bytes / int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
             peak_bytes=_peak_bytes() - (memory if self.cfg.accelerator == "cpu" else 0),
             parameters=sum(p.numel() for p in module.parameters() if p.requires_grad),
+            period=period,
             accuracy=self._accuracy(module) if self.cfg.accuracy and not meeting.rank else None,
         )
         everybody = meeting.gather("measurement", found.to_json())
@@ -100,7 +101,7 @@ class Workbench:
 
     def _fit(
         self, contender: Contender, module: pl.LightningModule, job: Job, meeting: Meeting
-    ) -> Meter:
+    ) -> tuple[Meter, int | None]:
         strategy, callbacks = contender.make()
         window = self.window(contender, job.setting)
         interface = interface_towards(os.environ["MASTER_ADDR"])
@@ -120,7 +121,8 @@ class Workbench:
             **_size(strategy),
         )
         trainer.fit(module, self._share(meeting, job.repetition))
-        return meter
+        telemetry = getattr(strategy, "telemetry", None)
+        return meter, telemetry.tau if telemetry else contender.period
 
     def _share(self, meeting: Meeting, repetition: int) -> DataLoader[Any]:
         """This worker's training data, the same under every contender."""

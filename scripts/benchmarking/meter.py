@@ -35,6 +35,8 @@ class Measurement:
     """The most memory that the whole job had, besides what its process began with."""
     parameters: int
     """Elements of the trained parameters."""
+    period: int | None
+    """Steps between two exchanges in the end; None without exchanges."""
     accuracy: float | None = None
     """Share of the test images that the delivered model got right; worker 0 only."""
 

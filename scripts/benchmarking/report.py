@@ -41,7 +41,7 @@ def table(summaries: Sequence[Summary], titles: Mapping[str, str], baselines: Se
 
 def _header(compared: Sequence[str], titles: Mapping[str, str]) -> list[str]:
     ratios = [f"to {titles.get(name, name)}" for name in compared]
-    traffic = ["sent/step", "to fp32 ring", "waits p50", "p95"]
+    traffic = ["τ", "sent/step", "to fp32 ring", "waits p50", "p95"]
     return ["", "samples/s", "range", *ratios, *traffic, "memory", "accuracy"]
 
 
@@ -52,6 +52,7 @@ def _row(summary: Summary, titles: Mapping[str, str], compared: Sequence[str]) -
         f"{summary.samples_per_second:.0f}",
         f"{summary.lowest:.0f}-{summary.highest:.0f}",
         *(_ratio(summary.ratios.get(name), percent=name == LIMIT) for name in compared),
+        _or_dash(summary.period, "{:g}"),
         f"{summary.bytes_per_step / 1e3:.1f} kB",
         _or_dash(summary.bytes_to_ring, "{:.3f}"),
         _milliseconds(summary.wait_p50, about),

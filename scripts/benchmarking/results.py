@@ -27,6 +27,8 @@ class Result:
     """Sent by a worker, counted on the interface, headers and acknowledgements included."""
     bytes_to_ring: float | None
     """By how much that is more than an fp32 ring all-reduce of all parameters every period."""
+    period: int | None
+    """Steps between two exchanges in the end; None without exchanges."""
     step_p50: float
     step_p95: float
     wait_p50: float | None
@@ -58,7 +60,6 @@ class Result:
         workers: Sequence[Mapping[str, Any]],
         *,
         batch_size: int,
-        period: int | None,
         job_seconds: float,
     ) -> Result:
         """From the measurements of all workers.
@@ -67,11 +68,11 @@ class Result:
             job: what was run.
             workers: a :class:`benchmarking.meter.Measurement` each, as plain values.
             batch_size: samples in a step of one worker.
-            period: steps between two exchanges; None without exchanges.
             job_seconds: time of the whole job.
         """
         steps, parameters = workers[0]["steps"], workers[0]["parameters"]
         sent = sum(worker["sent_bytes"] for worker in workers) / len(workers) / steps
+        period = workers[0]["period"]
         ring = 2 * (len(workers) - 1) / len(workers) * 4 * parameters
         step_seconds = [s for worker in workers for s in worker["step_seconds"]]
         waits = [s for worker in workers for s in worker["waits"] or []]
@@ -82,6 +83,7 @@ class Result:
             repetition=job.repetition,
             samples_per_second=len(workers) * batch_size * steps / slowest,
             bytes_per_step=sent,
+            period=period,
             bytes_to_ring=None if period is None else sent * period / ring,
             step_p50=percentile(step_seconds, 50),
             step_p95=percentile(step_seconds, 95),

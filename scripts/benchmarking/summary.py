@@ -30,6 +30,8 @@ class Summary:
     """Samples/s to those of each contender: the median of the ratios within a repetition."""
     bytes_per_step: float
     bytes_to_ring: float | None
+    period: float | None
+    """Steps between two exchanges."""
     wait_p50: float | None
     wait_p95: float | None
     waits_are_counted: bool
@@ -73,6 +75,7 @@ def _summary(found: Sequence[Result], by_contender: dict[str, list[Result]]) -> 
         ratios=_ratios(found, by_contender),
         bytes_per_step=statistics.median(result.bytes_per_step for result in found),
         bytes_to_ring=_median([result.bytes_to_ring for result in found]),
+        period=_median([result.period for result in found]),
         wait_p50=p50,
         wait_p95=p95,
         waits_are_counted=counted,

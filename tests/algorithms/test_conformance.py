@@ -20,7 +20,18 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from processes import run_workers
 from toy import Resumable, Toy, batches, initial_weights, loader, trainer, weights
 
-from lightning_easgd import EASGD, DiLoCo, Downpour, EASGDStrategy, PostLocalSGD, Rule, SlowMo
+from lightning_easgd import (
+    EASGD,
+    SMA,
+    DiLoCo,
+    Downpour,
+    EASGDStrategy,
+    LeaderSGD,
+    MDownpour,
+    PostLocalSGD,
+    Rule,
+    SlowMo,
+)
 
 LR = 0.05
 SGD = partial(torch.optim.SGD, lr=LR)
@@ -41,6 +52,27 @@ class Row:
     copies: int = 0
     """Flat copies of the parameters that it keeps."""
     options: dict[str, Any] = field(default_factory=dict)
+    tau: int | None = None
+    """The only period that it can."""
+    fragments: int = 2
+    """The most that it can."""
+    run: Any = None
+    """What trains with the reference; None: reference.restarting."""
+
+    def can(self, case: Case, workers: int) -> bool:
+        """Whether it can be trained so."""
+        cut = case.fragments <= self.fragments
+        in_time = self.delay * case.fragments <= self.period(case)
+        watches = case.rates is None or getattr(self.rule, "lr_drop", None) is not None
+        return cut and in_time and watches and workers > case.needs_others
+
+    @property
+    def delay(self) -> int:
+        """Steps that workers take while the sum travels, if they restart."""
+        return getattr(self.rule, "delay", 0)
+
+    def period(self, case: Case) -> int:
+        return self.tau or case.tau
 
 
 def users_own() -> Rule:
@@ -57,19 +89,31 @@ ROWS = {
     "easgd": Row("easgd"),
     "easgd alpha=0": Row("easgd", options={"alpha": 0.0}),
     "easgd with momentum": Row(EASGD(center_momentum=0.6), copies=1),
+    "sma": Row(SMA(0.6, lr_drop=0.5), copies=1),
     "local_sgd": Row("local_sgd", reference.LocalSgd()),
     "post_local_sgd": Row(PostLocalSGD(warm_up=6), reference.PostLocalSgd(6)),
     "downpour": Row("downpour", reference.Downpour()),
     "downpour, average": Row(Downpour(average=True), reference.LocalSgd()),
+    "mdownpour": Row(MDownpour(0.5), reference.MDownpour(0.5), copies=1, tau=1, fragments=1),
     "slowmo": Row(SlowMo(0.9, 0.4), reference.SlowMo(0.9, 0.4), copies=1),
     "bmuf": Row("bmuf", reference.Bmuf(1.0, 0.875), copies=1),
     "diloco": Row("diloco", reference.DiLoCo(0.7, 0.9), copies=1),
     "diloco by Adam": Row(
         DiLoCo(0.05, optimizer=torch.optim.Adam), reference.OuterAdam(0.05), copies=2
     ),
+    "diloco, 1 step late": Row(DiLoCo(delay=1), reference.DiLoCo(0.7, 0.9, 1, 0.5), copies=1),
+    "diloco, 2 steps late": Row(
+        DiLoCo(delay=2, mixing=0.0), reference.DiLoCo(0.7, 0.9, 2, 0.0), copies=1
+    ),
+    "leader_sgd": Row(
+        LeaderSGD(0.3, loss_smoothing=0.8),
+        reference.LeaderSgd(0.3, 0.8),
+        fragments=1,
+        run=reference.following,
+    ),
     "a user's": Row(users_own(), reference.Lookahead(0.5)),
 }
-PULLS = [name for name, row in ROWS.items() if row.reference is None]
+OVERLAPS = [name for name, row in ROWS.items() if row.reference is None or row.delay]
 
 
 @dataclass
@@ -87,6 +131,8 @@ class Case:
     fragments: int = 1
     dtype: torch.dtype = torch.float64
     within: float = 1e-9
+    rates: list[dict[int, float]] | None = None
+    """Learning rates of each worker from a step on, in ascending order; None: the optimizer's."""
 
     @property
     def needs_others(self) -> bool:
@@ -95,6 +141,19 @@ class Case:
     def own(self, rank: int, workers: int) -> int:
         """Batches of a worker."""
         return self.steps * self.accumulate - (self.missing if rank == workers - 1 else 0)
+
+    def rate(self, rank: int, step: int) -> float:
+        """The learning rate of a worker's step."""
+        if self.rates is None:
+            return self.make.keywords["lr"]
+        return [rate for since, rate in self.rates[rank].items() if since <= step][-1]
+
+
+FALLS = [{0: 0.05, 9: 0.04, 21: 0.02}, {0: 0.05, 5: 0.02, 29: 0.01}]
+"""Worker 1's falls to less than half before steps 5 and 29, worker 0's in two parts before 21.
+
+With τ = 4 that is seen at steps 8, 24 and 32; SMA restarts at 12, 28 and 36.
+"""
 
 
 STILL = Case(steps=9, tau=2, make=partial(torch.optim.SGD, lr=0.0))
@@ -111,13 +170,16 @@ CASES = {
     "two fragments": Case(steps=21, fragments=2),
     "two fragments to the end": Case(steps=20, fragments=2),
     "a poisoned worker": Case(steps=16, make=SGD, sick=(1, 8)),
+    "learning rates fall": Case(steps=46, rates=FALLS),
+    "learning rates fall, fewer batches": Case(steps=46, missing=13, make=SGD, rates=FALLS),
+    "learning rates fall, two fragments": Case(steps=46, fragments=2, rates=FALLS),
 }
 
 
 def train(rank: int, workers: int, row: Row, case: Case, **more: Any) -> dict[str, np.ndarray]:
     """The center in the end, of the precision that it began with."""
     module = Toy(case.make, dtype=case.dtype)
-    options = {"algorithm": row.rule, "tau": case.tau, "fragments": case.fragments}
+    options = {"algorithm": row.rule, "tau": row.period(case), "fragments": case.fragments}
     strategy = EASGDStrategy(**options, **row.options, **more)
 
     def on_train_batch_end(outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -130,7 +192,11 @@ def train(rank: int, workers: int, row: Row, case: Case, **more: Any) -> dict[st
         sizes = [tensor.numel() for tensor in kept if tensor.dim()]
         assert sum(sizes) == row.copies * sum(p.numel() for p in module.parameters())
 
+    def on_train_batch_start(batch: Any, batch_idx: int) -> None:
+        strategy.optimizers[0].param_groups[0]["lr"] = case.rate(rank, module.global_step)
+
     module.on_train_batch_end, module.on_train_end = on_train_batch_end, on_train_end
+    module.on_train_batch_start = on_train_batch_start
     fitting = trainer(workers, strategy, accumulate_grad_batches=case.accumulate)
     fitting.fit(module, loader(rank, case.own(rank, workers), case.dtype))
     assert all(parameter.dtype == case.dtype for parameter in module.parameters())
@@ -144,7 +210,7 @@ def train_all(rank: int, workers: int) -> dict[tuple[str, str], Any]:
         (name, case): train(rank, workers, row, CASES[case])
         for name, row in ROWS.items()
         for case in CASES
-        if workers > 1 or not CASES[case].needs_others
+        if row.can(CASES[case], workers)
     }
 
 
@@ -155,17 +221,21 @@ def trained(workers: int) -> list[dict[tuple[str, str], Any]]:
 
 def expected(row: Row, case: Case, workers: int) -> dict[str, np.ndarray]:
     """The center by the reference."""
-    start, lr = initial_weights(), case.make.keywords["lr"]
+    start = initial_weights()
     make = {
         torch.optim.SGD: reference.Sgd,
         torch.optim.AdamW: partial(reference.AdamW, start=start),
     }
-    optimizers = [make[case.make.func](lambda name, t: lr) for _ in range(workers)]
-    data = [batches(rank, case.own(rank, workers)) for rank in range(workers)]
-    own = {"tau": case.tau, "accumulate": case.accumulate}
+    counts = [case.own(rank, workers) for rank in range(workers)]
+    optimizers = [
+        make[case.make.func](lambda name, t, rank=rank, n=n: case.rate(rank, min(t, n - 1)))
+        for rank, n in enumerate(counts)
+    ]
+    data = [batches(rank, count) for rank, count in enumerate(counts)]
+    own = {"tau": row.period(case), "accumulate": case.accumulate}
     if row.reference is not None:
         own |= {"turns": TURNS[case.fragments], "sick": case.sick}
-        return reference.restarting(row.reference, start, data, optimizers, **own)
+        return (row.run or reference.restarting)(row.reference, start, data, optimizers, **own)
     own["tau"] //= case.fragments
     momentum = getattr(row.rule, "center_momentum", 0.0)
     alpha = partial(strength, case, row.options.get("alpha", 0.9 / workers))
@@ -176,6 +246,7 @@ def expected(row: Row, case: Case, workers: int) -> dict[str, np.ndarray]:
         **own,
         alpha=alpha,
         center_momentum=momentum,
+        lr_drop=getattr(row.rule, "lr_drop", None) or 0.0,
         sick=case.sick,
         final_exchange=True,
     )
@@ -192,10 +263,9 @@ def strength(case: Case, alpha: float, name: str, t: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("case", "workers"),
-    [(c, p) for c in CASES for p in (1, 2) if p > 1 or not CASES[c].needs_others],
+    ("name", "case", "workers"),
+    [(n, c, p) for n, row in ROWS.items() for c in CASES for p in (1, 2) if row.can(CASES[c], p)],
 )
-@pytest.mark.parametrize("name", ROWS)
 def test_the_center_is_that_of_the_reference(name: str, case: str, workers: int) -> None:
     center = expected(ROWS[name], CASES[case], workers)
     first, *others = [run[name, case] for run in trained(workers)]
@@ -214,9 +284,13 @@ def test_nothing_moves_where_workers_agree_and_have_nothing_to_learn(name: str, 
 
 
 def two_ways(rank: int) -> Any:
-    case = CASES["21 exchanges"]
     options = [{"overlap": overlap} for overlap in (True, False)]
-    return {name: [train(rank, 2, ROWS[name], case, **more) for more in options] for name in PULLS}
+    return {
+        (name, case): [train(rank, 2, ROWS[name], CASES[case], **more) for more in options]
+        for name in OVERLAPS
+        for case in ("21 exchanges", "learning rates fall", "two fragments")
+        if ROWS[name].can(CASES[case], 2)
+    }
 
 
 def test_overlap_changes_no_bit_where_it_is_possible() -> None:
@@ -235,7 +309,7 @@ def resume_all(rank: int, folder: Path) -> Any:
             for step in (None, 10, 20)
         ]
         for name, row in ROWS.items()
-        for fragments in (1, 2)
+        for fragments in range(1, row.fragments + 1)
     }
 
 
@@ -244,10 +318,15 @@ def resumable(rank: int, row: Row, fragments: int, folder: Path, step: int | Non
     saving = ModelCheckpoint(
         folder / str(fragments), "{step}", every_n_train_steps=5, save_top_k=-1
     )
-    options = {"algorithm": row.rule, "tau": 4, "fragments": fragments, **row.options}
-    fitting = trainer(
-        2, EASGDStrategy(**options), max_epochs=3, enable_checkpointing=True, callbacks=[saving]
-    )
+    options = {"algorithm": row.rule, "tau": row.tau or 4, "fragments": fragments, **row.options}
+    strategy = EASGDStrategy(**options)
+
+    def on_train_batch_start(batch: Any, batch_idx: int) -> None:
+        rate = Case(rates=FALLS).rate(rank, module.global_step)
+        strategy.optimizers[0].param_groups[0]["lr"] = rate
+
+    module.on_train_batch_start = on_train_batch_start
+    fitting = trainer(2, strategy, max_epochs=4, enable_checkpointing=True, callbacks=[saving])
     saved = step and folder / str(fragments) / f"step={step}.ckpt"
     fitting.fit(module, Resumable(rank, 8), ckpt_path=saved)
     return {name: value.tobytes() for name, value in weights(module).items()}

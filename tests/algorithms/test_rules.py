@@ -20,10 +20,15 @@ from toy import Resumable, Toy, loader, trainer, weights
 from lightning_easgd import (
     BMUF,
     EASGD,
+    SMA,
+    AdaptivePeriod,
     DiLoCo,
     Downpour,
     EASGDStrategy,
+    LeaderSGD,
+    Linear,
     LocalSGD,
+    MDownpour,
     PostLocalSGD,
     Rule,
     SlowMo,
@@ -38,11 +43,20 @@ def averaged(rank: int, strategy: Any, make: Any) -> dict[str, np.ndarray]:
     return weights(module)
 
 
-def test_local_sgd_at_every_step_is_gradient_averaging() -> None:
+@pytest.mark.parametrize(
+    ("rule", "outer"),
+    [
+        ("local_sgd", {}),
+        (MDownpour(0.8, average=True), {"momentum": 0.8, "nesterov": True}),
+    ],
+    ids=["local_sgd", "mdownpour"],
+)
+def test_at_every_step_workers_average_gradients(rule: Any, outer: dict[str, Any]) -> None:
     """Over 50 steps of SGD, against DistributedDataParallel."""
     make = partial(torch.optim.SGD, lr=0.1)
-    rule = EASGDStrategy(algorithm="local_sgd", tau=1)
-    ours, theirs = (run_workers(averaged, s, make, workers=2) for s in (rule, "ddp"))
+    strategy = EASGDStrategy(algorithm=rule, tau=1)
+    ours = run_workers(averaged, strategy, make, workers=2)
+    theirs = run_workers(averaged, "ddp", partial(make, **outer), workers=2)
     for got, expected in zip(ours, theirs, strict=True):
         for key, value in got.items():
             np.testing.assert_allclose(value, expected[key], rtol=0, atol=1e-6)
@@ -95,6 +109,90 @@ def test_nothing_is_lost_on_the_way_to_the_center() -> None:
         for (codec, end, fragments), center in found.items():
             if end[1] or fragments == 1:  # else each row knows of another number of steps
                 np.testing.assert_allclose(center, end[2] * mean, atol=1e-9, err_msg=codec)
+
+
+def moved_late(rank: int) -> Any:
+    found = {}
+    for codec in CODECS:
+        for end in ENDS:
+            module = Slope(rank)
+            strategy = EASGDStrategy(
+                algorithm=DiLoCo(1.0, 0.0, delay=1, mixing=0.0),
+                tau=2,
+                compression=codec,
+                bucket_bytes=2000,
+                final_exchange=end[1],
+            )
+            trainer(3, strategy).fit(module, loader(rank, end[0]))
+            found[str(codec), end] = module.more.detach().numpy().copy()
+    return module.step.numpy(), found
+
+
+def test_nothing_but_the_steps_of_the_delay_is_lost_on_the_way() -> None:
+    """Of 7 exchanges the first is of two steps, the others of one: the other is given up."""
+    results = run_workers(moved_late, workers=3)
+    mean = sum(step for step, _ in results) / 3
+    for _, found in results:
+        for (codec, _end), center in found.items():
+            np.testing.assert_allclose(center, 8 * mean, atol=1e-9, err_msg=codec)
+
+
+RATES = 7 * [1.0] + 14 * [0.25]
+
+
+def restarted(rank: int) -> Any:
+    """How far a worker came by its steps, and where it and the center are in the end."""
+    found = {}
+    for codec in [None, *CODECS]:
+        for fragments in (1, 2):
+            module, given_up = Slope(rank), torch.zeros(700, dtype=torch.float64)
+            strategy = EASGDStrategy(
+                algorithm=SMA(0.0),
+                tau=4,
+                compression=codec,
+                fragments=fragments,
+                bucket_bytes=2000,
+                final_exchange=False,
+            )
+            with_hooks(module, strategy, given_up)
+            trainer(3, strategy).fit(module, loader(rank, len(RATES)))
+            ends = module.end, module.more.detach(), given_up
+            found[str(codec), fragments] = [end.numpy() for end in ends]
+    return module.step.numpy() * sum(RATES), found
+
+
+def with_hooks(module: Slope, strategy: EASGDStrategy, given_up: torch.Tensor) -> None:
+    """Let the learning rate fall, and note what a worker gives up at a restart, and its end."""
+
+    def on_train_start() -> None:
+        restart = strategy._center.restart_worker
+
+        def noted() -> None:
+            given_up.add_(module.more.detach())
+            restart()
+            given_up.sub_(module.more.detach())
+
+        strategy._center.restart_worker = noted
+
+    def on_train_batch_start(batch: Any, batch_idx: int) -> None:
+        strategy.optimizers[0].param_groups[0]["lr"] = RATES[batch_idx]
+
+    def on_train_end() -> None:
+        module.end = module.more.detach().clone()
+
+    for hook in (on_train_start, on_train_batch_start, on_train_end):
+        setattr(module, hook.__name__, hook)
+
+
+def test_a_restart_gives_up_nothing_but_what_workers_kept_for_themselves() -> None:
+    """What a worker has lost to the center arrives there, however much a codec holds back."""
+    results = run_workers(restarted, workers=3)
+    steps = sum(came for came, _ in results)
+    for codec in results[0][1]:
+        ends, centers, given_up = zip(*(found[codec] for _, found in results), strict=True)
+        assert all(np.abs(own).max() > 0.1 for own in given_up)
+        assert all(np.array_equal(center, centers[0]) for center in centers)
+        np.testing.assert_allclose(sum(ends) + centers[0] + sum(given_up), steps, atol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -181,6 +279,10 @@ def test_momentum_that_belongs_to_other_fragments_starts_afresh_and_says_so(tmp_
     assert others == []
 
 
+with_leader = partial(EASGDStrategy, algorithm="leader_sgd")
+late = partial(EASGDStrategy, algorithm=DiLoCo(delay=5))
+
+
 def radius(rule: Rule) -> float:
     """By what the center and its momentum grow in an exchange, where workers always reach 0."""
     c, memory = torch.ones(1, dtype=torch.float64), {}
@@ -245,8 +347,25 @@ def test_momentum_of_the_center_widens_what_is_stable(p: int, mu: float) -> None
         (lambda: DiLoCo(optimizer=torch.optim.LBFGS), "cannot move a flat tensor .*closure"),
         (lambda: DiLoCo(optimizer=torch.optim.Adam, taw=1), "unexpected keyword argument 'taw'"),
         (lambda: DiLoCo(optimizer="adam"), "optimizer='adam'"),
+        (lambda: DiLoCo(delay=-1), r"delay=-1 .*a whole number of steps, or 0"),
+        (lambda: DiLoCo(delay=True), "delay=True is not allowed"),
+        (lambda: DiLoCo(mixing=1), r"mixing=1 .*Allowed: a number in \[0, 1\)"),
+        (lambda: late(tau=4), r"delay=5 with tau=4 and fragments=1 .*tau of at least 5, or"),
+        (lambda: late(tau=8, fragments=2), r"delay=5 with tau=8 .*tau of at least 10, or delay=0"),
+        (lambda: late(tau="auto"), "delay=5 with tau='auto' .*a number tau"),
+        (lambda: late(tau=Linear(8, 16)), r"delay=5 with tau=Linear\(.* .*a number tau"),
         (lambda: EASGD(center_momentum=1), r"center_momentum=1 .*Allowed: a number in \[0, 1\)"),
+        (lambda: SMA(-0.1), r"center_momentum=-0.1 .*Allowed: a number in \[0, 1\)"),
+        (lambda: SMA(lr_drop=1), r"lr_drop=1 .*Allowed: a number in \(0, 1\)"),
         (lambda: Downpour(average="yes"), "average='yes' is not allowed"),
+        (lambda: MDownpour(average=1), "average=1 is not allowed"),
+        (lambda: MDownpour(1.0), r"momentum=1.0 .*Allowed: a number in \[0, 1\)"),
+        (lambda: LeaderSGD(0), r"pull=0 .*Allowed: a number in \(0, 1\]"),
+        (lambda: LeaderSGD(loss_smoothing=1), r"loss_smoothing=1 .*Allowed: a number in \[0, 1\)"),
+        (lambda: with_leader(fragments=2), r"fragments=2 is not possible with LeaderSGD"),
+        (lambda: with_leader(compression="int8"), "compression='int8' .*Allowed: compression=None"),
+        (lambda: with_leader(tau=AdaptivePeriod(4)), "tau=AdaptivePeriod.* tells no variance"),
+        (lambda: with_leader(alpha=0.5), "alpha=0.5 has no meaning under LeaderSGD"),
         (lambda: PostLocalSGD(-1), "warm_up=-1 is not allowed.*at least 0"),
         (lambda: PostLocalSGD(2.5), "warm_up=2.5"),
         (lambda: PostLocalSGD(True), "warm_up=True"),
@@ -255,6 +374,14 @@ def test_momentum_of_the_center_widens_what_is_stable(p: int, mu: float) -> None
 def test_hyper_parameters_out_of_range_are_refused(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("tau", [2, 0, lambda step: 1, Linear(1, 2), "auto"])
+def test_a_period_that_a_rule_cannot_is_refused(tau: Any) -> None:
+    with pytest.raises(ValueError, match=r"tau=.* is not possible with MDownpour.*Allowed: tau=1"):
+        EASGDStrategy(algorithm="mdownpour", tau=tau)
+    assert str(EASGDStrategy(algorithm="mdownpour")._rules.period) == "1"
+    assert str(EASGDStrategy()._rules.period) == "10"
 
 
 @pytest.mark.parametrize("name", RULES)

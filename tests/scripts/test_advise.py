@@ -19,7 +19,8 @@ from advising.report import command, table
 from emulation import EmulatedHosts
 from processes import processes_of
 
-from lightning_easgd.pace import AutomaticPeriod, Durations
+from lightning_easgd.pace import AutomaticPeriod
+from lightning_easgd.schedules import Durations, Observation
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "advise.py"
 REASON = emulation.unavailable()
@@ -154,8 +155,8 @@ def test_tau_is_what_auto_chooses_from_what_the_workers_measured() -> None:
     workers = [Durations(9_000, 70_000, 900), Durations(12_000, 50_000, 1_500)]
     automatic = AutomaticPeriod(fragments=2, log=lambda _: None)
     for _ in range(3):
-        automatic.observe(workers)
-    assert period(together(workers), 2, (1, 64)) == automatic.after(0)[0] == 10
+        automatic.observe(Observation(workers))
+    assert period(together(workers), 2, (1, 64)) == automatic.at(0) == 10
 
 
 def test_memory_is_counted_in_copies_of_the_parameters() -> None:

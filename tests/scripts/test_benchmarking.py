@@ -38,6 +38,7 @@ WORKER = {
     "sent_bytes": 8 * 1500,
     "peak_bytes": 7,
     "parameters": 1000,
+    "period": 16,
     "accuracy": None,
 }
 
@@ -211,7 +212,7 @@ def test_percentiles_and_ratios_of_neighbours() -> None:
 def test_a_result_is_by_the_slowest_worker_and_the_bytes_of_all() -> None:
     other = WORKER | {"seconds": 4.0, "sent_bytes": 8 * 4500, "peak_bytes": 9, "accuracy": None}
     job = Job(Setting("1gbit", 2), "easgd", 1)
-    found = Result.of(job, [WORKER, other], batch_size=64, period=16, job_seconds=9.0)
+    found = Result.of(job, [WORKER, other], batch_size=64, job_seconds=9.0)
     assert found.samples_per_second == 2 * 64 * 8 / 4.0
     assert found.bytes_per_step == 3000
     assert found.bytes_to_ring == 3000 * 16 / (4 * 1000)  # 2 (p-1)/p is 1
@@ -223,7 +224,7 @@ def test_a_result_is_by_the_slowest_worker_and_the_bytes_of_all() -> None:
 
 def result(contender: str, repetition: int, rate: float, **others: object) -> Result:
     job = Job(SETTING, contender, repetition)
-    found = Result.of(job, [WORKER] * 4, batch_size=64, period=16, job_seconds=9.0)
+    found = Result.of(job, [WORKER] * 4, batch_size=64, job_seconds=9.0)
     return replace(found, samples_per_second=rate, **others)
 
 

@@ -1,0 +1,49 @@
+"""WHEN workers exchange and how strongly: τ, one of β, α, ρ, and options of rules.
+
+All take a number, a callable of the optimizer steps taken so far that returns the same on every
+worker, or a :class:`Schedule`: ``plain`` ones follow the step, ``adaptive`` ones what the workers
+observe together.
+"""
+
+from lightning_easgd.schedules.adaptive import AdaptivePeriod, ConsensusTarget
+from lightning_easgd.schedules.base import (
+    Durations,
+    Observation,
+    Rate,
+    Schedule,
+    Schedules,
+    Training,
+    is_number,
+)
+from lightning_easgd.schedules.period import Period
+from lightning_easgd.schedules.plain import (
+    Anneal,
+    Constant,
+    Cosine,
+    Exponential,
+    Linear,
+    Steps,
+    as_schedule,
+)
+from lightning_easgd.schedules.strength import Strength
+
+__all__ = [
+    "AdaptivePeriod",
+    "Anneal",
+    "ConsensusTarget",
+    "Constant",
+    "Cosine",
+    "Durations",
+    "Exponential",
+    "Linear",
+    "Observation",
+    "Period",
+    "Rate",
+    "Schedule",
+    "Schedules",
+    "Steps",
+    "Strength",
+    "Training",
+    "as_schedule",
+    "is_number",
+]

@@ -1,0 +1,172 @@
+"""What a schedule is: a value that follows training, and is the same on all workers.
+
+[Note: when schedules react] What one worker measures is known to no other. It travels in the header
+of its next exchange and counts from the exchange after that on: there all workers have read all
+headers, so that all schedules see the same and say the same, however late the sums arrive.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, ClassVar, TypeGuard
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether ``value`` is a finite real number (Python's, NumPy's), and not a bool."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long training is expected to take, in optimizer steps; equal on all workers."""
+
+    steps: int | None = None
+    """From first to last, those before a checkpoint included; None: there is no known end."""
+    epoch_steps: int | None = None
+    """Of an epoch; None if epochs differ, or have no known end."""
+
+    @classmethod
+    def of_all(cls, workers: Sequence[Training]) -> Training:
+        """As the worker that takes most steps knows it; of none, if one does not know."""
+        return cls(
+            _most([worker.steps for worker in workers]),
+            _most([worker.epoch_steps for worker in workers]),
+        )
+
+
+def _most(counts: Sequence[int | None]) -> int | None:
+    known = [count for count in counts if count is not None]
+    return max(known) if len(known) == len(counts) else None
+
+
+@dataclass(frozen=True)
+class Durations:
+    """What one worker measured, in whole microseconds; 0 where it is not known."""
+
+    step: int = 0
+    """An optimizer step, data and all, while nothing is under way."""
+    exchange: int = 0
+    """An exchange, from its start to the arrival of the sums."""
+    cost: int = 0
+    """By how much an exchange lengthens the steps that it hides behind; below 0 by chance only."""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What the headers of an exchange told; equal on all workers.
+
+    Letters: p workers, x^i a worker before its pull, c the center, m = (1/p) Σ_i x^i their mean.
+    Workers whose weights are not finite do not count.
+    """
+
+    durations: Sequence[Durations] = ()
+    """Of each worker, in rank order."""
+    distance: float | None = None
+    """sqrt((1/p) Σ_i ‖x^i - c‖²) / ‖c‖; None but at the end of a round, when each fragment of the
+    model had its turn."""
+    variance: float | None = None
+    """(1/p) Σ_i ‖x^i - m‖² of the round before, where a schedule reads it; else None."""
+    lr: float = 0.0
+    """The largest learning rate of a worker, where variance is read."""
+
+
+class Schedule(ABC):
+    """The value of a parameter after so many optimizer steps.
+
+    It depends on the step, and for adaptive ones on what they observed; on nothing that only one
+    worker knows. Public attributes are options, by which workers are compared.
+
+    Attributes:
+        of: names of the parameters that it can set; empty: any.
+        reads_variance: whether observations have the variance across workers, which costs a norm.
+    """
+
+    of: ClassVar[tuple[str, ...]] = ()
+    reads_variance: ClassVar[bool] = False
+
+    @property
+    @abstractmethod
+    def bounds(self) -> tuple[float, float]:
+        """The least and the greatest value; checked once against what its parameter allows."""
+
+    @abstractmethod
+    def at(self, step: int) -> float:
+        """The value after ``step`` optimizer steps; changes nothing."""
+
+    def begin(self, training: Training) -> None:  # noqa: B027
+        """Learn how long training takes; before its first step, and again when it resumes.
+
+        Raises:
+            ValueError: the schedule needs to know, and it is not known.
+        """
+
+    def limit(self, most: float) -> None:  # noqa: B027
+        """Learn what is stable; an adaptive schedule stays at or below it."""
+
+    def observe(self, seen: Observation) -> bool:
+        """Learn from an exchange; called on all workers at the same one.
+
+        Returns:
+            Whether workers must measure durations afresh.
+        """
+        return False
+
+    def state(self) -> dict[str, Any]:
+        """What was learned, for a checkpoint; equal on all workers."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """The inverse of :meth:`state`."""
+
+    def __repr__(self) -> str:
+        """Name and options."""
+        options = {key: value for key, value in vars(self).items() if not key.startswith("_")}
+        text = ", ".join(f"{k}={v}" for k, v in options.items() if v is not None)
+        return f"{type(self).__name__}({text})"
+
+
+Rate = float | Callable[[int], float] | Schedule
+"""What sets a parameter: a number, a callable of the optimizer step, or a schedule."""
+
+
+class Schedules:
+    """All schedules of a training run, asked together.
+
+    Args:
+        named: by the parameter that each sets.
+    """
+
+    def __init__(self, named: Mapping[str, Schedule]) -> None:
+        self._named = named
+
+    @property
+    def read_variance(self) -> bool:
+        """Whether one reads the variance across workers."""
+        return any(schedule.reads_variance for schedule in self._named.values())
+
+    def begin(self, training: Training) -> None:
+        """As of Schedule."""
+        for schedule in self._named.values():
+            schedule.begin(training)
+
+    def observe(self, seen: Observation) -> bool:
+        """As of Schedule; whether one of them wants durations to be measured afresh."""
+        told = [schedule.observe(seen) for schedule in self._named.values()]
+        return any(told)
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint; equal on all workers."""
+        return {
+            name: {"kind": type(schedule).__name__, "state": schedule.state()}
+            for name, schedule in self._named.items()
+        }
+
+    def load_state(self, saved: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state`; a schedule of another kind than was saved starts afresh."""
+        for name, schedule in self._named.items():
+            if saved.get(name, {}).get("kind") == type(schedule).__name__:
+                schedule.load_state(saved[name]["state"])

@@ -1,0 +1,77 @@
+"""The communication period τ."""
+
+from __future__ import annotations
+
+import math
+
+from lightning_easgd.schedules.base import Rate, Schedule, is_number
+from lightning_easgd.schedules.plain import Constant, as_schedule
+
+
+class Period:
+    """The communication period τ: optimizer steps of a worker between two exchanges of a parameter.
+
+    With several fragments there is an exchange every τ / fragments steps.
+
+    Args:
+        tau: a whole number, a callable that returns one, or a schedule, whose values are rounded to
+            a multiple of ``fragments``.
+        fragments: parts of the model that are exchanged in turn.
+
+    Raises:
+        ValueError: τ is not a whole number of at least 1 or not a multiple of the fragments (at
+            construction, or when a callable returns it), or a schedule's are out of range.
+    """
+
+    def __init__(self, tau: Rate, fragments: int = 1) -> None:
+        self.fragments = fragments
+        self._rounds = isinstance(tau, Schedule)
+        check = self._require_bound if self._rounds else self._require_whole
+        self.schedule = as_schedule("tau", tau, check)
+        if self._rounds and self.schedule.bounds[1] < fragments:
+            raise ValueError(
+                f"tau={tau} never reaches fragments={fragments}: a fragment is exchanged every"
+                " tau / fragments steps. Let tau become larger, or take fewer fragments."
+            )
+
+    def __str__(self) -> str:
+        return str(self.schedule)
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether τ is a number."""
+        return isinstance(self.schedule, Constant)
+
+    def after(self, step: int) -> tuple[int, int]:
+        """τ in force after ``step`` steps, and the next step that begins with an exchange.
+
+        A constant τ exchanges at its multiples (τ | t); another one τ(step) steps after ``step``.
+        With fragments, what is said of τ holds for τ / fragments.
+        """
+        value = self.schedule.at(step)
+        pause = max(1, round(value / self.fragments))
+        begun = step // pause * pause if self.is_constant else step
+        return pause * self.fragments, begun + pause
+
+    def _require_whole(self, tau: object) -> int:
+        if is_number(tau) and tau >= 1 and tau == int(tau):
+            if tau % self.fragments:
+                raise ValueError(
+                    f"tau={tau!r} is not a multiple of fragments={self.fragments}: every"
+                    " tau / fragments steps a fragment is exchanged. Allowed: a multiple, for"
+                    f" example tau={math.ceil(tau / self.fragments) * self.fragments}."
+                )
+            return int(tau)
+        raise ValueError(
+            f"tau={tau!r} is not a communication period. Allowed: a whole number of optimizer"
+            " steps, at least 1 (the paper uses 1 to 64), a callable of the optimizer step that"
+            " returns one, a schedule, or 'auto'."
+        )
+
+    @staticmethod
+    def _require_bound(tau: object) -> float:
+        if is_number(tau) and tau >= 1:
+            return tau
+        raise ValueError(
+            f"A schedule gives tau={tau!r} at one end. Allowed: 1 optimizer step or more."
+        )

@@ -1,0 +1,47 @@
+"""The gallery of schedules."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import gallery
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_every_schedule_that_can_be_chosen_has_its_panel() -> None:
+    files = {path.stem for path in (ROOT / "conf" / "vary").glob("*.yaml")}
+    assert {panel.name for panel in gallery.PANELS} == files
+
+
+def test_a_picture_is_drawn_from_real_runs(tmp_path: Path) -> None:
+    """Of two runs of two steps each; those that are there are not done again."""
+    short = ["trainer.devices=1", "trainer.max_epochs=1", "trainer.limit_train_batches=12"]
+    chosen = [panel for panel in gallery.PANELS if panel.name in ("linear", "consensus_target")]
+    runs = [(panel, gallery.train(panel, tmp_path, short)) for panel in chosen]
+    again = [(panel, gallery.train(panel, tmp_path, ["no.such=option"])) for panel in chosen]
+    assert again == runs
+    steps, taus = gallery.curve(runs[0][1], "tau")
+    assert steps == list(range(steps[0], steps[0] + len(steps)))
+    assert taus == sorted(taus)
+    assert taus[0] < taus[-1] <= 16
+    gallery.draw(runs, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_picture_of_the_readme_is_small_and_its_command_is_there() -> None:
+    picture = ROOT / "docs" / "schedules.png"
+    assert 0 < picture.stat().st_size < 200_000
+    readme = (ROOT / "README.md").read_text()
+    assert "docs/schedules.png" in readme
+    assert "python scripts/gallery.py" in readme
+
+
+def test_the_script_says_how_it_is_used() -> None:
+    script = ROOT / "scripts" / "gallery.py"
+    said = subprocess.run(
+        [sys.executable, str(script), "--help"], check=True, capture_output=True, text=True
+    ).stdout
+    assert "--folder" in said
