@@ -11,7 +11,16 @@ Importing the package registers ``Trainer(strategy="easgd")``, ``easgd_spawn``, 
 
 from lightning.pytorch.strategies import StrategyRegistry
 
-from lightning_easgd.algorithms import BMUF, EASGD, DiLoCo, Downpour, LocalSGD, Rule, SlowMo
+from lightning_easgd.algorithms import (
+    BMUF,
+    EASGD,
+    CenterAverage,
+    DiLoCo,
+    Downpour,
+    LocalSGD,
+    Rule,
+    SlowMo,
+)
 from lightning_easgd.callbacks import EASGDMonitor
 from lightning_easgd.communication import Codec, ExchangeError, Int8, TopK
 from lightning_easgd.contribution import NonFiniteError
@@ -21,6 +30,7 @@ from lightning_easgd.telemetry import Telemetry
 __all__ = [
     "BMUF",
     "EASGD",
+    "CenterAverage",
     "Codec",
     "DiLoCo",
     "Downpour",

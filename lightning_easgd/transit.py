@@ -231,6 +231,7 @@ class Transit:
             if flight.moves:
                 for part, move, memory in zip(center, total, fragment.outer, strict=True):
                     self._rule.move_(part, move, memory)
+                fragment.follow_center()
             else:
                 elastic.move_center_(center, total)
             if self._rule.restarts:

@@ -3,10 +3,13 @@
 Nothing here knows of processes, of Lightning or of time; a rule is a function of tensors and rates.
 """
 
+from typing import Any
+
 from lightning_easgd.algorithms.averaging import Downpour, LocalSGD
 from lightning_easgd.algorithms.base import Rule
 from lightning_easgd.algorithms.elastic import EASGD
 from lightning_easgd.algorithms.outer import BMUF, DiLoCo, SlowMo
+from lightning_easgd.algorithms.running_average import CenterAverage, choose_average
 
 RULES: dict[str, type[Rule]] = {
     "easgd": EASGD,
@@ -17,6 +20,12 @@ RULES: dict[str, type[Rule]] = {
     "diloco": DiLoCo,
 }
 """The rules that are known by name."""
+
+AVERAGED: dict[str, dict[str, Any]] = {
+    "adownpour": {"algorithm": "downpour", "center_average": "polyak"},
+    "mvadownpour": {"algorithm": "downpour", "center_average": "ema"},
+}
+"""Rules with a running average of the center, by the names that the pairs have."""
 
 
 def choose_rule(algorithm: str | Rule) -> Rule:
@@ -36,13 +45,16 @@ def choose_rule(algorithm: str | Rule) -> Rule:
 
 
 __all__ = [
+    "AVERAGED",
     "BMUF",
     "EASGD",
     "RULES",
+    "CenterAverage",
     "DiLoCo",
     "Downpour",
     "LocalSGD",
     "Rule",
     "SlowMo",
+    "choose_average",
     "choose_rule",
 ]

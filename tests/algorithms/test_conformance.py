@@ -39,8 +39,10 @@ class Row:
     rule: str | Rule
     reference: Any = None
     copies: int = 0
-    """Flat copies of the parameters that it keeps."""
+    """Flat copies of the parameters that it keeps, besides the center and the sum in flight."""
     options: dict[str, Any] = field(default_factory=dict)
+    average: Any = None
+    """Makes the reference of the center's running average, which is then what is compared."""
 
 
 def users_own() -> Rule:
@@ -67,6 +69,26 @@ ROWS = {
         DiLoCo(0.05, optimizer=torch.optim.Adam), reference.OuterAdam(0.05), copies=2
     ),
     "a user's": Row(users_own(), reference.Lookahead(0.5)),
+    "easgd with momentum, polyak": Row(
+        EASGD(center_momentum=0.6),
+        copies=2,
+        options={"center_average": "polyak"},
+        average=reference.Average,
+    ),
+    "adownpour": Row(
+        "downpour",
+        reference.Downpour(),
+        copies=1,
+        options={"center_average": "polyak"},
+        average=reference.Average,
+    ),
+    "mvadownpour": Row(
+        "downpour",
+        reference.Downpour(),
+        copies=1,
+        options={"center_average": "ema"},
+        average=partial(reference.Average, a=0.001),
+    ),
 }
 PULLS = [name for name, row in ROWS.items() if row.reference is None]
 
@@ -126,6 +148,7 @@ def train(rank: int, workers: int, row: Row, case: Case, **more: Any) -> dict[st
     def on_train_end() -> None:
         fragments = [f for s in strategy._center.segments for f in s.fragments]
         kept = [v for f in fragments for part in f.outer for v in part.values()]
+        kept += [part for f in fragments if row.average for part in f.delivered.parts]
         sizes = [tensor.numel() for tensor in kept if tensor.dim()]
         assert sum(sizes) == row.copies * sum(p.numel() for p in module.parameters())
 
@@ -161,10 +184,12 @@ def expected(row: Row, case: Case, workers: int) -> dict[str, np.ndarray]:
     }
     optimizers = [make[case.make.func](lambda name, t: lr) for _ in range(workers)]
     data = [batches(rank, case.own(rank, workers)) for rank in range(workers)]
-    own = {"tau": case.tau, "accumulate": case.accumulate}
+    average = row.average and row.average(start)
+    own = {"tau": case.tau, "accumulate": case.accumulate, "average": average}
     if row.reference is not None:
         own |= {"turns": TURNS[case.fragments], "sick": case.sick}
-        return reference.restarting(row.reference, start, data, optimizers, **own)
+        center = reference.restarting(row.reference, start, data, optimizers, **own)
+        return average.z if average else center
     own["tau"] //= case.fragments
     momentum = getattr(row.rule, "center_momentum", 0.0)
     alpha = partial(strength, case, row.options.get("alpha", 0.9 / workers))
@@ -178,7 +203,7 @@ def expected(row: Row, case: Case, workers: int) -> dict[str, np.ndarray]:
         sick=case.sick,
         final_exchange=True,
     )
-    return center
+    return average.z if average else center
 
 
 def strength(case: Case, alpha: float, name: str, t: int) -> np.ndarray:
@@ -227,7 +252,10 @@ def test_overlap_changes_no_bit_where_it_is_possible() -> None:
 
 
 def resume_all(rank: int, folder: Path) -> Any:
-    """Per rule and number of fragments, the final bits of a run and of what resumed it."""
+    """Per rule and number of fragments, the final bits of a run and of what resumed it.
+
+    Those of what is delivered, and of the center.
+    """
     return {
         (name, fragments): [
             resumable(rank, row, fragments, folder / name.replace("/", ""), step)
@@ -244,12 +272,12 @@ def resumable(rank: int, row: Row, fragments: int, folder: Path, step: int | Non
         folder / str(fragments), "{step}", every_n_train_steps=5, save_top_k=-1
     )
     options = {"algorithm": row.rule, "tau": 4, "fragments": fragments, **row.options}
-    fitting = trainer(
-        2, EASGDStrategy(**options), max_epochs=3, enable_checkpointing=True, callbacks=[saving]
-    )
+    strategy = EASGDStrategy(**options)
+    fitting = trainer(2, strategy, max_epochs=3, enable_checkpointing=True, callbacks=[saving])
     saved = step and folder / str(fragments) / f"step={step}.ckpt"
     fitting.fit(module, Resumable(rank, 8), ckpt_path=saved)
-    return {name: value.tobytes() for name, value in weights(module).items()}
+    center = strategy.center_state_dict()
+    return [(v.tobytes(), center[n].numpy().tobytes()) for n, v in weights(module).items()]
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
