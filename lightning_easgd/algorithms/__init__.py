@@ -3,11 +3,14 @@
 Nothing here knows of processes, of Lightning or of time; a rule is a function of tensors and rates.
 """
 
+from typing import Any
+
 from lightning_easgd.algorithms.averaging import Downpour, LocalSGD, MDownpour
 from lightning_easgd.algorithms.base import Rule
 from lightning_easgd.algorithms.elastic import EASGD, SMA
 from lightning_easgd.algorithms.leader import LeaderSGD
 from lightning_easgd.algorithms.outer import BMUF, DiLoCo, SlowMo
+from lightning_easgd.algorithms.running_average import CenterAverage, choose_average
 
 RULES: dict[str, type[Rule]] = {
     "easgd": EASGD,
@@ -21,6 +24,12 @@ RULES: dict[str, type[Rule]] = {
     "leader_sgd": LeaderSGD,
 }
 """The rules that are known by name."""
+
+AVERAGED: dict[str, dict[str, Any]] = {
+    "adownpour": {"algorithm": "downpour", "center_average": "polyak"},
+    "mvadownpour": {"algorithm": "downpour", "center_average": "ema"},
+}
+"""Rules with a running average of the center, by the names that the pairs have."""
 
 
 def choose_rule(algorithm: str | Rule) -> Rule:
@@ -40,10 +49,12 @@ def choose_rule(algorithm: str | Rule) -> Rule:
 
 
 __all__ = [
+    "AVERAGED",
     "BMUF",
     "EASGD",
     "RULES",
     "SMA",
+    "CenterAverage",
     "DiLoCo",
     "Downpour",
     "LeaderSGD",
@@ -51,5 +62,6 @@ __all__ = [
     "MDownpour",
     "Rule",
     "SlowMo",
+    "choose_average",
     "choose_rule",
 ]
