@@ -228,5 +228,5 @@ def refuse(unsupported: Mapping[str, object]) -> None:
             f"EASGDStrategy got an unknown argument {name}={value!r}. Its own are tau, beta, alpha,"
             " rho, algorithm, overlap, evaluate_on, buffers, elastic_point, final_exchange,"
             " strict_resume, exchange_timeout, compression, tau_min, tau_max, fragments,"
-            " groups, center_device and bucket_bytes."
+            " groups, center_device, center_average and bucket_bytes."
         )

@@ -8,15 +8,16 @@ larger for as long as the module shows the center.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from lightning_easgd.algorithms import CenterAverage
 from lightning_easgd.buffers import BufferPolicy, Statistics
 from lightning_easgd.flat import FlatVector, Memory, as_real
-from lightning_easgd.segments import Fragment, Piece, Segment
+from lightning_easgd.segments import Fragment, Piece, Segment, copied_state, put_together
 
 
 class Center:
@@ -32,6 +33,8 @@ class Center:
         rank: this worker's number.
         turns: into how many fragments parameters are cut; each is exchanged in its turn.
         offload: whether the center lies in host memory, wherever the parameters are.
+        averaging: which running average of the center the module shows, and is saved and delivered;
+            None: the center itself. Statistics are the center's either way.
 
     Raises:
         ValueError: the module has no parameter to train, or cannot be cut into so many fragments.
@@ -47,11 +50,13 @@ class Center:
         rank: int,
         turns: int = 1,
         offload: bool = False,
+        averaging: CenterAverage | None = None,
     ) -> None:
         self.segments: list[Segment] = []
         self.joined = 0
         self.turns = turns
         self.lent = False
+        self._averaging = averaging
         self._dormant = list(module.named_parameters())
         if not any(parameter.requires_grad for _, parameter in self._dormant):
             raise ValueError(
@@ -81,9 +86,12 @@ class Center:
         if not any(parameter.requires_grad for _, parameter in self._dormant):
             return False
         named = [(n, p) for n, p in self._dormant if p.requires_grad]
-        self.segments.append(Segment(named, self.turns, self._memory))
+        self.segments.append(self._segment(named))
         self._dormant = [(n, p) for n, p in self._dormant if not p.requires_grad]
         return True
+
+    def _segment(self, named: Sequence[tuple[str, nn.Parameter]]) -> Segment:
+        return Segment(named, self.turns, self._memory, self._averaging)
 
     def join(self, segments: int) -> None:
         """Let the first ``segments`` segments take part in exchanges from now on."""
@@ -122,41 +130,51 @@ class Center:
         elastic = _fragments(self.segments[: self.joined])
         return sum(fragment.center.checksum() for fragment in elastic) % 2**63
 
-    def state_dict(self, module: nn.Module) -> dict[str, Any]:
+    def state_dict(self, module: nn.Module, *, delivered: bool = True) -> dict[str, Any]:
         """The module's state dict with the center's values; a copy. Nothing may be in flight.
 
         Neither the module nor a buffer of an exchange is written to, so that this is possible at
         any time, between a forward and a backward pass too.
+
+        Args:
+            module: the worker's.
+            delivered: whether the center's running average, if there is one, takes its place.
         """
-        if self.lent:
-            return _copied_state(module, [])
-        return _copied_state(module, self._pieces("center"))
+        if self.lent and delivered:
+            return copied_state(module, [])
+        return copied_state(module, self._pieces("delivered" if delivered else "center"))
 
     def worker_state_dict(self, module: nn.Module) -> dict[str, Any]:
         """The module's state dict with the worker's own values; a copy only where it is lent."""
         if not self.lent:
             return module.state_dict()
-        return _copied_state(module, self._pieces("total"))
+        return copied_state(module, self._pieces("total"))
 
     def shared_state(self) -> dict[str, Any]:
         """What the state dict does not tell of the center, for a checkpoint.
 
         The segments by the names of their parameters, how many joined, the values whose own
-        precision in the module is lower than the center's, and what the update rule keeps.
+        precision in the module is lower than the center's, what the update rule keeps, and the
+        center itself where its running average is delivered.
         """
-        exact: dict[str, Tensor] = {}
-        for piece, view in self._pieces("center"):
-            whole = as_real(piece.whole.detach())
-            if whole.dtype != view.dtype:
-                if piece.name not in exact:
-                    exact[piece.name] = torch.empty_like(whole, dtype=view.dtype)
-                piece.of(exact[piece.name]).copy_(view)
+        values = self._pieces("delivered")
+        exact = [(p, view) for p, view in values if as_real(p.whole.detach()).dtype != view.dtype]
         return {
             "segments": [segment.names for segment in self.segments],
             "joined": self.joined,
-            "exact": exact,
+            "exact": put_together(exact),
             "outer": {f.name: f.outer for f in _fragments(self.segments) if any(f.outer)},
+            "averaged": None if self._averaging is None else self._averaged(),
         }
+
+    def _averaged(self) -> dict[str, Any]:
+        """The center, by the names of its parameters, and how often each fragment has moved.
+
+        The fragments of a segment go by the name of its first parameter.
+        """
+        pieces = [each for f in _fragments(self.segments) for each in f.values(f.center)]
+        moves = {s.names[0]: [fragment.moves for fragment in s.fragments] for s in self.segments}
+        return {"center": put_together(pieces), "moves": moves}
 
     def load_outer(self, outer: Mapping[str, list[dict[str, Any]]]) -> bool:
         """Give the update rule what it kept; whether all of it was of fragments there are."""
@@ -166,12 +184,15 @@ class Center:
         return outer.keys() <= here.keys()
 
     def load_shared_state(self, state: Mapping[str, Any]) -> None:
-        """Form the segments of :meth:`shared_state` again; the module holds the center."""
+        """Form the segments of :meth:`shared_state` again; the module holds what was delivered.
+
+        Then it holds the center.
+        """
         named = dict(self._dormant)
         for segment in self.segments:
             named |= segment.named
         groups = [[(n, named.pop(n)) for n in names if n in named] for names in state["segments"]]
-        self.segments = [Segment(g, self.turns, self._memory) for g in groups if g]
+        self.segments = [self._segment(group) for group in groups if group]
         self._dormant = list(named.items())
         self.join(min(state["joined"], len(self.segments)))
         self.adopt_unfrozen()
@@ -179,9 +200,21 @@ class Center:
         for piece, view in self._pieces("center"):
             if piece.name in state["exact"]:
                 view.copy_(piece.of(state["exact"][piece.name]))
+        averaged = state.get("averaged") or {"center": {}, "moves": {}}
+        for segment in self.segments:
+            segment.resume_average(averaged["moves"].get(segment.names[0], [0]))
+        for fragment in _fragments(self.segments):
+            for piece, view in fragment.values(fragment.center):
+                if piece.name in averaged["center"]:
+                    view.copy_(piece.of(averaged["center"][piece.name]))
+        if averaged["center"]:
+            self.overwrite_worker()
 
     def show(self) -> None:
-        """Put the center into the module until :meth:`show_worker`. Nothing may be in flight."""
+        """Put what is delivered into the module until :meth:`show_worker`.
+
+        That is the center, or its running average. Nothing may be in flight.
+        """
         if self.lent:
             return
         fragments = list(_fragments(self.segments))
@@ -190,7 +223,7 @@ class Center:
             fragment.total.read_(fragment.tensors())
         self.statistics.set_worker_aside()
         self.lent = True
-        self._load_center()
+        self._load("delivered")
 
     def show_worker(self) -> None:
         """Give the worker its own weights and buffers back, if the module shows the center."""
@@ -202,15 +235,20 @@ class Center:
         self._end_lending()
 
     def overwrite_worker(self) -> None:
-        """Make the module's weights and statistics those of the center, for good."""
-        self._load_center()
+        """Make the module's weights and statistics those of the center, to go on from there."""
+        self._load("center")
+        self._end_lending()
+
+    def deliver(self) -> None:
+        """Make the module's weights those of the center or its running average, for good."""
+        self._load("delivered")
         self._end_lending()
 
     def restart_worker(self) -> None:
         """Let the weights that take part in exchanges go on from the center, without momentum."""
         for fragment in _fragments(self.segments[: self.joined]):
             fragment.center.write_to(fragment.tensors())
-            fragment.forget()
+            fragment.forget_memory()
 
     def read_module(self) -> None:
         """Make the module's weights and statistics, equal on all workers, those of the center."""
@@ -251,16 +289,19 @@ class Center:
     def _capacity(self, dtype: torch.dtype) -> int:
         return self._sums[dtype].numel() if dtype in self._sums else -1
 
-    def _pieces(self, which: Literal["center", "total"]) -> Iterator[tuple[Piece, Tensor]]:
-        """What the center, or the sum in flight, holds for each piece of the module."""
+    def _pieces(
+        self, which: Literal["center", "delivered", "total"]
+    ) -> Iterator[tuple[Piece, Tensor]]:
+        """What the center, what is delivered or the sum in flight holds for each piece."""
         for fragment in _fragments(self.segments):
             yield from fragment.values(getattr(fragment, which))
         if self.statistics:
-            yield from self.statistics.values(getattr(self.statistics, which))
+            total = self.statistics.total if which == "total" else self.statistics.center
+            yield from self.statistics.values(total)
 
-    def _load_center(self) -> None:
+    def _load(self, which: Literal["center", "delivered"]) -> None:
         for fragment in _fragments(self.segments):
-            fragment.center.write_to(fragment.tensors())
+            getattr(fragment, which).write_to(fragment.tensors())
         self.statistics.load_center()
 
 
@@ -273,18 +314,3 @@ def _memory(device: torch.device, offload: bool) -> Memory:
     if not offload:
         return Memory(device)
     return Memory(torch.device("cpu"), pinned=device.type != "cpu")
-
-
-def _copied_state(module: nn.Module, values: Iterable[tuple[Piece, Tensor]]) -> dict[str, Any]:
-    """A copy of the module's state dict, with other values for pieces of its tensors."""
-    by_tensor: dict[int, list[tuple[Piece, Tensor]]] = {}
-    for piece, view in values:
-        by_tensor.setdefault(id(piece.whole), []).append((piece, view))
-    state: dict[str, Any] = module.state_dict(keep_vars=True)
-    for key, tensor in state.items():
-        if isinstance(tensor, Tensor):
-            copy = tensor.detach().clone()
-            for piece, view in by_tensor.get(id(tensor), []):
-                piece.of(as_real(copy)).copy_(view)
-            state[key] = copy
-    return state

@@ -301,19 +301,22 @@ class Exchange:
             self.drain()
         self._finished = True
         self.stopping = self._transit.stop_agreed
-        self.center.overwrite_worker()
+        self.center.deliver()
         return True
 
-    def center_state_dict(self, module: nn.Module, *, latest: bool = True) -> dict[str, Any]:
+    def center_state_dict(
+        self, module: nn.Module, *, latest: bool = True, delivered: bool = False
+    ) -> dict[str, Any]:
         """The module's state dict with the center's weights; a copy, so it stays as it is.
 
         Args:
             module: the worker's.
             latest: whether the exchange in flight is awaited first.
+            delivered: whether the center's running average, if there is one, takes its place.
         """
         if latest:
             self.drain()
-        return self.center.state_dict(module)
+        return self.center.state_dict(module, delivered=delivered)
 
     def shared_state(self) -> dict[str, Any]:
         """What all workers hold alike, for a checkpoint. Nothing may be in flight."""
@@ -344,7 +347,7 @@ class Exchange:
         }
 
     def load_state(self, shared: Mapping[str, Any], own: Mapping[str, Any] | None) -> None:
-        """Go on from a checkpoint; the module holds the center.
+        """Go on from a checkpoint; the module holds what it delivered, and then the center.
 
         Args:
             shared: of :meth:`shared_state`.

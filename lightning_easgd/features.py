@@ -35,7 +35,8 @@ def refuse_features(trainer: pl.Trainer, *, sync_batchnorm: bool) -> None:
         if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
             raise MisconfigurationException(
                 f"{type(callback).__name__} averages one worker's weights and puts the result"
-                " where EASGD delivers the center. Remove it: the center is an average already."
+                " where EASGD delivers the center. Remove it: the center is an average already;"
+                " EASGDStrategy(center_average='ema') averages it over time, too."
             )
         if isinstance(callback, ModelPruning):
             raise MisconfigurationException(

@@ -35,11 +35,15 @@ class PersistentStrategy(CollectiveStrategy):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The weights that checkpoints hold: the center. The single place that names them."""
+        """The weights that checkpoints hold: the center, or its running average.
+
+        The single place that names them.
+        """
         if self._exchange is None or self.lightning_module is None:
             return super().lightning_module_state_dict()
-        latest = not self._alone
-        return self._exchange.center_state_dict(self.lightning_module, latest=latest)
+        return self._exchange.center_state_dict(
+            self.lightning_module, latest=not self._alone, delivered=True
+        )
 
     @override
     def save_checkpoint(

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_easgd.algorithms import CenterAverage
 from lightning_easgd.flat import FlatLayout, FlatVector, Memory, as_real
 
 _MOST_CUTS_PER_PARAMETER = 1024
@@ -51,20 +52,46 @@ class Fragment:
     Args:
         pieces: the center starts as a copy of them.
         memory: where the center lies.
+        averaging: which running average of the center is delivered; None: the center itself.
     """
 
-    def __init__(self, pieces: Sequence[Piece], memory: Memory) -> None:
+    def __init__(
+        self, pieces: Sequence[Piece], memory: Memory, averaging: CenterAverage | None = None
+    ) -> None:
         self.pieces = pieces
         self.layout = FlatLayout((str(piece), piece.tensor) for piece in pieces)
         self.center = FlatVector(self.layout, memory.allocate(self.layout.sizes))
         self.center.read_(self.tensors())
+        self._averaging = averaging
+        self.delivered = self.center
+        """What the module shows and is saved: the center, or its running average."""
+        if averaging is not None:
+            self.delivered = FlatVector(self.layout, memory.allocate(self.layout.sizes))
         self.forget()
         self._total: FlatVector | None = None
 
     def forget(self) -> None:
         """Begin as if there had been no exchange yet."""
+        self.forget_memory()
+        self.begin_average(0)
+
+    def forget_memory(self) -> None:
+        """Let the update rule begin anew; the running average, if there is one, goes on."""
         self.outer: list[dict[str, Any]] = [{} for _ in self.center.parts]
         """What the update rule keeps of each flat tensor of the center."""
+
+    def begin_average(self, moves: int) -> None:
+        """Let the running average, if there is one, be the center, as after ``moves`` moves."""
+        self.moves = moves
+        """How often the center has moved, as far as the average knows."""
+        if self._averaging is not None:
+            torch._foreach_copy_(self.delivered.parts, self.center.parts)
+
+    def follow_center(self) -> None:
+        """Let the running average, if there is one, take in the center, which has moved."""
+        if self._averaging is not None:
+            self.moves += 1
+            self._averaging.follow_(self.delivered.parts, self.center.parts, self.moves)
 
     @property
     def name(self) -> str:
@@ -123,18 +150,34 @@ class Segment:
         named: names and parameters.
         fragments: into how many they are cut, or fewer if there are fewer rows.
         memory: where the center lies.
+        averaging: as of Fragment.
     """
 
     def __init__(
-        self, named: Sequence[tuple[str, nn.Parameter]], fragments: int, memory: Memory
+        self,
+        named: Sequence[tuple[str, nn.Parameter]],
+        fragments: int,
+        memory: Memory,
+        averaging: CenterAverage | None = None,
     ) -> None:
         self.named = list(named)
-        self.fragments = [Fragment(pieces, memory) for pieces in cut(named, fragments)]
+        self.fragments = [Fragment(pieces, memory, averaging) for pieces in cut(named, fragments)]
 
     @property
     def names(self) -> list[str]:
         """Of the parameters."""
         return [name for name, _ in self.named]
+
+    def resume_average(self, moves: Sequence[int]) -> None:
+        """Begin the running averages, if there are any, at the center, as after so many moves.
+
+        Args:
+            moves: of each fragment; where there were other fragments, the fewest count for all.
+        """
+        if len(moves) != len(self.fragments):
+            moves = [min(moves)] * len(self.fragments)
+        for fragment, count in zip(self.fragments, moves, strict=True):
+            fragment.begin_average(count)
 
 
 def cut(named: Sequence[tuple[str, nn.Parameter]], fragments: int) -> list[list[Piece]]:
@@ -193,3 +236,28 @@ def _pieces(
             pieces.append(Piece(name, parameter, slice(first, behind)))
         begin = end
     return pieces
+
+
+def put_together(values: Iterable[tuple[Piece, Tensor]]) -> dict[str, Tensor]:
+    """Tensors of pieces' values, whole and in the values' own precision, by name."""
+    wholes: dict[str, Tensor] = {}
+    for piece, view in values:
+        if piece.name not in wholes:
+            wholes[piece.name] = torch.empty_like(as_real(piece.whole.detach()), dtype=view.dtype)
+        piece.of(wholes[piece.name]).copy_(view)
+    return wholes
+
+
+def copied_state(module: nn.Module, values: Iterable[tuple[Piece, Tensor]]) -> dict[str, Any]:
+    """A copy of the module's state dict, with other values for pieces of its tensors."""
+    by_tensor: dict[int, list[tuple[Piece, Tensor]]] = {}
+    for piece, view in values:
+        by_tensor.setdefault(id(piece.whole), []).append((piece, view))
+    state: dict[str, Any] = module.state_dict(keep_vars=True)
+    for key, tensor in state.items():
+        if isinstance(tensor, Tensor):
+            copy = tensor.detach().clone()
+            for piece, view in by_tensor.get(id(tensor), []):
+                piece.of(as_real(copy)).copy_(view)
+            state[key] = copy
+    return state

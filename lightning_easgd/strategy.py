@@ -12,7 +12,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.fabric.utilities import rank_zero_info
+from lightning.fabric.utilities import move_data_to_device, rank_zero_info
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
@@ -20,7 +20,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
-from lightning_easgd.algorithms import RULES, Rule, choose_rule
+from lightning_easgd.algorithms import (
+    AVERAGED,
+    RULES,
+    CenterAverage,
+    Rule,
+    choose_average,
+    choose_rule,
+)
 from lightning_easgd.arguments import (
     choose_overlap,
     choose_period,
@@ -128,6 +135,9 @@ class EASGDStrategy(PersistentStrategy):
             trains on its own.
         center_device: "cpu" keeps the center in pinned host memory, and exchanges from there over
             gloo; None: where the parameters are.
+        center_average: a running average of the center takes its place in evaluation, checkpoints
+            and the module after ``fit``: "polyak" (of all its moves), "ema" (of some 1000 latest)
+            or CenterAverage("ema", rate=...). None: the center itself.
         bucket_bytes: the most that one all-reduce carries, in bytes.
         accelerator: as for DDPStrategy, like all that follow.
         parallel_devices: the devices of this node.
@@ -170,6 +180,7 @@ class EASGDStrategy(PersistentStrategy):
         fragments: int = 1,
         groups: Groups | None = None,
         center_device: Literal["cpu"] | None = None,
+        center_average: Literal["polyak", "ema"] | CenterAverage | None = None,
         bucket_bytes: int = 25 * 2**20,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
@@ -221,6 +232,7 @@ class EASGDStrategy(PersistentStrategy):
             algorithm=rule,
         )
         self._offload = center_device == "cpu"
+        self._averaging = choose_average(center_average)
         self._evaluate_on = evaluate_on
         self._buffer_policy = buffers
         self._final_exchange = final_exchange
@@ -231,6 +243,7 @@ class EASGDStrategy(PersistentStrategy):
         self._bucket_bytes = require_count("bucket_bytes", bucket_bytes, "bytes")
         self.telemetry = Telemetry()
         self._center: Center | None = None
+        self._last_center: dict[str, Any] | None = None
         self._failed = False
         self._uneven = False
         self._hooks: LoopHooks | None = None
@@ -240,30 +253,47 @@ class EASGDStrategy(PersistentStrategy):
     @override
     def register_strategies(cls, strategy_registry: StrategyRegistry) -> None:
         methods = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "fork"}
-        for algorithm, rule in RULES.items():
+        names: dict[str, dict[str, Any]] = {name: {"algorithm": name} for name in RULES}
+        for name, options in (names | AVERAGED).items():
             for suffix, start_method in methods.items():
                 strategy_registry.register(
-                    algorithm + suffix,
+                    name + suffix,
                     cls,
-                    description=f"{rule.__name__} with `start_method` '{start_method}'",
-                    algorithm=algorithm,
+                    description=f"EASGDStrategy with {options} and `start_method` '{start_method}'",
                     start_method=start_method,
+                    **options,
                 )
 
     def center_state_dict(self) -> dict[str, Any]:
         """The module's state dict with the center's weights, at any time from ``fit`` on.
 
-        Waits for the exchange in flight. After ``fit`` it is the module itself.
+        Waits for the exchange in flight. After ``fit`` it is the module itself; with
+        ``center_average``, whose average the module then is, the center that was averaged.
 
         Raises:
-            RuntimeError: the strategy has no module yet.
+            RuntimeError: the strategy has no module yet, or the center stayed in another process.
         """
         if self.lightning_module is None:
             raise RuntimeError(
                 "center_state_dict() has no module to read before Trainer.fit(module) was called."
                 " Call it while or after the trainer runs, or use module.state_dict()."
             )
-        return self.lightning_module_state_dict()
+        if self._exchange is not None:
+            latest = not self._alone
+            return self._exchange.center_state_dict(self.lightning_module, latest=latest)
+        if self._averaging is not None and self._last_center is None:
+            raise RuntimeError(
+                "center_state_dict() has no center to read: with center_average the module holds"
+                " its running average, and the center is known only where it was trained, from the"
+                " start of training on. Call it there, or use module.state_dict()."
+            )
+        return self._last_center or self.lightning_module_state_dict()
+
+    def _center_on_host(self) -> dict[str, Any]:
+        assert self._exchange is not None
+        assert self.lightning_module is not None
+        state = self._exchange.center_state_dict(self.lightning_module, latest=False)
+        return move_data_to_device(state, "cpu")  # type: ignore[no-any-return]
 
     @override
     def _configure_launcher(self) -> None:
@@ -291,6 +321,7 @@ class EASGDStrategy(PersistentStrategy):
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:
             refuse_features(trainer, sync_batchnorm=self._layer_sync is not None)
+            self._last_center = None
         self._exchange, self._failed, self._uneven = None, False, False
         super().setup(trainer)
         if fitting:
@@ -316,6 +347,7 @@ class EASGDStrategy(PersistentStrategy):
             rank=self._group.rank,
             turns=self._rules.period.fragments,
             offload=self._offload,
+            averaging=self._averaging,
         )
 
     def _options(self) -> list[str]:
@@ -331,6 +363,7 @@ class EASGDStrategy(PersistentStrategy):
             f"fragments={self._rules.period.fragments}",
             f"groups={self._groups}",
             f"center_device={'cpu' if self._offload else None}",
+            f"center_average={self._averaging}",
             f"bucket_bytes={self._bucket_bytes}",
         ]
 
@@ -536,6 +569,8 @@ class EASGDStrategy(PersistentStrategy):
             if self._exchange is not None:
                 # Resumed from the end of training: Lightning runs no loop, and ends none.
                 self._exchange.finish(exchange=self._final_exchange)
+                if self._averaging is not None:
+                    self._last_center = self._center_on_host()
             self._exchange = self._center = None
         if self._group is not None:
             self._group.close()

@@ -296,6 +296,7 @@ class Transit:
             if flight.moves:
                 for part, move, memory in zip(center, total, fragment.outer, strict=True):
                     rule.move_(part, move, memory)
+                fragment.follow_center()
             else:
                 elastic.move_center_(center, total)
             if rule.restarts and not rule.delay:

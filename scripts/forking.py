@@ -7,13 +7,16 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from launching import free_port
 
 FORK = multiprocessing.get_context("fork")
+
+_ENDING = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass
@@ -37,8 +40,16 @@ class Workers:
     """
 
     def __init__(self, target: Callable[..., Any], *args: Any, workers: int) -> None:
-        port = free_port()
         self.pipes, self.processes = [], []
+        try:
+            with _delayed_signals():
+                self._start(target, args, workers)
+        except BaseException:
+            self.kill()
+            raise
+
+    def _start(self, target: Callable[..., Any], args: tuple[Any, ...], workers: int) -> None:
+        port = free_port()
         for rank in range(workers):
             receiver, sender = FORK.Pipe(duplex=False)
             process = FORK.Process(
@@ -84,8 +95,27 @@ class Workers:
         return outcomes
 
 
+@contextmanager
+def _delayed_signals() -> Iterator[None]:
+    """Let signals that would end this process wait for the end of the ``with`` block.
+
+    Forking calls hooks, those of ``logging`` for one; what a signal handler raises within them,
+    KeyboardInterrupt or SystemExit, Python prints and forgets.
+    """
+    came: list[int] = []
+    before = {n: signal.signal(n, lambda number, _: came.append(number)) for n in _ENDING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
+
+
 def _worker(target: Any, rank: int, workers: int, port: str, sender: Any, args: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for number in _ENDING:  # not as the process that was forked
+        signal.signal(number, signal.SIG_DFL)
     os.environ.update(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=port,

@@ -1,7 +1,7 @@
 """Measure what the strategy costs and keeps, against its contenders in the same run.
 
     python scripts/measure.py overhead     cost of a step between exchanges, against one device
-    python scripts/measure.py ends         cost of an exchange without its way, in plain copies
+    python scripts/measure.py ends         cost of an exchange without its way, under every rule
     python scripts/measure.py memory       extra memory per worker, in copies of the parameters
     python scripts/measure.py accuracy     Fashion-MNIST: center against DDP, at equal samples
 

@@ -89,6 +89,25 @@ class AdamW(Sgd):
         return new
 
 
+class Average:
+    """Polyak's z <- (1 - 1/(t+1)) z + c/(t+1), or with ``a`` z <- (1 - a) z + a c, row by row.
+
+    z_0 = c_0, and t counts the moves of a row's center. Zhang et al. 2015, section 5.
+    """
+
+    def __init__(self, start: State, a: float | None = None) -> None:
+        self.z, self.a = dict(start), a
+        self.t = {
+            k: np.zeros((len(value),) + (1,) * (value.ndim - 1)) for k, value in start.items()
+        }
+
+    def follow(self, name: str, center: np.ndarray, rows: Any = slice(None)) -> None:
+        self.t[name][rows] += 1
+        a = 1 / (self.t[name][rows] + 1) if self.a is None else self.a
+        z = self.z[name] = self.z[name].copy()
+        z[rows] = (1 - a) * z[rows] + a * center[rows]
+
+
 def easgd(
     start: State,
     batches: list[list[tuple[np.ndarray, np.ndarray]]],
@@ -101,12 +120,14 @@ def easgd(
     center_momentum: float = 0.0,
     lr_drop: float = 0.0,
     sick: tuple[int, int] | None = None,
+    average: Average | None = None,
 ) -> tuple[State, list[State]]:
     """The center and the workers' iterates after all batches; ``batches`` by worker.
 
     A worker whose batch is None, or that has no more, takes no step but takes part in exchanges;
     one that is ``sick`` at a step starts again at the center instead. All do, without momentum,
     with the exchange after the one at which one's learning rate is ``lr_drop`` of its peak.
+    ``average`` is told of every move of the center.
     """
     p = len(batches)
     workers, center = [dict(start) for _ in range(p)], dict(start)
@@ -141,6 +162,8 @@ def easgd(
             moved = center_momentum * v[k] + sum(pull[k] for pull in pulls)
             v[k] = np.where(rates[k], moved, v[k])  # rows whose fragment has its turn
             center[k] = center[k] + np.where(rates[k], moved, 0.0)
+            if average is not None and np.any(rates[k]):
+                average.follow(k, center[k], np.flatnonzero(rates[k]))
         if restart:
             workers = [dict(center) for _ in workers]
             v = {k: 0.0 * start[k] for k in start}
@@ -297,6 +320,7 @@ def restarting(
     turns: list[dict[str, list[int]]] | None = None,
     accumulate: int = 1,
     sick: tuple[int, int] | None = None,
+    average: Average | None = None,
 ) -> State:
     """The center after all batches; every tau steps workers go on from it.
 
@@ -309,6 +333,7 @@ def restarting(
         turns: rows of each parameter that are exchanged together; None: all.
         accumulate: batches of a step.
         sick: a worker, and the steps after which it has nothing to give.
+        average: told of every move of the center.
     """
     workers, center = [dict(start) for _ in batches], dict(start)
     kept = {k: {name: np.zeros_like(start[k]) for name in rule.memory} for k in start}
@@ -351,6 +376,8 @@ def restarting(
                 far, new = rule.move(moves, old)
                 center[k] = center[k].copy()
                 center[k][rows] += far
+                if average is not None:
+                    average.follow(k, center[k], rows)
                 for name, value in new.items():
                     kept[k][name][rows] = value
             owed.append((t + 1 + rule.delay, turns[turn]))

@@ -236,7 +236,7 @@ def test_only_the_first_of_a_group_sends_to_other_groups() -> None:
 COMBINED: list[dict[str, Any]] = [
     *({"compression": codec} for codec in (None, "bf16", "int8", TopK(0.3))),
     *({"compression": codec, "algorithm": "local_sgd"} for codec in ("bf16", "int8")),
-    {"algorithm": "diloco", "buffers": "broadcast"},
+    {"algorithm": "diloco", "buffers": "broadcast", "center_average": "ema"},
     {"center_device": "cpu", "compression": "int8", "buffers": "local"},
     {"tau": "auto", "tau_max": 8, "evaluate_on": "worker"},
     {"tau": AdaptivePeriod(4, sample=2), "alpha": ConsensusTarget(0.02, 0.3)},

@@ -3,11 +3,14 @@
 Nothing here knows of processes, of Lightning or of time; a rule is a function of tensors and rates.
 """
 
+from typing import Any
+
 from lightning_easgd.algorithms.averaging import Downpour, LocalSGD, MDownpour, PostLocalSGD
 from lightning_easgd.algorithms.base import Rule
 from lightning_easgd.algorithms.elastic import EASGD, SMA
 from lightning_easgd.algorithms.leader import LeaderSGD
 from lightning_easgd.algorithms.outer import BMUF, DiLoCo, SlowMo
+from lightning_easgd.algorithms.running_average import CenterAverage, choose_average
 
 RULES: dict[str, type[Rule]] = {
     "easgd": EASGD,
@@ -22,6 +25,12 @@ RULES: dict[str, type[Rule]] = {
     "leader_sgd": LeaderSGD,
 }
 """The rules that are known by name."""
+
+AVERAGED: dict[str, dict[str, Any]] = {
+    "adownpour": {"algorithm": "downpour", "center_average": "polyak"},
+    "mvadownpour": {"algorithm": "downpour", "center_average": "ema"},
+}
+"""Rules with a running average of the center, by the names that the pairs have."""
 
 
 def choose_rule(algorithm: str | Rule) -> Rule:
@@ -41,10 +50,12 @@ def choose_rule(algorithm: str | Rule) -> Rule:
 
 
 __all__ = [
+    "AVERAGED",
     "BMUF",
     "EASGD",
     "RULES",
     "SMA",
+    "CenterAverage",
     "DiLoCo",
     "Downpour",
     "LeaderSGD",
@@ -53,5 +64,6 @@ __all__ = [
     "PostLocalSGD",
     "Rule",
     "SlowMo",
+    "choose_average",
     "choose_rule",
 ]

@@ -35,7 +35,7 @@ def table(summaries: Sequence[Summary], titles: Mapping[str, str], baselines: Se
         rows = [_header(compared, titles), *(_row(s, titles, compared) for s in found)]
         repetitions = sorted({summary.repetitions for summary in found})
         counts = "-".join(str(n) for n in {repetitions[0]: 0, repetitions[-1]: 0})
-        parts.append(f"{setting}; medians of {counts} repetition(s)\n{_aligned(rows)}")
+        parts.append(f"{setting}; medians of {counts} repetition(s)\n{aligned(rows)}")
     return "\n\n".join(parts)
 
 
@@ -76,7 +76,8 @@ def _or_dash(value: float | None, form: str) -> str:
     return "-" if value is None else form.format(value)
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as lines; columns have a width each, the first is aligned on its left."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:

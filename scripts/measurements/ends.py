@@ -1,4 +1,7 @@
-"""The work at both ends of an exchange, the wire excluded. Run as a file it is the one worker."""
+"""The work at both ends of an exchange, the wire excluded, under every rule.
+
+Run as a file it is the one worker.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +10,28 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from benchmarking.plan import rotated
+from launching import free_port
 from torch import Tensor, nn
 
+from lightning_easgd import CenterAverage, Rule
+from lightning_easgd.algorithms import AVERAGED, RULES, choose_average
 from lightning_easgd.center import Center
 from lightning_easgd.communication import AllReduce, WorkerGroup
 from lightning_easgd.exchange import Exchange, Rules
 from lightning_easgd.optimizers import LocalOptimizers
 from lightning_easgd.schedules import Period, Strength
 from lightning_easgd.telemetry import Telemetry
+
+_WARM_UP = 3
+"""Repetitions that do not count."""
 
 
 class NoWire(AllReduce):
@@ -31,14 +42,31 @@ class NoWire(AllReduce):
 
 
 def ends(millions: float, tensors: int, device: str, repetitions: int) -> None:
-    """Print what an exchange takes beside its way, in plain copies of the parameters."""
+    """Print what an exchange takes beside its way, in plain copies, and each rule's to EASGD's."""
     options = [str(value) for value in (millions, tensors, device, repetitions)]
     subprocess.run(
         [sys.executable, "-m", "measurements.ends", *options],
         cwd=Path(__file__).parents[1],
-        env=os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29563"},
+        env=os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()},
         check=True,
     )
+
+
+@dataclass
+class Contender:
+    """One rule, with or without a running average."""
+
+    exchange: Exchange
+    parameters: int
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def kept(self) -> float:
+        """What it keeps from one exchange to the next besides the center and the sum, in copies."""
+        fragments = [f for s in self.exchange.center.segments for f in s.fragments]
+        tensors = [v for f in fragments for part in f.outer for v in part.values()]
+        tensors += [p for f in fragments if f.delivered is not f.center for p in f.delivered.parts]
+        return sum(tensor.numel() for tensor in tensors if tensor.dim()) / self.parameters
 
 
 def ends_of_one_worker(millions: float, tensors: int, device: str, repetitions: int) -> None:
@@ -47,34 +75,81 @@ def ends_of_one_worker(millions: float, tensors: int, device: str, repetitions: 
     size = int(1e6 * millions) // tensors
     module = nn.ParameterList(torch.randn(size, device=device) for _ in range(tensors))
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-    exchange = exchange_of(module, optimizer)
+    group = WorkerGroup(timedelta(minutes=1), timedelta(minutes=1))
+    contenders = {
+        name: Contender(exchange_of(module, optimizer, group, rule, average), tensors * size)
+        for name, (rule, average) in ways().items()
+    }
     source = [parameter.detach().clone() for parameter in module]
     target = [torch.empty_like(tensor) for tensor in source]
+    copies = []
+    for repetition in range(_WARM_UP + repetitions):
+        copies.append(seconds(lambda: torch._foreach_copy_(target, source), device))
+        for name in rotated(contenders, repetition):
+            contender = contenders[name]
+            contender.seconds.append(seconds(step_of(contender.exchange, optimizer), device))
+    print(f"{millions:g} M parameters in {tensors} tensors on {device}, medians of {repetitions}")
+    report(copies, contenders)
+    for contender in contenders.values():
+        contender.exchange.drain()
 
-    def one_exchange() -> None:
+
+def report(copies: list[float], contenders: Mapping[str, Contender]) -> None:
+    """Print medians, and those of the ratios within a repetition."""
+    copy, easgd = copies[_WARM_UP:], contenders["easgd"].seconds[_WARM_UP:]
+    print(f"  a plain copy  {1e3 * statistics.median(copy):8.3f} ms")
+    print("  both ends of an exchange     in copies  to easgd's  copies kept")
+    for name, contender in contenders.items():
+        whole = contender.seconds[_WARM_UP:]
+        cells = [
+            f"{1e3 * statistics.median(whole):10.3f} ms",
+            f"{median_ratio(whole, copy):9.2f}",
+            f"{median_ratio(whole, easgd):10.3f}",
+            f"{contender.kept:11.2f}",
+        ]
+        print(f"  {name:<12}", *cells)
+    print("  to reach: easgd at most 8 copies on a CPU, others that keep nothing 1.05 of easgd's")
+
+
+def median_ratio(values: list[float], others: list[float]) -> float:
+    """Of what stood next to each other."""
+    return statistics.median(v / o for v, o in zip(values, others, strict=True))
+
+
+def ways() -> dict[str, tuple[Rule, CenterAverage | None]]:
+    """All rules by their names, and those of the averages."""
+    plain = {name: (rule(), None) for name, rule in RULES.items()}
+    averaged = {
+        name: (RULES[options["algorithm"]](), choose_average(options["center_average"]))
+        for name, options in AVERAGED.items()
+    }
+    return plain | averaged
+
+
+def step_of(exchange: Exchange, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """A step that is nothing but an exchange."""
+
+    def step() -> None:
         with exchange.step(optimizer):
             pass
 
-    copies, exchanges = [], []
-    for _ in range(3 + repetitions):
-        copies.append(seconds(lambda: torch._foreach_copy_(target, source), device))
-        exchanges.append(seconds(one_exchange, device))
-    copy, whole = statistics.median(copies[3:]), statistics.median(exchanges[3:])
-    ratio = statistics.median(e / c for e, c in zip(exchanges[3:], copies[3:], strict=True))
-    print(f"{millions:g} M parameters in {tensors} tensors on {device}, medians of {repetitions}")
-    print(f"  a plain copy                        {1e3 * copy:8.3f} ms")
-    print(f"  both ends of an exchange            {1e3 * whole:8.3f} ms")
-    print(f"  in copies, median of the ratios     {ratio:8.2f}  (to reach on a CPU: at most 8)")
-    exchange.drain()
+    return step
 
 
-def exchange_of(module: nn.Module, optimizer: torch.optim.Optimizer) -> Exchange:
+def exchange_of(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    group: WorkerGroup,
+    rule: Rule,
+    average: CenterAverage | None,
+) -> Exchange:
     """An exchange at every step, of a worker that is alone."""
+    point = "parameter" if rule.restarts else "iterate"
     return Exchange(
-        Center(module, buffers="average", rank=0),
-        NoWire(WorkerGroup(timedelta(minutes=1), None), 25 * 2**20),
+        Center(module, buffers="average", rank=0, averaging=average),
+        NoWire(group, 25 * 2**20),
         optimizers=LocalOptimizers(lambda: [optimizer]),
-        rules=Rules(Period(1), Strength("beta", 0.9)),
+        rules=Rules(Period(1), Strength("beta", 0.9), not rule.restarts, point, rule),
         telemetry=Telemetry(),
     )
 

@@ -23,6 +23,7 @@ from toy import Resumable, Toy, batches, initial_weights, loader, trainer, weigh
 from lightning_easgd import (
     EASGD,
     SMA,
+    CenterAverage,
     DiLoCo,
     Downpour,
     EASGDStrategy,
@@ -50,7 +51,7 @@ class Row:
     rule: str | Rule
     reference: Any = None
     copies: int = 0
-    """Flat copies of the parameters that it keeps."""
+    """Flat copies of the parameters that it keeps, besides the center and the sum in flight."""
     options: dict[str, Any] = field(default_factory=dict)
     tau: int | None = None
     """The only period that it can."""
@@ -58,6 +59,8 @@ class Row:
     """The most that it can."""
     run: Any = None
     """What trains with the reference; None: reference.restarting."""
+    average: Any = None
+    """Makes the reference of the center's running average, which is then what is compared."""
 
     def can(self, case: Case, workers: int) -> bool:
         """Whether it can be trained so."""
@@ -112,6 +115,33 @@ ROWS = {
         run=reference.following,
     ),
     "a user's": Row(users_own(), reference.Lookahead(0.5)),
+    "sma, polyak": Row(
+        SMA(0.6, lr_drop=0.5),
+        copies=2,
+        options={"center_average": "polyak"},
+        average=reference.Average,
+    ),
+    "diloco, 1 step late, ema": Row(
+        DiLoCo(delay=1),
+        reference.DiLoCo(0.7, 0.9, 1, 0.5),
+        copies=2,
+        options={"center_average": CenterAverage("ema", 0.3)},
+        average=partial(reference.Average, a=0.3),
+    ),
+    "adownpour": Row(
+        "downpour",
+        reference.Downpour(),
+        copies=1,
+        options={"center_average": "polyak"},
+        average=reference.Average,
+    ),
+    "mvadownpour": Row(
+        "downpour",
+        reference.Downpour(),
+        copies=1,
+        options={"center_average": "ema"},
+        average=partial(reference.Average, a=0.001),
+    ),
 }
 OVERLAPS = [name for name, row in ROWS.items() if row.reference is None or row.delay]
 
@@ -189,6 +219,7 @@ def train(rank: int, workers: int, row: Row, case: Case, **more: Any) -> dict[st
     def on_train_end() -> None:
         fragments = [f for s in strategy._center.segments for f in s.fragments]
         kept = [v for f in fragments for part in f.outer for v in part.values()]
+        kept += [part for f in fragments if row.average for part in f.delivered.parts]
         sizes = [tensor.numel() for tensor in kept if tensor.dim()]
         assert sum(sizes) == row.copies * sum(p.numel() for p in module.parameters())
 
@@ -232,10 +263,12 @@ def expected(row: Row, case: Case, workers: int) -> dict[str, np.ndarray]:
         for rank, n in enumerate(counts)
     ]
     data = [batches(rank, count) for rank, count in enumerate(counts)]
-    own = {"tau": row.period(case), "accumulate": case.accumulate}
+    average = row.average and row.average(start)
+    own = {"tau": row.period(case), "accumulate": case.accumulate, "average": average}
     if row.reference is not None:
         own |= {"turns": TURNS[case.fragments], "sick": case.sick}
-        return (row.run or reference.restarting)(row.reference, start, data, optimizers, **own)
+        center = (row.run or reference.restarting)(row.reference, start, data, optimizers, **own)
+        return average.z if average else center
     own["tau"] //= case.fragments
     momentum = getattr(row.rule, "center_momentum", 0.0)
     alpha = partial(strength, case, row.options.get("alpha", 0.9 / workers))
@@ -250,7 +283,7 @@ def expected(row: Row, case: Case, workers: int) -> dict[str, np.ndarray]:
         sick=case.sick,
         final_exchange=True,
     )
-    return center
+    return average.z if average else center
 
 
 def strength(case: Case, alpha: float, name: str, t: int) -> np.ndarray:
@@ -302,7 +335,10 @@ def test_overlap_changes_no_bit_where_it_is_possible() -> None:
 
 
 def resume_all(rank: int, folder: Path) -> Any:
-    """Per rule and number of fragments, the final bits of a run and of what resumed it."""
+    """Per rule and number of fragments, the final bits of a run and of what resumed it.
+
+    Those of what is delivered, and of the center.
+    """
     return {
         (name, fragments): [
             resumable(rank, row, fragments, folder / name.replace("/", ""), step)
@@ -329,7 +365,8 @@ def resumable(rank: int, row: Row, fragments: int, folder: Path, step: int | Non
     fitting = trainer(2, strategy, max_epochs=4, enable_checkpointing=True, callbacks=[saving])
     saved = step and folder / str(fragments) / f"step={step}.ckpt"
     fitting.fit(module, Resumable(rank, 8), ckpt_path=saved)
-    return {name: value.tobytes() for name, value in weights(module).items()}
+    center = strategy.center_state_dict()
+    return [(v.tobytes(), center[n].numpy().tobytes()) for n, v in weights(module).items()]
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
