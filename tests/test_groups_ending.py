@@ -109,8 +109,8 @@ def struck(rank: int, folder: Path, who: int | None, counts: list[int], resumes:
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
 @pytest.mark.parametrize(
     ("who", "counts", "within"),
-    [(1, [22] * 4, {13, 17}), (3, [22, 5, 22, 20], {13, 17}), (1, [22, 5, 22, 9], {13, 17, 21})],
-    ids=["even", "uneven", "one that stands still"],
+    [(3, [22, 5, 22, 20], {13, 17}), (1, [22, 5, 22, 9], {13, 17, 21})],
+    ids=["one that trains", "one that stands still"],
 )
 def test_a_signal_to_any_member_stops_all_and_they_go_on_bit_for_bit(
     who: int, counts: list[int], within: set[int], tmp_path: Path

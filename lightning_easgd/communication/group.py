@@ -105,7 +105,10 @@ class WorkerGroup:
                 if isinstance(made, dist.ProcessGroup):
                     found.append(made)
 
-        self.wait(Background(make, torch.device("cpu")), "The set-up of groups")
+        if backend == "gloo":
+            self.wait(Background(make, torch.device("cpu")), "The set-up of groups")
+        else:
+            make()  # in the thread whose accelerator is this worker's
         self._parts += found
         return found[0] if found else None
 
