@@ -21,6 +21,7 @@ from lightning_easgd.algorithms import (
     LeaderSGD,
     LocalSGD,
     MDownpour,
+    PostLocalSGD,
     Rule,
     SlowMo,
 )
@@ -62,6 +63,7 @@ __all__ = [
     "LocalSGD",
     "MDownpour",
     "NonFiniteError",
+    "PostLocalSGD",
     "Rule",
     "Schedule",
     "SlowMo",

@@ -18,12 +18,14 @@ class Agreement:
     Args:
         rule: says what.
         optimizers: the worker's own.
-        workers: how many there are.
+        parties: ranks of workers that take part in exchanges as one.
     """
 
-    def __init__(self, rule: Rule, optimizers: LocalOptimizers, workers: int) -> None:
+    def __init__(
+        self, rule: Rule, optimizers: LocalOptimizers, parties: Sequence[Sequence[int]]
+    ) -> None:
         self.drops = LearningRateDrops(rule.lr_drop, optimizers)
-        self.leadership = Leadership(rule.loss_smoothing, workers)
+        self.leadership = Leadership(rule.loss_smoothing, parties)
 
     def forget(self) -> None:
         """Begin as if there had been no exchange yet."""

@@ -178,6 +178,20 @@ def refuse_with_restarts(rule: Rule, **options: object) -> None:
             )
 
 
+def refuse_with_warm_up(rule: Rule, *, groups: object) -> None:
+    """Refuse groups under a rule that averages the gradients of all workers at first.
+
+    Raises:
+        ValueError: both are given.
+    """
+    if groups is not None and rule.warm_up:
+        raise ValueError(
+            f"groups={groups!r} is not possible with {rule}: groups average gradients inside, and"
+            f" {type(rule).__name__} over all workers at first. Remove groups, or set"
+            " algorithm='local_sgd' or another one that has no warm-up."
+        )
+
+
 def refuse_partial_sums(period: Period, codec: object, *, partial: bool) -> None:
     """Refuse a schedule that needs the workers' mean where most of it is held back.
 
@@ -206,13 +220,13 @@ def refuse(unsupported: Mapping[str, object]) -> None:
         if name in _GRADIENT_REDUCTION:
             raise TypeError(
                 f"EASGDStrategy got {name}={value!r}, which configures how DDP reduces gradients."
-                " Workers under EASGD never reduce gradients, they exchange weights every tau"
-                " steps. Remove the argument; tau, beta, buffers and bucket_bytes set what is"
-                " exchanged."
+                " Workers under EASGD never reduce gradients by DDP, they exchange weights every"
+                " tau steps. Remove the argument; tau, beta, buffers and bucket_bytes set what is"
+                " exchanged, and groups whose gradients are averaged."
             )
         raise TypeError(
             f"EASGDStrategy got an unknown argument {name}={value!r}. Its own are tau, beta, alpha,"
             " rho, algorithm, overlap, evaluate_on, buffers, elastic_point, final_exchange,"
             " strict_resume, exchange_timeout, compression, tau_min, tau_max, fragments,"
-            " center_device, center_average and bucket_bytes."
+            " groups, center_device, center_average and bucket_bytes."
         )

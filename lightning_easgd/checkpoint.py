@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -109,7 +109,7 @@ class Resumed:
     def note(self, workers: int) -> str:
         """How ``workers`` workers go on with what was saved, in a line."""
         before = self.shared["workers"]
-        if before == workers:
+        if before == workers or len(self.problems) == workers:
             kept = workers - len(self.problems)
             return f"{kept} of {workers} worker(s) go on with their own state."
         rest = "the others start at the center" if workers > before else "the rest is dropped"
@@ -218,7 +218,13 @@ class WorkerCheckpoints:
                 self._storage.remove_checkpoint(folder)
 
     def resume(
-        self, checkpoint: dict[str, Any], path: str, *, weights_only: bool | None, strict: bool
+        self,
+        checkpoint: dict[str, Any],
+        path: str,
+        *,
+        weights_only: bool | None,
+        strict: bool,
+        groups: Sequence[Sequence[int]] = (),
     ) -> Resumed | None:
         """Find this worker's own state, and put it in the place of worker 0's; all must call it.
 
@@ -227,6 +233,7 @@ class WorkerCheckpoints:
             path: of the main file.
             weights_only: as the user asked for the main file.
             strict: whether a worker that cannot have its own state is an error.
+            groups: ranks of workers that must stay equal, if there are groups.
 
         Returns:
             None for a checkpoint without workers' states, written by another strategy.
@@ -246,6 +253,8 @@ class WorkerCheckpoints:
             )
         own, problem = self._load_own(entry, path, weights_only)
         problems = {rank: text for rank, text in enumerate(self._gather(problem)) if text}
+        problems |= _problems_of_groups(groups, entry["exchange"].get("groups", []), problems)
+        own = None if self._rank in problems else own
         if problems and strict:
             raise CheckpointError(
                 f"Not all workers have their own state in {path}: {_listing(problems)}. Leave"
@@ -291,6 +300,21 @@ def _require_all(parts: list[Written], path: str) -> None:
     failed = {rank: part.error for rank, part in enumerate(parts) if part.error is not None}
     if failed:
         raise CheckpointError(f"{path} was not saved: {_listing(failed)}.")
+
+
+def _problems_of_groups(
+    groups: Sequence[Sequence[int]], before: Sequence[Sequence[int]], problems: Mapping[int, str]
+) -> dict[int, str]:
+    """Workers that may not go on with their own state, since the others of their group cannot."""
+    if groups and list(groups) != list(before):
+        return dict.fromkeys((rank for ranks in groups for rank in ranks), "groups have changed")
+    return {
+        rank: f"worker {sick[0]} of its group does, since {problems[sick[0]]}"
+        for ranks in groups
+        if (sick := [rank for rank in ranks if rank in problems])
+        for rank in ranks
+        if rank not in problems
+    }
 
 
 def _listing(problems: Mapping[int, str]) -> str:

@@ -13,19 +13,22 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_easgd.communication import WorkerGroup
+from lightning_easgd.communication import WorkerGroup, gather
 from lightning_easgd.exchange import Exchange
+from lightning_easgd.groups import Groups, arrange, require_groups
 
 
 class CollectiveStrategy(DDPStrategy):
     """Ends Lightning's collectives when a worker is missing, from set-up to tear-down of a fit.
 
     Args:
+        groups: workers that take part in exchanges as one, as EASGDStrategy has them.
         **options: of DDPStrategy.
     """
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *, groups: Groups | None, **options: Any) -> None:
         super().__init__(**options)
+        self._groups = require_groups(groups)
         self._group: WorkerGroup | None = None
         self._exchange: Exchange | None = None
 
@@ -65,6 +68,14 @@ class CollectiveStrategy(DDPStrategy):
         if self._group is not None and self._group.is_default(group):
             self._group.barrier(self._place("gathering"))
         return super().all_gather(tensor, group, sync_grads)
+
+    def _collect(self, value: Any) -> list[Any]:
+        """A small picklable value of every worker, in rank order."""
+        return gather(value) if self._group is None else self._group.gather(value)
+
+    def _arranged_groups(self) -> list[list[int]]:
+        """The ranks of every group, none if there are no groups; all workers must call it."""
+        return arrange(self._groups, self._collect(self.node_rank) if self._groups else [])
 
     def _gathered(self) -> bool:
         """Whether all workers are here for a collective of Lightning's; none is if not."""

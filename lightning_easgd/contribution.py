@@ -38,6 +38,7 @@ class Contribution:
         weights: with which multiple it takes part.
         telemetry: where exchanges and distances are recorded.
         round_: makes differences, in place, what is sent of them.
+        agree: as of AllReduce: whether workers that take part as one all have finite differences.
         from_iterate: whether x is the paper's iterate where a parameter is its look-ahead point.
     """
 
@@ -50,6 +51,7 @@ class Contribution:
         *,
         telemetry: Telemetry,
         round_: Callable[[Iterable[Tensor]], None],
+        agree: Callable[[bool, Callable[[], int]], bool],
         from_iterate: bool,
     ) -> None:
         self._center = center
@@ -58,6 +60,7 @@ class Contribution:
         self._weights = weights
         self._telemetry = telemetry
         self._round_ = round_
+        self._agree = agree
         self._from_iterate = from_iterate
         self._rates: list[list[float]] = []
         self.distance = 0.0
@@ -67,7 +70,7 @@ class Contribution:
         self.fragments: list[Fragment] = []
         """Those of which the differences were taken last."""
         self.healthy = True
-        """Whether these differences are finite."""
+        """Whether these differences, and those of its group if there are groups, are finite."""
 
     @torch.no_grad()
     def take_differences(self, turn: int) -> None:
@@ -140,7 +143,11 @@ class Contribution:
         self.distance = math.hypot(*(fragment.total.norm() for fragment in self.fragments))
         self.size = math.hypot(*(fragment.center.norm() for fragment in self.fragments))
         finite = math.isfinite(self.distance)
-        self.healthy = finite or all(f.total.is_finite() for f in self.fragments)
+        finite = finite or all(f.total.is_finite() for f in self.fragments)
+        self.healthy = self._agree(finite, self._checksum)
+
+    def _checksum(self) -> int:
+        return sum(fragment.total.checksum() for fragment in self.fragments) % 2**63
 
     def _scale(self, clock: int, last: bool) -> Pull:
         """Turn x - c into what is sent of it; a copy of α (x - c) is the worker's own pull."""

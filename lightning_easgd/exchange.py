@@ -33,6 +33,7 @@ from lightning_easgd.algorithms import EASGD, Rule
 from lightning_easgd.center import Center
 from lightning_easgd.communication import AllReduce, Place, Stop, verify_places
 from lightning_easgd.contribution import Contribution, Pull, Weights, pull_worker
+from lightning_easgd.gradients import GradientAverage
 from lightning_easgd.optimizers import LocalOptimizers
 from lightning_easgd.rates import MovingRates
 from lightning_easgd.schedules import Period, Schedules, Strength
@@ -74,6 +75,7 @@ class Exchange:
         optimizers: the worker's own optimizers.
         rules: period, strength and variants.
         telemetry: where costs are counted.
+        gradients: averages those of this worker with others'; None: nothing does.
 
     Raises:
         ValueError: the strength is unstable for this number of workers.
@@ -87,6 +89,7 @@ class Exchange:
         optimizers: LocalOptimizers,
         rules: Rules,
         telemetry: Telemetry,
+        gradients: GradientAverage | None = None,
     ) -> None:
         self.center = center
         self.telemetry = telemetry
@@ -94,20 +97,23 @@ class Exchange:
         """Why training ends with this step, on every worker."""
         self._optimizers = optimizers
         self._rules = rules
+        self._gradients = gradients
+        self._averaged = False
         self._finished = False
         self._last_header_left = False
         self.clock = 0
         """Optimizer steps taken; equal on all workers at every exchange."""
         self._restarts = rules.algorithm.restarts
         self._speaks = all_reduce.group.rank == 0
-        self._agreement = Agreement(rules.algorithm, optimizers, all_reduce.group.size)
+        self._agreement = Agreement(rules.algorithm, optimizers, all_reduce.parties)
         contribution = Contribution(
             center,
             optimizers,
             rule=rules.algorithm,
-            weights=self._weights(all_reduce.group.rank, all_reduce.group.size),
+            weights=self._weights(all_reduce.party, len(all_reduce.parties)),
             telemetry=telemetry,
             round_=all_reduce.round_,
+            agree=all_reduce.agree,
             from_iterate=rules.elastic_point == "iterate",
         )
         self._transit = Transit(
@@ -121,10 +127,10 @@ class Exchange:
         )
         self.start_clock(0)
 
-    def _weights(self, rank: int, workers: int) -> Weights:
+    def _weights(self, party: int, workers: int) -> Weights:
         rule, leadership = self._rules.algorithm, self._agreement.leadership
         if rule.loss_smoothing is not None:
-            return lambda step: ({}, float(leadership.leader == rank))
+            return lambda step: ({}, float(leadership.leader == party))
         if rule.restarts:
             return lambda step: ({}, rule.share(workers))
         strength, optimizers = self._rules.strength, self._optimizers
@@ -135,7 +141,21 @@ class Exchange:
         self._reopen()
         self._transit.turn = 0
         self._transit.exchanged = None
+        if self._gradients is not None:
+            self._gradients.start()
         self._set_clock(step)
+
+    def resume(self, *, goes_on: bool) -> None:
+        """Begin to train with the state of :meth:`load_state`, when the optimizers have theirs.
+
+        Args:
+            goes_on: whether this worker's own state was there.
+
+        Raises:
+            ExchangeError: another worker left or did not come in time.
+        """
+        if self._gradients is not None:
+            self._gradients.resume(self.clock, goes_on=goes_on)
 
     def request_stop(self, why: Stop) -> bool:
         """Ask all workers to stop at the same step. Signal-safe.
@@ -178,6 +198,7 @@ class Exchange:
         try:
             yield
         finally:
+            self._averaged = False
             self._optimizers.after_step(optimizer)
             pull_worker(pull)
             self.clock += 1
@@ -188,6 +209,20 @@ class Exchange:
             self._begin_due()
         elif self._transit.restarts_workers:
             self.drain()
+
+    def average_gradients(self, *, anew: bool = False) -> None:
+        """Average the gradients of this step with those of other workers, if that is wanted.
+
+        Args:
+            anew: whether there are new ones, also if those of this step were averaged.
+
+        Raises:
+            ExchangeError: one of them is missing, or stands in another step.
+            ValueError: a gradient is sparse.
+        """
+        if self._gradients is not None and (anew or not self._averaged):
+            self._gradients.average(self.clock)
+            self._averaged = anew
 
     def drain(self) -> None:
         """Wait for the exchange in flight, if any, and move the center.
@@ -215,6 +250,9 @@ class Exchange:
             ExchangeError: as for :meth:`drain`.
         """
         while True:
+            if self._gradients is not None:
+                self._transit.go_on()  # before weights of others are taken over
+                self._gradients.accompany()
             self.drain()
             self.stopping = self._transit.stop_agreed
             self.center.adopt_unfrozen()
@@ -223,6 +261,8 @@ class Exchange:
             if training:
                 self._set_clock(training[0])
                 pull_worker(self._transit.answer(self.clock))
+                if not self._rules.overlap or self._transit.restarts_workers:
+                    self._transit.land()  # when workers that train do
                 continue
             self.drain()
             self.clock = max(header.clock for header in headers)
@@ -291,6 +331,7 @@ class Exchange:
             "exchanged": self._transit.exchanged,
             "owed": self._transit.owed,
             "algorithm": self._rules.algorithm.kind,
+            "groups": self._transit.all_reduce.groups,
             "agreement": self._agreement.shared_state(),
             **self.center.shared_state(),
         }
@@ -367,6 +408,8 @@ class Exchange:
     def _begin_due(self) -> Pull:
         if self.clock < self._next_due:
             return []
+        if self._gradients is not None:
+            self._gradients.before_exchange(self.clock)
         # Stops at an exchange, not when a header is read: that is not the same step on all workers.
         self._transit.land()
         self.stopping = self._transit.stop_agreed

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 from torch.utils.data import IterableDataset
 
 from lightning_easgd.internals import train_loaders, validates_by_clock
@@ -63,6 +66,20 @@ def _refuse_synchronized_statistics(module: nn.Module, workers: int) -> None:
             " step, which EASGD exists to avoid. Use nn.BatchNorm1d, 2d or 3d, or convert back with"
             " lightning.pytorch.plugins.TorchSyncBatchNorm().revert(module);"
             " EASGDStrategy(buffers='average') averages the statistics."
+        )
+
+
+def refuse_own_losses(optimizers: Iterable[Optimizer]) -> None:
+    """Refuse optimizers that a worker's own loss steers, where gradients are averaged.
+
+    Raises:
+        MisconfigurationException: there is one.
+    """
+    if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers):
+        raise MisconfigurationException(
+            "LBFGS decides by the loss of its own worker how often it evaluates gradients, so that"
+            " workers cannot average them. Use another optimizer, or leave groups and post-local"
+            " SGD out."
         )
 
 

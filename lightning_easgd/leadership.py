@@ -20,17 +20,19 @@ class Leadership:
 
     Args:
         smoothing: s of the running mean l <- s l + (1 - s) loss, in [0, 1); None: nobody leads.
-        workers: how many there are.
+        parties: ranks of workers that take part in exchanges, and lead, as one: each by itself, or
+            those of a group, whose loss is the mean over its members.
     """
 
-    def __init__(self, smoothing: float | None, workers: int) -> None:
+    def __init__(self, smoothing: float | None, parties: Sequence[Sequence[int]]) -> None:
         self._smoothing = smoothing
-        self._workers = workers
+        self._parties = parties
         self.forget()
 
     def forget(self) -> None:
-        """Begin as if there had been no step yet; worker 0 leads."""
+        """Begin as if there had been no step yet; the first party leads."""
         self.leader = 0
+        """The number of the party that leads."""
         self._running: Tensor | None = None
 
     def observe(self, output: object) -> bool:
@@ -58,9 +60,10 @@ class Leadership:
         """Agree with all others on who leads; of equals who did before, else the first."""
         if self._smoothing is None:
             return
+        known = [header.loss if math.isfinite(header.loss) else math.inf for header in headers]
         ranking = [
-            (header.loss if math.isfinite(header.loss) else math.inf, rank != self.leader, rank)
-            for rank, header in enumerate(headers)
+            (sum(known[rank] for rank in ranks) / len(ranks), party != self.leader, party)
+            for party, ranks in enumerate(self._parties)
         ]
         self.leader = min(ranking)[-1]
 
@@ -75,6 +78,6 @@ class Leadership:
     def load_state(self, shared: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         """The inverse of :meth:`shared_state` and :meth:`own_state`, as far as they are there."""
         self.forget()
-        self.leader = shared.get("leader", 0) % self._workers
+        self.leader = shared.get("leader", 0) % len(self._parties)
         if own.get("loss") is not None:
             self._running = torch.tensor(own["loss"], dtype=torch.float64)

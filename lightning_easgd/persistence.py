@@ -10,10 +10,9 @@ from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
-from lightning_easgd.checkpoint import Gather, Resumed, WorkerCheckpoints
+from lightning_easgd.checkpoint import Resumed, WorkerCheckpoints
 from lightning_easgd.checkpoint_io import AtomicCheckpointIO
 from lightning_easgd.collectives import CollectiveStrategy
-from lightning_easgd.communication import gather
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -86,6 +85,7 @@ class PersistentStrategy(CollectiveStrategy):
                 os.fspath(checkpoint_path),
                 weights_only=weights_only,
                 strict=self._strict_resume,
+                groups=self._arranged_groups(),
             )
         return checkpoint
 
@@ -110,7 +110,6 @@ class PersistentStrategy(CollectiveStrategy):
             rank_zero_warn(warning)
 
     def _checkpoints(self) -> WorkerCheckpoints:
-        collect: Gather = self._group.gather if self._group is not None else gather
         return WorkerCheckpoints(
-            self.checkpoint_io, rank=self.global_rank, workers=self.world_size, gather=collect
+            self.checkpoint_io, rank=self.global_rank, workers=self.world_size, gather=self._collect
         )

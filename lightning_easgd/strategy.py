@@ -34,6 +34,7 @@ from lightning_easgd.arguments import (
     refuse,
     refuse_partial_sums,
     refuse_with_restarts,
+    refuse_with_warm_up,
     require_bools,
     require_choice,
     require_count,
@@ -43,20 +44,28 @@ from lightning_easgd.arguments import (
 from lightning_easgd.buffers import BufferPolicy
 from lightning_easgd.center import Center
 from lightning_easgd.communication import (
-    AllReduce,
     Codec,
-    CompressedAllReduce,
+    Island,
     Place,
     Stop,
     WorkerGroup,
     choose_codec,
     leave_all_groups,
+    make_all_reduce,
 )
 from lightning_easgd.exchange import ElasticPoint, Exchange, Rules
-from lightning_easgd.features import batches_per_epoch, expected_training, refuse_features
+from lightning_easgd.features import (
+    batches_per_epoch,
+    expected_training,
+    refuse_features,
+    refuse_own_losses,
+)
+from lightning_easgd.gradients import GradientAverage
+from lightning_easgd.groups import Groups
 from lightning_easgd.internals import LoopHooks, StrategyRegistry, stops_early
 from lightning_easgd.optimizers import LocalOptimizers
 from lightning_easgd.persistence import PersistentStrategy
+from lightning_easgd.replica import replica_of
 from lightning_easgd.resuming import begin_epoch_as_usual
 from lightning_easgd.schedules import Rate, Strength, Training
 from lightning_easgd.signals import SignalRelay
@@ -67,7 +76,7 @@ if TYPE_CHECKING:
 
     import lightning.pytorch as pl
     import torch
-    from torch import nn
+    from torch import Tensor, nn
     from torch.optim import Optimizer
 
 EvaluateOn = Literal["center", "worker"]
@@ -88,8 +97,8 @@ class EASGDStrategy(PersistentStrategy):
 
     Args:
         algorithm: what an exchange does: the name of a rule ("easgd", "local_sgd", "downpour",
-            "mdownpour", "slowmo", "bmuf", "diloco", "sma", "leader_sgd") or a Rule with options of
-            its own.
+            "post_local_sgd", "mdownpour", "slowmo", "bmuf", "diloco", "sma", "leader_sgd") or a
+            Rule with options of its own.
         tau: communication period τ, in optimizer steps: a whole number, a callable of the
             optimizer step, a Schedule (see schedules/), or "auto": the smallest at which exchanges
             hide behind training, found by measuring (see pace.py). None: 10, or what the rule is
@@ -120,6 +129,10 @@ class EASGDStrategy(PersistentStrategy):
         tau_max: the largest τ that "auto" may choose; None: 64.
         fragments: into how many parts the model is cut, one of which is exchanged every
             tau / fragments steps; every parameter still every ``tau`` steps.
+        groups: workers that a fast network joins: a number of workers, "node" for those of each
+            machine, or lists of ranks. Their gradients are averaged at every step, and each group
+            takes part in exchanges as one worker, p being the number of groups. None: every worker
+            trains on its own.
         center_device: "cpu" keeps the center in pinned host memory, and exchanges from there over
             gloo; None: where the parameters are.
         center_average: a running average of the center takes its place in evaluation, checkpoints
@@ -140,8 +153,8 @@ class EASGDStrategy(PersistentStrategy):
     Raises:
         ValueError: an argument is out of range; later, at set-up, α is unstable for the number of
             workers, the module has nothing to train, or the workers' modules differ.
-        TypeError: an argument is unknown, or configures gradient reduction, which does not happen
-            here.
+        TypeError: an argument is unknown, or configures DDP's gradient reduction, which does not
+            happen here.
     """
 
     strategy_name = "easgd"
@@ -165,6 +178,7 @@ class EASGDStrategy(PersistentStrategy):
         tau_min: int | None = None,
         tau_max: int | None = None,
         fragments: int = 1,
+        groups: Groups | None = None,
         center_device: Literal["cpu"] | None = None,
         center_average: Literal["polyak", "ema"] | CenterAverage | None = None,
         bucket_bytes: int = 25 * 2**20,
@@ -189,6 +203,7 @@ class EASGDStrategy(PersistentStrategy):
             parallel_devices=parallel_devices,
             cluster_environment=cluster_environment,
             strict_resume=strict_resume,
+            groups=groups,
             checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
             process_group_backend=process_group_backend,
@@ -205,6 +220,7 @@ class EASGDStrategy(PersistentStrategy):
         refuse_with_restarts(
             rule, tau=tau, beta=beta, alpha=alpha, rho=rho, elastic_point=elastic_point
         )
+        refuse_with_warm_up(rule, groups=groups)
         overlap = choose_overlap(rule, overlap)
         self._rules = Rules(
             choose_period(
@@ -313,7 +329,7 @@ class EASGDStrategy(PersistentStrategy):
 
     @override
     def configure_ddp(self) -> None:
-        """Make the workers equal instead of wrapping the module: no gradient is ever reduced."""
+        """Make the workers equal instead of wrapping the module."""
         module = self.lightning_module
         assert module is not None
         assert self._timeout is not None
@@ -345,6 +361,7 @@ class EASGDStrategy(PersistentStrategy):
             f"final_exchange={self._final_exchange}",
             f"compression={self._codec}",
             f"fragments={self._rules.period.fragments}",
+            f"groups={self._groups}",
             f"center_device={'cpu' if self._offload else None}",
             f"center_average={self._averaging}",
             f"bucket_bytes={self._bucket_bytes}",
@@ -355,24 +372,47 @@ class EASGDStrategy(PersistentStrategy):
         assert self._center is not None
         assert self.lightning_module is not None
         self.telemetry = Telemetry()
-        all_reduce = (
-            AllReduce(self._group, self._bucket_bytes)
-            if self._codec is None
-            else CompressedAllReduce(
-                self._group,
-                self._bucket_bytes,
-                self._codec,
-                feedback=self._rules.algorithm.restarts,
-            )
+        optimizers = LocalOptimizers(lambda: self.optimizers)
+        groups = self._arranged_groups()
+        gradients = self._averaged_gradients(groups, optimizers)
+        all_reduce = make_all_reduce(
+            self._group,
+            self._bucket_bytes,
+            self._codec,
+            feedback=self._rules.algorithm.restarts,
+            groups=groups,
+            island=gradients.island if gradients else None,
         )
-        gradients = [p for p in self.lightning_module.parameters() if p.requires_grad]
-        self.telemetry.ddp_bytes_per_step = all_reduce.ring_bytes(gradients)
+        trained = [p for p in self.lightning_module.parameters() if p.requires_grad]
+        self.telemetry.ddp_bytes_per_step = all_reduce.ring_bytes(trained)
         self._exchange = Exchange(
             self._center,
             all_reduce,
-            optimizers=LocalOptimizers(lambda: self.optimizers),
+            optimizers=optimizers,
             rules=self._rules,
             telemetry=self.telemetry,
+            gradients=gradients,
+        )
+
+    def _averaged_gradients(
+        self, groups: list[list[int]], optimizers: LocalOptimizers
+    ) -> GradientAverage | None:
+        """Over the workers of every group, or over all in a rule's warm-up."""
+        assert self._group is not None
+        assert self._center is not None
+        assert self.lightning_module is not None
+        warm_up = self._rules.algorithm.warm_up
+        together = groups or ([list(range(self._group.size))] if warm_up else [])
+        if not together:
+            return None
+        refuse_own_losses(self.optimizers)
+        return GradientAverage(
+            Island(self._group, together, self._bucket_bytes),
+            list(self.lightning_module.parameters()),
+            replica=replica_of(self.lightning_module.trainer, self._center, optimizers),
+            telemetry=self.telemetry,
+            until=warm_up or None,
+            inside=bool(groups),
         )
 
     def _request_stop(self, why: Stop) -> bool:
@@ -394,6 +434,7 @@ class EASGDStrategy(PersistentStrategy):
         if self._resumed is None:
             self._exchange.start_clock(max(steps))
         else:
+            self._exchange.resume(goes_on=self._resumed.own is not None)
             self._resumed.restore_random_state()
             begin_epoch_as_usual(trainer, self._hooks)
             self._resumed = None  # as large as the worker's state
@@ -449,6 +490,16 @@ class EASGDStrategy(PersistentStrategy):
         return output
 
     @override
+    def backward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Under manual optimization gradients are averaged here: what follows may clip them."""
+        assert self._exchange is not None
+        assert self.lightning_module is not None
+        loss = super().backward(*args, **kwargs)
+        if not self.lightning_module.automatic_optimization:
+            self._exchange.average_gradients(anew=True)
+        return loss
+
+    @override
     def optimizer_step(
         self,
         optimizer: Optimizer,
@@ -463,8 +514,15 @@ class EASGDStrategy(PersistentStrategy):
         """
         assert self._exchange is not None
         assert self._signals is not None
-        with self._exchange.step(optimizer):
-            output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        exchange = self._exchange
+
+        def averaged() -> Any:
+            loss = closure()
+            exchange.average_gradients()  # before they are unscaled and clipped
+            return loss
+
+        with exchange.step(optimizer):
+            output = super().optimizer_step(optimizer, averaged, model, **kwargs)
         if self._exchange.stopping is Stop.ENOUGH:
             self._signals.stop(Stop.ENOUGH)
         return output

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
-_COUNTERS = ("steps", "exchanges", "bytes_sent", "bytes_received", "wait_seconds", "non_finite")
+_COUNTERS = (
+    *("steps", "exchanges", "bytes_sent", "bytes_received", "bytes_inside"),
+    *("wait_seconds", "non_finite"),
+)
 
 
 @dataclass
@@ -20,9 +23,11 @@ class Telemetry:
     exchanges: int = 0
     """Exchanges started, the final one included; each of a fragment of the model."""
     bytes_sent: int = 0
-    """Bytes this worker sent for exchanges."""
+    """Bytes this worker sent for exchanges, and for gradients where they are averaged."""
     bytes_received: int = 0
-    """Bytes this worker received for exchanges."""
+    """Bytes this worker received, likewise."""
+    bytes_inside: int = 0
+    """Of the bytes sent, those to workers of its own group."""
     step_seconds: float = 0.0
     """An optimizer step of this worker, data and all, while no exchange is under way; the mean."""
     exchange_seconds: float = 0.0
@@ -46,6 +51,11 @@ class Telemetry:
     worker_wait_seconds: list[float] = field(default_factory=list)
     """Seconds waited so far by each worker, in rank order, as of the latest awaited exchange: the
     worker that the others wait for is the one that waits least."""
+
+    @property
+    def bytes_between(self) -> int:
+        """Of the bytes sent, those between groups; all of them if there are no groups."""
+        return self.bytes_sent - self.bytes_inside
 
     @property
     def ddp_bytes_sent(self) -> int:

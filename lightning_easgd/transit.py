@@ -160,7 +160,7 @@ class Transit:
         pull, payload = self.contribution.give(clock, self.turn)
         self._take_turns(clock)
         self.all_reduce.join(self._in_flight.pending, payload)
-        self._count_bytes(self.all_reduce.sum_bytes(payload))
+        self._count_bytes(*self.all_reduce.sum_bytes(payload))
         self._in_flight = replace(
             self._in_flight, clock=clock, payload=payload, restarts=self._agreement.drops.take()
         )
@@ -194,8 +194,8 @@ class Transit:
     def _start(self, clock: int, place: Place, payload: Payload, *, last: bool = False) -> InFlight:
         header = self._header(clock, place)
         pending = self.all_reduce.start(payload, header, last=last)
-        moved = self.all_reduce.sum_bytes(payload, last=last)
-        self._count_bytes(self.all_reduce.header_bytes + moved)
+        self._count_bytes(*self.all_reduce.header_bytes)
+        self._count_bytes(*self.all_reduce.sum_bytes(payload, last=last))
         segments, fragments = len(self._center.segments), self.contribution.fragments
         self._in_flight = InFlight(clock, self.turn, segments, fragments, payload, pending)
         return self._in_flight
@@ -232,9 +232,10 @@ class Transit:
             self.owed = clock + self._rule.delay, self.turn, self._center.joined
         self.turn = (self.turn + 1) % self._center.turns
 
-    def _count_bytes(self, moved: int) -> None:
+    def _count_bytes(self, moved: int, inside: int) -> None:
         self._telemetry.bytes_sent += moved
         self._telemetry.bytes_received += moved
+        self._telemetry.bytes_inside += inside
 
     def _await_headers(self, flight: InFlight, *, patiently: bool = False) -> list[Header]:
         with self._waiting():
@@ -263,15 +264,17 @@ class Transit:
         self._telemetry.worker_wait_seconds = [1e-6 * h.wait_microseconds for h in headers]
         if flight.payload:
             healthy = [not header.non_finite for header in headers]
-            self._telemetry.non_finite += healthy.count(False)
+            senders = [healthy[rank] for rank in self.all_reduce.senders]
+            self._telemetry.non_finite += senders.count(False)
             report_non_finite(flight.clock, healthy, speaks=self.all_reduce.group.rank == 0)
-            mean = self._mean_distance(healthy)
-            self._move_center(flight, healthy)
+            told = [headers[rank] for rank in self.all_reduce.senders]
+            mean = self._mean_distance(senders)
+            self._move_center(flight, senders)
             if flight.payload.statistics:
                 self._center.statistics.apply(healthy)
             # Only now: the center moves as all knew when the exchange began.
             if flight.moves and self._schedules.observe(
-                self.consensus.note(flight.turn, headers, mean)
+                self.consensus.note(flight.turn, told, mean)
             ):
                 self.pace.restart()
         if flight.restarts:

@@ -264,6 +264,13 @@ class OuterAdam(LocalSgd):
         return -self.lr * mean / (np.sqrt(square) + 1e-8), {"m": m, "s": s, "t": t}
 
 
+class PostLocalSgd(LocalSgd):
+    """Lin et al. 2018: gradients are averaged over the workers before ``warm_up`` steps."""
+
+    def __init__(self, warm_up: int) -> None:
+        self.warm_up = warm_up
+
+
 class Lookahead(LocalSgd):
     """Zhang et al. 2019: φ <- φ + α (θ - φ)."""
 
@@ -272,6 +279,35 @@ class Lookahead(LocalSgd):
 
     def move(self, moves: list[np.ndarray], kept: State) -> tuple[np.ndarray, State]:
         return self.alpha * sum(moves) / len(moves), kept
+
+
+def merged(
+    batches: list[list[tuple[np.ndarray, np.ndarray]]], groups: list[list[int]]
+) -> list[list[tuple[np.ndarray, np.ndarray]]]:
+    """The batches of each group: those of its workers, one below the other, while they last.
+
+    The gradient of the toy's mean over such a batch is the mean of the workers' gradients.
+    """
+    found = []
+    for ranks in groups:
+        longest = max(len(batches[rank]) for rank in ranks)
+        steps = [[batches[rank][t : t + 1] for rank in ranks] for t in range(longest)]
+        pairs = [[pair for part in parts for pair in part] for parts in steps]
+        found.append([tuple(np.concatenate(part) for part in zip(*p, strict=True)) for p in pairs])
+    return found
+
+
+class Clipped:
+    """An optimizer whose gradients are clipped to a norm, as torch does it."""
+
+    def __init__(self, optimizer: Any, norm: float) -> None:
+        self.optimizer, self.norm = optimizer, norm
+        self.gradient_point = optimizer.gradient_point
+
+    def step(self, x: State, gradient: State, t: int) -> State:
+        size = np.sqrt(sum((g**2).sum() for g in gradient.values()))
+        shrunk = {k: g * min(1.0, self.norm / (size + 1e-6)) for k, g in gradient.items()}
+        return self.optimizer.step(x, shrunk, t)
 
 
 def restarting(
@@ -315,12 +351,18 @@ def restarting(
                     x[k][mine] = rule.mixing * x[k][mine] + (1 - rule.mixing) * center[k][mine]
 
     for t in range(steps):
+        means = {}
         for i, own in enumerate(batches):
             micro = own[t * accumulate : (t + 1) * accumulate]
             if micro:
                 gradients = [toy_gradient(workers[i], batch) for batch in micro]
-                mean = {k: sum(g[k] for g in gradients) / accumulate for k in start}
-                workers[i] = optimizers[i].step(workers[i], mean, t)
+                means[i] = {k: sum(g[k] for g in gradients) / accumulate for k in start}
+        shared = {k: sum(g[k] for g in means.values()) / len(means) for k in start}
+        for i, own in means.items():
+            mean = shared if t < getattr(rule, "warm_up", 0) else own
+            workers[i] = optimizers[i].step(workers[i], mean, t)
+        if t < getattr(rule, "warm_up", 0):  # who had no batch, too
+            workers = [dict(workers[min(means)]) for _ in workers]
         go_on(t + 1)
         due = 1 if (t + 1) % pause == 0 else 0
         for _ in range(len(turns) if t + 1 == steps else due):

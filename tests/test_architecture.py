@@ -11,17 +11,17 @@ ROOT = Path(lightning_easgd.__file__).parent
 
 LAYERS = [
     {"fingerprint", "flat", "random_state", "schedules", "telemetry"},
-    {"pace"},
+    {"groups", "pace"},
     {"algorithms"},
     {"arguments", "segments"},
     {"buffers", "communication", "optimizers"},
     {"center"},
     {"consensus", "drops", "leadership", "rates"},
-    {"agreement", "contribution"},
+    {"agreement", "contribution", "gradients"},
     {"transit"},
     {"exchange", "internals"},
     {"checkpoint", "checkpoint_io", "features", "resuming", "signals"},
-    {"collectives"},
+    {"collectives", "replica"},
     {"persistence"},
     {"strategy"},
     {"callbacks"},
@@ -29,7 +29,7 @@ LAYERS = [
 """From low to high; a module imports only from lower layers, or from its own folder."""
 
 LIGHTNING = {
-    *("checkpoint_io", "collectives", "features", "internals", "resuming", "signals"),
+    *("checkpoint_io", "collectives", "features", "internals", "replica", "resuming", "signals"),
     *("persistence", "strategy", "callbacks", "workloads", "__init__"),
 }
 DISTRIBUTED = {"communication"}

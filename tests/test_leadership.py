@@ -35,19 +35,27 @@ def said(*losses: float) -> list[Header]:
     ],
 )
 def test_the_lowest_loss_leads(before: int, losses: list[float], leader: int) -> None:
-    leadership = Leadership(0.9, workers=3)
+    leadership = Leadership(0.9, [[0], [1], [2]])
     leadership.load_state({"leader": before}, {})
     leadership.hear(said(*losses))
     assert leadership.leader == leader
 
 
+def test_a_group_leads_by_the_mean_loss_of_its_members() -> None:
+    leadership = Leadership(0.9, [[0, 3], [1, 2, 4]])
+    leadership.hear(said(2.0, 0.0, 2.0, 1.0, 2.0))
+    assert leadership.leader == 1
+    leadership.hear(said(2.0, 0.0, 2.0, 1.0, math.nan))
+    assert leadership.leader == 0
+
+
 def test_the_running_loss_forgets_what_is_not_finite() -> None:
-    leadership = Leadership(0.75, workers=2)
+    leadership = Leadership(0.75, [[0], [1]])
     assert leadership.announce() == math.inf
     for loss, mean in [(4.0, 4.0), (8.0, 5.0), (math.nan, math.nan), (2.0, 2.0), (6.0, 3.0)]:
         assert leadership.observe({"loss": torch.tensor(loss)})
         assert leadership.announce() == pytest.approx(mean, rel=0, nan_ok=True)
-    resumed = Leadership(0.75, workers=2)
+    resumed = Leadership(0.75, [[0], [1]])
     resumed.load_state(leadership.shared_state(), leadership.own_state())
     resumed.observe(torch.tensor(7.0))
     assert resumed.announce() == 4.0

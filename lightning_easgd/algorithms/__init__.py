@@ -5,7 +5,7 @@ Nothing here knows of processes, of Lightning or of time; a rule is a function o
 
 from typing import Any
 
-from lightning_easgd.algorithms.averaging import Downpour, LocalSGD, MDownpour
+from lightning_easgd.algorithms.averaging import Downpour, LocalSGD, MDownpour, PostLocalSGD
 from lightning_easgd.algorithms.base import Rule
 from lightning_easgd.algorithms.elastic import EASGD, SMA
 from lightning_easgd.algorithms.leader import LeaderSGD
@@ -15,6 +15,7 @@ from lightning_easgd.algorithms.running_average import CenterAverage, choose_ave
 RULES: dict[str, type[Rule]] = {
     "easgd": EASGD,
     "local_sgd": LocalSGD,
+    "post_local_sgd": PostLocalSGD,
     "downpour": Downpour,
     "mdownpour": MDownpour,
     "slowmo": SlowMo,
@@ -60,6 +61,7 @@ __all__ = [
     "LeaderSGD",
     "LocalSGD",
     "MDownpour",
+    "PostLocalSGD",
     "Rule",
     "SlowMo",
     "choose_average",

@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_easgd.algorithms.base import Rule, momentum_of, require_momentum
-from lightning_easgd.schedules import Rate
+from lightning_easgd.schedules import Rate, is_number
 
 
 class LocalSGD(Rule):
@@ -27,6 +27,33 @@ class LocalSGD(Rule):
     @override
     def move_(self, center: Tensor, total: Tensor, memory: dict[str, Any]) -> None:
         center.add_(total)
+
+
+class PostLocalSGD(LocalSGD):
+    """Post-local SGD: gradients are averaged at every step at first, then local SGD.
+
+        t < W:   x^i <- x^i - η (1/p) Σ_j g^j(x^j) ;   after that as LocalSGD
+
+    with any optimizer. Exchanges keep to the multiples of τ, before and after: in the warm-up they
+    find all workers alike, and bring only the center up to date.
+
+    Lin, Stich, Patel, Jaggi 2018, "Don't use large mini-batches, use local SGD", arXiv:1808.07217.
+
+    Args:
+        warm_up: W, optimizer steps with averaged gradients. The paper warms up until the learning
+            rate is first lowered, half of the training or more.
+
+    Raises:
+        ValueError: it is not a whole number of at least 0.
+    """
+
+    def __init__(self, warm_up: int = 100) -> None:
+        if not (is_number(warm_up) and warm_up >= 0 and warm_up == int(warm_up)):
+            raise ValueError(
+                f"warm_up={warm_up!r} is not allowed. Allowed: a whole number of optimizer steps,"
+                " at least 0; 0 is local SGD."
+            )
+        self.warm_up = int(warm_up)
 
 
 class Downpour(Rule):

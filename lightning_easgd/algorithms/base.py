@@ -42,6 +42,8 @@ class Rule(ABC):
         loss_smoothing: only the worker whose running training loss is the lowest adds its
             difference, the others add zeros; see Leadership. With ``average`` False. None: all add
             theirs.
+        warm_up: optimizer steps at the beginning of training in which the workers average their
+            gradients, and so stay equal.
     """
 
     restarts: ClassVar[bool] = True
@@ -51,6 +53,7 @@ class Rule(ABC):
     mixing: float = 0.0
     delay: int = 0
     loss_smoothing: float | None = None
+    warm_up: int = 0
 
     @abstractmethod
     def move_(self, center: Tensor, total: Tensor, memory: dict[str, Any]) -> None:

@@ -1,9 +1,10 @@
 """HOW the bytes move: the only folder that calls torch.distributed or opens a socket."""
 
-from lightning_easgd.communication.all_reduce import AllReduce, Payload, PendingSum
+from lightning_easgd.communication.all_reduce import AllReduce, Level, Payload, PendingSum
 from lightning_easgd.communication.codecs import CODECS, Codec, Int8, TopK, choose_codec
 from lightning_easgd.communication.compressed import CompressedAllReduce
 from lightning_easgd.communication.group import WorkerGroup, gather, leave_all_groups
+from lightning_easgd.communication.grouped import GroupedAllReduce, make_all_reduce
 from lightning_easgd.communication.header import (
     ExchangeError,
     Header,
@@ -12,6 +13,7 @@ from lightning_easgd.communication.header import (
     verify,
     verify_places,
 )
+from lightning_easgd.communication.island import Island
 
 __all__ = [
     "CODECS",
@@ -19,8 +21,11 @@ __all__ = [
     "Codec",
     "CompressedAllReduce",
     "ExchangeError",
+    "GroupedAllReduce",
     "Header",
     "Int8",
+    "Island",
+    "Level",
     "Payload",
     "PendingSum",
     "Place",
@@ -30,6 +35,7 @@ __all__ = [
     "choose_codec",
     "gather",
     "leave_all_groups",
+    "make_all_reduce",
     "verify",
     "verify_places",
 ]

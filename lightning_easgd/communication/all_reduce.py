@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,9 @@ from lightning_easgd.communication.background import Background
 from lightning_easgd.communication.group import WorkerGroup
 from lightning_easgd.communication.header import Header
 from lightning_easgd.flat import bucket_slices
+
+HEADER_BYTES = 8 * len(Header.__dataclass_fields__)
+"""Of one worker's header."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,18 @@ class Payload:
 
     def __bool__(self) -> bool:
         return bool(self.differences)
+
+
+@dataclass(frozen=True)
+class Level:
+    """The workers whose sums are made: all of them, or one of each group."""
+
+    rank: int
+    """This worker's number among them."""
+    size: int
+    """How many they are."""
+    data: dist.ProcessGroup | None
+    """Theirs; None if this worker is not one of them, and so never sums."""
 
 
 class PendingSum:
@@ -88,14 +103,20 @@ class AllReduce:
     Args:
         group: the workers.
         bucket_bytes: the most that one all-reduce carries, in bytes.
+        level: those of the workers that sum; None: all.
     """
 
-    holds_back: ClassVar[bool] = False
+    holds_back: bool = False
     """Whether a part of what is to be summed may be held back for the next exchange."""
 
-    def __init__(self, group: WorkerGroup, bucket_bytes: int) -> None:
+    def __init__(
+        self, group: WorkerGroup, bucket_bytes: int, *, level: Level | None = None
+    ) -> None:
         self.group = group
         self.bucket_bytes = bucket_bytes
+        self.level: Level | WorkerGroup = level or group
+        self.groups: list[list[int]] = []
+        """Ranks of workers that take part in sums as one; none if each does by itself."""
 
     def start(
         self,
@@ -125,11 +146,38 @@ class AllReduce:
 
     def join(self, pending: PendingSum, payload: Payload, *, last: bool = False) -> None:
         """Begin to sum as :meth:`start` does, in an exchange whose header has left."""
-        for work in self._sum([*payload.differences.values(), *payload.statistics]):
+        for work in self.sum([*payload.differences.values(), *payload.statistics]):
             pending.parts.append((work, self.group.polls))
 
     def round_(self, differences: Iterable[Tensor]) -> None:
         """Replace differences by what is sent of them, where the rest is not held back."""
+
+    def agree(self, healthy: bool, checksum: Callable[[], int]) -> bool:
+        """Whether the differences of all workers that take part as one are finite.
+
+        Args:
+            healthy: whether this worker's are.
+            checksum: gives that of their bits, within 63.
+
+        Raises:
+            ExchangeError: those of workers that take part as one are not equal.
+        """
+        return healthy
+
+    @property
+    def parties(self) -> list[list[int]]:
+        """Ranks of the workers of each group, or if there are none of each worker."""
+        return self.groups or [[rank] for rank in range(self.group.size)]
+
+    @property
+    def party(self) -> int:
+        """The number, in :attr:`parties`, of that with this worker."""
+        return next(i for i, ranks in enumerate(self.parties) if self.group.rank in ranks)
+
+    @property
+    def senders(self) -> list[int]:
+        """The ranks of the workers whose differences are summed."""
+        return [ranks[0] for ranks in self.parties]
 
     def state(self) -> dict[str, Any]:
         """What is held back, for a checkpoint of this worker."""
@@ -139,25 +187,25 @@ class AllReduce:
         """The inverse of :meth:`state`."""
 
     @property
-    def header_bytes(self) -> int:
-        """Bytes of headers that each worker sends, and receives, in an exchange."""
-        return 8 * len(Header.__dataclass_fields__) * (self.group.size - 1)
+    def header_bytes(self) -> tuple[int, int]:
+        """As :meth:`sum_bytes`, for headers."""
+        return HEADER_BYTES * (self.group.size - 1), 0
 
-    def sum_bytes(self, payload: Payload, *, last: bool = False) -> int:
-        """Bytes that each worker sends, and receives, for sums."""
-        return self.ring_bytes([*payload.differences.values(), *payload.statistics])
+    def sum_bytes(self, payload: Payload, *, last: bool = False) -> tuple[int, int]:
+        """Bytes that this worker sends, and receives, for sums; of them, those inside its group."""
+        return self.ring_bytes([*payload.differences.values(), *payload.statistics]), 0
 
     def ring_bytes(self, tensors: Iterable[Tensor]) -> int:
         """Bytes that each worker sends, and receives, in ring all-reduces: 2 (p-1)/p of them."""
         payload = sum(tensor.nbytes for tensor in tensors)
-        return 2 * (self.group.size - 1) * payload // self.group.size
+        return 2 * (self.level.size - 1) * payload // self.level.size
 
-    def _sum(self, tensors: Iterable[Tensor]) -> list[dist.Work]:
-        """Start to sum."""
+    def sum(self, tensors: Iterable[Tensor]) -> list[dist.Work]:
+        """Start to sum flat tensors in place."""
         works = []
         for tensor in tensors:
             for bucket in bucket_slices(tensor.numel(), tensor.itemsize, self.bucket_bytes):
-                work = dist.all_reduce(tensor[bucket], group=self.group.data, async_op=True)
+                work = dist.all_reduce(tensor[bucket], group=self.level.data, async_op=True)
                 assert work is not None
                 works.append(work)
         return works

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_easgd.communication.all_reduce import AllReduce, Payload, PendingSum
+from lightning_easgd.communication.all_reduce import AllReduce, Level, Payload, PendingSum
 from lightning_easgd.communication.background import Background
 from lightning_easgd.communication.codecs import Codec
 from lightning_easgd.communication.group import WorkerGroup
@@ -106,14 +106,21 @@ class CompressedAllReduce(AllReduce):
         codec: how differences are written.
         feedback: whether a worker keeps what encoding lost, also if the codec leaves it in the
             worker's weights: these do not last where workers restart.
+        level: those of the workers that sum; None: all.
     """
 
     holds_back = True
 
     def __init__(
-        self, group: WorkerGroup, bucket_bytes: int, codec: Codec, *, feedback: bool = False
+        self,
+        group: WorkerGroup,
+        bucket_bytes: int,
+        codec: Codec,
+        *,
+        feedback: bool = False,
+        level: Level | None = None,
     ) -> None:
-        super().__init__(group, bucket_bytes)
+        super().__init__(group, bucket_bytes, level=level)
         self._codec = codec
         self._feedback = codec.feedback or feedback
         self._accounts: dict[str, Account] = {}
@@ -144,18 +151,18 @@ class CompressedAllReduce(AllReduce):
         travel = partial(self._travel, wires, payload, accounts)
         pending.parts.append((Background(travel, differences[0].device), True))
 
-    def sum_bytes(self, payload: Payload, *, last: bool = False) -> int:
-        """Bytes that each worker sends, and receives, for sums."""
+    def sum_bytes(self, payload: Payload, *, last: bool = False) -> tuple[int, int]:
+        """Bytes that each worker sends, and receives, for sums; none are inside a group."""
         if last:
             return super().sum_bytes(payload)
-        others, moved = self.group.size - 1, self.ring_bytes(payload.statistics)
+        others, moved = self.level.size - 1, self.ring_bytes(payload.statistics)
         tensors = payload.differences.values()
         for tensor, account in zip(tensors, self._accounts_of(payload), strict=True):
             if self._codec.block is None:
                 moved += others * self._codec.wire_bytes(tensor.numel())
             for bucket in account.buckets:
                 moved += 2 * others * self._codec.wire_bytes(bucket.share)
-        return moved
+        return moved, 0
 
     def state(self) -> dict[str, Any]:
         """What is held back, for a checkpoint of this worker."""
@@ -174,7 +181,7 @@ class CompressedAllReduce(AllReduce):
                     tensor,
                     self._codec,
                     feedback=self._feedback,
-                    workers=self.group.size,
+                    workers=self.level.size,
                     bucket_bytes=self.bucket_bytes,
                 )
                 if name in self._saved:
@@ -188,7 +195,7 @@ class CompressedAllReduce(AllReduce):
             if account.unsent is not None:
                 account.unsent.zero_()
             for bucket in account.buckets:
-                own = bucket.own(tensor, self.group.rank)
+                own = bucket.own(tensor, self.level.rank)
                 own.add_(bucket.kept[: own.numel()])
                 bucket.kept.zero_()
 
@@ -197,7 +204,7 @@ class CompressedAllReduce(AllReduce):
         if self._codec.block is None:
             pieces = [(slice(None), tensor[None])]
         else:
-            pieces = [(b.part, b.shares(tensor, self.group.size)) for b in account.buckets]
+            pieces = [(b.part, b.shares(tensor, self.level.size)) for b in account.buckets]
         for part, rows in pieces:
             wire = torch.stack([self._codec.encode(row) for row in rows])
             if account.unsent is not None:
@@ -215,7 +222,7 @@ class CompressedAllReduce(AllReduce):
         training again and again; who waits for this does.
         """
         differences = list(payload.differences.values())
-        works = self._sum(payload.statistics)
+        works = self.sum(payload.statistics)
         if self._codec.block is None:
             arrivals = [self._begin(dist.all_gather_into_tensor, wire) for wire in wires]
             for tensor, arrival in zip(differences, arrivals, strict=True):
@@ -251,8 +258,8 @@ class CompressedAllReduce(AllReduce):
 
     def _begin(self, collective: Any, rows: Tensor) -> Callable[[], Tensor]:
         """Start a collective that gives every worker a row of each; waits for them when called."""
-        arrived = rows.new_empty(self.group.size, rows.shape[1])
-        work = collective(arrived.view(-1), rows.view(-1), group=self.group.data, async_op=True)
+        arrived = rows.new_empty(self.level.size, rows.shape[1])
+        work = collective(arrived.view(-1), rows.view(-1), group=self.level.data, async_op=True)
 
         def wait() -> Tensor:
             work.wait()

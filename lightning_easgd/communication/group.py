@@ -58,11 +58,13 @@ class WorkerGroup:
         apart: bool = False,
         from_host: bool = False,
     ) -> None:
-        backend = "gloo" if from_host else dist.get_backend()
+        self.backend = backend = "gloo" if from_host else dist.get_backend()
+        """Of the sums."""
         self.polls = backend == "gloo"
         """Whether a sum ends when its data is there, so that it can be watched."""
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._abandoned = False
+        self._parts: list[dist.ProcessGroup] = []
         self._lightnings_timeout = lightnings_timeout
         self._timeout = lightnings_timeout.total_seconds()
         self._liveness = Liveness(self.rank, self.size, f"workers-{next(_numbers)}")
@@ -80,6 +82,35 @@ class WorkerGroup:
         self.control = _new_group("gloo", _NEVER)
         self.data = _new_group("gloo", _NEVER) if self.polls and apart else self.control
         self._guests = _new_group("gloo", _NEVER)
+
+    def split(self, parts: Sequence[Sequence[int]], backend: str) -> dist.ProcessGroup | None:
+        """Make a process group of each of ``parts``; all workers must call it.
+
+        Args:
+            parts: ranks, in ascending order; no worker is in two.
+            backend: of all of them.
+
+        Returns:
+            The one that this worker is in, if it is in one; left with the others.
+
+        Raises:
+            ExchangeError: a worker left or did not come in time.
+        """
+        timeout = _NEVER if backend == "gloo" else self._lightnings_timeout
+        found: list[dist.ProcessGroup] = []
+
+        def make() -> None:
+            for ranks in parts:
+                made = dist.new_group(list(ranks), timeout, backend)
+                if isinstance(made, dist.ProcessGroup):
+                    found.append(made)
+
+        if backend == "gloo":
+            self.wait(Background(make, torch.device("cpu")), "The set-up of groups")
+        else:
+            make()  # in the thread whose accelerator is this worker's
+        self._parts += found
+        return found[0] if found else None
 
     def broadcast_(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite tensors with those of worker 0."""
@@ -250,7 +281,7 @@ class WorkerGroup:
                 dist.destroy_process_group(group)
 
     def _groups(self) -> list[dist.ProcessGroup]:
-        return [*dict.fromkeys([self.control, self.data, self._guests])]
+        return [*dict.fromkeys([self.control, self.data, self._guests, *self._parts])]
 
 
 def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:

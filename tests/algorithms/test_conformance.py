@@ -29,6 +29,7 @@ from lightning_easgd import (
     EASGDStrategy,
     LeaderSGD,
     MDownpour,
+    PostLocalSGD,
     Rule,
     SlowMo,
 )
@@ -93,6 +94,7 @@ ROWS = {
     "easgd with momentum": Row(EASGD(center_momentum=0.6), copies=1),
     "sma": Row(SMA(0.6, lr_drop=0.5), copies=1),
     "local_sgd": Row("local_sgd", reference.LocalSgd()),
+    "post_local_sgd": Row(PostLocalSGD(warm_up=6), reference.PostLocalSgd(6)),
     "downpour": Row("downpour", reference.Downpour()),
     "downpour, average": Row(Downpour(average=True), reference.LocalSgd()),
     "mdownpour": Row(MDownpour(0.5), reference.MDownpour(0.5), copies=1, tau=1, fragments=1),

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from processes import run_workers
+from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 from toy import Resumable, Toy, loader, trainer, weights
 
 from lightning_easgd import (
@@ -28,6 +29,7 @@ from lightning_easgd import (
     Linear,
     LocalSGD,
     MDownpour,
+    PostLocalSGD,
     Rule,
     SlowMo,
     TopK,
@@ -364,6 +366,9 @@ def test_momentum_of_the_center_widens_what_is_stable(p: int, mu: float) -> None
         (lambda: with_leader(compression="int8"), "compression='int8' .*Allowed: compression=None"),
         (lambda: with_leader(tau=AdaptivePeriod(4)), "tau=AdaptivePeriod.* tells no variance"),
         (lambda: with_leader(alpha=0.5), "alpha=0.5 has no meaning under LeaderSGD"),
+        (lambda: PostLocalSGD(-1), "warm_up=-1 is not allowed.*at least 0"),
+        (lambda: PostLocalSGD(2.5), "warm_up=2.5"),
+        (lambda: PostLocalSGD(True), "warm_up=True"),
     ],
 )
 def test_hyper_parameters_out_of_range_are_refused(make: Any, message: str) -> None:
@@ -387,6 +392,35 @@ def test_every_rule_has_its_names_and_survives_a_copy(name: str) -> None:
         assert type(strategy._rules.algorithm) is RULES[name]
     rule = RULES[name]()
     assert repr(pickle.loads(pickle.dumps(rule))) == repr(rule)
+
+
+def beside_torch(rank: int) -> Any:
+    """After 7 steps of averaged gradients both average the workers after steps 8, 12, 16, ..."""
+    found = []
+    for make in (partial(torch.optim.SGD, lr=0.05), partial(torch.optim.AdamW, lr=0.05)):
+        ours, theirs = Toy(make), Toy(make)
+        strategy = EASGDStrategy(algorithm=PostLocalSGD(warm_up=7), tau=4)
+        trainer(3, strategy).fit(ours, loader(rank, 40))
+        averager = PeriodicModelAverager(period=4, warmup_steps=7)
+        optimizer = theirs.configure_optimizers()
+        for step, batch in enumerate(loader(rank, 40)):
+            optimizer.zero_grad()
+            theirs.training_step(batch, step).backward()
+            if step < 7:
+                for parameter in theirs.parameters():
+                    dist.all_reduce(parameter.grad.div_(3))
+            optimizer.step()
+            averager.average_parameters(theirs.parameters())
+        found.append((weights(ours), weights(theirs)))
+    return found
+
+
+def test_post_local_sgd_agrees_with_torch() -> None:
+    """With SGD and AdamW, against torch's averager and averaged gradients before."""
+    for run in run_workers(beside_torch, workers=3):
+        for ours, theirs in run:
+            for key, value in ours.items():
+                np.testing.assert_allclose(value, theirs[key], rtol=0, atol=1e-6)
 
 
 class Peers:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import emulated
+import emulated_groups
 import emulation
 import pytest
 import torch
@@ -225,3 +226,37 @@ def test_a_cable_that_is_out_for_a_moment_changes_no_bit(tmp_path: Path) -> None
         expected = torch.load(tmp_path / "undisturbed" / f"{rank}.pt", weights_only=True)
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def sent_per_exchange(folder: Path, workers: int, groups: str) -> float:
+    """Bytes that one of two hosts with so many workers each sends in an exchange."""
+    folder.mkdir()
+    script = str(HERE / "emulated_groups.py")
+    command = [sys.executable, script, str(folder), str(workers), groups]
+    env = {"PYTHONPATH": f"{HERE.parent}:{HERE}", "OMP_NUM_THREADS": "1"}
+    traffic = []
+    with EmulatedHosts(emulated_groups.HOSTS, rate_bits=100e6) as hosts:
+        for host in range(hosts.count):
+            with (folder / f"{host}.log").open("w") as log:
+                hosts.start(host, command, env=env, stdout=log, stderr=log)
+        for pause in emulated_groups.PAUSES:
+            deadline = time.monotonic() + 100
+            while len(list(folder.glob(f"{pause}-*"))) < hosts.count * workers:
+                assert time.monotonic() < deadline, (folder / "0.log").read_text()
+                time.sleep(0.05)
+            traffic.append(hosts.traffic(0).sent)
+            (folder / f"go-{pause}").touch()
+    first, second = emulated_groups.PAUSES
+    return (traffic[1] - traffic[0]) / ((second - first) // emulated_groups.TAU)
+
+
+@needs_hosts
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("nothing_left")
+def test_what_leaves_a_host_does_not_grow_with_its_workers_if_they_are_a_group(
+    tmp_path: Path,
+) -> None:
+    alone = sent_per_exchange(tmp_path / "alone", 1, "")
+    grouped = sent_per_exchange(tmp_path / "grouped", 3, "node")
+    assert alone > 4 * emulated_groups.SIZE
+    assert grouped < 1.05 * alone

@@ -1,0 +1,182 @@
+"""Sums between groups of workers, over a slow network, that all of their members get.
+
+[Note: one sends] All members of a group bring the same differences. The first of them sums them
+with the first members of the other groups, and passes the sum on inside the group. Statistics,
+which members do not share, are summed inside before. All of this goes on beside training, in a
+thread, since a sum must have arrived before it is passed on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_easgd.communication.all_reduce import (
+    HEADER_BYTES,
+    AllReduce,
+    Level,
+    Payload,
+    PendingSum,
+)
+from lightning_easgd.communication.background import Background
+from lightning_easgd.communication.codecs import Codec
+from lightning_easgd.communication.compressed import CompressedAllReduce
+from lightning_easgd.communication.group import WorkerGroup
+from lightning_easgd.communication.header import ExchangeError
+from lightning_easgd.communication.island import Island
+from lightning_easgd.flat import bucket_slices
+
+_AGREED = 2
+"""Numbers that members tell each other before an exchange."""
+
+
+class GroupedAllReduce(AllReduce):
+    """Sums lists of flat tensors over groups of workers; each group counts as one worker.
+
+    Args:
+        group: all workers.
+        bucket_bytes: the most that one collective carries, in bytes.
+        groups: the ranks of every group, in ascending order; every worker is in one.
+        island: the group of this worker.
+        between: makes what sums over the first members of the groups, given them.
+
+    Raises:
+        ExchangeError: a worker left or did not come in time.
+    """
+
+    def __init__(
+        self,
+        group: WorkerGroup,
+        bucket_bytes: int,
+        *,
+        groups: Sequence[Sequence[int]],
+        island: Island,
+        between: Callable[[Level], AllReduce],
+    ) -> None:
+        super().__init__(group, bucket_bytes)
+        self.groups = [list(ranks) for ranks in groups]
+        self._island = island
+        self._leads = island.place == 0
+        firsts = group.split([self.senders], group.backend)
+        inside = Level(island.place, island.size, group.split(groups, group.backend))
+        self._inside = AllReduce(group, bucket_bytes, level=inside)
+        number = self.groups.index(island.ranks)
+        self._between = between(Level(number, len(groups), firsts))
+        self.holds_back = self._between.holds_back
+
+    @override
+    def join(self, pending: PendingSum, payload: Payload, *, last: bool = False) -> None:
+        if self._leads:
+            self._between.join(pending, Payload(payload.differences), last=last)
+        between, pending.parts = [work for work, _ in pending.parts], []
+        device = next(iter(payload.differences.values())).device
+        travel = Background(partial(self._travel, between, payload), device)
+        pending.parts.append((travel, True))
+
+    @override
+    def agree(self, healthy: bool, checksum: Callable[[], int]) -> bool:
+        if self._island.size == 1:
+            return healthy
+        mine = [healthy, checksum() if healthy else 0]
+        said = self._island.gather(mine, "An agreement inside a group")
+        if not all(well for well, _ in said):
+            return False
+        _require_equal(self._island.ranks, [bits for _, bits in said])
+        return True
+
+    @override
+    def round_(self, differences: Iterable[Tensor]) -> None:
+        self._between.round_(differences)
+
+    @override
+    def state(self) -> dict[str, Any]:
+        return self._between.state()
+
+    @override
+    def load_state(self, state: Any) -> None:
+        self._between.load_state(state)
+
+    @property
+    @override
+    def header_bytes(self) -> tuple[int, int]:
+        total, _ = super().header_bytes
+        agreed = self._island.gather_bytes(_AGREED)
+        return total + agreed, HEADER_BYTES * (self._island.size - 1) + agreed
+
+    @override
+    def sum_bytes(self, payload: Payload, *, last: bool = False) -> tuple[int, int]:
+        tensors = [*payload.differences.values(), *payload.statistics]
+        inside = self._island.ring_bytes(payload.statistics)
+        inside += self._island.broadcast_bytes(sum(tensor.nbytes for tensor in tensors))
+        between, _ = self._between.sum_bytes(payload, last=last) if self._leads else (0, 0)
+        return between + inside, inside
+
+    def _travel(self, between: Sequence[dist.Work | Background], payload: Payload) -> None:
+        """Bring the sums to all members; the same collectives on all of them."""
+        statistics = payload.statistics
+        _finish(self._inside.sum(statistics))
+        for work in between:
+            work.wait()
+        if self._leads:
+            _finish(self._between.sum(statistics))
+        group = self._inside.level.data
+        source = self._island.ranks[0]
+        _finish(
+            dist.broadcast(tensor[bucket], source, group=group, async_op=True)
+            for tensor in [*payload.differences.values(), *statistics]
+            for bucket in bucket_slices(tensor.numel(), tensor.itemsize, self.bucket_bytes)
+        )
+
+
+def make_all_reduce(
+    group: WorkerGroup,
+    bucket_bytes: int,
+    codec: Codec | None,
+    *,
+    feedback: bool,
+    groups: Sequence[Sequence[int]],
+    island: Island | None,
+) -> AllReduce:
+    """What sums the differences of workers, or of groups of workers.
+
+    Args:
+        group: all workers.
+        bucket_bytes: the most that one collective carries, uncompressed.
+        codec: how differences are written; None: as they are.
+        feedback: whether a worker keeps what encoding lost in any case.
+        groups: the ranks of every group; none if every worker takes part by itself.
+        island: the group of this worker, if there are groups.
+    """
+
+    def between(level: Level | None = None) -> AllReduce:
+        if codec is None:
+            return AllReduce(group, bucket_bytes, level=level)
+        return CompressedAllReduce(group, bucket_bytes, codec, feedback=feedback, level=level)
+
+    if not groups:
+        return between()
+    assert island is not None
+    return GroupedAllReduce(group, bucket_bytes, groups=groups, island=island, between=between)
+
+
+def _finish(works: Iterable[dist.Work | None]) -> None:
+    for work in list(works):  # all of them begin before the first is waited for
+        assert work is not None
+        work.wait()
+
+
+def _require_equal(ranks: Sequence[int], checksums: Sequence[int]) -> None:
+    if len(set(checksums)) > 1:
+        pairs = zip(ranks, checksums, strict=True)
+        listing = "; ".join(f"worker {rank}: checksum {bits:x}" for rank, bits in pairs)
+        raise ExchangeError(
+            f"The workers of a group no longer hold equal weights ({listing}). Let nothing that"
+            " only one of them knows change weights, gradients or learning rates: use"
+            " manual_backward under manual optimization, log what ReduceLROnPlateau judges by with"
+            " sync_dist=True, and put machines of different kinds into different groups."
+        )

@@ -1,0 +1,201 @@
+"""How groups end, by errors, signals and stops, and what is refused."""
+
+from __future__ import annotations
+
+import os
+import signal
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
+from processes import Workers, run_workers
+from test_gradients import ADAMW, Gan
+from test_uneven_stops import ended
+from toy import Resumable, Toy, loader, trainer, weights
+
+from lightning_easgd import EASGDStrategy
+from lightning_easgd.communication import liveness
+from lightning_easgd.groups import arrange
+
+SGD = partial(torch.optim.SGD, lr=0.1)
+
+
+def killed(rank: int, who: int) -> None:
+    module = Toy(SGD)
+
+    def on_train_batch_start(batch: Any, batch_idx: int) -> None:
+        if rank == who and batch_idx == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    module.on_train_batch_start = on_train_batch_start
+    trainer(4, EASGDStrategy(tau=4, groups=2, exchange_timeout=5)).fit(module, loader(rank, 24))
+
+
+@pytest.mark.parametrize("who", [2, 3], ids=["first", "second"])
+def test_a_member_that_is_killed_is_named_to_all_workers(
+    who: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that sends to the other group, and one that does not."""
+    monkeypatch.setattr(liveness, "_PERIOD_SECONDS", 0.3)
+    monkeypatch.setattr(liveness, "_PATIENCE_SECONDS", 1.5)
+    with Workers(killed, who, workers=4) as group:
+        outcomes = group.collect(60, without=who)
+    for outcome in outcomes:
+        assert outcome.error == "ExchangeError", outcome
+        assert f"Worker {who} gave no sign of life" in outcome.message
+
+
+def apart(rank: int) -> None:
+    """Worker 1 leaves a step out that its mate takes."""
+    module = Gan()
+    step = module.training_step
+
+    def training_step(batch: Any, batch_idx: int) -> None:
+        if (rank, batch_idx) != (1, 3):
+            step(batch, batch_idx)
+
+    module.training_step = training_step
+    trainer(2, EASGDStrategy(tau=6, groups=2, exchange_timeout=5)).fit(module, loader(rank, 7))
+
+
+def test_members_that_do_different_things_are_told() -> None:
+    outcomes = run_workers(apart, workers=2, check=False)
+    assert all(outcome.error == "ExchangeError" for outcome in outcomes)
+    assert any("whose gradients are averaged do different" in o.message for o in outcomes)
+
+
+def drifting(rank: int) -> None:
+    """Worker 1 has a learning rate of its own from step 2 on."""
+    module, strategy = Toy(SGD), EASGDStrategy(tau=4, groups=2)
+
+    def on_train_batch_start(batch: Any, batch_idx: int) -> None:
+        if rank == 1 and batch_idx == 2:
+            module.trainer.optimizers[0].param_groups[0]["lr"] = 0.05
+
+    module.on_train_batch_start = on_train_batch_start
+    trainer(4, strategy).fit(module, loader(rank, 10))
+
+
+def test_members_that_are_not_equal_any_more_are_told() -> None:
+    outcomes = run_workers(drifting, workers=4, check=False)
+    assert all(outcome.error == "ExchangeError" for outcome in outcomes)
+    for outcome in outcomes[:2]:
+        assert "no longer hold equal weights (worker 0: checksum" in outcome.message
+
+
+def struck(rank: int, folder: Path, who: int | None, counts: list[int], resumes: bool) -> Any:
+    """SIGTERM to a worker before batch 8 of the first of two epochs; how the fit ended."""
+    module, strategy = Toy(ADAMW), EASGDStrategy(tau=4, groups=2)
+    pids: list[int] = []
+    module.on_train_start = lambda: pids.extend(strategy._group.gather(os.getpid()))
+    saving = ModelCheckpoint(folder, every_n_epochs=100, save_on_exception=True)
+    options = {"max_epochs": 2, "enable_checkpointing": True, "callbacks": [saving]}
+    fitting = trainer(4, strategy, **options)
+
+    def on_train_batch_start(batch: Any, batch_idx: int) -> None:
+        if who is not None and rank == 0 and (fitting.current_epoch, batch_idx) == (0, 8):
+            os.kill(pids[who], signal.SIGTERM)
+
+    module.on_train_batch_start = on_train_batch_start
+    path = next(folder.glob("*.ckpt")) if resumes else None
+    end = ended(fitting, module, Resumable(rank, counts[rank]), ckpt_path=path)
+    return end, {name: value.tobytes() for name, value in weights(module).items()}
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+@pytest.mark.parametrize(
+    ("who", "counts", "within"),
+    [(3, [22, 5, 22, 20], {13, 17}), (1, [22, 5, 22, 9], {13, 17, 21})],
+    ids=["one that trains", "one that stands still"],
+)
+def test_a_signal_to_any_member_stops_all_and_they_go_on_bit_for_bit(
+    who: int, counts: list[int], within: set[int], tmp_path: Path
+) -> None:
+    stopped = run_workers(struck, tmp_path, who, counts, False, workers=4)
+    assert {error for (error, _), _ in stopped} == {"SIGTERMException"}
+    taken = stopped[0][0][1]
+    assert taken in within
+    assert [steps for (_, steps), _ in stopped] == [min(taken, count) for count in counts]
+    assert stopped[0][1] == stopped[1][1] != stopped[2][1] == stopped[3][1]
+    resumed = run_workers(struck, tmp_path, None, counts, True, workers=4)
+    straight = run_workers(struck, tmp_path / "straight", None, counts, False, workers=4)
+    assert [error for (error, _), _ in resumed] == [None] * 4
+    assert [own for _, own in resumed] == [own for _, own in straight]
+
+
+def enough(rank: int) -> Any:
+    """Worker 1 alone says that it is enough, after 6 steps."""
+    module = Toy(SGD)
+
+    def on_train_batch_end(outputs: Any, batch: Any, batch_idx: int) -> None:
+        if rank == 1 and batch_idx == 5:
+            module.trainer.should_stop = True
+
+    module.on_train_batch_end = on_train_batch_end
+    fitting = trainer(4, EASGDStrategy(tau=4, groups=2), max_epochs=3)
+    fitting.fit(module, loader(rank, 30))
+    return fitting.global_step, {name: v.tobytes() for name, v in weights(module).items()}
+
+
+def test_who_stops_alone_in_a_group_waits_for_all_others() -> None:
+    results = run_workers(enough, workers=4)
+    assert [steps for steps, _ in results] == [13, 6, 13, 13]
+    assert all(center == results[0][1] for _, center in results)
+
+
+def refused(rank: int) -> None:
+    module = Toy(partial(torch.optim.LBFGS, lr=0.1))
+    with pytest.raises(MisconfigurationException, match="LBFGS decides by the loss"):
+        trainer(2, EASGDStrategy(groups=2)).fit(module, loader(rank, 2))
+    with pytest.raises(ValueError, match="groups=3 does not divide the 2 workers"):
+        trainer(2, EASGDStrategy(groups=3)).fit(Toy(ADAMW), loader(rank, 2))
+    with pytest.raises(ValueError, match=r"does not hold every rank from 0 to 1 once.*'node'"):
+        trainer(2, EASGDStrategy(groups=[[0], [2]])).fit(Toy(ADAMW), loader(rank, 2))
+    with pytest.raises(ValueError, match="sparse gradient cannot be averaged"):
+        trainer(2, EASGDStrategy(groups="node")).fit(Sparse(ADAMW), loader(rank, 2))
+
+
+class Sparse(Toy):
+    """Looks a row up in a table."""
+
+    def __init__(self, make: Any) -> None:
+        super().__init__(make)
+        self.table = torch.nn.Embedding(4, 2, sparse=True, dtype=torch.float64)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return super().training_step(batch, batch_idx) + self.table(torch.tensor([1])).sum()
+
+
+def test_what_cannot_be_a_group_is_refused_on_all_workers() -> None:
+    run_workers(refused, workers=2)
+
+
+@pytest.mark.parametrize(
+    "groups", [0, -2, 1.5, True, "host", [], [[]], [[0, 1], [1]], [0, 1], [["0"]], [[-1, 0]], {}]
+)
+def test_what_names_no_groups_is_refused(groups: Any) -> None:
+    with pytest.raises(ValueError, match=r"groups=.* does not name groups .*lists of ranks"):
+        EASGDStrategy(groups=groups)
+
+
+def test_groups_and_a_warm_up_are_refused_together() -> None:
+    with pytest.raises(ValueError, match=r"groups=2 is not possible with PostLocalSGD.*Remove"):
+        EASGDStrategy(algorithm="post_local_sgd", groups=2)
+
+
+@pytest.mark.parametrize(
+    ("groups", "arranged"),
+    [
+        (None, []),
+        (2, [[0, 1], [2, 3]]),
+        (4, [[0, 1, 2, 3]]),
+        ("node", [[0, 2], [1, 3]]),
+        ([[3, 1], [2, 0]], [[0, 2], [1, 3]]),
+    ],
+)
+def test_groups_are_numbered_by_their_lowest_rank(groups: Any, arranged: Any) -> None:
+    assert arrange(groups, [7, 5, 7, 5]) == arranged
