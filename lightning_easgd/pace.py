@@ -9,6 +9,9 @@ Where workers share processors, that is too much: steps with nothing under way a
 others wait for their sums, and leave the processors to them. What rounds take more of the
 processors is too little: the kernel's work for the network is not in it. If it is less, the middle
 of both is the cost.
+
+It is a small difference of long times that vary. So all steps count, not only the latest, and τ is
+chosen again as more of them are known.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from typing_extensions import override
@@ -30,8 +34,8 @@ TAU_MIN, TAU_MAX = 1, 64
 _FIRST_TAU = 10
 _ALLOWED_COST = 0.02
 _CHANGE = 0.25
-_FIRST_ROUNDS, _ENOUGH_ROUNDS = 3, 16
-_IDLE_STEPS = 64
+_FIRST_ROUNDS, _ENOUGH_ROUNDS, _MORE = 3, 16, 4
+_RECENT_STEPS = 64
 _OUTLIER = 3.0
 _UNSETTLED_STEPS = 3
 
@@ -42,6 +46,22 @@ class Step(NamedTuple):
     time: float
     processors: float
     """Of all threads of this process."""
+
+
+@dataclass
+class Total:
+    """Steps, added up."""
+
+    steps: int = 0
+    time: float = 0.0
+    processors: float = 0.0
+
+    def add(self, steps: Sequence[Step]) -> None:
+        """Add some more."""
+        for step in steps:
+            self.steps += 1
+            self.time += step.time
+            self.processors += step.processors
 
 
 class Pace:
@@ -61,18 +81,18 @@ class Pace:
     ) -> None:
         self._clock = clock
         self._processors = processors
-        self._idle: deque[Step] = deque(maxlen=_IDLE_STEPS)
+        self._recent: deque[float] = deque(maxlen=_RECENT_STEPS)  # idle ones
         self._flights: deque[float] = deque(maxlen=_ENOUGH_ROUNDS)
-        self._rounds: deque[tuple[Step, int]] = deque(maxlen=_ENOUGH_ROUNDS)  # sums, how many
         self._unsettled = _UNSETTLED_STEPS
-        self._longest = math.inf  # what is longer is something else than a step
+        self.restart()
         self.interrupt()
 
     def restart(self) -> None:
         """Forget what was measured: it holds no longer."""
-        for measured in (self._idle, self._flights, self._rounds):
-            measured.clear()
-        self._longest = math.inf
+        self._recent.clear()
+        self._flights.clear()
+        self._idle, self._whole, self._rounds = Total(), Total(), 0
+        self._longest = math.inf  # what is longer is something else than a step
 
     def interrupt(self) -> None:
         """Forget what is being measured: something else than steps takes its time."""
@@ -97,12 +117,13 @@ class Pace:
         """An exchange has started in this step; all before it is over."""
         if self._round is not None:
             if not self._idled:
-                self._idle.extend(self._round[1:])  # the best that is known of idle ones
-            self._rounds.append((_combined(sum, self._round), len(self._round)))
+                self._note_idle(self._round[1:])  # the best that is known of idle ones
+            self._whole.add(self._round)
+            self._rounds += 1
         self._round = None if self._last_end is None else []
         self._exchanged, self._idled = True, False
-        if self._idle:
-            self._longest = _OUTLIER * statistics.median(step.time for step in self._idle)
+        if self._recent:
+            self._longest = _OUTLIER * statistics.median(self._recent)
         self._departure = self._clock()
 
     def step(self, arrived: Callable[[], bool]) -> None:
@@ -122,26 +143,27 @@ class Pace:
 
     def durations(self) -> Durations:
         """What is known now."""
-        if not self._idle:
+        if not self._recent:
             return Durations()
-        step = _combined(statistics.fmean, self._idle)  # no medians: it adds up over a round
-        longer = sum(took.time - count * step.time for took, count in self._rounds)
-        busier = sum(took.processors - count * step.processors for took, count in self._rounds)
-        busier *= step.time / max(step.processors, 1e-9)
-        cost = (longer + min(longer, busier)) / 2 / max(1, len(self._rounds))
+        idle, whole = self._idle, self._whole
+        longer = whole.time - whole.steps * idle.time / idle.steps
+        busier = whole.processors - whole.steps * idle.processors / idle.steps
+        busier *= idle.time / max(idle.processors, 1e-9)
+        cost = (longer + min(longer, busier)) / 2 / max(1, self._rounds)
+        step = statistics.fmean(self._recent)  # no median: it adds up over a round
         exchange = statistics.median(self._flights) if self._flights else 0.0
-        return Durations(*(math.ceil(1e6 * seconds) for seconds in (step.time, exchange, cost)))
+        return Durations(*(math.ceil(1e6 * seconds) for seconds in (step, exchange, cost)))
 
     def _note(self, step: Step) -> None:
         if self._departure is None and not self._exchanged:
-            self._idle.append(step)
+            self._note_idle([step])
             self._idled = True
         if self._round is not None:
             self._round.append(step)
 
-
-def _combined(how: Callable[[Iterable[float]], float], steps: Iterable[Step]) -> Step:
-    return Step(how([step.time for step in steps]), how([step.processors for step in steps]))
+    def _note_idle(self, steps: Sequence[Step]) -> None:
+        self._recent.extend(step.time for step in steps)
+        self._idle.add(steps)
 
 
 class AutomaticPeriod(Schedule):
@@ -202,7 +224,7 @@ class AutomaticPeriod(Schedule):
             exchange=min(durations.exchange for durations in known),
             cost=max(0, sum(durations.cost for durations in known) // len(known)),
         )
-        if self._rounds in (_FIRST_ROUNDS, _ENOUGH_ROUNDS):
+        if _are_worth_a_choice(self._rounds):
             self._choose(found)
         changed = self._rounds > _ENOUGH_ROUNDS and self._changed(found)
         if changed:
@@ -248,6 +270,13 @@ class AutomaticPeriod(Schedule):
             f" lengthens them by {found.cost / 1e3:.1f} ms, which is {_ALLOWED_COST:.0%} of"
             f" {rarely}." + ("" if hidden else f" Exchanges do not hide: tau_max={tau} is smaller.")
         )
+
+
+def _are_worth_a_choice(rounds: int) -> bool:
+    """After the first few, and whenever four times as many have said what an exchange costs."""
+    while rounds > _ENOUGH_ROUNDS and rounds % _MORE == 0:
+        rounds //= _MORE
+    return rounds in (_FIRST_ROUNDS, _ENOUGH_ROUNDS)
 
 
 def _bounds(tau_min: object, tau_max: object, fragments: int) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,21 @@ from lightning_easgd.schedules import Durations, Observation, Period
 class Simulated:
     """A worker whose steps, sums and exchanges take what they are told, in seconds.
 
-    ``crowded``: by how much others on its processors lengthen a step while its sums are under way.
+    ``crowded``: by how much others on its processors lengthen a step while its sums are under way;
+    ``vary``: standard deviation of a step, in steps.
     """
 
     def __init__(
-        self, step: float, exchange: float, cost: float, crowded: float = 0.0, **bounds: Any
+        self,
+        step: float,
+        exchange: float,
+        cost: float,
+        crowded: float = 0.0,
+        vary: float = 0.0,
+        **bounds: Any,
     ) -> None:
         self.step, self.exchange, self.cost, self.crowded = step, exchange, cost, crowded
+        self.vary, self.random = vary, random.Random(0)
         self.said: list[str] = []
         automatic = AutomaticPeriod(log=self.said.append, **bounds)
         self.period = Period(automatic, bounds.get("fragments", 1))
@@ -52,8 +61,9 @@ class Simulated:
                 self.pace.exchange()
                 self.arrival = self.now + self.exchange
             self.now += self.crowded if self.now < self.arrival else 0.0
-            self.now += self.step
-            self.used += self.step
+            step = self.step * max(0.5, self.random.gauss(1.0, self.vary))
+            self.now += step
+            self.used += step
             self.pace.step(lambda: self.now >= self.arrival)
         return tau
 
@@ -73,6 +83,15 @@ class Simulated:
 )
 def test_the_smallest_period_is_found(step: float, exchange: float, cost: float, tau: int) -> None:
     assert Simulated(step, exchange, cost).train(3000) == pytest.approx(tau, abs=1, rel=0.1)
+
+
+def test_what_varies_from_step_to_step_averages_out() -> None:
+    found = []
+    for seed in range(8):
+        worker = Simulated(0.1, 0.38, 0.016, vary=0.15)
+        worker.random.seed(seed)
+        found.append(worker.train(12000))
+    assert found == [pytest.approx(8, abs=2)] * 8
 
 
 def test_half_of_what_others_take_of_the_processors_is_a_cost_of_the_exchange() -> None:
