@@ -62,6 +62,8 @@ class Report:
     steps: int
     exchanges: int | None
     bytes_sent: int | None
+    bytes_inside: int | None
+    """Of those, to workers of its own group."""
     ddp_bytes_sent: int | None
     wait_seconds: float | None
     checkpoint: str | None
@@ -84,16 +86,25 @@ class Report:
 
     def _costs(self) -> list[tuple[str, str]]:
         assert self.bytes_sent is not None
-        assert self.ddp_bytes_sent is not None
-        sent = f"{self.bytes_sent / 1e6:.2f} MB"
-        if self.ddp_bytes_sent:
-            share = self.bytes_sent / self.ddp_bytes_sent
-            sent += f", {100 * share:.1f} % of DDP's {self.ddp_bytes_sent / 1e6:.2f} MB"
+        sent = [("sent by each worker", self._amount(self.bytes_sent))]
+        if self.bytes_inside:  # the first worker of a group sends more than others
+            between = self._amount(self.bytes_sent - self.bytes_inside)
+            sent = [
+                ("sent by worker 0", self._amount(self.bytes_sent)),
+                ("  of that, to other groups", between),
+            ]
         return [
             ("exchanges", str(self.exchanges)),
-            ("sent by each worker", sent),
+            *sent,
             ("waited for the network", f"{self.wait_seconds:.2f} s"),
         ]
+
+    def _amount(self, sent: int) -> str:
+        amount = f"{sent / 1e6:.2f} MB"
+        if self.ddp_bytes_sent:
+            share = sent / self.ddp_bytes_sent
+            amount += f", {100 * share:.1f} % of DDP's {self.ddp_bytes_sent / 1e6:.2f} MB"
+        return amount
 
 
 def require_all_processes(trainer: pl.Trainer) -> None:
@@ -159,6 +170,7 @@ def run(
         steps=trainer.global_step,
         exchanges=getattr(telemetry, "exchanges", None),
         bytes_sent=getattr(telemetry, "bytes_sent", None),
+        bytes_inside=getattr(telemetry, "bytes_inside", None),
         ddp_bytes_sent=getattr(telemetry, "ddp_bytes_sent", None),
         wait_seconds=getattr(telemetry, "wait_seconds", None),
         checkpoint=checkpoint,

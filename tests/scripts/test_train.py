@@ -14,6 +14,8 @@ import pytest
 import torch
 from processes import processes_of
 
+from lightning_easgd.workloads.experiment import Report
+
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"
 SHORT = ["data.batch_size=64", "trainer.max_epochs=1", "trainer.enable_progress_bar=false"]
 
@@ -65,6 +67,14 @@ def test_reports_accuracy_bytes_waits_and_the_checkpoint(tmp_path: Path) -> None
     )
     assert report(tmp_path / "tested")["test_accuracy"] == pytest.approx(found["test_accuracy"])
     assert f"checkpoint     {run}/checkpoints/final.ckpt" in tested
+
+
+def test_groups_are_reported_with_what_leaves_them() -> None:
+    known = {"test_accuracy": None, "wait_seconds": 0.0, "checkpoint": None}
+    sent = {"exchanges": 3, "bytes_sent": 5_000_000, "ddp_bytes_sent": 10_000_000}
+    table = Report("EASGDStrategy", 4, steps=11, bytes_inside=4_000_000, **known, **sent).table()
+    assert "sent by worker 0            5.00 MB, 50.0 % of DDP's 10.00 MB" in table
+    assert "  of that, to other groups  1.00 MB, 10.0 % of DDP's 10.00 MB" in table
 
 
 def test_the_command_of_the_readme_reaches_97_percent_on_the_digits(tmp_path: Path) -> None:
