@@ -28,6 +28,7 @@ from lightning_easgd.algorithms import (
 from lightning_easgd.callbacks import EASGDMonitor
 from lightning_easgd.communication import Codec, ExchangeError, Int8, TopK
 from lightning_easgd.contribution import NonFiniteError
+from lightning_easgd.groups import Groups
 from lightning_easgd.schedules import (
     AdaptivePeriod,
     Anneal,
@@ -57,6 +58,7 @@ __all__ = [
     "EASGDStrategy",
     "ExchangeError",
     "Exponential",
+    "Groups",
     "Int8",
     "LeaderSGD",
     "Linear",

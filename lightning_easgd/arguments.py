@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Literal
 
-from lightning_easgd.algorithms import Rule
+from lightning_easgd.algorithms import EASGD, Rule
+from lightning_easgd.groups import Groups
 from lightning_easgd.pace import TAU_MAX, TAU_MIN, AutomaticPeriod
 from lightning_easgd.schedules import Period, Rate, is_number
 
@@ -189,6 +190,50 @@ def refuse_with_warm_up(rule: Rule, *, groups: object) -> None:
             f"groups={groups!r} is not possible with {rule}: groups average gradients inside, and"
             f" {type(rule).__name__} over all workers at first. Remove groups, or set"
             " algorithm='local_sgd' or another one that has no warm-up."
+        )
+
+
+def refuse_with_group_centers(
+    groups: object, rule: Rule, *, numbers: Mapping[str, object], options: Mapping[str, object]
+) -> None:
+    """Refuse what is not possible where groups have centers of their own.
+
+    Args:
+        groups: if it is no Groups, nothing is refused.
+        rule: by which the groups' centers exchange.
+        numbers: tau, beta and alpha, None where they are not given.
+        options: what must not be given, None where it is not.
+
+    Raises:
+        ValueError: something is given that is not possible.
+    """
+    if not isinstance(groups, Groups):
+        return
+    way_out = f"or groups={groups.members!r}, whose members average their gradients instead."
+    if type(rule) is not EASGD:
+        raise ValueError(
+            f"algorithm={rule} is not possible with {groups}: centers of groups are tied"
+            f" elastically. Set algorithm='easgd', {way_out}"
+        )
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(
+                f"{name}={value!r} is not possible with {groups}: it is not made for centers that"
+                f" are tied to another one. Leave {name} out, {way_out}"
+            )
+    for name, value in numbers.items():
+        if value is not None and not is_number(value):
+            raise ValueError(
+                f"{name}={value!r} is not possible with {groups}: where groups have centers of"
+                f" their own, {name} cannot change while training goes on. Give it a number,"
+                f" {way_out}"
+            )
+    tau = numbers["tau"]
+    if is_number(tau) and tau % groups.tau:
+        raise ValueError(
+            f"tau={tau} is not a multiple of the tau={groups.tau} inside groups: their centers"
+            " exchange when their members do. Allowed: a multiple, for example"
+            f" tau={groups.tau * max(1, round(tau / groups.tau))}."
         )
 
 

@@ -35,6 +35,8 @@ class Center:
         offload: whether the center lies in host memory, wherever the parameters are.
         averaging: which running average of the center the module shows, and is saved and delivered;
             None: the center itself. Statistics are the center's either way.
+        group: the center of this worker's group, of the same module, which takes part in exchanges
+            in the worker's place; None: the worker itself does.
 
     Raises:
         ValueError: the module has no parameter to train, or cannot be cut into so many fragments.
@@ -51,7 +53,9 @@ class Center:
         turns: int = 1,
         offload: bool = False,
         averaging: CenterAverage | None = None,
+        group: Center | None = None,
     ) -> None:
+        self.group = group
         self.segments: list[Segment] = []
         self.joined = 0
         self.turns = turns
@@ -88,7 +92,16 @@ class Center:
         named = [(n, p) for n, p in self._dormant if p.requires_grad]
         self.segments.append(self._segment(named))
         self._dormant = [(n, p) for n, p in self._dormant if not p.requires_grad]
+        if self.group is not None:
+            self.group.adopt_unfrozen()
+            self._tie(self.group)
         return True
+
+    def _tie(self, group: Center) -> None:
+        """Let the group's center take part in exchanges, fragment by fragment."""
+        pairs = zip(_fragments(self.segments), _fragments(group.segments), strict=True)
+        for mine, theirs in pairs:
+            mine.group = theirs.center
 
     def _segment(self, named: Sequence[tuple[str, nn.Parameter]]) -> Segment:
         return Segment(named, self.turns, self._memory, self._averaging)
@@ -167,6 +180,25 @@ class Center:
             "averaged": None if self._averaging is None else self._averaged(),
         }
 
+    def group_state(self) -> dict[str, Any]:
+        """What the workers of a group share, for a checkpoint: their center, if there is one."""
+        if self.group is None:
+            return {}
+        return {"joined": self.group.joined, **self.group._averaged()}
+
+    def load_group_state(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`group_state`, when :meth:`load_shared_state` is done."""
+        if self.group is None or not state:
+            return
+        self.group.join(min(state["joined"], len(self.segments)))
+        self.group._load_values(state["center"])
+
+    def _load_values(self, values: Mapping[str, Tensor]) -> None:
+        for fragment in _fragments(self.segments):
+            for piece, view in fragment.values(fragment.center):
+                if piece.name in values:
+                    view.copy_(piece.of(values[piece.name]))
+
     def _averaged(self) -> dict[str, Any]:
         """The center, by the names of its parameters, and how often each fragment has moved.
 
@@ -186,8 +218,10 @@ class Center:
     def load_shared_state(self, state: Mapping[str, Any]) -> None:
         """Form the segments of :meth:`shared_state` again; the module holds what was delivered.
 
-        Then it holds the center.
+        Then it holds the center, and so does the group's.
         """
+        if self.group is not None:
+            self.group.load_shared_state(state)
         named = dict(self._dormant)
         for segment in self.segments:
             named |= segment.named
@@ -203,10 +237,9 @@ class Center:
         averaged = state.get("averaged") or {"center": {}, "moves": {}}
         for segment in self.segments:
             segment.resume_average(averaged["moves"].get(segment.names[0], [0]))
-        for fragment in _fragments(self.segments):
-            for piece, view in fragment.values(fragment.center):
-                if piece.name in averaged["center"]:
-                    view.copy_(piece.of(averaged["center"][piece.name]))
+        self._load_values(averaged["center"])
+        if self.group is not None:
+            self._tie(self.group)
         if averaged["center"]:
             self.overwrite_worker()
 
@@ -235,8 +268,13 @@ class Center:
         self._end_lending()
 
     def overwrite_worker(self) -> None:
-        """Make the module's weights and statistics those of the center, to go on from there."""
+        """Make the module's weights and statistics those of the center, to go on from there.
+
+        Those of the group's center too, if there is one.
+        """
         self._load("center")
+        if self.group is not None:
+            self.group.read_module()
         self._end_lending()
 
     def deliver(self) -> None:
@@ -257,6 +295,8 @@ class Center:
             fragment.forget()
         self.statistics.read_center()
         self._end_lending()
+        if self.group is not None:
+            self.group.read_module()
 
     def _end_lending(self) -> None:
         if self.lent and self.turns > 1:

@@ -225,6 +225,7 @@ class WorkerCheckpoints:
         weights_only: bool | None,
         strict: bool,
         groups: Sequence[Sequence[int]] = (),
+        tied: bool = False,
     ) -> Resumed | None:
         """Find this worker's own state, and put it in the place of worker 0's; all must call it.
 
@@ -233,7 +234,8 @@ class WorkerCheckpoints:
             path: of the main file.
             weights_only: as the user asked for the main file.
             strict: whether a worker that cannot have its own state is an error.
-            groups: ranks of workers that must stay equal, if there are groups.
+            groups: ranks of workers that go on together or not at all, if there are groups.
+            tied: whether each has a center of its own.
 
         Returns:
             None for a checkpoint without workers' states, written by another strategy.
@@ -253,7 +255,10 @@ class WorkerCheckpoints:
             )
         own, problem = self._load_own(entry, path, weights_only)
         problems = {rank: text for rank, text in enumerate(self._gather(problem)) if text}
-        problems |= _problems_of_groups(groups, entry["exchange"].get("groups", []), problems)
+        before = entry["exchange"].get("groups", [])
+        if entry["exchange"].get("tied", False) != tied:
+            before = []  # of another kind
+        problems |= _problems_of_groups(groups, before, problems)
         own = None if self._rank in problems else own
         if problems and strict:
             raise CheckpointError(

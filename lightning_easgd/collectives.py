@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from lightning_easgd.communication import WorkerGroup, gather
 from lightning_easgd.exchange import Exchange
-from lightning_easgd.groups import Groups, arrange, require_groups
+from lightning_easgd.groups import Groups, Members, arrange, require_groups
 
 
 class CollectiveStrategy(DDPStrategy):
@@ -26,9 +26,11 @@ class CollectiveStrategy(DDPStrategy):
         **options: of DDPStrategy.
     """
 
-    def __init__(self, *, groups: Groups | None, **options: Any) -> None:
+    def __init__(self, *, groups: Members | Groups | None, **options: Any) -> None:
         super().__init__(**options)
-        self._groups = require_groups(groups)
+        self._tied = groups if isinstance(groups, Groups) else None
+        """Groups with centers of their own; None: there are none, or they average gradients."""
+        self._groups = require_groups(groups.members if isinstance(groups, Groups) else groups)
         self._group: WorkerGroup | None = None
         self._exchange: Exchange | None = None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -77,7 +77,7 @@ class Contribution:
         """Put x - c of the fragments whose turn it is where their sums will be."""
         self.fragments = self._center.open(turn)
         for fragment in self.fragments:
-            fragment.total.read_(fragment.tensors())
+            fragment.total.read_(fragment.brought())
         if self._from_iterate:
             self._optimizers.undo_look_ahead_(
                 [pair for fragment in self.fragments for pair in fragment.values(fragment.total)]
@@ -187,17 +187,25 @@ class Contribution:
 def pull_worker(pull: Pull) -> None:
     """Move the worker towards the center: x <- x - α (x - c)."""
     for fragment, vector in pull:
-        vector.subtract_from(fragment.tensors())
+        vector.subtract_from(fragment.brought())
 
 
-def report_non_finite(clock: int, healthy: Sequence[bool], *, speaks: bool) -> None:
+def report_non_finite(
+    clock: int, healthy: Mapping[int, bool], *, speaks: bool, all_of_them: bool = True
+) -> None:
     """Warn of workers whose weights were not finite at an exchange, if this worker does for all.
 
+    Args:
+        clock: the step of the exchange.
+        healthy: whether they were, by rank.
+        speaks: whether this worker warns.
+        all_of_them: whether there are no other workers.
+
     Raises:
-        NonFiniteError: those of none were.
+        NonFiniteError: those of no worker at all were.
     """
-    sick = [rank for rank, well in enumerate(healthy) if not well]
-    if len(sick) == len(healthy):
+    sick = [rank for rank, well in healthy.items() if not well]
+    if all_of_them and len(sick) == len(healthy):
         raise NonFiniteError(
             f"At step {clock} the weights of every worker were NaN or infinite. Training stops;"
             " the center holds the last finite weights. Lower the learning rate, clip gradients"

@@ -20,7 +20,7 @@ twice, since what it gives to the center it loses itself. When all stand still t
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -39,6 +39,7 @@ from lightning_easgd.rates import MovingRates
 from lightning_easgd.schedules import Period, Schedules, Strength
 from lightning_easgd.telemetry import Telemetry
 from lightning_easgd.transit import Transit
+from lightning_easgd.tree import GroupLevel
 
 ElasticPoint = Literal["iterate", "parameter"]
 
@@ -76,6 +77,8 @@ class Exchange:
         rules: period, strength and variants.
         telemetry: where costs are counted.
         gradients: averages those of this worker with others'; None: nothing does.
+        level: ties this worker to the center of its group, which takes part in exchanges in its
+            place; None: the worker itself does.
 
     Raises:
         ValueError: the strength is unstable for this number of workers.
@@ -90,6 +93,7 @@ class Exchange:
         rules: Rules,
         telemetry: Telemetry,
         gradients: GradientAverage | None = None,
+        level: GroupLevel | None = None,
     ) -> None:
         self.center = center
         self.telemetry = telemetry
@@ -98,12 +102,15 @@ class Exchange:
         self._optimizers = optimizers
         self._rules = rules
         self._gradients = gradients
+        self._level = level
         self._averaged = False
         self._finished = False
         self._last_header_left = False
         self.clock = 0
         """Optimizer steps taken; equal on all workers at every exchange."""
         self._restarts = rules.algorithm.restarts
+        # Where there are two levels, both have begun before one is awaited.
+        self._overlaps = rules.overlap or level is not None
         self._speaks = all_reduce.group.rank == 0
         self._agreement = Agreement(rules.algorithm, optimizers, all_reduce.parties)
         contribution = Contribution(
@@ -113,8 +120,8 @@ class Exchange:
             weights=self._weights(all_reduce.party, len(all_reduce.parties)),
             telemetry=telemetry,
             round_=all_reduce.round_,
-            agree=all_reduce.agree,
-            from_iterate=rules.elastic_point == "iterate",
+            agree=self._agree if level else all_reduce.agree,
+            from_iterate=rules.elastic_point == "iterate" and level is None,
         )
         self._transit = Transit(
             center,
@@ -135,6 +142,11 @@ class Exchange:
             return lambda step: ({}, rule.share(workers))
         strength, optimizers = self._rules.strength, self._optimizers
         return MovingRates(strength, optimizers, workers=workers, speaks=self._speaks).at
+
+    def _agree(self, healthy: bool, checksum: Callable[[], int]) -> bool:
+        """Whether the group takes part: members know it alike, from its own exchanges."""
+        assert self._level is not None
+        return healthy and self._level.healthy
 
     def start_clock(self, step: int) -> None:
         """Begin to train after ``step`` optimizer steps, equal on all workers."""
@@ -193,7 +205,9 @@ class Exchange:
         assert not self.center.lent, "a step was taken while the module showed the center"
         self.center.adopt_unfrozen()
         pull: Pull = []
-        if not self._restarts:
+        if self._level is not None:
+            pull = self._begin_due_levels(self._level)
+        elif not self._restarts:
             pull = self._begin_due()
         try:
             yield
@@ -231,7 +245,7 @@ class Exchange:
             ExchangeError: it failed, or the workers are out of step; the center stays as it was.
             NonFiniteError: no worker had finite weights; the center stays as it was.
         """
-        self._transit.land()
+        self._land()
         self._transit.pace.interrupt()  # whoever needs the center has something to do with it
 
     def meet(self, place: Place) -> bool:
@@ -253,6 +267,8 @@ class Exchange:
             if self._gradients is not None:
                 self._transit.go_on()  # before weights of others are taken over
                 self._gradients.accompany()
+            if self._level is not None:
+                self._accompany_members(self._level, place)
             self.drain()
             self.stopping = self._transit.stop_agreed
             self.center.adopt_unfrozen()
@@ -271,6 +287,21 @@ class Exchange:
             verify_places(headers)
             if place is not Place.FIT_END or all(h.place is place for h in headers):
                 return True
+
+    def _accompany_members(self, level: GroupLevel, place: Place) -> None:
+        """Answer the exchanges of members of the group that still train, until none does."""
+        self.center.adopt_unfrozen()
+        while (clock := level.stand_still(self.clock, place)) is not None:
+            self.clock = clock
+            if clock >= self._next_due:  # all workers exchange, and then those of the group
+                self._transit.land()
+                self.stopping = self._transit.stop_agreed
+                self._transit.stand_still(clock, place)
+                self._set_clock(clock)
+                pull_worker(self._transit.answer(clock))
+            pull_worker(level.answer(clock))
+            if not self._rules.overlap:
+                self._land()
 
     def show_center(self) -> None:
         """Put the center into the module until ``center.show_worker``."""
@@ -291,6 +322,9 @@ class Exchange:
         if not self.meet(Place.FIT_END):
             return False
         self._last_header_left = True
+        if exchange and self._level is not None:
+            self._level.begin(self.clock, last=True)
+            self._level.land()
         settled = self._restarts and self._transit.exchanged == (self.clock, self.center.joined)
         for turn in range(self.center.turns):
             is_new = not (settled and turn == self.center.turns - 1)
@@ -332,6 +366,7 @@ class Exchange:
             "owed": self._transit.owed,
             "algorithm": self._rules.algorithm.kind,
             "groups": self._transit.all_reduce.groups,
+            "tied": self._level is not None,
             "agreement": self._agreement.shared_state(),
             **self.center.shared_state(),
         }
@@ -344,6 +379,7 @@ class Exchange:
             "telemetry": self.telemetry.counters(),
             "held_back": self._transit.all_reduce.state(),
             "agreement": self._agreement.own_state(),
+            "group": self.center.group_state(),
         }
 
     def load_state(self, shared: Mapping[str, Any], own: Mapping[str, Any] | None) -> None:
@@ -366,13 +402,15 @@ class Exchange:
         if self._rules.period.is_constant:
             # Perhaps another one now. An exchange that is due at the clock was not begun yet.
             known = self.clock if self._restarts else max(0, self.clock - 1)
-            self.telemetry.tau, self._next_due = self._rules.period.after(known)
+            self._set_clock(known)
+            self.clock = shared["clock"]
         else:
             self.telemetry.tau, self._next_due = shared["tau"], shared["next_due"]
         if own is not None:
             self._optimizers.load_look_ahead_state(own["look_ahead"])
             self.telemetry.load_counters(own["telemetry"])
             self._transit.all_reduce.load_state(own.get("held_back", {}))
+            self.center.load_group_state(own.get("group", {}))
         agreed, said = shared.get("agreement", {}), (own or {}).get("agreement", {})
         self._agreement.load_state(agreed, said)
 
@@ -415,10 +453,30 @@ class Exchange:
         self.stopping = self._transit.stop_agreed
         self._set_clock(self.clock)
         pull = self._transit.begin(self.clock)
-        if not self._rules.overlap and not self._transit.restarts_workers:
+        if not self._overlaps and not self._transit.restarts_workers:
             self._transit.land()
         return pull
+
+    def _begin_due_levels(self, level: GroupLevel) -> Pull:
+        """Begin what is due at this step, level by level; see [Note: levels]."""
+        outer = self.clock >= self._next_due
+        if not outer and self.clock < level.next_due:
+            return []
+        level.land()
+        if outer:
+            pull_worker(self._begin_due())
+        pull = level.begin(self.clock)
+        if not self._rules.overlap:
+            self._land()
+        return pull
+
+    def _land(self) -> None:
+        if self._level is not None:
+            self._level.land()
+        self._transit.land()
 
     def _set_clock(self, clock: int) -> None:
         self.clock = clock
         self.telemetry.tau, self._next_due = self._rules.period.after(clock)
+        if self._level is not None:
+            self._level.set_clock(clock)

@@ -86,6 +86,7 @@ class PersistentStrategy(CollectiveStrategy):
                 weights_only=weights_only,
                 strict=self._strict_resume,
                 groups=self._arranged_groups(),
+                tied=self._tied is not None,
             )
         return checkpoint
 

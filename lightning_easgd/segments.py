@@ -69,6 +69,8 @@ class Fragment:
             self.delivered = FlatVector(self.layout, memory.allocate(self.layout.sizes))
         self.forget()
         self._total: FlatVector | None = None
+        self.group: FlatVector | None = None
+        """The center of this worker's group, which then takes part in exchanges in its place."""
 
     def forget(self) -> None:
         """Begin as if there had been no exchange yet."""
@@ -111,6 +113,10 @@ class Fragment:
     def tensors(self) -> list[Tensor]:
         """The values in the module; views."""
         return [piece.tensor for piece in self.pieces]
+
+    def brought(self) -> list[Tensor]:
+        """What takes part in exchanges: the values in the module, or the group's center; views."""
+        return self.tensors() if self.group is None else self.group.views
 
     def load_outer(self, outer: Sequence[dict[str, Any]]) -> None:
         """Take over what a checkpoint holds of :attr:`outer`."""

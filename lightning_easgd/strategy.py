@@ -33,6 +33,7 @@ from lightning_easgd.arguments import (
     choose_period,
     refuse,
     refuse_partial_sums,
+    refuse_with_group_centers,
     refuse_with_restarts,
     refuse_with_warm_up,
     require_bools,
@@ -45,6 +46,7 @@ from lightning_easgd.buffers import BufferPolicy
 from lightning_easgd.center import Center
 from lightning_easgd.communication import (
     Codec,
+    InsideAllReduce,
     Island,
     Place,
     Stop,
@@ -61,7 +63,7 @@ from lightning_easgd.features import (
     refuse_own_losses,
 )
 from lightning_easgd.gradients import GradientAverage
-from lightning_easgd.groups import Groups
+from lightning_easgd.groups import Groups, Members
 from lightning_easgd.internals import LoopHooks, StrategyRegistry, stops_early
 from lightning_easgd.optimizers import LocalOptimizers
 from lightning_easgd.persistence import PersistentStrategy
@@ -70,6 +72,7 @@ from lightning_easgd.resuming import begin_epoch_as_usual
 from lightning_easgd.schedules import Rate, Strength, Training
 from lightning_easgd.signals import SignalRelay
 from lightning_easgd.telemetry import Telemetry
+from lightning_easgd.tree import GroupLevel
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -131,8 +134,9 @@ class EASGDStrategy(PersistentStrategy):
             tau / fragments steps; every parameter still every ``tau`` steps.
         groups: workers that a fast network joins: a number of workers, "node" for those of each
             machine, or lists of ranks. Their gradients are averaged at every step, and each group
-            takes part in exchanges as one worker, p being the number of groups. None: every worker
-            trains on its own.
+            takes part in exchanges as one worker, p being the number of groups. With Groups(...)
+            the workers of a group are tied to a center of its own instead, which takes part in
+            exchanges as one worker: Tree EASGD. None: every worker trains on its own.
         center_device: "cpu" keeps the center in pinned host memory, and exchanges from there over
             gloo; None: where the parameters are.
         center_average: a running average of the center takes its place in evaluation, checkpoints
@@ -178,7 +182,7 @@ class EASGDStrategy(PersistentStrategy):
         tau_min: int | None = None,
         tau_max: int | None = None,
         fragments: int = 1,
-        groups: Groups | None = None,
+        groups: Members | Groups | None = None,
         center_device: Literal["cpu"] | None = None,
         center_average: Literal["polyak", "ema"] | CenterAverage | None = None,
         bucket_bytes: int = 25 * 2**20,
@@ -221,6 +225,18 @@ class EASGDStrategy(PersistentStrategy):
             rule, tau=tau, beta=beta, alpha=alpha, rho=rho, elastic_point=elastic_point
         )
         refuse_with_warm_up(rule, groups=groups)
+        refuse_with_group_centers(
+            groups,
+            rule,
+            numbers={"tau": tau, "beta": beta, "alpha": alpha},
+            options={
+                "rho": rho,
+                "fragments": None if fragments == 1 else fragments,
+                "compression": compression,
+                "center_device": center_device,
+                "center_average": center_average,
+            },
+        )
         overlap = choose_overlap(rule, overlap)
         self._rules = Rules(
             choose_period(
@@ -341,13 +357,15 @@ class EASGDStrategy(PersistentStrategy):
         )
         self._group.require_equal(module, self._options())
         self._group.broadcast_([*module.parameters(), *module.buffers()])
+        rank = self._group.rank
         self._center = Center(
             module,
             buffers=self._buffer_policy,
-            rank=self._group.rank,
+            rank=rank,
             turns=self._rules.period.fragments,
             offload=self._offload,
             averaging=self._averaging,
+            group=Center(module, buffers="local", rank=rank) if self._tied else None,
         )
 
     def _options(self) -> list[str]:
@@ -361,7 +379,7 @@ class EASGDStrategy(PersistentStrategy):
             f"final_exchange={self._final_exchange}",
             f"compression={self._codec}",
             f"fragments={self._rules.period.fragments}",
-            f"groups={self._groups}",
+            f"groups={self._tied or self._groups}",
             f"center_device={'cpu' if self._offload else None}",
             f"center_average={self._averaging}",
             f"bucket_bytes={self._bucket_bytes}",
@@ -374,14 +392,18 @@ class EASGDStrategy(PersistentStrategy):
         self.telemetry = Telemetry()
         optimizers = LocalOptimizers(lambda: self.optimizers)
         groups = self._arranged_groups()
-        gradients = self._averaged_gradients(groups, optimizers)
+        gradients = None if self._tied else self._averaged_gradients(groups, optimizers)
+        island = gradients.island if gradients else None
+        if self._tied:
+            island = Island(self._group, groups, self._bucket_bytes)
         all_reduce = make_all_reduce(
             self._group,
             self._bucket_bytes,
             self._codec,
             feedback=self._rules.algorithm.restarts,
             groups=groups,
-            island=gradients.island if gradients else None,
+            island=island,
+            agrees=self._tied is None,
         )
         trained = [p for p in self.lightning_module.parameters() if p.requires_grad]
         self.telemetry.ddp_bytes_per_step = all_reduce.ring_bytes(trained)
@@ -392,6 +414,25 @@ class EASGDStrategy(PersistentStrategy):
             rules=self._rules,
             telemetry=self.telemetry,
             gradients=gradients,
+            level=self._group_level(groups, island, optimizers) if island and self._tied else None,
+        )
+
+    def _group_level(
+        self, groups: list[list[int]], island: Island, optimizers: LocalOptimizers
+    ) -> GroupLevel:
+        """Ties this worker to the center of its group."""
+        assert self._group is not None
+        assert self._center is not None
+        assert self._center.group is not None
+        assert self._tied is not None
+        return GroupLevel(
+            self._center.group,
+            InsideAllReduce(self._group, self._bucket_bytes, island),
+            self._tied,
+            sizes=[len(ranks) for ranks in groups],
+            optimizers=optimizers,
+            from_iterate=self._rules.elastic_point == "iterate",
+            telemetry=self.telemetry,
         )
 
     def _averaged_gradients(

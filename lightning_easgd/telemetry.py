@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 
 _COUNTERS = (
     *("steps", "exchanges", "bytes_sent", "bytes_received", "bytes_inside"),
-    *("wait_seconds", "non_finite"),
+    *("exchanges_inside", "wait_seconds", "non_finite"),
 )
 
 
@@ -22,6 +22,8 @@ class Telemetry:
     """Optimizer steps taken by this worker."""
     exchanges: int = 0
     """Exchanges started, the final one included; each of a fragment of the model."""
+    exchanges_inside: int = 0
+    """Exchanges with the center of this worker's group, if it has one; none of the others."""
     bytes_sent: int = 0
     """Bytes this worker sent for exchanges, and for gradients where they are averaged."""
     bytes_received: int = 0
@@ -45,7 +47,8 @@ class Telemetry:
     rates: dict[str, float] = field(default_factory=dict)
     """Options of the rule that follow a schedule, at the latest exchange that has arrived."""
     non_finite: int = 0
-    """Differences left out because a worker's weights were not finite, over all workers."""
+    """Differences left out because a worker's weights were not finite, over all workers; where
+    groups have centers of their own, over those of this group, and groups without a finite one."""
     ddp_bytes_per_step: int = 0
     """Bytes this worker would send per optimizer step if gradients were all-reduced."""
     worker_wait_seconds: list[float] = field(default_factory=list)
@@ -61,6 +64,14 @@ class Telemetry:
     def ddp_bytes_sent(self) -> int:
         """Bytes this worker would have sent so far if gradients were all-reduced at every step."""
         return self.steps * self.ddp_bytes_per_step
+
+    def take_over(self, inside: Telemetry) -> None:
+        """Count what was counted inside a group, which begins anew."""
+        self.exchanges_inside += inside.exchanges
+        inside.exchanges = 0
+        for name in set(_COUNTERS) - {"steps", "exchanges"}:
+            setattr(self, name, getattr(self, name) + getattr(inside, name))
+            setattr(inside, name, 0)
 
     def counters(self) -> dict[str, float]:
         """What adds up over a run, to be carried on when it resumes."""

@@ -106,6 +106,8 @@ class Transit:
         self._schedules = schedules
         self._in_flight: InFlight | None = None
         self._count = 0
+        self.anybody_healthy = True
+        """Whether a worker had finite weights at the latest exchange that has arrived."""
 
     @property
     def is_empty(self) -> bool:
@@ -144,14 +146,19 @@ class Transit:
         self.pace.exchange()
         return pull
 
-    def stand_still(self, clock: int, place: Place) -> list[Header]:
+    def stand_still(self, clock: int, place: Place, *, compare: bool = True) -> list[Header]:
         """Send a header without an exchange, and wait for those of all others, as long as it takes.
 
         If one of them began an exchange, :meth:`answer` it; else :meth:`land`.
+
+        Args:
+            clock: steps taken.
+            place: where this worker stands still.
+            compare: whether the center here is that of the others now.
         """
         self.go_on()
         self.contribution.take_differences(self.turn)
-        flight = self._start(clock, place, Payload())
+        flight = self._start(clock, place, Payload(), compare=compare)
         return self._await_headers(flight, patiently=True)
 
     def answer(self, clock: int) -> Pull:
@@ -191,8 +198,16 @@ class Transit:
         self._in_flight = None
         self._apply(flight, headers)
 
-    def _start(self, clock: int, place: Place, payload: Payload, *, last: bool = False) -> InFlight:
-        header = self._header(clock, place)
+    def _start(
+        self,
+        clock: int,
+        place: Place,
+        payload: Payload,
+        *,
+        last: bool = False,
+        compare: bool = True,
+    ) -> InFlight:
+        header = self._header(clock, place, compare)
         pending = self.all_reduce.start(payload, header, last=last)
         self._count_bytes(*self.all_reduce.header_bytes)
         self._count_bytes(*self.all_reduce.sum_bytes(payload, last=last))
@@ -200,8 +215,8 @@ class Transit:
         self._in_flight = InFlight(clock, self.turn, segments, fragments, payload, pending)
         return self._in_flight
 
-    def _header(self, clock: int, place: Place) -> Header:
-        check = self._count % _CHECKSUM_EVERY == 0 or place is Place.FIT_END
+    def _header(self, clock: int, place: Place, compare: bool) -> Header:
+        check = compare and (self._count % _CHECKSUM_EVERY == 0 or place is Place.FIT_END)
         self._count += 1
         measured = self.pace.durations()
         self._telemetry.step_seconds = 1e-6 * measured.step
@@ -241,7 +256,7 @@ class Transit:
         with self._waiting():
             headers = flight.pending.headers(patiently=patiently)
             # Before the sums: workers that do not meet may not have brought the same ones.
-            verify(headers)
+            verify(headers, self.all_reduce.ranks)
         return headers
 
     @contextmanager
@@ -266,20 +281,38 @@ class Transit:
             healthy = [not header.non_finite for header in headers]
             senders = [healthy[rank] for rank in self.all_reduce.senders]
             self._telemetry.non_finite += senders.count(False)
-            report_non_finite(flight.clock, healthy, speaks=self.all_reduce.group.rank == 0)
-            told = [headers[rank] for rank in self.all_reduce.senders]
-            mean = self._mean_distance(senders)
-            self._move_center(flight, senders)
-            if flight.payload.statistics:
-                self._center.statistics.apply(healthy)
-            # Only now: the center moves as all knew when the exchange began.
-            if flight.moves and self._schedules.observe(
-                self.consensus.note(flight.turn, told, mean)
-            ):
-                self.pace.restart()
+            self._report_non_finite(flight.clock, healthy)
+            if self.anybody_healthy:
+                told = [headers[rank] for rank in self.all_reduce.senders]
+                self._take_in(flight, healthy, senders, told)
         if flight.restarts:
             self._center.restart_worker()
         self._center.join(flight.segments)
+
+    def _take_in(
+        self,
+        flight: InFlight,
+        healthy: Sequence[bool],
+        senders: Sequence[bool],
+        told: Sequence[Header],
+    ) -> None:
+        mean = self._mean_distance(senders)
+        self._move_center(flight, senders)
+        if flight.payload.statistics:
+            self._center.statistics.apply(healthy)
+        # Only now: the center moves as all knew when the exchange began.
+        if flight.moves and self._schedules.observe(self.consensus.note(flight.turn, told, mean)):
+            self.pace.restart()
+
+    def _report_non_finite(self, clock: int, healthy: Sequence[bool]) -> None:
+        self.anybody_healthy = any(healthy)
+        ranks, group = self.all_reduce.ranks, self.all_reduce.group
+        report_non_finite(
+            clock,
+            dict(zip(ranks, healthy, strict=True)),
+            speaks=group.rank == ranks[0],
+            all_of_them=len(ranks) == group.size,
+        )
 
     def _mean_distance(self, healthy: Sequence[bool]) -> float | None:
         if not self._schedules.read_variance:

@@ -436,3 +436,79 @@ def following(
             x.update({k: x[k] - rule.pull * (x[k] - center[k]) for k in x})
         leader = best()
     return center
+
+
+def tree(
+    start: State,
+    batches: list[list[tuple[np.ndarray, np.ndarray]]],
+    optimizers: list[Any],
+    groups: list[list[int]],
+    *,
+    tau: int,
+    alpha: float,
+    inside: tuple[int, Callable[[int, str], float]],
+    accumulate: int = 1,
+    final_exchange: bool = True,
+    center_momentum: float = 0.0,
+    sick: tuple[tuple[int, int], ...] = (),
+) -> tuple[State, list[State], list[State]]:
+    """Two levels of EASGD: the center, the centers of the groups, and the workers' iterates.
+
+    ``inside`` is τ, and α by the size of a group and the parameter's name. Who has no batch left
+    takes part in exchanges while a member of its group trains; the groups' centers always do. A
+    worker that is sick at a step starts again at its group's center; if all members are, all of
+    them and that center at the center, with the next exchange of the groups.
+    """
+    workers, center = [dict(start) for _ in batches], dict(start)
+    middles, ill = [dict(start) for _ in groups], [False for _ in groups]
+    velocity = {k: 0.0 * start[k] for k in start}
+    steps = max(len(own) for own in batches) // accumulate
+
+    def exchange() -> None:
+        moves = []
+        for i, (ranks, g) in enumerate(zip(groups, middles, strict=True)):
+            if ill[i]:
+                for x in (g, *(workers[rank] for rank in ranks)):
+                    x.update(center)
+            moves.append({k: alpha * (g[k] - center[k]) for k in g})
+            g.update({k: g[k] - moves[-1][k] for k in g})
+        for k in center:
+            velocity[k] = center_momentum * velocity[k] + sum(move[k] for move in moves)
+            center[k] = center[k] + velocity[k]
+
+    def exchange_inside(t: int) -> dict[int, State]:
+        pulls = {}
+        for i, (ranks, g) in enumerate(zip(groups, middles, strict=True)):
+            if t < steps and not any(len(batches[rank]) // accumulate > t for rank in ranks):
+                continue
+            rates = {k: inside[1](len(ranks), k) for k in g}
+            well = [rank for rank in ranks if (rank, t) not in sick]
+            ill[i] = not well
+            workers[:] = [
+                dict(g) if rank in ranks and rank not in well else x
+                for rank, x in enumerate(workers)
+            ]
+            new = {rank: {k: rates[k] * (workers[rank][k] - g[k]) for k in g} for rank in well}
+            g.update({k: g[k] + sum(pull[k] for pull in new.values()) for k in g})
+            pulls |= new
+        return pulls
+
+    for t in range(steps):
+        pulls: dict[int, State] = {}
+        if t and t % tau == 0:
+            exchange()
+        if t and t % inside[0] == 0:
+            pulls = exchange_inside(t)
+        for i, own in enumerate(batches):
+            micro = own[t * accumulate : (t + 1) * accumulate]
+            if micro:
+                point = optimizers[i].gradient_point(workers[i])
+                gradients = [toy_gradient(point, batch) for batch in micro]
+                mean = {k: sum(g[k] for g in gradients) / accumulate for k in point}
+                workers[i] = optimizers[i].step(workers[i], mean, t)
+        for rank, pull in pulls.items():
+            workers[rank] = {k: workers[rank][k] - pull[k] for k in pull}
+    if final_exchange:
+        exchange_inside(steps)
+        exchange()
+    return center, middles, workers

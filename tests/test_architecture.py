@@ -19,6 +19,7 @@ LAYERS = [
     {"consensus", "drops", "leadership", "rates"},
     {"agreement", "contribution", "gradients"},
     {"transit"},
+    {"tree"},
     {"exchange", "internals"},
     {"checkpoint", "checkpoint_io", "features", "resuming", "signals"},
     {"collectives", "replica"},

@@ -13,6 +13,7 @@ from lightning_easgd.communication.header import (
     verify,
     verify_places,
 )
+from lightning_easgd.communication.inside import InsideAllReduce
 from lightning_easgd.communication.island import Island
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "ExchangeError",
     "GroupedAllReduce",
     "Header",
+    "InsideAllReduce",
     "Int8",
     "Island",
     "Level",

@@ -115,6 +115,8 @@ class AllReduce:
         self.group = group
         self.bucket_bytes = bucket_bytes
         self.level: Level | WorkerGroup = level or group
+        self.ranks = list(range(group.size))
+        """Of the workers whose headers are gathered, in the order of the headers."""
         self.groups: list[list[int]] = []
         """Ranks of workers that take part in sums as one; none if each does by itself."""
 
@@ -135,8 +137,8 @@ class AllReduce:
             last: whether what is held back, if anything, goes along.
         """
         mine = torch.tensor(header.pack(), dtype=torch.int64)
-        headers = [torch.empty_like(mine) for _ in range(self.group.size)]
-        gather = dist.all_gather(headers, mine, group=self.group.control, async_op=True)
+        headers = [torch.empty_like(mine) for _ in self.ranks]
+        gather = dist.all_gather(headers, mine, group=self.control, async_op=True)
         assert gather is not None
         what = f"The exchange that worker {self.group.rank} began at step {header.clock}"
         pending = PendingSum(gather, headers, group=self.group, what=what)
@@ -165,6 +167,11 @@ class AllReduce:
         return healthy
 
     @property
+    def control(self) -> dist.ProcessGroup | None:
+        """Of the workers whose headers are gathered."""
+        return self.group.control
+
+    @property
     def parties(self) -> list[list[int]]:
         """Ranks of the workers of each group, or if there are none of each worker."""
         return self.groups or [[rank] for rank in range(self.group.size)]
@@ -189,7 +196,7 @@ class AllReduce:
     @property
     def header_bytes(self) -> tuple[int, int]:
         """As :meth:`sum_bytes`, for headers."""
-        return HEADER_BYTES * (self.group.size - 1), 0
+        return HEADER_BYTES * (len(self.ranks) - 1), 0
 
     def sum_bytes(self, payload: Payload, *, last: bool = False) -> tuple[int, int]:
         """Bytes that this worker sends, and receives, for sums; of them, those inside its group."""

@@ -44,6 +44,7 @@ class GroupedAllReduce(AllReduce):
         groups: the ranks of every group, in ascending order; every worker is in one.
         island: the group of this worker.
         between: makes what sums over the first members of the groups, given them.
+        agrees: whether members tell each other, before an exchange, what they bring.
 
     Raises:
         ExchangeError: a worker left or did not come in time.
@@ -57,10 +58,12 @@ class GroupedAllReduce(AllReduce):
         groups: Sequence[Sequence[int]],
         island: Island,
         between: Callable[[Level], AllReduce],
+        agrees: bool = True,
     ) -> None:
         super().__init__(group, bucket_bytes)
         self.groups = [list(ranks) for ranks in groups]
         self._island = island
+        self._agrees = agrees and island.size > 1
         self._leads = island.place == 0
         firsts = group.split([self.senders], group.backend)
         inside = Level(island.place, island.size, group.split(groups, group.backend))
@@ -80,7 +83,7 @@ class GroupedAllReduce(AllReduce):
 
     @override
     def agree(self, healthy: bool, checksum: Callable[[], int]) -> bool:
-        if self._island.size == 1:
+        if not self._agrees:
             return healthy
         mine = [healthy, checksum() if healthy else 0]
         said = self._island.gather(mine, "An agreement inside a group")
@@ -105,7 +108,7 @@ class GroupedAllReduce(AllReduce):
     @override
     def header_bytes(self) -> tuple[int, int]:
         total, _ = super().header_bytes
-        agreed = self._island.gather_bytes(_AGREED)
+        agreed = self._island.gather_bytes(_AGREED) if self._agrees else 0
         return total + agreed, HEADER_BYTES * (self._island.size - 1) + agreed
 
     @override
@@ -141,6 +144,7 @@ def make_all_reduce(
     feedback: bool,
     groups: Sequence[Sequence[int]],
     island: Island | None,
+    agrees: bool = True,
 ) -> AllReduce:
     """What sums the differences of workers, or of groups of workers.
 
@@ -151,6 +155,7 @@ def make_all_reduce(
         feedback: whether a worker keeps what encoding lost in any case.
         groups: the ranks of every group; none if every worker takes part by itself.
         island: the group of this worker, if there are groups.
+        agrees: as of GroupedAllReduce.
     """
 
     def between(level: Level | None = None) -> AllReduce:
@@ -161,7 +166,9 @@ def make_all_reduce(
     if not groups:
         return between()
     assert island is not None
-    return GroupedAllReduce(group, bucket_bytes, groups=groups, island=island, between=between)
+    return GroupedAllReduce(
+        group, bucket_bytes, groups=groups, island=island, between=between, agrees=agrees
+    )
 
 
 def _finish(works: Iterable[dist.Work | None]) -> None:

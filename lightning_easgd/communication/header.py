@@ -124,16 +124,17 @@ _KINDS: dict[str, Callable[[int], Any]] = {
 """What a field is made of its 64 bits by, by the name of its type."""
 
 
-def verify(headers: Sequence[Header]) -> None:
+def verify(headers: Sequence[Header], ranks: Sequence[int] | None = None) -> None:
     """Check that all workers met at the same exchange with the same parameters and the same center.
 
     Args:
-        headers: one per worker, in rank order.
+        headers: one per worker.
+        ranks: of these workers; None: they are all, in rank order.
 
     Raises:
         ExchangeError: they did not; the message says which worker holds what.
     """
-    named = _named(headers)
+    named = _named(headers, ranks)
     _same(
         {who: f"step {h.clock}" for who, h in named.items() if h.place is Place.TRAINING},
         "Workers met in an exchange at different optimizer steps",
@@ -174,8 +175,9 @@ def verify_places(headers: Sequence[Header]) -> None:
         )
 
 
-def _named(headers: Sequence[Header]) -> dict[str, Header]:
-    return {f"worker {rank}": header for rank, header in enumerate(headers)}
+def _named(headers: Sequence[Header], ranks: Sequence[int] | None = None) -> dict[str, Header]:
+    ranks = range(len(headers)) if ranks is None else ranks
+    return {f"worker {rank}": header for rank, header in zip(ranks, headers, strict=True)}
 
 
 def _same(seen: Mapping[str, str], problem: str, remedy: str) -> None:

@@ -40,9 +40,11 @@ class Island:
         """Of this worker in :attr:`ranks`."""
         self._group = group
         self._bucket_bytes = bucket_bytes
-        self._control = group.split(islands, "gloo")
+        self.control = group.split(islands, "gloo")
+        """The members, for what they tell each other."""
         backend = dist.get_backend()
-        self._data = group.split(islands, backend)
+        self.data = group.split(islands, backend)
+        """The members, for sums."""
         self._polls = backend == "gloo"
 
     def gather(self, mine: Sequence[int], what: str, *, patiently: bool = False) -> list[list[int]]:
@@ -58,14 +60,14 @@ class Island:
         """
         numbers = torch.tensor(mine, dtype=torch.int64)
         everybody = [torch.empty_like(numbers) for _ in self.ranks]
-        work = dist.all_gather(everybody, numbers, group=self._control, async_op=True)
+        work = dist.all_gather(everybody, numbers, group=self.control, async_op=True)
         self._wait(work, what, patiently=patiently)
         return [member.tolist() for member in everybody]
 
     def sum_(self, tensors: Iterable[Tensor], what: str) -> None:
         """Replace flat tensors by their sums over the members; raises as :meth:`gather` does."""
         works = [
-            dist.all_reduce(tensor[bucket], group=self._data, async_op=True)
+            dist.all_reduce(tensor[bucket], group=self.data, async_op=True)
             for tensor in tensors
             for bucket in bucket_slices(tensor.numel(), tensor.itemsize, self._bucket_bytes)
         ]
@@ -86,7 +88,7 @@ class Island:
         if self.place != source:
             content = torch.empty(size, dtype=torch.uint8)
         rank = self.ranks[source]
-        self._wait(dist.broadcast(content, rank, group=self._control, async_op=True), what)
+        self._wait(dist.broadcast(content, rank, group=self.control, async_op=True), what)
         if self.place != source:
             value = torch.load(io.BytesIO(content.numpy().tobytes()), "cpu", weights_only=False)
         return value, size
