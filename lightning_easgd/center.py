@@ -177,29 +177,30 @@ class Center:
             "joined": self.joined,
             "exact": put_together(exact),
             "outer": {f.name: f.outer for f in _fragments(self.segments) if any(f.outer)},
-            "averaged": None if self._averaging is None else self._averaged(),
+            "averaged": None if self._averaging is None else self.values(),
         }
 
     def group_state(self) -> dict[str, Any]:
         """What the workers of a group share, for a checkpoint: their center, if there is one."""
         if self.group is None:
             return {}
-        return {"joined": self.group.joined, **self.group._averaged()}
+        return {"joined": self.group.joined, **self.group.values()}
 
     def load_group_state(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`group_state`, when :meth:`load_shared_state` is done."""
         if self.group is None or not state:
             return
         self.group.join(min(state["joined"], len(self.segments)))
-        self.group._load_values(state["center"])
+        self.group.load_values(state["center"])
 
-    def _load_values(self, values: Mapping[str, Tensor]) -> None:
+    def load_values(self, values: Mapping[str, Tensor]) -> None:
+        """Put values into the center, by the names of its parameters; the rest stays."""
         for fragment in _fragments(self.segments):
             for piece, view in fragment.values(fragment.center):
                 if piece.name in values:
                     view.copy_(piece.of(values[piece.name]))
 
-    def _averaged(self) -> dict[str, Any]:
+    def values(self) -> dict[str, Any]:
         """The center, by the names of its parameters, and how often each fragment has moved.
 
         The fragments of a segment go by the name of its first parameter.
@@ -237,7 +238,7 @@ class Center:
         averaged = state.get("averaged") or {"center": {}, "moves": {}}
         for segment in self.segments:
             segment.resume_average(averaged["moves"].get(segment.names[0], [0]))
-        self._load_values(averaged["center"])
+        self.load_values(averaged["center"])
         if self.group is not None:
             self._tie(self.group)
         if averaged["center"]:

@@ -15,22 +15,22 @@ from typing_extensions import override
 
 from lightning_easgd.communication import WorkerGroup, gather
 from lightning_easgd.exchange import Exchange
-from lightning_easgd.groups import Groups, Members, arrange, require_groups
+from lightning_easgd.groups import arrange
+from lightning_easgd.options import Options
 
 
 class CollectiveStrategy(DDPStrategy):
     """Ends Lightning's collectives when a worker is missing, from set-up to tear-down of a fit.
 
     Args:
-        groups: workers that take part in exchanges as one, as EASGDStrategy has them.
-        **options: of DDPStrategy.
+        options: of the exchanges.
+        **ddp_options: of DDPStrategy.
     """
 
-    def __init__(self, *, groups: Members | Groups | None, **options: Any) -> None:
-        super().__init__(**options)
-        self._tied = groups if isinstance(groups, Groups) else None
-        """Groups with centers of their own; None: there are none, or they average gradients."""
-        self._groups = require_groups(groups.members if isinstance(groups, Groups) else groups)
+    def __init__(self, *, options: Options, **ddp_options: Any) -> None:
+        super().__init__(**ddp_options)
+        self.options = options
+        """Of the exchanges."""
         self._group: WorkerGroup | None = None
         self._exchange: Exchange | None = None
 
@@ -77,7 +77,8 @@ class CollectiveStrategy(DDPStrategy):
 
     def _arranged_groups(self) -> list[list[int]]:
         """The ranks of every group, none if there are no groups; all workers must call it."""
-        return arrange(self._groups, self._collect(self.node_rank) if self._groups else [])
+        members = self.options.members
+        return arrange(members, self._collect(self.node_rank) if members else [])
 
     def _gathered(self) -> bool:
         """Whether all workers are here for a collective of Lightning's; none is if not."""

@@ -24,7 +24,7 @@ class PersistentStrategy(CollectiveStrategy):
     Args:
         strict_resume: whether it is an error if the own state of a worker is missing or damaged in
             the checkpoint that training resumes from.
-        **options: of DDPStrategy.
+        **options: of CollectiveStrategy.
     """
 
     def __init__(self, *, strict_resume: bool, **options: Any) -> None:
@@ -86,7 +86,7 @@ class PersistentStrategy(CollectiveStrategy):
                 weights_only=weights_only,
                 strict=self._strict_resume,
                 groups=self._arranged_groups(),
-                tied=self._tied is not None,
+                tied=self.options.tied is not None,
             )
         return checkpoint
 

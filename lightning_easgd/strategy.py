@@ -20,59 +20,28 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
-from lightning_easgd.algorithms import (
-    AVERAGED,
-    RULES,
-    CenterAverage,
-    Rule,
-    choose_average,
-    choose_rule,
-)
+from lightning_easgd.algorithms import AVERAGED, RULES, CenterAverage, Rule
 from lightning_easgd.arguments import (
-    choose_overlap,
-    choose_period,
     refuse,
-    refuse_partial_sums,
-    refuse_with_group_centers,
-    refuse_with_restarts,
-    refuse_with_warm_up,
     require_bools,
     require_choice,
-    require_count,
     require_duration,
     require_timedelta,
 )
+from lightning_easgd.assembly import make_center, make_exchange
 from lightning_easgd.buffers import BufferPolicy
 from lightning_easgd.center import Center
-from lightning_easgd.communication import (
-    Codec,
-    InsideAllReduce,
-    Island,
-    Place,
-    Stop,
-    WorkerGroup,
-    choose_codec,
-    leave_all_groups,
-    make_all_reduce,
-)
-from lightning_easgd.exchange import ElasticPoint, Exchange, Rules
-from lightning_easgd.features import (
-    batches_per_epoch,
-    expected_training,
-    refuse_features,
-    refuse_own_losses,
-)
-from lightning_easgd.gradients import GradientAverage
+from lightning_easgd.communication import Codec, Place, Stop, WorkerGroup, leave_all_groups
+from lightning_easgd.exchange import ElasticPoint
+from lightning_easgd.features import batches_per_epoch, expected_training, refuse_features
 from lightning_easgd.groups import Groups, Members
 from lightning_easgd.internals import LoopHooks, StrategyRegistry, stops_early
-from lightning_easgd.optimizers import LocalOptimizers
+from lightning_easgd.options import Options
 from lightning_easgd.persistence import PersistentStrategy
-from lightning_easgd.replica import replica_of
 from lightning_easgd.resuming import begin_epoch_as_usual
-from lightning_easgd.schedules import Rate, Strength, Training
+from lightning_easgd.schedules import Rate, Training
 from lightning_easgd.signals import SignalRelay
 from lightning_easgd.telemetry import Telemetry
-from lightning_easgd.tree import GroupLevel
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -198,65 +167,41 @@ class EASGDStrategy(PersistentStrategy):
     ) -> None:
         refuse(unsupported)
         require_choice("evaluate_on", evaluate_on, get_args(EvaluateOn))
-        require_choice("buffers", buffers, get_args(BufferPolicy))
-        if elastic_point is not None:
-            require_choice("elastic_point", elastic_point, get_args(ElasticPoint))
-        require_bools(final_exchange=final_exchange, strict_resume=strict_resume)
+        require_bools(strict_resume=strict_resume)
+        options = Options.check(
+            algorithm=algorithm,
+            tau=tau,
+            beta=beta,
+            alpha=alpha,
+            rho=rho,
+            overlap=overlap,
+            buffers=buffers,
+            elastic_point=elastic_point,
+            final_exchange=final_exchange,
+            compression=compression,
+            tau_min=tau_min,
+            tau_max=tau_max,
+            fragments=fragments,
+            groups=groups,
+            center_device=center_device,
+            center_average=center_average,
+            bucket_bytes=bucket_bytes,
+            log=rank_zero_info,
+        )
         super().__init__(
+            options=options,
             accelerator=accelerator,
             parallel_devices=parallel_devices,
             cluster_environment=cluster_environment,
             strict_resume=strict_resume,
-            groups=groups,
             checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
             process_group_backend=process_group_backend,
             timeout=require_timedelta("timeout", timeout),
             start_method=start_method,
         )
-        require_choice("center_device", center_device, ("cpu", None))
-        require_count("fragments", fragments, "parts of the model")
-        rule = choose_rule(algorithm)
-        tau = rule.default_tau if tau is None else tau
-        objection = rule.objection(tau=tau, fragments=int(fragments), compression=compression)
-        if objection:
-            raise ValueError(objection)
-        refuse_with_restarts(
-            rule, tau=tau, beta=beta, alpha=alpha, rho=rho, elastic_point=elastic_point
-        )
-        refuse_with_warm_up(rule, groups=groups)
-        refuse_with_group_centers(
-            groups,
-            rule,
-            numbers={"tau": tau, "beta": beta, "alpha": alpha},
-            options={
-                "rho": rho,
-                "fragments": None if fragments == 1 else fragments,
-                "compression": compression,
-                "center_device": center_device,
-                "center_average": center_average,
-            },
-        )
-        overlap = choose_overlap(rule, overlap)
-        self._rules = Rules(
-            choose_period(
-                tau, (tau_min, tau_max), int(fragments), overlap=overlap, log=rank_zero_info
-            ),
-            Strength.choose(beta=beta, alpha=alpha, rho=rho),
-            overlap=overlap,
-            elastic_point=elastic_point or ("parameter" if rule.restarts else "iterate"),
-            algorithm=rule,
-        )
-        self._offload = center_device == "cpu"
-        self._averaging = choose_average(center_average)
         self._evaluate_on = evaluate_on
-        self._buffer_policy = buffers
-        self._final_exchange = final_exchange
         self._exchange_timeout = require_duration("exchange_timeout", exchange_timeout)
-        self._codec = choose_codec(compression)
-        sparse = self._codec is not None and self._codec.block is None
-        refuse_partial_sums(self._rules.period, self._codec, partial=sparse)
-        self._bucket_bytes = require_count("bucket_bytes", bucket_bytes, "bytes")
         self.telemetry = Telemetry()
         self._center: Center | None = None
         self._last_center: dict[str, Any] | None = None
@@ -297,7 +242,7 @@ class EASGDStrategy(PersistentStrategy):
         if self._exchange is not None:
             latest = not self._alone
             return self._exchange.center_state_dict(self.lightning_module, latest=latest)
-        if self._averaging is not None and self._last_center is None:
+        if self.options.averaging is not None and self._last_center is None:
             raise RuntimeError(
                 "center_state_dict() has no center to read: with center_average the module holds"
                 " its running average, and the center is known only where it was trained, from the"
@@ -341,7 +286,7 @@ class EASGDStrategy(PersistentStrategy):
         self._exchange, self._failed, self._uneven = None, False, False
         super().setup(trainer)
         if fitting:
-            self._set_up_exchange()
+            self._set_up_exchange(trainer)
 
     @override
     def configure_ddp(self) -> None:
@@ -352,108 +297,24 @@ class EASGDStrategy(PersistentStrategy):
         self._group = WorkerGroup(
             self._exchange_timeout,
             self._timeout,
-            apart=self._codec is not None,
-            from_host=self._offload,
+            apart=self.options.codec is not None,
+            from_host=self.options.offload,
         )
-        self._group.require_equal(module, self._options())
+        self._group.require_equal(module, self.options.lines())
         self._group.broadcast_([*module.parameters(), *module.buffers()])
-        rank = self._group.rank
-        self._center = Center(
-            module,
-            buffers=self._buffer_policy,
-            rank=rank,
-            turns=self._rules.period.fragments,
-            offload=self._offload,
-            averaging=self._averaging,
-            group=Center(module, buffers="local", rank=rank) if self._tied else None,
-        )
+        self._center = make_center(module, self.options, self._group.rank)
 
-    def _options(self) -> list[str]:
-        """What must be equal on all workers, a line each; callables can't be compared."""
-        return [
-            f"algorithm={self._rules.algorithm}",
-            f"tau={self._rules.period}",
-            str(self._rules.strength),
-            f"elastic_point={self._rules.elastic_point}",
-            f"buffers={self._buffer_policy}",
-            f"final_exchange={self._final_exchange}",
-            f"compression={self._codec}",
-            f"fragments={self._rules.period.fragments}",
-            f"groups={self._tied or self._groups}",
-            f"center_device={'cpu' if self._offload else None}",
-            f"center_average={self._averaging}",
-            f"bucket_bytes={self._bucket_bytes}",
-        ]
-
-    def _set_up_exchange(self) -> None:
+    def _set_up_exchange(self, trainer: pl.Trainer) -> None:
         assert self._group is not None
         assert self._center is not None
-        assert self.lightning_module is not None
         self.telemetry = Telemetry()
-        optimizers = LocalOptimizers(lambda: self.optimizers)
-        groups = self._arranged_groups()
-        gradients = None if self._tied else self._averaged_gradients(groups, optimizers)
-        island = gradients.island if gradients else None
-        if self._tied:
-            island = Island(self._group, groups, self._bucket_bytes)
-        all_reduce = make_all_reduce(
-            self._group,
-            self._bucket_bytes,
-            self._codec,
-            feedback=self._rules.algorithm.restarts,
-            groups=groups,
-            island=island,
-            agrees=self._tied is None,
-        )
-        trained = [p for p in self.lightning_module.parameters() if p.requires_grad]
-        self.telemetry.ddp_bytes_per_step = all_reduce.ring_bytes(trained)
-        self._exchange = Exchange(
+        self._exchange = make_exchange(
             self._center,
-            all_reduce,
-            optimizers=optimizers,
-            rules=self._rules,
+            self._group,
+            self.options,
+            groups=self._arranged_groups(),
+            trainer=trainer,
             telemetry=self.telemetry,
-            gradients=gradients,
-            level=self._group_level(groups, island, optimizers) if island and self._tied else None,
-        )
-
-    def _group_level(
-        self, groups: list[list[int]], island: Island, optimizers: LocalOptimizers
-    ) -> GroupLevel:
-        """Ties this worker to the center of its group."""
-        assert self._group is not None
-        assert self._center is not None
-        assert self._center.group is not None
-        assert self._tied is not None
-        return GroupLevel(
-            self._center.group,
-            InsideAllReduce(self._group, self._bucket_bytes, island),
-            self._tied,
-            sizes=[len(ranks) for ranks in groups],
-            optimizers=optimizers,
-            from_iterate=self._rules.elastic_point == "iterate",
-            telemetry=self.telemetry,
-        )
-
-    def _averaged_gradients(
-        self, groups: list[list[int]], optimizers: LocalOptimizers
-    ) -> GradientAverage | None:
-        """Over the workers of every group, or over all in a rule's warm-up."""
-        assert self._group is not None
-        assert self._center is not None
-        assert self.lightning_module is not None
-        warm_up = self._rules.algorithm.warm_up
-        together = groups or ([list(range(self._group.size))] if warm_up else [])
-        if not together:
-            return None
-        refuse_own_losses(self.optimizers)
-        return GradientAverage(
-            Island(self._group, together, self._bucket_bytes),
-            list(self.lightning_module.parameters()),
-            replica=replica_of(self.lightning_module.trainer, self._center, optimizers),
-            telemetry=self.telemetry,
-            until=warm_up or None,
-            inside=bool(groups),
         )
 
     def _request_stop(self, why: Stop) -> bool:
@@ -471,7 +332,7 @@ class EASGDStrategy(PersistentStrategy):
         trainer = self.lightning_module.trainer
         mine = trainer.global_step, batches_per_epoch(trainer), expected_training(trainer)
         steps, batches, expected = zip(*self._group.gather(mine), strict=True)
-        self._rules.schedules.begin(Training.of_all(expected))
+        self.options.rules.schedules.begin(Training.of_all(expected))
         if self._resumed is None:
             self._exchange.start_clock(max(steps))
         else:
@@ -525,8 +386,9 @@ class EASGDStrategy(PersistentStrategy):
         known = self._exchange.observe_loss(output)
         if not known and not self.lightning_module.automatic_optimization:
             raise MisconfigurationException(
-                f"{self._rules.algorithm} compares the workers' training losses, and under manual"
-                " optimization training_step returned none. Return the loss, or {'loss': loss}."
+                f"{self.options.rules.algorithm} compares the workers' training losses, and under"
+                " manual optimization training_step returned none. Return the loss, or"
+                " {'loss': loss}."
             )
         return output
 
@@ -582,7 +444,7 @@ class EASGDStrategy(PersistentStrategy):
     def on_train_end(self) -> None:
         assert self._exchange is not None
         assert self._signals is not None
-        finished = self._exchange.finish(exchange=self._final_exchange)
+        finished = self._exchange.finish(exchange=self.options.final_exchange)
         if not (finished and self._exchange.stopping is Stop.PREEMPTED):  # nothing is left to do
             self._signals.stop(self._exchange.stopping)
 
@@ -609,8 +471,8 @@ class EASGDStrategy(PersistentStrategy):
         if not self._failed:
             if self._exchange is not None:
                 # Resumed from the end of training: Lightning runs no loop, and ends none.
-                self._exchange.finish(exchange=self._final_exchange)
-                if self._averaging is not None:
+                self._exchange.finish(exchange=self.options.final_exchange)
+                if self.options.averaging is not None:
                     self._last_center = self._center_on_host()
             self._exchange = self._center = None
         if self._group is not None:

@@ -21,16 +21,25 @@ LAYERS = [
     {"transit"},
     {"tree"},
     {"exchange", "internals"},
-    {"checkpoint", "checkpoint_io", "features", "resuming", "signals"},
+    {"checkpoint", "checkpoint_io", "features", "options", "resuming", "signals"},
     {"collectives", "replica"},
-    {"persistence"},
+    {"assembly", "persistence"},
     {"strategy"},
     {"callbacks"},
 ]
 """From low to high; a module imports only from lower layers, or from its own folder."""
 
 LIGHTNING = {
-    *("checkpoint_io", "collectives", "features", "internals", "replica", "resuming", "signals"),
+    *(
+        "assembly",
+        "checkpoint_io",
+        "collectives",
+        "features",
+        "internals",
+        "replica",
+        "resuming",
+        "signals",
+    ),
     *("persistence", "strategy", "callbacks", "workloads", "__init__"),
 }
 DISTRIBUTED = {"communication"}

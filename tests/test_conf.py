@@ -117,7 +117,7 @@ def test_every_schedule_sets_a_parameter_of_the_strategy(config, name):
     target = (varied[changed].get("outer_lr") or varied[changed])["_target_"]
     strategy = instantiate(varied)
     assert isinstance(strategy, EASGDStrategy)
-    rules = strategy._rules
+    rules = strategy.options.rules
     kinds = {type(s).__name__ for s in rules.schedules._named.values()} | {"Constant"}
     assert kinds == {"Constant", target.rpartition(".")[2]}
 

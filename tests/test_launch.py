@@ -122,5 +122,5 @@ def test_lightning_cli_takes_the_class_path(monkeypatch: pytest.MonkeyPatch) -> 
         ],
     )
     assert isinstance(cli.trainer.strategy, EASGDStrategy)
-    assert cli.trainer.strategy._rules.period.after(0) == (16, 16)
-    assert cli.trainer.strategy._rules.strength.at(0) == 0.8
+    assert cli.trainer.strategy.options.rules.period.after(0) == (16, 16)
+    assert cli.trainer.strategy.options.rules.strength.at(0) == 0.8

@@ -675,7 +675,7 @@ def test_bad_arguments_are_refused_at_construction(options: Any, error: Any, mes
 
 
 def test_a_whole_number_of_bytes_may_be_a_float() -> None:
-    assert "bucket_bytes=1000000" in EASGDStrategy(bucket_bytes=1e6)._options()
+    assert EASGDStrategy(bucket_bytes=1e6).options.bucket_bytes == 1_000_000
 
 
 def test_the_center_before_fit_is_an_error_that_says_when_there_is_one() -> None:

@@ -380,8 +380,8 @@ def test_hyper_parameters_out_of_range_are_refused(make: Any, message: str) -> N
 def test_a_period_that_a_rule_cannot_is_refused(tau: Any) -> None:
     with pytest.raises(ValueError, match=r"tau=.* is not possible with MDownpour.*Allowed: tau=1"):
         EASGDStrategy(algorithm="mdownpour", tau=tau)
-    assert str(EASGDStrategy(algorithm="mdownpour")._rules.period) == "1"
-    assert str(EASGDStrategy()._rules.period) == "10"
+    assert str(EASGDStrategy(algorithm="mdownpour").options.rules.period) == "1"
+    assert str(EASGDStrategy().options.rules.period) == "10"
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -389,7 +389,7 @@ def test_every_rule_has_its_names_and_survives_a_copy(name: str) -> None:
     for suffix in ("", "_spawn", "_fork", "_notebook"):
         strategy = trainer(1, name + suffix).strategy
         assert isinstance(strategy, EASGDStrategy)
-        assert type(strategy._rules.algorithm) is RULES[name]
+        assert type(strategy.options.rules.algorithm) is RULES[name]
     rule = RULES[name]()
     assert repr(pickle.loads(pickle.dumps(rule))) == repr(rule)
 

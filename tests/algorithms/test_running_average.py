@@ -338,10 +338,10 @@ def test_averaged_rules_have_names_and_survive_a_copy(name: str) -> None:
     for suffix in ("", "_spawn", "_fork", "_notebook"):
         strategy = trainer(1, name + suffix).strategy
         assert isinstance(strategy, EASGDStrategy)
-        assert type(strategy._rules.algorithm).__name__ == "Downpour"
+        assert type(strategy.options.rules.algorithm).__name__ == "Downpour"
         kind = {"adownpour": "polyak", "mvadownpour": "ema"}[name]
-        assert strategy._averaging == CenterAverage(kind)
-        assert pickle.loads(pickle.dumps(strategy._averaging)) == strategy._averaging
+        assert strategy.options.averaging == CenterAverage(kind)
+        assert pickle.loads(pickle.dumps(strategy.options.averaging)) == strategy.options.averaging
 
 
 def unlike(rank: int) -> None:

@@ -63,7 +63,7 @@ def fit(rank: int, options: dict[str, Any], module: Toy, data: Any, **more: Any)
     module.on_train_batch_end = on_train_batch_end
     trainer(3, strategy, **more).fit(module, data)
     bits = {name: value.tobytes() for name, value in weights(module).items()}
-    end = strategy.telemetry.exchanges, strategy._rules.schedules.state(), bits
+    end = strategy.telemetry.exchanges, strategy.options.rules.schedules.state(), bits
     return end, said
 
 
@@ -118,7 +118,7 @@ def resumed(rank: int, folder: Path, name: str, step: int | None) -> Any:
     trainer(2, strategy, **more).fit(module, Resumable(rank, 12), ckpt_path=saved)
     bits = {name: value.tobytes() for name, value in weights(module).items()}
     telemetry = strategy.telemetry
-    return bits, telemetry.tau, telemetry.exchanges, strategy._rules.schedules.state()
+    return bits, telemetry.tau, telemetry.exchanges, strategy.options.rules.schedules.state()
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
