@@ -1,7 +1,8 @@
 """What test_emulation.py starts on both of two hosts: workers whose groups may be the hosts.
 
-python emulated_groups.py FOLDER WORKERS GROUPS: forks so many workers. At steps 10 and 30, between
-two exchanges, worker r writes FOLDER/<step>-<r> and waits for FOLDER/go-<step>.
+python emulated_groups.py FOLDER WORKERS GROUPS: forks so many workers; GROUPS is a key below. At
+steps 10 and 30, between two exchanges, worker r writes FOLDER/<step>-<r> and waits for
+FOLDER/go-<step>.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from pathlib import Path
 import torch
 from toy import Toy, loader, trainer
 
-from lightning_easgd import EASGDStrategy
+from lightning_easgd import EASGDStrategy, Groups
 
+GROUPS = {"none": None, "averaged": "node", "tied": Groups("node", tau=2)}
 HOSTS, STEPS, TAU, PAUSES, SIZE = 2, 32, 4, (10, 30), 200_000
 
 
@@ -35,10 +37,10 @@ class Large(Toy):
         return self.make_optimizer(self.parameters())
 
 
-def train(place: int, folder: Path, workers: int, groups: str | None) -> None:
+def train(place: int, folder: Path, workers: int, groups: str) -> None:
     rank = workers * int(os.environ["NODE_RANK"]) + place
     os.environ.update(LOCAL_RANK=str(place), RANK=str(rank), WORLD_SIZE=str(HOSTS * workers))
-    module, strategy = Large(), EASGDStrategy(tau=TAU, groups=groups)
+    module, strategy = Large(), EASGDStrategy(tau=TAU, groups=GROUPS[groups])
 
     def on_train_batch_start(batch: object, batch_idx: int) -> None:
         if batch_idx in PAUSES:
@@ -53,7 +55,7 @@ def train(place: int, folder: Path, workers: int, groups: str | None) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    folder, workers, groups = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] or None
+    folder, workers, groups = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     fork = multiprocessing.get_context("fork")
     for place in range(workers):
         fork.Process(target=train, args=(place, folder, workers, groups)).start()
