@@ -11,7 +11,8 @@ processors is too little: the kernel's work for the network is not in it. If it 
 of both is the cost.
 
 It is a small difference of long times that vary. So all steps count, not only the latest, and τ is
-chosen again as more of them are known.
+chosen again as more of them are known. It falls to half at most at a time: one that is too small
+costs time, and one that is too large for a while costs little.
 """
 
 from __future__ import annotations
@@ -251,25 +252,51 @@ class AutomaticPeriod(Schedule):
         )
 
     def _choose(self, found: Durations) -> None:
-        behind = max(1, math.ceil(found.exchange / found.step))
-        rarely = math.ceil(found.cost / (_ALLOWED_COST * found.step))
-        tau = self._allowed(max(behind, rarely))
+        free = smallest_period(found, self._fragments, self._bounds)
+        tau = max(free, self._allowed(self._tau / self._fragments / 2))
         if tau != self._tau or self._chosen_for == Durations():
-            self._log(self._reason(tau, found, behind, rarely))
+            self._log(self._reason(tau, free, found))
         self._tau, self._chosen_for = tau, found
 
     def _allowed(self, steps_between: float) -> int:
-        least, most = self._bounds
-        return min(max(self._fragments * math.ceil(steps_between), least), most)
+        return _nearest_period(steps_between, self._fragments, self._bounds)
 
-    def _reason(self, tau: int, found: Durations, behind: int, rarely: int) -> str:
+    def _reason(self, tau: int, free: int, found: Durations) -> str:
+        behind, rarely = _steps_between(found)
         hidden = tau // self._fragments >= behind
         return (
             f"tau=auto: {self._tau} -> {tau}. A step takes {found.step / 1e3:.1f} ms and an"
             f" exchange {found.exchange / 1e3:.1f} ms, which hides behind {behind} step(s); it"
             f" lengthens them by {found.cost / 1e3:.1f} ms, which is {_ALLOWED_COST:.0%} of"
-            f" {rarely}." + ("" if hidden else f" Exchanges do not hide: tau_max={tau} is smaller.")
+            f" {rarely}."
+            + ("" if hidden else f" Exchanges do not hide: tau_max={tau} is smaller.")
+            + (f" It falls to {free} by halves." if free < tau else "")
         )
+
+
+def smallest_period(found: Durations, fragments: int, bounds: tuple[int, int]) -> int:
+    """The smallest τ at which an exchange hides behind training, as far as one can.
+
+    Args:
+        found: what a step and an exchange take.
+        fragments: parts of the model, one of which is exchanged every τ / fragments steps.
+        bounds: the smallest and the largest τ allowed.
+
+    Raises:
+        ValueError: no multiple of ``fragments`` lies within the bounds.
+    """
+    return _nearest_period(max(_steps_between(found)), fragments, _bounds(*bounds, fragments))
+
+
+def _steps_between(found: Durations) -> tuple[int, int]:
+    """Behind how many steps an exchange hides, and of how many its cost is small."""
+    behind = max(1, math.ceil(found.exchange / found.step))
+    return behind, math.ceil(found.cost / (_ALLOWED_COST * found.step))
+
+
+def _nearest_period(steps_between: float, fragments: int, bounds: tuple[int, int]) -> int:
+    least, most = bounds
+    return min(max(fragments * math.ceil(steps_between), least), most)
 
 
 def _are_worth_a_choice(rounds: int) -> bool:

@@ -142,6 +142,23 @@ def test_stalls_and_pauses_do_not_count() -> None:
     assert worker.train(100) == 4
 
 
+def test_it_falls_by_halves_and_rises_at_once() -> None:
+    said: list[str] = []
+    period = AutomaticPeriod(log=said.append)
+    known = Observation([Durations(100_000, 50_000, 0)])
+    found = []
+    for _ in range(256):
+        period.observe(known)
+        found.append(int(period.at(0)))
+    assert [found[rounds] for rounds in (1, 2, 15, 63, 255)] == [10, 5, 3, 2, 1]
+    assert said[0].endswith("It falls to 1 by halves.")
+    assert "halves" not in said[-1]
+    period.observe(Observation([Durations(100_000, 4_000_000, 0)]))  # and forget the rest
+    for _ in range(3):
+        period.observe(Observation([Durations(100_000, 4_000_000, 0)]))
+    assert period.at(0) == 40
+
+
 def test_the_slowest_worker_and_the_last_to_begin_count() -> None:
     said: list[str] = []
     period = AutomaticPeriod(log=said.append)

@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from lightning_easgd.pace import AutomaticPeriod
-from lightning_easgd.schedules import Durations, Observation
+from lightning_easgd.pace import smallest_period
+from lightning_easgd.schedules import Durations
 
 WORTH = 1.05
 """The least speed-up over DDP for which another algorithm is advised."""
@@ -185,7 +185,7 @@ class Advice:
     def _option(self, exchanges: Exchanges) -> Option:
         measured, trials = self.measured, exchanges.trials
         found = self._counted(trials)
-        tau = period(found, measured.fragments, measured.tau_bounds)
+        tau = smallest_period(found, measured.fragments, measured.tau_bounds)
         apart = tau // measured.fragments
         exchange, cost = 1e-6 * found.exchange, 1e-6 * found.cost
         # Behind so many steps it hides, or they wait for it.
@@ -227,18 +227,8 @@ class Advice:
         return 0
 
     def _free_tau(self, trials: Sequence[Trial]) -> int:
-        return period(self._counted(trials), self.measured.fragments)
-
-
-def period(found: Durations, fragments: int, bounds: tuple[int, int] = (1, _NO_BOUND)) -> int:
-    """The τ that ``tau="auto"`` would choose."""
-    assert found.step
-    assert found.exchange
-    chosen: list[str] = []
-    automatic = AutomaticPeriod(*bounds, fragments, log=chosen.append)
-    while not chosen:  # it makes sure before it chooses
-        automatic.observe(Observation([found]))
-    return int(automatic.at(0))
+        fragments = self.measured.fragments
+        return smallest_period(self._counted(trials), fragments, (1, _NO_BOUND))
 
 
 def together(workers: Sequence[Durations]) -> Durations:

@@ -14,12 +14,12 @@ from typing import Any
 
 import emulation
 import pytest
-from advising.judging import Advice, Exchanges, Measured, Memory, Trial, period, together
+from advising.judging import Advice, Exchanges, Measured, Memory, Trial, together
 from advising.report import command, table
 from emulation import EmulatedHosts
 from processes import processes_of
 
-from lightning_easgd.pace import AutomaticPeriod
+from lightning_easgd.pace import AutomaticPeriod, smallest_period
 from lightning_easgd.schedules import Durations, Observation
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "advise.py"
@@ -156,7 +156,7 @@ def test_tau_is_what_auto_chooses_from_what_the_workers_measured() -> None:
     automatic = AutomaticPeriod(fragments=2, log=lambda _: None)
     for _ in range(3):
         automatic.observe(Observation(workers))
-    assert period(together(workers), 2, (1, 64)) == automatic.at(0) == 10
+    assert smallest_period(together(workers), 2, (1, 64)) == automatic.at(0) == 10
 
 
 def test_memory_is_counted_in_copies_of_the_parameters() -> None:
