@@ -94,7 +94,7 @@ def train(rank: int, workers: int, case: Case) -> Any:
     def on_train_epoch_end() -> None:
         own.update(weights(module))
         strategy._exchange.drain()
-        values = strategy._center.group_state()["center"].items()
+        values = strategy._center.group.values()["center"].items()
         middle.update({name: value.numpy().copy() for name, value in values})
 
     module.on_train_batch_end = on_train_batch_end
@@ -131,10 +131,10 @@ def expected(case: Case, workers: int) -> Any:
         initial_weights(),
         data,
         reference_optimizers(case.optimizer, lambda name, t: LR, workers),
-        groups,
+        [groups],
         tau=options["tau"],
         alpha=options.get("alpha", options["beta"] / len(groups)),
-        inside=(case.inside["tau"], rate_inside(case)),
+        inside=[(case.inside["tau"], rate_inside(case))],
         accumulate=case.accumulate,
         final_exchange=options.get("final_exchange", True),
         center_momentum=getattr(options.get("algorithm"), "center_momentum", 0.0),
@@ -156,7 +156,7 @@ def test_every_level_is_that_of_the_reference_before_the_last_exchange(
 ) -> None:
     case = CASES[name]
     options = {**case.options, "final_exchange": False}
-    _, middles, iterates = expected(replace(case, options=options), workers)
+    _, (middles,), iterates = expected(replace(case, options=options), workers)
     groups = arrange(case.groups(workers), [0] * workers)
     for rank, run in enumerate(trained(workers)):
         _, middle, own, _ = run[name]
@@ -237,7 +237,7 @@ def conserved(rank: int) -> Any:
         if batch_idx >= 5:
             module.trainer.optimizers[0].param_groups[0]["lr"] = 0.0
             center = strategy.center_state_dict()["w"].numpy()
-            middle = strategy._center.group_state()["center"]["w"].numpy()
+            middle = strategy._center.group.values()["center"]["w"].numpy()
             found.append([x.copy() for x in (module.w.detach().numpy(), middle, center)])
 
     module.on_train_batch_start = on_train_batch_start
