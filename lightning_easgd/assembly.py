@@ -11,11 +11,11 @@ from lightning_easgd.communication import Island, WorkerGroup, make_all_reduce
 from lightning_easgd.exchange import Exchange
 from lightning_easgd.features import refuse_own_losses
 from lightning_easgd.gradients import GradientAverage
+from lightning_easgd.level import GroupLevel
 from lightning_easgd.optimizers import LocalOptimizers
 from lightning_easgd.options import Options
 from lightning_easgd.replica import replica_of
 from lightning_easgd.telemetry import Telemetry
-from lightning_easgd.tree import GroupLevel
 
 
 def make_center(module: pl.LightningModule, options: Options, rank: int) -> Center:

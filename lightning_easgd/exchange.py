@@ -34,12 +34,13 @@ from lightning_easgd.center import Center
 from lightning_easgd.communication import AllReduce, Place, Stop, verify_places
 from lightning_easgd.contribution import Contribution, Pull, Weights, pull_worker
 from lightning_easgd.gradients import GradientAverage
+from lightning_easgd.level import GroupLevel
 from lightning_easgd.optimizers import LocalOptimizers
 from lightning_easgd.rates import MovingRates
 from lightning_easgd.schedules import Period, Schedules, Strength
 from lightning_easgd.telemetry import Telemetry
 from lightning_easgd.transit import Transit
-from lightning_easgd.tree import GroupLevel, Levels
+from lightning_easgd.tree import Levels
 
 ElasticPoint = Literal["iterate", "parameter"]
 

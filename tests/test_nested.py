@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 import reference
+import torch
 from processes import run_workers
 from test_reference import LR, OPTIMIZERS, reference_optimizers
-from test_tree import bits
+from test_tree import Thawing, bits
 from toy import Toy, batches, initial_weights, loader, trainer, weights
 
 from lightning_easgd import EASGD, EASGDStrategy, Groups
@@ -285,3 +286,21 @@ def hurried(rank: int) -> Any:
 def test_whoever_is_slow_changes_no_bit() -> None:
     runs = run_workers(hurried, workers=WORKERS)
     assert all(center == runs[0][0] for run in runs for center in run)
+
+
+def thawed(rank: int) -> Any:
+    module, own = Thawing(), {}
+    module.on_train_epoch_end = lambda: own.update(bits(weights(module)))
+    strategy = EASGDStrategy(tau=4, groups=THREE)
+    fitting = trainer(WORKERS, strategy, val_check_interval=3)
+    fitting.fit(module, loader(rank, 26, torch.float32), loader(0, 1, torch.float32))
+    center = {key: value.numpy().copy() for key, value in module.state_dict().items()}
+    return own, bits(center), module.seen
+
+
+def test_validations_statistics_and_unfrozen_parameters_are_the_uppermost_centers() -> None:
+    runs = run_workers(thawed, workers=WORKERS)
+    assert all(center == runs[0][1] and seen == runs[0][2] for _, center, seen in runs)
+    assert len({str(own) for own, *_ in runs}) == WORKERS
+    assert len({seen["b"] for seen in runs[0][2]}) > 2
+    assert runs[0][1]["b"] not in {own["b"] for own, *_ in runs}

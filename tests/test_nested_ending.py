@@ -195,7 +195,7 @@ def test_a_signal_to_one_that_stands_still_stops_all_and_they_go_on_bit_for_bit(
 
 def refused(rank: int) -> None:
     unstable = Groups([[0, 1, 2], [3, 4, 5]], beta=1.1, inside=Groups([[0, 1, 2], [3, 4], [5]]))
-    with pytest.raises(ValueError, match=r"Inside a group of 1 groups, .*Set beta below 1"):
+    with pytest.raises(ValueError, match=r"Inside a group of 1 group\(s\), .*Set beta below 1"):
         trainer(WORKERS, EASGDStrategy(groups=unstable)).fit(Toy(SGD), loader(rank, 2))
     apart = Groups("node", inside=Groups(4))
     with pytest.raises(ValueError, match=r"groups=4 does not divide the 6 workers"):
