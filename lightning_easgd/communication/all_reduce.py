@@ -125,6 +125,7 @@ class AllReduce:
         self.group = group
         self.bucket_bytes = bucket_bytes
         self.within = within
+        """The island whose members take part, unless all workers do."""
         self.level: Level | WorkerGroup = level or group
         if within is not None and level is None:
             self.level = Level(within.place, within.size, within.data)
@@ -137,8 +138,6 @@ class AllReduce:
         """The number, in :attr:`parties`, of that with this worker."""
         self.senders = [places[0] for places in self.parties]
         """The places of the workers whose differences are summed."""
-        self.control = within.control if within else group.control
-        """Of the workers whose headers are gathered."""
 
     def start(
         self,
@@ -185,6 +184,11 @@ class AllReduce:
             ExchangeError: those of workers that take part as one are not equal.
         """
         return healthy
+
+    @property
+    def control(self) -> dist.ProcessGroup | None:
+        """Of the workers whose headers are gathered."""
+        return self.within.control if self.within else self.group.control
 
     def state(self) -> dict[str, Any]:
         """What is held back, for a checkpoint of this worker."""
