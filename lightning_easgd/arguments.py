@@ -228,13 +228,8 @@ def refuse_with_group_centers(
                 f" their own, {name} cannot change while training goes on. Give it a number,"
                 f" {way_out}"
             )
-    tau = numbers["tau"]
-    if is_number(tau) and tau % groups.tau:
-        raise ValueError(
-            f"tau={tau} is not a multiple of the tau={groups.tau} inside groups: their centers"
-            " exchange when their members do. Allowed: a multiple, for example"
-            f" tau={groups.tau * max(1, round(tau / groups.tau))}."
-        )
+    if is_number(tau := numbers["tau"]):
+        groups.require_multiple(tau)
 
 
 def refuse_partial_sums(period: Period, codec: object, *, partial: bool) -> None:

@@ -7,23 +7,26 @@ from collections.abc import Sequence
 import lightning.pytorch as pl
 
 from lightning_easgd.center import Center
-from lightning_easgd.communication import InsideAllReduce, Island, WorkerGroup, make_all_reduce
+from lightning_easgd.communication import Island, WorkerGroup, make_all_reduce
 from lightning_easgd.exchange import Exchange
 from lightning_easgd.features import refuse_own_losses
 from lightning_easgd.gradients import GradientAverage
+from lightning_easgd.level import GroupLevel
 from lightning_easgd.optimizers import LocalOptimizers
 from lightning_easgd.options import Options
 from lightning_easgd.replica import replica_of
 from lightning_easgd.telemetry import Telemetry
-from lightning_easgd.tree import GroupLevel
 
 
 def make_center(module: pl.LightningModule, options: Options, rank: int) -> Center:
-    """The center of a worker's module, which is equal on all workers, and that of its group.
+    """The center of a worker's module, which is equal on all workers, and those of its groups.
 
     Raises:
         ValueError: the module has no parameter to train, or cannot be cut into so many fragments.
     """
+    group: Center | None = None
+    for _ in options.tied.levels if options.tied else []:
+        group = Center(module, buffers="local", rank=rank, group=group)
     return Center(
         module,
         buffers=options.buffers,
@@ -31,7 +34,7 @@ def make_center(module: pl.LightningModule, options: Options, rank: int) -> Cent
         turns=options.rules.period.fragments,
         offload=options.offload,
         averaging=options.averaging,
-        group=Center(module, buffers="local", rank=rank) if options.tied else None,
+        group=group,
     )
 
 
@@ -40,7 +43,7 @@ def make_exchange(
     group: WorkerGroup,
     options: Options,
     *,
-    groups: Sequence[Sequence[int]],
+    groups: Sequence[Sequence[Sequence[int]]],
     trainer: pl.Trainer,
     telemetry: Telemetry,
 ) -> Exchange:
@@ -50,7 +53,8 @@ def make_exchange(
         center: of this worker's module.
         group: all workers.
         options: equal on all of them.
-        groups: the ranks of every group; none if every worker takes part by itself.
+        groups: the ranks of every group, level by level from the outermost inward; none if every
+            worker takes part by itself.
         trainer: with the optimizers.
         telemetry: where costs are counted.
 
@@ -61,39 +65,29 @@ def make_exchange(
     """
     rules = options.rules
     optimizers = LocalOptimizers(lambda: trainer.strategy.optimizers)
-    warm_up = rules.algorithm.warm_up
-    together = groups or ([list(range(group.size))] if warm_up else [])
-    island = Island(group, together, options.bucket_bytes) if together else None
-    gradients, level = None, None
-    if island is not None and options.tied is not None:
-        assert center.group is not None
-        level = GroupLevel(
-            center.group,
-            InsideAllReduce(group, options.bucket_bytes, island),
-            options.tied,
-            sizes=[len(ranks) for ranks in groups],
-            optimizers=optimizers,
-            from_iterate=rules.elastic_point == "iterate",
-            telemetry=telemetry,
-        )
-    elif island is not None:
+    islands = [Island(group, ranks, options.bucket_bytes) for ranks in groups]
+    levels: list[GroupLevel] = []
+    gradients = None
+    if options.tied is not None:
+        levels = _make_levels(center, group, options, islands, optimizers)
+    elif islands or rules.algorithm.warm_up:
+        everybody = [list(range(group.size))]
         refuse_own_losses(trainer.strategy.optimizers)
         gradients = GradientAverage(
-            island,
+            islands[0] if islands else Island(group, everybody, options.bucket_bytes),
             list(trainer.lightning_module.parameters()),
             replica=replica_of(trainer, center, optimizers),
             telemetry=telemetry,
-            until=warm_up or None,
-            inside=bool(groups),
+            until=rules.algorithm.warm_up or None,
+            inside=bool(islands),
         )
     all_reduce = make_all_reduce(
         group,
         options.bucket_bytes,
         options.codec,
         feedback=rules.algorithm.restarts,
-        groups=groups,
-        island=island,
-        agrees=level is None,
+        island=islands[0] if islands else None,
+        agrees=not levels,
     )
     trained = [p for p in trainer.lightning_module.parameters() if p.requires_grad]
     telemetry.ddp_bytes_per_step = all_reduce.ring_bytes(trained)
@@ -104,5 +98,56 @@ def make_exchange(
         rules=rules,
         telemetry=telemetry,
         gradients=gradients,
-        level=level,
+        levels=levels,
+        groups=groups,
     )
+
+
+def _make_levels(
+    center: Center,
+    group: WorkerGroup,
+    options: Options,
+    islands: Sequence[Island],
+    optimizers: LocalOptimizers,
+) -> list[GroupLevel]:
+    """Those of groups with centers of their own, from the outermost inward."""
+    assert options.tied is not None
+    levels: list[GroupLevel] = []
+    for depth in reversed(range(len(islands))):
+        inside = islands[depth + 1] if levels else None
+        all_reduce = make_all_reduce(
+            group,
+            options.bucket_bytes,
+            None,
+            feedback=False,
+            island=inside,
+            within=islands[depth],
+            agrees=False,
+        )
+        level = GroupLevel(
+            _center_of(center, depth),
+            all_reduce,
+            options.tied.levels[depth],
+            sizes=_sizes(islands[depth], inside),
+            inside=levels[0] if levels else None,
+            optimizers=optimizers,
+            from_iterate=options.rules.elastic_point == "iterate",
+        )
+        levels.insert(0, level)
+    return levels
+
+
+def _center_of(center: Center, depth: int) -> Center:
+    """That of this worker's group, 0 being the outermost."""
+    for _ in range(depth + 1):
+        assert center.group is not None
+        center = center.group
+    return center
+
+
+def _sizes(island: Island, inside: Island | None) -> list[int]:
+    """How many parties each island has: islands inside, or workers."""
+    if inside is None:
+        return [len(ranks) for ranks in island.islands]
+    firsts = [ranks[0] for ranks in inside.islands]
+    return [sum(rank in ranks for rank in firsts) for ranks in island.islands]

@@ -180,19 +180,6 @@ class Center:
             "averaged": None if self._averaging is None else self.values(),
         }
 
-    def group_state(self) -> dict[str, Any]:
-        """What the workers of a group share, for a checkpoint: their center, if there is one."""
-        if self.group is None:
-            return {}
-        return {"joined": self.group.joined, **self.group.values()}
-
-    def load_group_state(self, state: Mapping[str, Any]) -> None:
-        """The inverse of :meth:`group_state`, when :meth:`load_shared_state` is done."""
-        if self.group is None or not state:
-            return
-        self.group.join(min(state["joined"], len(self.segments)))
-        self.group.load_values(state["center"])
-
     def load_values(self, values: Mapping[str, Tensor]) -> None:
         """Put values into the center, by the names of its parameters; the rest stays."""
         for fragment in _fragments(self.segments):

@@ -224,7 +224,7 @@ class WorkerCheckpoints:
         *,
         weights_only: bool | None,
         strict: bool,
-        groups: Sequence[Sequence[int]] = (),
+        groups: Sequence[Sequence[Sequence[int]]] = (),
         tied: bool = False,
     ) -> Resumed | None:
         """Find this worker's own state, and put it in the place of worker 0's; all must call it.
@@ -234,7 +234,8 @@ class WorkerCheckpoints:
             path: of the main file.
             weights_only: as the user asked for the main file.
             strict: whether a worker that cannot have its own state is an error.
-            groups: ranks of workers that go on together or not at all, if there are groups.
+            groups: ranks of all groups, level by level from the outermost inward; those of one of
+                the innermost go on together or not at all.
             tied: whether each has a center of its own.
 
         Returns:
@@ -255,10 +256,9 @@ class WorkerCheckpoints:
             )
         own, problem = self._load_own(entry, path, weights_only)
         problems = {rank: text for rank, text in enumerate(self._gather(problem)) if text}
-        before = entry["exchange"].get("groups", [])
-        if entry["exchange"].get("tied", False) != tied:
-            before = []  # of another kind
-        problems |= _problems_of_groups(groups, before, problems)
+        before = entry["exchange"].get("groups", []), entry["exchange"].get("tied", False)
+        changed = before != (list(groups), tied)
+        problems |= _problems_of_groups(groups[-1] if groups else [], problems, changed=changed)
         own = None if self._rank in problems else own
         if problems and strict:
             raise CheckpointError(
@@ -308,10 +308,10 @@ def _require_all(parts: list[Written], path: str) -> None:
 
 
 def _problems_of_groups(
-    groups: Sequence[Sequence[int]], before: Sequence[Sequence[int]], problems: Mapping[int, str]
+    groups: Sequence[Sequence[int]], problems: Mapping[int, str], *, changed: bool
 ) -> dict[int, str]:
     """Workers that may not go on with their own state, since the others of their group cannot."""
-    if groups and list(groups) != list(before):
+    if changed:
         return dict.fromkeys((rank for ranks in groups for rank in ranks), "groups have changed")
     return {
         rank: f"worker {sick[0]} of its group does, since {problems[sick[0]]}"

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from lightning_easgd.communication import WorkerGroup, gather
 from lightning_easgd.exchange import Exchange
-from lightning_easgd.groups import arrange
+from lightning_easgd.groups import arrange_levels
 from lightning_easgd.options import Options
 
 
@@ -75,10 +75,13 @@ class CollectiveStrategy(DDPStrategy):
         """A small picklable value of every worker, in rank order."""
         return gather(value) if self._group is None else self._group.gather(value)
 
-    def _arranged_groups(self) -> list[list[int]]:
-        """The ranks of every group, none if there are no groups; all workers must call it."""
-        members = self.options.members
-        return arrange(members, self._collect(self.node_rank) if members else [])
+    def _arranged_groups(self) -> list[list[list[int]]]:
+        """The ranks of every group, level by level from the outermost inward.
+
+        None if there are no groups; all workers must call it.
+        """
+        groups = self.options.tied or self.options.members
+        return arrange_levels(groups, self._collect(self.node_rank) if groups else [])
 
     def _gathered(self) -> bool:
         """Whether all workers are here for a collective of Lightning's; none is if not."""

@@ -20,7 +20,7 @@ twice, since what it gives to the center it loses itself. When all stand still t
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -34,12 +34,13 @@ from lightning_easgd.center import Center
 from lightning_easgd.communication import AllReduce, Place, Stop, verify_places
 from lightning_easgd.contribution import Contribution, Pull, Weights, pull_worker
 from lightning_easgd.gradients import GradientAverage
+from lightning_easgd.level import GroupLevel
 from lightning_easgd.optimizers import LocalOptimizers
 from lightning_easgd.rates import MovingRates
 from lightning_easgd.schedules import Period, Schedules, Strength
 from lightning_easgd.telemetry import Telemetry
 from lightning_easgd.transit import Transit
-from lightning_easgd.tree import GroupLevel
+from lightning_easgd.tree import Levels
 
 ElasticPoint = Literal["iterate", "parameter"]
 
@@ -77,8 +78,9 @@ class Exchange:
         rules: period, strength and variants.
         telemetry: where costs are counted.
         gradients: averages those of this worker with others'; None: nothing does.
-        level: ties this worker to the center of its group, which takes part in exchanges in its
-            place; None: the worker itself does.
+        levels: of groups with centers of their own, from the outermost inward, whose center takes
+            part in exchanges in this worker's place; none: the worker itself does.
+        groups: ranks of all groups, level by level, for checkpoints.
 
     Raises:
         ValueError: the strength is unstable for this number of workers.
@@ -93,7 +95,8 @@ class Exchange:
         rules: Rules,
         telemetry: Telemetry,
         gradients: GradientAverage | None = None,
-        level: GroupLevel | None = None,
+        levels: Sequence[GroupLevel] = (),
+        groups: Sequence[Sequence[Sequence[int]]] = (),
     ) -> None:
         self.center = center
         self.telemetry = telemetry
@@ -102,15 +105,14 @@ class Exchange:
         self._optimizers = optimizers
         self._rules = rules
         self._gradients = gradients
-        self._level = level
+        self._levels = Levels(levels, telemetry)
+        self._groups = [[list(ranks) for ranks in level] for level in groups]
         self._averaged = False
         self._finished = False
         self._last_header_left = False
         self.clock = 0
         """Optimizer steps taken; equal on all workers at every exchange."""
         self._restarts = rules.algorithm.restarts
-        # Where there are two levels, both have begun before one is awaited.
-        self._overlaps = rules.overlap or level is not None
         self._speaks = all_reduce.group.rank == 0
         self._agreement = Agreement(rules.algorithm, optimizers, all_reduce.parties)
         contribution = Contribution(
@@ -120,8 +122,8 @@ class Exchange:
             weights=self._weights(all_reduce.party, len(all_reduce.parties)),
             telemetry=telemetry,
             round_=all_reduce.round_,
-            agree=self._agree if level else all_reduce.agree,
-            from_iterate=rules.elastic_point == "iterate" and level is None,
+            agree=self._agree,
+            from_iterate=rules.elastic_point == "iterate" and not levels,
         )
         self._transit = Transit(
             center,
@@ -144,9 +146,8 @@ class Exchange:
         return MovingRates(strength, optimizers, workers=workers, speaks=self._speaks).at
 
     def _agree(self, healthy: bool, checksum: Callable[[], int]) -> bool:
-        """Whether the group takes part: members know it alike, from its own exchanges."""
-        assert self._level is not None
-        return healthy and self._level.healthy
+        """Whether this worker, or what takes part in its place, does so with finite differences."""
+        return self._transit.all_reduce.agree(healthy and self._levels.healthy, checksum)
 
     def start_clock(self, step: int) -> None:
         """Begin to train after ``step`` optimizer steps, equal on all workers."""
@@ -156,6 +157,7 @@ class Exchange:
         if self._gradients is not None:
             self._gradients.start()
         self._set_clock(step)
+        self._levels.set_clock(step)
 
     def resume(self, *, goes_on: bool) -> None:
         """Begin to train with the state of :meth:`load_state`, when the optimizers have theirs.
@@ -204,11 +206,7 @@ class Exchange:
         """
         assert not self.center.lent, "a step was taken while the module showed the center"
         self.center.adopt_unfrozen()
-        pull: Pull = []
-        if self._level is not None:
-            pull = self._begin_due_levels(self._level)
-        elif not self._restarts:
-            pull = self._begin_due()
+        pull = [] if self._restarts else self._begin_due()
         try:
             yield
         finally:
@@ -267,12 +265,12 @@ class Exchange:
             if self._gradients is not None:
                 self._transit.go_on()  # before weights of others are taken over
                 self._gradients.accompany()
-            if self._level is not None:
-                self._accompany_members(self._level, place)
+            self._accompany_members(place)
             self.drain()
             self.stopping = self._transit.stop_agreed
             self.center.adopt_unfrozen()
-            headers = self._transit.stand_still(self.clock, place)
+            self._transit.stand_still(self.clock, place)
+            headers = self._transit.headers()
             training = [header.clock for header in headers if header.place is Place.TRAINING]
             if training:
                 self._set_clock(training[0])
@@ -282,26 +280,36 @@ class Exchange:
                 continue
             self.drain()
             self.clock = max(header.clock for header in headers)
+            self._levels.catch_up(self.clock)
             if self.stopping.by_exception:
                 return False
             verify_places(headers)
             if place is not Place.FIT_END or all(h.place is place for h in headers):
                 return True
 
-    def _accompany_members(self, level: GroupLevel, place: Place) -> None:
-        """Answer the exchanges of members of the group that still train, until none does."""
-        self.center.adopt_unfrozen()
-        while (clock := level.stand_still(self.clock, place)) is not None:
+    def _accompany_members(self, place: Place) -> None:
+        """Answer the exchanges of members of groups that still train, until none does."""
+        if self._levels:
+            self.center.adopt_unfrozen()
+        for clock in self._levels.accompany(self.clock, place, self._announce, self._answer):
             self.clock = clock
-            if clock >= self._next_due:  # all workers exchange, and then those of the group
-                self._transit.land()
-                self.stopping = self._transit.stop_agreed
-                self._transit.stand_still(clock, place)
-                self._set_clock(clock)
-                pull_worker(self._transit.answer(clock))
-            pull_worker(level.answer(clock))
             if not self._rules.overlap:
                 self._land()
+
+    def _announce(self, clock: int, place: Place) -> bool:
+        """Say that this worker stands still, if all workers exchange at this step; whether so."""
+        if clock < self._next_due:
+            return False
+        self._transit.land()
+        self.stopping = self._transit.stop_agreed
+        self._transit.stand_still(clock, place)
+        self._set_clock(clock)
+        return True
+
+    def _answer(self, clock: int) -> Pull:
+        """Take part in the exchange of all workers, when all have said what they do."""
+        self._transit.headers()
+        return self._transit.answer(clock)
 
     def show_center(self) -> None:
         """Put the center into the module until ``center.show_worker``."""
@@ -322,9 +330,8 @@ class Exchange:
         if not self.meet(Place.FIT_END):
             return False
         self._last_header_left = True
-        if exchange and self._level is not None:
-            self._level.begin(self.clock, last=True)
-            self._level.land()
+        if exchange:
+            self._levels.finish(self.clock)
         settled = self._restarts and self._transit.exchanged == (self.clock, self.center.joined)
         for turn in range(self.center.turns):
             is_new = not (settled and turn == self.center.turns - 1)
@@ -365,8 +372,8 @@ class Exchange:
             "exchanged": self._transit.exchanged,
             "owed": self._transit.owed,
             "algorithm": self._rules.algorithm.kind,
-            "groups": self._transit.all_reduce.groups,
-            "tied": self._level is not None,
+            "groups": self._groups,
+            "tied": bool(self._levels),
             "agreement": self._agreement.shared_state(),
             **self.center.shared_state(),
         }
@@ -379,7 +386,7 @@ class Exchange:
             "telemetry": self.telemetry.counters(),
             "held_back": self._transit.all_reduce.state(),
             "agreement": self._agreement.own_state(),
-            "group": self.center.group_state(),
+            "levels": self._levels.state(),
         }
 
     def load_state(self, shared: Mapping[str, Any], own: Mapping[str, Any] | None) -> None:
@@ -403,6 +410,7 @@ class Exchange:
             # Perhaps another one now. An exchange that is due at the clock was not begun yet.
             known = self.clock if self._restarts else max(0, self.clock - 1)
             self._set_clock(known)
+            self._levels.set_clock(known)
             self.clock = shared["clock"]
         else:
             self.telemetry.tau, self._next_due = shared["tau"], shared["next_due"]
@@ -410,7 +418,7 @@ class Exchange:
             self._optimizers.load_look_ahead_state(own["look_ahead"])
             self.telemetry.load_counters(own["telemetry"])
             self._transit.all_reduce.load_state(own.get("held_back", {}))
-            self.center.load_group_state(own.get("group", {}))
+        self._levels.restore(None if own is None else own.get("levels"))
         agreed, said = shared.get("agreement", {}), (own or {}).get("agreement", {})
         self._agreement.load_state(agreed, said)
 
@@ -444,39 +452,26 @@ class Exchange:
             self._transit.stop_requested = Stop.NO
 
     def _begin_due(self) -> Pull:
-        if self.clock < self._next_due:
-            return []
-        if self._gradients is not None:
-            self._gradients.before_exchange(self.clock)
-        # Stops at an exchange, not when a header is read: that is not the same step on all workers.
-        self._transit.land()
-        self.stopping = self._transit.stop_agreed
-        self._set_clock(self.clock)
-        pull = self._transit.begin(self.clock)
-        if not self._overlaps and not self._transit.restarts_workers:
-            self._transit.land()
-        return pull
-
-    def _begin_due_levels(self, level: GroupLevel) -> Pull:
         """Begin what is due at this step, level by level; see [Note: levels]."""
-        outer = self.clock >= self._next_due
-        if not outer and self.clock < level.next_due:
-            return []
-        level.land()
-        if outer:
-            pull_worker(self._begin_due())
-        pull = level.begin(self.clock)
-        if not self._rules.overlap:
+        pull: Pull = []
+        if self.clock >= self._next_due:
+            if self._gradients is not None:
+                self._gradients.before_exchange(self.clock)
+            # Stops at an exchange, not when a header is read, which is not the same step on all
+            # workers.
+            self._land()
+            self.stopping = self._transit.stop_agreed
+            self._set_clock(self.clock)
+            pull = self._transit.begin(self.clock)
+        pull = self._levels.begin_due(self.clock, pull)
+        if not self._rules.overlap and not self._transit.restarts_workers:
             self._land()
         return pull
 
     def _land(self) -> None:
-        if self._level is not None:
-            self._level.land()
+        self._levels.land()
         self._transit.land()
 
     def _set_clock(self, clock: int) -> None:
         self.clock = clock
         self.telemetry.tau, self._next_due = self._rules.period.after(clock)
-        if self._level is not None:
-            self._level.set_clock(clock)

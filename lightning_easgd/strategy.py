@@ -105,7 +105,8 @@ class EASGDStrategy(PersistentStrategy):
             machine, or lists of ranks. Their gradients are averaged at every step, and each group
             takes part in exchanges as one worker, p being the number of groups. With Groups(...)
             the workers of a group are tied to a center of its own instead, which takes part in
-            exchanges as one worker: Tree EASGD. None: every worker trains on its own.
+            exchanges as one worker: Tree EASGD, of more levels with groups inside.
+            None: every worker trains on its own.
         center_device: "cpu" keeps the center in pinned host memory, and exchanges from there over
             gloo; None: where the parameters are.
         center_average: a running average of the center takes its place in evaluation, checkpoints

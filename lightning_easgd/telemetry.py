@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 _COUNTERS = (
     *("steps", "exchanges", "bytes_sent", "bytes_received", "bytes_inside"),
-    *("exchanges_inside", "wait_seconds", "non_finite"),
+    *("bytes_of_groups", "exchanges_inside", "wait_seconds", "non_finite"),
 )
 
 
@@ -23,13 +25,15 @@ class Telemetry:
     exchanges: int = 0
     """Exchanges started, the final one included; each of a fragment of the model."""
     exchanges_inside: int = 0
-    """Exchanges with the center of this worker's group, if it has one; none of the others."""
+    """Exchanges with centers of groups that this worker is in; none of the others."""
     bytes_sent: int = 0
     """Bytes this worker sent for exchanges, and for gradients where they are averaged."""
     bytes_received: int = 0
     """Bytes this worker received, likewise."""
     bytes_inside: int = 0
-    """Of the bytes sent, those to workers of its own group."""
+    """Of the bytes sent, those to workers of its own group, the outermost if there are several."""
+    bytes_of_groups: list[int] = field(default_factory=list)
+    """Of the bytes sent, those for exchanges with the centers of its groups, outermost first."""
     step_seconds: float = 0.0
     """An optimizer step of this worker, data and all, while no exchange is under way; the mean."""
     exchange_seconds: float = 0.0
@@ -61,29 +65,42 @@ class Telemetry:
         return self.bytes_sent - self.bytes_inside
 
     @property
+    def bytes_per_level(self) -> list[int]:
+        """Bytes sent, by what for: exchanges with the center, then those with centers of groups.
+
+        The outermost group of this worker comes first. Their sum is all that was sent.
+        """
+        return [self.bytes_sent - sum(self.bytes_of_groups), *self.bytes_of_groups]
+
+    @property
     def ddp_bytes_sent(self) -> int:
         """Bytes this worker would have sent so far if gradients were all-reduced at every step."""
         return self.steps * self.ddp_bytes_per_step
 
-    def take_over(self, inside: Telemetry) -> None:
-        """Count what was counted inside a group, which begins anew."""
+    def take_over(self, inside: Telemetry, level: int) -> None:
+        """Count what was counted at a level of groups, 0 the outermost, where it begins anew."""
         self.exchanges_inside += inside.exchanges
-        inside.exchanges = 0
-        for name in set(_COUNTERS) - {"steps", "exchanges"}:
+        self.bytes_inside += inside.bytes_sent
+        self.bytes_of_groups[level] += inside.bytes_sent
+        for name in ("bytes_sent", "bytes_received", "wait_seconds", "non_finite"):
             setattr(self, name, getattr(self, name) + getattr(inside, name))
             setattr(inside, name, 0)
+        inside.exchanges = 0
 
-    def counters(self) -> dict[str, float]:
+    def counters(self) -> dict[str, Any]:
         """What adds up over a run, to be carried on when it resumes."""
-        return {name: getattr(self, name) for name in _COUNTERS}
+        return {name: copy(getattr(self, name)) for name in _COUNTERS}
 
-    def load_counters(self, counters: Mapping[str, float]) -> None:
+    def load_counters(self, counters: Mapping[str, Any]) -> None:
         """The inverse of :meth:`counters`."""
         for name, value in counters.items():
-            setattr(self, name, value)
+            setattr(self, name, copy(value))
 
     def metrics(self) -> dict[str, float]:
         """The scalars that are worth a curve, by name."""
-        skipped = ("steps", "ddp_bytes_per_step", "worker_wait_seconds", "rates")
+        lists = ("worker_wait_seconds", "rates", "bytes_of_groups")
+        skipped = ("steps", "ddp_bytes_per_step", *lists)
         scalars = {name: v for name, v in asdict(self).items() if name not in skipped}
+        levels = enumerate(self.bytes_per_level if self.bytes_of_groups else [])
+        scalars |= {f"bytes_level_{level}": sent for level, sent in levels}
         return {name: float(v) for name, v in {**scalars, **self.rates}.items()}

@@ -146,10 +146,8 @@ class Transit:
         self.pace.exchange()
         return pull
 
-    def stand_still(self, clock: int, place: Place, *, compare: bool = True) -> list[Header]:
-        """Send a header without an exchange, and wait for those of all others, as long as it takes.
-
-        If one of them began an exchange, :meth:`answer` it; else :meth:`land`.
+    def stand_still(self, clock: int, place: Place, *, compare: bool = True) -> None:
+        """Send a header without an exchange; :meth:`headers` has those of all.
 
         Args:
             clock: steps taken.
@@ -158,8 +156,15 @@ class Transit:
         """
         self.go_on()
         self.contribution.take_differences(self.turn)
-        flight = self._start(clock, place, Payload(), compare=compare)
-        return self._await_headers(flight, patiently=True)
+        self._start(clock, place, Payload(), compare=compare)
+
+    def headers(self) -> list[Header]:
+        """Of all, where this worker stands still; waits for them as long as it takes.
+
+        If one of them began an exchange, :meth:`answer` it; else :meth:`land`.
+        """
+        assert self._in_flight is not None
+        return self._await_headers(self._in_flight, patiently=True)
 
     def answer(self, clock: int) -> Pull:
         """Take part in the exchange that others began at ``clock``, whose headers are here."""

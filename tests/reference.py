@@ -440,75 +440,87 @@ def following(
 
 def tree(
     start: State,
-    batches: list[list[tuple[np.ndarray, np.ndarray]]],
+    batches: list[list[tuple[np.ndarray, np.ndarray] | None]],
     optimizers: list[Any],
-    groups: list[list[int]],
+    levels: list[list[list[int]]],
     *,
     tau: int,
     alpha: float,
-    inside: tuple[int, Callable[[int, str], float]],
+    inside: list[tuple[int, Callable[[int, str], float]]],
     accumulate: int = 1,
     final_exchange: bool = True,
     center_momentum: float = 0.0,
     sick: tuple[tuple[int, int], ...] = (),
-) -> tuple[State, list[State], list[State]]:
-    """Two levels of EASGD: the center, the centers of the groups, and the workers' iterates.
+) -> tuple[State, list[list[State]], list[State]]:
+    """EASGD at several levels: the center, the centers of all groups, and the workers' iterates.
 
-    ``inside`` is τ, and α by the size of a group and the parameter's name. Who has no batch left
-    takes part in exchanges while a member of its group trains; the groups' centers always do. A
-    worker that is sick at a step starts again at its group's center; if all members are, all of
-    them and that center at the center, with the next exchange of the groups.
+    ``levels`` has the groups from the outermost inward, and ``inside`` for each level τ, and α by
+    the number of parties in a group and the parameter's name. Who has no batch left, or None, takes
+    part in exchanges while a member of the group trains; the outermost centers always do. A worker
+    that is sick at a step starts again at its group's center; if all parties of a group are, it
+    does so with all inside it, at the center above, with the next exchange there.
     """
-    workers, center = [dict(start) for _ in batches], dict(start)
-    middles, ill = [dict(start) for _ in groups], [False for _ in groups]
+    everybody = range(len(batches))
+    groups = [[list(everybody)], *levels, [[rank] for rank in everybody]]
+    states = [[dict(start) for _ in level] for level in groups]
+    ill = [[False for _ in level] for level in groups]
+    periods = [tau, *(period for period, _ in inside)]
+    rates = [lambda parties, name: alpha, *(rate for _, rate in inside)]
     velocity = {k: 0.0 * start[k] for k in start}
     steps = max(len(own) for own in batches) // accumulate
 
-    def exchange() -> None:
-        moves = []
-        for i, (ranks, g) in enumerate(zip(groups, middles, strict=True)):
-            if ill[i]:
-                for x in (g, *(workers[rank] for rank in ranks)):
-                    x.update(center)
-            moves.append({k: alpha * (g[k] - center[k]) for k in g})
-            g.update({k: g[k] - moves[-1][k] for k in g})
-        for k in center:
-            velocity[k] = center_momentum * velocity[k] + sum(move[k] for move in moves)
-            center[k] = center[k] + velocity[k]
+    def micro(rank: int, t: int) -> list[Any]:
+        own = batches[rank][t * accumulate : (t + 1) * accumulate]
+        return own if len(own) == accumulate and own[0] is not None else []
 
-    def exchange_inside(t: int) -> dict[int, State]:
+    def within(depth: int, ranks: list[int]) -> list[int]:
+        return [i for i, members in enumerate(groups[depth]) if set(members) <= set(ranks)]
+
+    def exchange(depth: int, t: int) -> dict[int, State]:
+        """What is owed to the parties, which are one level further down."""
         pulls = {}
-        for i, (ranks, g) in enumerate(zip(groups, middles, strict=True)):
-            if t < steps and not any(len(batches[rank]) // accumulate > t for rank in ranks):
+        for i, ranks in enumerate(groups[depth]):
+            if depth and t < steps and not any(micro(rank, t) for rank in ranks):
                 continue
-            rates = {k: inside[1](len(ranks), k) for k in g}
-            well = [rank for rank in ranks if (rank, t) not in sick]
-            ill[i] = not well
-            workers[:] = [
-                dict(g) if rank in ranks and rank not in well else x
-                for rank, x in enumerate(workers)
-            ]
-            new = {rank: {k: rates[k] * (workers[rank][k] - g[k]) for k in g} for rank in well}
-            g.update({k: g[k] + sum(pull[k] for pull in new.values()) for k in g})
-            pulls |= new
+            center, parties = states[depth][i], within(depth + 1, ranks)
+            if depth + 1 == len(periods):
+                for rank in parties:
+                    ill[-1][rank] = (rank, t) in sick
+            for party in parties:
+                if ill[depth + 1][party]:
+                    for below in range(depth + 1, len(groups)):
+                        for j in within(below, groups[depth + 1][party]):
+                            states[below][j] = dict(center)
+            well = [party for party in parties if not ill[depth + 1][party]]
+            ill[depth][i] = not well
+            for k in center:
+                rate = rates[depth](len(parties), k)
+                moves = {party: rate * (states[depth + 1][party][k] - center[k]) for party in well}
+                for party, move in moves.items():
+                    pulls.setdefault(party, {})[k] = move
+                moved = sum(moves.values())
+                if not depth:
+                    velocity[k] = moved = center_momentum * velocity[k] + moved
+                center[k] = center[k] + moved
         return pulls
 
+    def pull(depth: int, pulls: dict[int, State]) -> None:
+        for party, moves in pulls.items():
+            states[depth][party] = {k: states[depth][party][k] - moves[k] for k in moves}
+
     for t in range(steps):
-        pulls: dict[int, State] = {}
-        if t and t % tau == 0:
-            exchange()
-        if t and t % inside[0] == 0:
-            pulls = exchange_inside(t)
-        for i, own in enumerate(batches):
-            micro = own[t * accumulate : (t + 1) * accumulate]
-            if micro:
-                point = optimizers[i].gradient_point(workers[i])
-                gradients = [toy_gradient(point, batch) for batch in micro]
+        owed: dict[int, State] = {}
+        for depth, period in enumerate(periods):
+            pull(depth, owed)
+            owed = exchange(depth, t) if t and t % period == 0 else {}
+        for rank, optimizer in enumerate(optimizers):
+            if found := micro(rank, t):
+                point = optimizer.gradient_point(states[-1][rank])
+                gradients = [toy_gradient(point, batch) for batch in found]
                 mean = {k: sum(g[k] for g in gradients) / accumulate for k in point}
-                workers[i] = optimizers[i].step(workers[i], mean, t)
-        for rank, pull in pulls.items():
-            workers[rank] = {k: workers[rank][k] - pull[k] for k in pull}
+                states[-1][rank] = optimizer.step(states[-1][rank], mean, t)
+        pull(-1, owed)
     if final_exchange:
-        exchange_inside(steps)
-        exchange()
-    return center, middles, workers
+        for depth in reversed(range(len(periods))):
+            exchange(depth, steps)
+    return states[0][0], states[1:-1], states[-1]

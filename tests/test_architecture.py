@@ -19,6 +19,7 @@ LAYERS = [
     {"consensus", "drops", "leadership", "rates"},
     {"agreement", "contribution", "gradients"},
     {"transit"},
+    {"level"},
     {"tree"},
     {"exchange", "internals"},
     {"checkpoint", "checkpoint_io", "features", "options", "resuming", "signals"},

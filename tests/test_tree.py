@@ -39,6 +39,7 @@ class Case:
     optimizer: str = "nesterov"
     steps: int = 14
     accumulate: int = 1
+    epochs: int = 1
     missing: tuple[int, ...] = (0,)
     """Batches that each worker, in turn, has less than the others."""
     sick: tuple[tuple[int, int], ...] = ()
@@ -70,6 +71,7 @@ CASES = {
     "fewer batches, adamw": Case(missing=(6, 0, 9), optimizer="adamw"),
     "fewer batches in a whole group": Case(missing=(2, 9, 0, 0), steps=17),
     "fewer batches everywhere": Case(missing=(2, 9, 5, 0), steps=17),
+    "a group that goes on late": Case(missing=(0, 0, 8, 9), steps=11, epochs=2, optimizer="sgd"),
     "a poisoned worker": Case(optimizer="sgd", sick=((2, 8),)),
     "a poisoned worker between": Case(optimizer="sgd", sick=((1, 6),)),
     "a poisoned group": Case(optimizer="sgd", sick=((2, 6), (3, 6))),
@@ -94,12 +96,13 @@ def train(rank: int, workers: int, case: Case) -> Any:
     def on_train_epoch_end() -> None:
         own.update(weights(module))
         strategy._exchange.drain()
-        values = strategy._center.group_state()["center"].items()
+        values = strategy._center.group.values()["center"].items()
         middle.update({name: value.numpy().copy() for name, value in values})
 
     module.on_train_batch_end = on_train_batch_end
     module.on_train_epoch_end = on_train_epoch_end
-    fitting = trainer(workers, strategy, accumulate_grad_batches=case.accumulate)
+    options = {"max_epochs": case.epochs, "accumulate_grad_batches": case.accumulate}
+    fitting = trainer(workers, strategy, **options)
     fitting.fit(module, loader(rank, case.own(rank)))
     return weights(module), middle, own, strategy.telemetry
 
@@ -126,15 +129,18 @@ def rate_inside(case: Case) -> Callable[[int, str], float]:
 def expected(case: Case, workers: int) -> Any:
     groups = arrange(case.groups(workers), [0] * workers)
     data = [batches(rank, case.own(rank)) for rank in range(workers)]
+    if case.epochs > 1:
+        longest = max(map(len, data))
+        data = [(own + [None] * (longest - len(own))) * case.epochs for own in data]
     options = {"tau": 4, "beta": 0.9, **case.options}
     return reference.tree(
         initial_weights(),
         data,
         reference_optimizers(case.optimizer, lambda name, t: LR, workers),
-        groups,
+        [groups],
         tau=options["tau"],
         alpha=options.get("alpha", options["beta"] / len(groups)),
-        inside=(case.inside["tau"], rate_inside(case)),
+        inside=[(case.inside["tau"], rate_inside(case))],
         accumulate=case.accumulate,
         final_exchange=options.get("final_exchange", True),
         center_momentum=getattr(options.get("algorithm"), "center_momentum", 0.0),
@@ -156,7 +162,7 @@ def test_every_level_is_that_of_the_reference_before_the_last_exchange(
 ) -> None:
     case = CASES[name]
     options = {**case.options, "final_exchange": False}
-    _, middles, iterates = expected(replace(case, options=options), workers)
+    _, (middles,), iterates = expected(replace(case, options=options), workers)
     groups = arrange(case.groups(workers), [0] * workers)
     for rank, run in enumerate(trained(workers)):
         _, middle, own, _ = run[name]
@@ -237,7 +243,7 @@ def conserved(rank: int) -> Any:
         if batch_idx >= 5:
             module.trainer.optimizers[0].param_groups[0]["lr"] = 0.0
             center = strategy.center_state_dict()["w"].numpy()
-            middle = strategy._center.group_state()["center"]["w"].numpy()
+            middle = strategy._center.group.values()["center"]["w"].numpy()
             found.append([x.copy() for x in (module.w.detach().numpy(), middle, center)])
 
     module.on_train_batch_start = on_train_batch_start

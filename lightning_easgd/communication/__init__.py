@@ -13,7 +13,6 @@ from lightning_easgd.communication.header import (
     verify,
     verify_places,
 )
-from lightning_easgd.communication.inside import InsideAllReduce
 from lightning_easgd.communication.island import Island
 
 __all__ = [
@@ -24,7 +23,6 @@ __all__ = [
     "ExchangeError",
     "GroupedAllReduce",
     "Header",
-    "InsideAllReduce",
     "Int8",
     "Island",
     "Level",

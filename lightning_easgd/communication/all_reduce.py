@@ -1,4 +1,4 @@
-"""Sums over all workers that travel while training goes on."""
+"""Sums over all workers, or those of an island, that travel while training goes on."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_easgd.communication.background import Background
 from lightning_easgd.communication.group import WorkerGroup
 from lightning_easgd.communication.header import Header
+from lightning_easgd.communication.island import Island
 from lightning_easgd.flat import bucket_slices
 
 HEADER_BYTES = 8 * len(Header.__dataclass_fields__)
@@ -98,27 +99,45 @@ class PendingSum:
 
 
 class AllReduce:
-    """Sums lists of flat tensors over all workers, in buckets, in the background.
+    """Sums lists of flat tensors over workers, in buckets, in the background.
 
     Args:
-        group: the workers.
+        group: all workers.
         bucket_bytes: the most that one all-reduce carries, in bytes.
-        level: those of the workers that sum; None: all.
+        level: those of the workers that sum; None: all that take part.
+        within: the island whose members take part, which nothing else may go through; None: all
+            workers do.
+        groups: ranks of workers that take part in sums as one; none if each does by itself.
     """
 
     holds_back: bool = False
     """Whether a part of what is to be summed may be held back for the next exchange."""
 
     def __init__(
-        self, group: WorkerGroup, bucket_bytes: int, *, level: Level | None = None
+        self,
+        group: WorkerGroup,
+        bucket_bytes: int,
+        *,
+        level: Level | None = None,
+        within: Island | None = None,
+        groups: Sequence[Sequence[int]] = (),
     ) -> None:
         self.group = group
         self.bucket_bytes = bucket_bytes
+        self.within = within
+        """The island whose members take part, unless all workers do."""
         self.level: Level | WorkerGroup = level or group
-        self.ranks = list(range(group.size))
+        if within is not None and level is None:
+            self.level = Level(within.place, within.size, within.data)
+        self.ranks = within.ranks if within else list(range(group.size))
         """Of the workers whose headers are gathered, in the order of the headers."""
-        self.groups: list[list[int]] = []
-        """Ranks of workers that take part in sums as one; none if each does by itself."""
+        self.parties = _places(self.ranks, groups or [[rank] for rank in self.ranks])
+        """Workers that take part in sums as one, or each by itself, as places in :attr:`ranks`."""
+        place = self.ranks.index(group.rank)
+        self.party = next(i for i, places in enumerate(self.parties) if place in places)
+        """The number, in :attr:`parties`, of that with this worker."""
+        self.senders = [places[0] for places in self.parties]
+        """The places of the workers whose differences are summed."""
 
     def start(
         self,
@@ -169,22 +188,7 @@ class AllReduce:
     @property
     def control(self) -> dist.ProcessGroup | None:
         """Of the workers whose headers are gathered."""
-        return self.group.control
-
-    @property
-    def parties(self) -> list[list[int]]:
-        """Ranks of the workers of each group, or if there are none of each worker."""
-        return self.groups or [[rank] for rank in range(self.group.size)]
-
-    @property
-    def party(self) -> int:
-        """The number, in :attr:`parties`, of that with this worker."""
-        return next(i for i, ranks in enumerate(self.parties) if self.group.rank in ranks)
-
-    @property
-    def senders(self) -> list[int]:
-        """The ranks of the workers whose differences are summed."""
-        return [ranks[0] for ranks in self.parties]
+        return self.within.control if self.within else self.group.control
 
     def state(self) -> dict[str, Any]:
         """What is held back, for a checkpoint of this worker."""
@@ -216,3 +220,8 @@ class AllReduce:
                 assert work is not None
                 works.append(work)
         return works
+
+
+def _places(ranks: Sequence[int], groups: Iterable[Sequence[int]]) -> list[list[int]]:
+    places = {rank: place for place, rank in enumerate(ranks)}
+    return [[places[rank] for rank in members] for members in groups]

@@ -41,9 +41,10 @@ class GroupedAllReduce(AllReduce):
     Args:
         group: all workers.
         bucket_bytes: the most that one collective carries, in bytes.
-        groups: the ranks of every group, in ascending order; every worker is in one.
-        island: the group of this worker.
+        island: the group of this worker, among all groups.
         between: makes what sums over the first members of the groups, given them.
+        within: the larger island whose groups take part, and which holds them whole; None: all
+            groups do.
         agrees: whether members tell each other, before an exchange, what they bring.
 
     Raises:
@@ -55,21 +56,24 @@ class GroupedAllReduce(AllReduce):
         group: WorkerGroup,
         bucket_bytes: int,
         *,
-        groups: Sequence[Sequence[int]],
         island: Island,
         between: Callable[[Level], AllReduce],
+        within: Island | None = None,
         agrees: bool = True,
     ) -> None:
-        super().__init__(group, bucket_bytes)
-        self.groups = [list(ranks) for ranks in groups]
+        parts = within.islands if within else [list(range(group.size))]
+        groups = [_inside(part, island.islands) for part in parts]
+        mine = next(found for found in groups if island.ranks in found)
+        super().__init__(group, bucket_bytes, within=within, groups=mine)
         self._island = island
         self._agrees = agrees and island.size > 1
         self._leads = island.place == 0
-        firsts = group.split([self.senders], group.backend)
-        inside = Level(island.place, island.size, group.split(groups, group.backend))
+        senders = [[ranks[0] for ranks in found] for found in groups]
+        firsts = group.split(senders, group.backend)
+        data = group.split(island.islands, group.backend)
+        inside = Level(island.place, island.size, data)
         self._inside = AllReduce(group, bucket_bytes, level=inside)
-        number = self.groups.index(island.ranks)
-        self._between = between(Level(number, len(groups), firsts))
+        self._between = between(Level(self.party, len(mine), firsts))
         self.holds_back = self._between.holds_back
 
     @override
@@ -142,8 +146,8 @@ def make_all_reduce(
     codec: Codec | None,
     *,
     feedback: bool,
-    groups: Sequence[Sequence[int]],
     island: Island | None,
+    within: Island | None = None,
     agrees: bool = True,
 ) -> AllReduce:
     """What sums the differences of workers, or of groups of workers.
@@ -153,21 +157,20 @@ def make_all_reduce(
         bucket_bytes: the most that one collective carries, uncompressed.
         codec: how differences are written; None: as they are.
         feedback: whether a worker keeps what encoding lost in any case.
-        groups: the ranks of every group; none if every worker takes part by itself.
-        island: the group of this worker, if there are groups.
+        island: the group of this worker; None: every worker takes part by itself.
+        within: the island in which sums are made; None: among all workers.
         agrees: as of GroupedAllReduce.
     """
 
     def between(level: Level | None = None) -> AllReduce:
         if codec is None:
-            return AllReduce(group, bucket_bytes, level=level)
+            return AllReduce(group, bucket_bytes, level=level, within=within)
         return CompressedAllReduce(group, bucket_bytes, codec, feedback=feedback, level=level)
 
-    if not groups:
+    if island is None:
         return between()
-    assert island is not None
     return GroupedAllReduce(
-        group, bucket_bytes, groups=groups, island=island, between=between, agrees=agrees
+        group, bucket_bytes, island=island, between=between, within=within, agrees=agrees
     )
 
 
@@ -187,3 +190,7 @@ def _require_equal(ranks: Sequence[int], checksums: Sequence[int]) -> None:
             " manual_backward under manual optimization, log what ReduceLROnPlateau judges by with"
             " sync_dist=True, and put machines of different kinds into different groups."
         )
+
+
+def _inside(part: Sequence[int], groups: Iterable[list[int]]) -> list[list[int]]:
+    return [ranks for ranks in groups if ranks[0] in part]

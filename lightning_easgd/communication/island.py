@@ -34,7 +34,9 @@ class Island:
     def __init__(
         self, group: WorkerGroup, islands: Sequence[Sequence[int]], bucket_bytes: int
     ) -> None:
-        self.ranks = next(list(ranks) for ranks in islands if group.rank in ranks)
+        self.islands = [list(ranks) for ranks in islands]
+        """The ranks of every island, this one included."""
+        self.ranks = next(ranks for ranks in self.islands if group.rank in ranks)
         self.size = len(self.ranks)
         self.place = self.ranks.index(group.rank)
         """Of this worker in :attr:`ranks`."""
