@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from interrupted import stop_and_go_on
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
 from processes import Workers, run_workers
 from test_gradients import ADAMW, Gan
-from test_uneven_stops import ended
-from toy import Resumable, Toy, loader, trainer, weights
+from toy import Toy, loader, trainer, weights
 
 from lightning_easgd import EASGDStrategy
 from lightning_easgd.communication import liveness
@@ -87,25 +86,6 @@ def test_members_that_are_not_equal_any_more_are_told() -> None:
         assert "no longer hold equal weights (worker 0: checksum" in outcome.message
 
 
-def struck(rank: int, folder: Path, who: int | None, counts: list[int], resumes: bool) -> Any:
-    """SIGTERM to a worker before batch 8 of the first of two epochs; how the fit ended."""
-    module, strategy = Toy(ADAMW), EASGDStrategy(tau=4, groups=2)
-    pids: list[int] = []
-    module.on_train_start = lambda: pids.extend(strategy._group.gather(os.getpid()))
-    saving = ModelCheckpoint(folder, every_n_epochs=100, save_on_exception=True)
-    options = {"max_epochs": 2, "enable_checkpointing": True, "callbacks": [saving]}
-    fitting = trainer(4, strategy, **options)
-
-    def on_train_batch_start(batch: Any, batch_idx: int) -> None:
-        if who is not None and rank == 0 and (fitting.current_epoch, batch_idx) == (0, 8):
-            os.kill(pids[who], signal.SIGTERM)
-
-    module.on_train_batch_start = on_train_batch_start
-    path = next(folder.glob("*.ckpt")) if resumes else None
-    end = ended(fitting, module, Resumable(rank, counts[rank]), ckpt_path=path)
-    return end, {name: value.tobytes() for name, value in weights(module).items()}
-
-
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
 @pytest.mark.parametrize(
     ("who", "counts", "within"),
@@ -115,16 +95,9 @@ def struck(rank: int, folder: Path, who: int | None, counts: list[int], resumes:
 def test_a_signal_to_any_member_stops_all_and_they_go_on_bit_for_bit(
     who: int, counts: list[int], within: set[int], tmp_path: Path
 ) -> None:
-    stopped = run_workers(struck, tmp_path, who, counts, False, workers=4)
-    assert {error for (error, _), _ in stopped} == {"SIGTERMException"}
-    taken = stopped[0][0][1]
+    taken, own = stop_and_go_on(tmp_path, {"tau": 4, "groups": 2}, counts, who)
     assert taken in within
-    assert [steps for (_, steps), _ in stopped] == [min(taken, count) for count in counts]
-    assert stopped[0][1] == stopped[1][1] != stopped[2][1] == stopped[3][1]
-    resumed = run_workers(struck, tmp_path, None, counts, True, workers=4)
-    straight = run_workers(struck, tmp_path / "straight", None, counts, False, workers=4)
-    assert [error for (error, _), _ in resumed] == [None] * 4
-    assert [own for _, own in resumed] == [own for _, own in straight]
+    assert own[0] == own[1] != own[2] == own[3]
 
 
 def enough(rank: int) -> Any:

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from interrupted import stop_and_go_on
 from lightning.pytorch.callbacks import ModelCheckpoint
 from processes import Workers, run_workers
 from test_gradients import ADAMW
 from test_groups import Noisy, bits
 from test_nested import middles
-from test_uneven_stops import ended
 from toy import Resumable, Toy, loader, trainer, weights
 
 from lightning_easgd import EASGDStrategy, Groups
@@ -159,38 +159,12 @@ def test_a_member_of_an_inner_group_that_is_killed_is_named_to_all_workers(
         assert "Worker 5 gave no sign of life" in outcome.message
 
 
-def struck(rank: int, folder: Path, strikes: bool, resumes: bool) -> Any:
-    """SIGTERM to worker 2, which stands still, before batch 8 of the first of two epochs."""
-    counts = [22, 5, 5, 9, 22, 20]
-    module, strategy = Toy(ADAMW), EASGDStrategy(tau=4, groups=NEST)
-    pids: list[int] = []
-    module.on_train_start = lambda: pids.extend(strategy._group.gather(os.getpid()))
-    saving = ModelCheckpoint(folder, every_n_epochs=100, save_on_exception=True)
-    options = {"max_epochs": 2, "enable_checkpointing": True, "callbacks": [saving]}
-    fitting = trainer(WORKERS, strategy, **options)
-
-    def on_train_batch_start(batch: Any, batch_idx: int) -> None:
-        if strikes and rank == 0 and (fitting.current_epoch, batch_idx) == (0, 8):
-            os.kill(pids[2], signal.SIGTERM)
-
-    module.on_train_batch_start = on_train_batch_start
-    path = next(folder.glob("*.ckpt")) if resumes else None
-    end = ended(fitting, module, Resumable(rank, counts[rank]), ckpt_path=path)
-    return end, bits(weights(module))
-
-
 def test_a_signal_to_one_that_stands_still_stops_all_and_they_go_on_bit_for_bit(
     tmp_path: Path,
 ) -> None:
-    stopped = run_workers(struck, tmp_path, True, False, workers=WORKERS)
-    assert {error for (error, _), _ in stopped} == {"SIGTERMException"}
-    taken = stopped[0][0][1]
+    counts = [22, 5, 5, 9, 22, 20]
+    taken, _ = stop_and_go_on(tmp_path, {"tau": 4, "groups": NEST}, counts, who=2)
     assert taken in {9, 13, 17}
-    assert [steps for (_, steps), _ in stopped] == [min(taken, n) for n in (22, 5, 5, 9, 22, 20)]
-    resumed = run_workers(struck, tmp_path, False, True, workers=WORKERS)
-    straight = run_workers(struck, tmp_path / "straight", False, False, workers=WORKERS)
-    assert [error for (error, _), _ in resumed + straight] == [None] * 2 * WORKERS
-    assert [own for _, own in resumed] == [own for _, own in straight]
 
 
 def refused(rank: int) -> None:

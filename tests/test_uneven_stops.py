@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
+from interrupted import ended
 from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from processes import run_workers
 from toy import Resumable, Toy, loader, trainer, weights
@@ -21,15 +21,6 @@ from lightning_easgd.communication import Place
 from lightning_easgd.exchange import Exchange
 
 SGD = partial(torch.optim.SGD, lr=0.1)
-
-
-def ended(fitting: pl.Trainer, *arguments: Any, **options: Any) -> tuple[str | None, int]:
-    """How a fit ended, and after how many steps of this worker."""
-    try:
-        fitting.fit(*arguments, **options)
-    except BaseException as error:
-        return type(error).__name__, fitting.global_step
-    return None, fitting.global_step
 
 
 def struck(rank: int, counts: list[int], who: int, at: int, options: dict[str, Any]) -> Any:
