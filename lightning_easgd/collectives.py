@@ -80,7 +80,7 @@ class CollectiveStrategy(DDPStrategy):
 
         None if there are no groups; all workers must call it.
         """
-        groups = self.options.tied or self.options.members
+        groups = self.options.groups
         return arrange_levels(groups, self._collect(self.node_rank) if groups else [])
 
     def _gathered(self) -> bool:

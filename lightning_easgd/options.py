@@ -30,10 +30,8 @@ class Options:
     """Everything that the workers must have in common for their exchanges."""
 
     rules: Rules
-    members: Members | None
+    groups: Members | Groups | None
     """Who forms a group; None: every worker takes part in exchanges by itself."""
-    tied: Groups | None
-    """Groups with centers of their own; None: there are none, or they average gradients."""
     codec: Codec | None
     buffers: BufferPolicy
     averaging: CenterAverage | None
@@ -79,7 +77,7 @@ class Options:
         require_bools(final_exchange=final_exchange)
         require_choice("center_device", center_device, ("cpu", None))
         fragments = require_count("fragments", fragments, "parts of the model")
-        members = require_groups(groups.members if isinstance(groups, Groups) else groups)
+        groups = groups if isinstance(groups, Groups) else require_groups(groups)
         rule = choose_rule(algorithm)
         tau = rule.default_tau if tau is None else tau
         objection = rule.objection(tau=tau, fragments=fragments, compression=compression)
@@ -112,8 +110,7 @@ class Options:
                 elastic_point=elastic_point or ("parameter" if rule.restarts else "iterate"),
                 algorithm=rule,
             ),
-            members=members,
-            tied=groups if isinstance(groups, Groups) else None,
+            groups=groups,
             codec=codec,
             buffers=buffers,
             averaging=choose_average(center_average),
@@ -121,6 +118,11 @@ class Options:
             final_exchange=final_exchange,
             bucket_bytes=require_count("bucket_bytes", bucket_bytes, "bytes"),
         )
+
+    @property
+    def tied(self) -> Groups | None:
+        """Groups with centers of their own; None: there are none, or they average gradients."""
+        return self.groups if isinstance(self.groups, Groups) else None
 
     def lines(self) -> list[str]:
         """What must be equal on all workers, a line each; callables can't be compared."""
@@ -133,7 +135,7 @@ class Options:
             f"final_exchange={self.final_exchange}",
             f"compression={self.codec}",
             f"fragments={self.rules.period.fragments}",
-            f"groups={self.tied or self.members}",
+            f"groups={self.groups}",
             f"center_device={'cpu' if self.offload else None}",
             f"center_average={self.averaging}",
             f"bucket_bytes={self.bucket_bytes}",

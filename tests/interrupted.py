@@ -1,19 +1,25 @@
-"""Training that a signal to one worker stops, and that then goes on."""
+"""Training that one worker interrupts: by a signal, alone, or by its death."""
 
 from __future__ import annotations
 
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import pytest
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from processes import run_workers
+from processes import Workers, run_workers
 from test_gradients import ADAMW
-from toy import Resumable, Toy, trainer, weights
+from toy import Resumable, Toy, bits, loader, trainer, weights
 
 from lightning_easgd import EASGDStrategy
+from lightning_easgd.communication import liveness
+
+SGD = partial(torch.optim.SGD, lr=0.1)
 
 
 def ended(fitting: pl.Trainer, *arguments: Any, **options: Any) -> tuple[str | None, int]:
@@ -48,6 +54,55 @@ def stop_and_go_on(
     return taken, [own for _, own in stopped]
 
 
+def stop_alone(options: dict[str, Any]) -> list[int]:
+    """Of 4 workers, worker 1 alone says after 6 steps that it is enough; all have one center then.
+
+    Returns:
+        Steps that each worker took.
+    """
+    results = run_workers(_enough, options, workers=4)
+    assert all(center == results[0][1] for _, center in results)
+    return [steps for steps, _ in results]
+
+
+def kill_one(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], counts: list[int], who: int, at: int
+) -> None:
+    """SIGKILL to a worker before its batch ``at``, of so many batches each: all others name it."""
+    monkeypatch.setattr(liveness, "_PERIOD_SECONDS", 0.3)
+    monkeypatch.setattr(liveness, "_PATIENCE_SECONDS", 1.5)
+    options = {**options, "exchange_timeout": 5}
+    with Workers(_killed, options, counts, who, at, workers=len(counts)) as group:
+        outcomes = group.collect(60, without=who)
+    for outcome in outcomes:
+        assert outcome.error == "ExchangeError", outcome
+        assert f"Worker {who} gave no sign of life" in outcome.message
+
+
+def _enough(rank: int, options: dict[str, Any]) -> Any:
+    module = Toy(SGD)
+
+    def on_train_batch_end(outputs: Any, batch: Any, batch_idx: int) -> None:
+        if rank == 1 and batch_idx == 5:
+            module.trainer.should_stop = True
+
+    module.on_train_batch_end = on_train_batch_end
+    fitting = trainer(4, EASGDStrategy(**options), max_epochs=3)
+    fitting.fit(module, loader(rank, 30))
+    return fitting.global_step, bits(weights(module))
+
+
+def _killed(rank: int, options: dict[str, Any], counts: list[int], who: int, at: int) -> None:
+    module = Toy(SGD)
+
+    def on_train_batch_start(batch: Any, batch_idx: int) -> None:
+        if rank == who and batch_idx == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    module.on_train_batch_start = on_train_batch_start
+    trainer(len(counts), EASGDStrategy(**options)).fit(module, loader(rank, counts[rank]))
+
+
 def _fit(
     rank: int,
     folder: Path,
@@ -70,4 +125,4 @@ def _fit(
     module.on_train_batch_start = on_train_batch_start
     path = next(folder.glob("*.ckpt")) if resumes else None
     end = ended(fitting, module, Resumable(rank, counts[rank]), ckpt_path=path)
-    return end, {name: value.tobytes() for name, value in weights(module).items()}
+    return end, bits(weights(module))

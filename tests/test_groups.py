@@ -20,7 +20,7 @@ from processes import run_workers
 from test_exchange import WithNorm
 from test_gradients import ADAMW
 from test_reference import LR, OPTIMIZERS, reference_optimizers
-from toy import Resumable, Toy, batches, initial_weights, loader, trainer, weights
+from toy import Resumable, Toy, batches, bits, initial_weights, loader, trainer, weights
 
 from lightning_easgd import (
     EASGD,
@@ -192,10 +192,6 @@ def test_a_group_is_one_worker_with_the_batches_of_its_members(workers: int, nam
     for got, *_ in [run[name] for run in trained(workers)]:
         for key, value in got.items():
             np.testing.assert_allclose(value, center[key], rtol=1e-9, atol=1e-11)
-
-
-def bits(state: Any) -> Any:
-    return {key: value.tobytes() for key, value in state.items()}
 
 
 @pytest.mark.parametrize(("workers", "name"), RUNS)

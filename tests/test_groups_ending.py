@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from interrupted import stop_and_go_on
+from interrupted import kill_one, stop_alone, stop_and_go_on
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from processes import Workers, run_workers
+from processes import run_workers
 from test_gradients import ADAMW, Gan
-from toy import Toy, loader, trainer, weights
+from toy import Toy, loader, trainer
 
 from lightning_easgd import EASGDStrategy
-from lightning_easgd.communication import liveness
 from lightning_easgd.groups import arrange
 
 SGD = partial(torch.optim.SGD, lr=0.1)
-
-
-def killed(rank: int, who: int) -> None:
-    module = Toy(SGD)
-
-    def on_train_batch_start(batch: Any, batch_idx: int) -> None:
-        if rank == who and batch_idx == 6:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    module.on_train_batch_start = on_train_batch_start
-    trainer(4, EASGDStrategy(tau=4, groups=2, exchange_timeout=5)).fit(module, loader(rank, 24))
 
 
 @pytest.mark.parametrize("who", [2, 3], ids=["first", "second"])
@@ -39,13 +25,7 @@ def test_a_member_that_is_killed_is_named_to_all_workers(
     who: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that sends to the other group, and one that does not."""
-    monkeypatch.setattr(liveness, "_PERIOD_SECONDS", 0.3)
-    monkeypatch.setattr(liveness, "_PATIENCE_SECONDS", 1.5)
-    with Workers(killed, who, workers=4) as group:
-        outcomes = group.collect(60, without=who)
-    for outcome in outcomes:
-        assert outcome.error == "ExchangeError", outcome
-        assert f"Worker {who} gave no sign of life" in outcome.message
+    kill_one(monkeypatch, {"tau": 4, "groups": 2}, [24] * 4, who, at=6)
 
 
 def apart(rank: int) -> None:
@@ -100,24 +80,8 @@ def test_a_signal_to_any_member_stops_all_and_they_go_on_bit_for_bit(
     assert own[0] == own[1] != own[2] == own[3]
 
 
-def enough(rank: int) -> Any:
-    """Worker 1 alone says that it is enough, after 6 steps."""
-    module = Toy(SGD)
-
-    def on_train_batch_end(outputs: Any, batch: Any, batch_idx: int) -> None:
-        if rank == 1 and batch_idx == 5:
-            module.trainer.should_stop = True
-
-    module.on_train_batch_end = on_train_batch_end
-    fitting = trainer(4, EASGDStrategy(tau=4, groups=2), max_epochs=3)
-    fitting.fit(module, loader(rank, 30))
-    return fitting.global_step, {name: v.tobytes() for name, v in weights(module).items()}
-
-
 def test_who_stops_alone_in_a_group_waits_for_all_others() -> None:
-    results = run_workers(enough, workers=4)
-    assert [steps for steps, _ in results] == [13, 6, 13, 13]
-    assert all(center == results[0][1] for _, center in results)
+    assert stop_alone({"tau": 4, "groups": 2}) == [13, 6, 13, 13]
 
 
 def refused(rank: int) -> None:

@@ -19,8 +19,8 @@ import reference
 import torch
 from processes import run_workers
 from test_reference import LR, OPTIMIZERS, reference_optimizers
-from test_tree import Thawing, bits
-from toy import Toy, batches, initial_weights, loader, trainer, weights
+from test_tree import Thawing
+from toy import Toy, batches, bits, initial_weights, loader, trainer, weights
 
 from lightning_easgd import EASGD, EASGDStrategy, Groups
 from lightning_easgd.communication import Header

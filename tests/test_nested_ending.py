@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import warnings
 from functools import partial
 from pathlib import Path
@@ -11,16 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from interrupted import stop_and_go_on
+from interrupted import kill_one, stop_and_go_on
 from lightning.pytorch.callbacks import ModelCheckpoint
-from processes import Workers, run_workers
+from processes import run_workers
 from test_gradients import ADAMW
-from test_groups import Noisy, bits
+from test_groups import Noisy
 from test_nested import middles
-from toy import Resumable, Toy, loader, trainer, weights
+from toy import Resumable, Toy, bits, loader, trainer, weights
 
 from lightning_easgd import EASGDStrategy, Groups
-from lightning_easgd.communication import liveness
 from lightning_easgd.groups import arrange_levels
 
 SGD = partial(torch.optim.SGD, lr=0.1)
@@ -130,33 +127,14 @@ def test_groups_that_cannot_go_on_start_at_the_center_above(tmp_path: Path) -> N
         assert all(level == before[0][1][0] for level in lost[rank][1])
 
 
-def killed(rank: int, who: int, counts: list[int]) -> None:
-    module = Toy(SGD)
-
-    def on_train_batch_start(batch: Any, batch_idx: int) -> None:
-        if rank == who and batch_idx == 7:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    module.on_train_batch_start = on_train_batch_start
-    groups = Groups(OUTER, tau=4, inside=Groups(INNER, tau=2))
-    trainer(WORKERS, EASGDStrategy(tau=16, groups=groups, exchange_timeout=5)).fit(
-        module, loader(rank, counts[rank])
-    )
-
-
 @pytest.mark.parametrize(
     "counts", [[40] * WORKERS, [40, 3, 3, 3, 40, 40]], ids=["all train", "groups stand still"]
 )
 def test_a_member_of_an_inner_group_that_is_killed_is_named_to_all_workers(
     counts: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(liveness, "_PERIOD_SECONDS", 0.3)
-    monkeypatch.setattr(liveness, "_PATIENCE_SECONDS", 1.5)
-    with Workers(killed, 5, counts, workers=WORKERS) as group:
-        outcomes = group.collect(60, without=5)
-    for outcome in outcomes:
-        assert outcome.error == "ExchangeError", outcome
-        assert "Worker 5 gave no sign of life" in outcome.message
+    groups = Groups(OUTER, tau=4, inside=Groups(INNER, tau=2))
+    kill_one(monkeypatch, {"tau": 16, "groups": groups}, counts, who=5, at=7)
 
 
 def test_a_signal_to_one_that_stands_still_stops_all_and_they_go_on_bit_for_bit(

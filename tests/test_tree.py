@@ -19,7 +19,7 @@ import torch
 from processes import run_workers
 from test_exchange import WithNorm
 from test_reference import LR, OPTIMIZERS, reference_optimizers
-from toy import Toy, batches, initial_weights, loader, trainer, weights
+from toy import Toy, batches, bits, initial_weights, loader, trainer, weights
 
 from lightning_easgd import EASGD, EASGDStrategy, Groups
 from lightning_easgd.communication import Header
@@ -171,10 +171,6 @@ def test_every_level_is_that_of_the_reference_before_the_last_exchange(
             np.testing.assert_allclose(value, middles[number][key], rtol=1e-9, atol=1e-11)
             if case.optimizer != "nesterov":  # whose parameter is the look-ahead point
                 np.testing.assert_allclose(own[key], iterates[rank][key], rtol=1e-9, atol=1e-11)
-
-
-def bits(state: Any) -> Any:
-    return {key: value.tobytes() for key, value in state.items()}
 
 
 @pytest.mark.parametrize(("workers", "name"), RUNS)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import warnings
 from functools import partial
 from pathlib import Path
@@ -11,15 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from interrupted import stop_and_go_on
+from interrupted import kill_one, stop_alone, stop_and_go_on
 from lightning.pytorch.callbacks import ModelCheckpoint
-from processes import Workers, run_workers
+from processes import run_workers
 from test_gradients import ADAMW
-from test_groups import Noisy, bits
-from toy import Resumable, Toy, loader, trainer, weights
+from test_groups import Noisy
+from toy import Resumable, Toy, bits, loader, trainer, weights
 
 from lightning_easgd import Cosine, EASGDStrategy, Groups, NonFiniteError
-from lightning_easgd.communication import liveness
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 TREE = {"tau": 4, "groups": Groups([[0, 3], [1, 2]], tau=2)}
@@ -95,29 +92,11 @@ def test_groups_that_cannot_go_on_together_start_at_the_center(tmp_path: Path) -
         assert len({own[rank] for rank in at_center}) <= 1
 
 
-def killed(rank: int, who: int) -> None:
-    module = Toy(SGD)
-
-    def on_train_batch_start(batch: Any, batch_idx: int) -> None:
-        if rank == who and batch_idx == 7:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    module.on_train_batch_start = on_train_batch_start
-    options = {"tau": 8, "groups": Groups(2, tau=2), "exchange_timeout": 5}
-    trainer(4, EASGDStrategy(**options)).fit(module, loader(rank, 24))
-
-
 @pytest.mark.parametrize("who", [2, 3], ids=["first", "second"])
 def test_a_member_that_is_killed_is_named_to_all_workers(
     who: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(liveness, "_PERIOD_SECONDS", 0.3)
-    monkeypatch.setattr(liveness, "_PATIENCE_SECONDS", 1.5)
-    with Workers(killed, who, workers=4) as group:
-        outcomes = group.collect(60, without=who)
-    for outcome in outcomes:
-        assert outcome.error == "ExchangeError", outcome
-        assert f"Worker {who} gave no sign of life" in outcome.message
+    kill_one(monkeypatch, {"tau": 8, "groups": Groups(2, tau=2)}, [24] * 4, who, at=7)
 
 
 @pytest.mark.parametrize(
@@ -132,24 +111,8 @@ def test_a_signal_to_any_member_stops_all_and_they_go_on_bit_for_bit(
     assert taken in within
 
 
-def enough(rank: int) -> Any:
-    """Worker 1 alone says that it is enough, after 6 steps."""
-    module = Toy(SGD)
-
-    def on_train_batch_end(outputs: Any, batch: Any, batch_idx: int) -> None:
-        if rank == 1 and batch_idx == 5:
-            module.trainer.should_stop = True
-
-    module.on_train_batch_end = on_train_batch_end
-    fitting = trainer(4, EASGDStrategy(**TREE), max_epochs=3)
-    fitting.fit(module, loader(rank, 30))
-    return fitting.global_step, bits(weights(module))
-
-
 def test_who_stops_alone_in_a_group_waits_for_all_others() -> None:
-    results = run_workers(enough, workers=4)
-    assert [steps for steps, _ in results] == [13, 6, 13, 13]
-    assert all(center == results[0][1] for _, center in results)
+    assert stop_alone(TREE) == [13, 6, 13, 13]
 
 
 def poisoned(rank: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -120,3 +120,8 @@ def trainer(workers: int, strategy: Any, **options: Any) -> pl.Trainer:
 def weights(module: nn.Module) -> dict[str, np.ndarray]:
     """A copy of the parameters as float64 arrays."""
     return {n: p.detach().double().numpy().copy() for n, p in module.named_parameters()}
+
+
+def bits(state: Mapping[str, np.ndarray]) -> dict[str, bytes]:
+    """Of every array, to compare exactly."""
+    return {name: value.tobytes() for name, value in state.items()}
