@@ -28,6 +28,9 @@ from lightning_easgd.communication.codecs import Codec
 from lightning_easgd.communication.group import WorkerGroup
 from lightning_easgd.flat import bucket_slices
 
+# Its name since torch 2.14, which warns of the old one.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class Owned:
     """A bucket of a tensor of differences, of which every worker owns an equal share.
@@ -224,7 +227,7 @@ class CompressedAllReduce(AllReduce):
         differences = list(payload.differences.values())
         works = self.sum(payload.statistics)
         if self._codec.block is None:
-            arrivals = [self._begin(dist.all_gather_into_tensor, wire) for wire in wires]
+            arrivals = [self._begin(_all_gather, wire) for wire in wires]
             for tensor, arrival in zip(differences, arrivals, strict=True):
                 tensor.zero_()
                 self._add_rows(arrival(), tensor)
@@ -236,7 +239,7 @@ class CompressedAllReduce(AllReduce):
             ]
             arrivals = [self._begin(dist.all_to_all_single, wire) for wire in wires]
             returns = [
-                self._begin(dist.all_gather_into_tensor, self._add_up(bucket, arrival()))
+                self._begin(_all_gather, self._add_up(bucket, arrival()))
                 for (_, bucket), arrival in zip(buckets, arrivals, strict=True)
             ]
             for (tensor, bucket), returned in zip(buckets, returns, strict=True):
