@@ -135,7 +135,7 @@ def test_resuming_with_something_held_back_goes_on_bit_for_bit(codec: Any, tmp_p
 
 def test_what_is_held_back_survives_a_checkpoint_before_the_first_exchange() -> None:
     class Alone:
-        rank, size = 0, 1
+        rank, size, data = 0, 1, None
 
     saved = CompressedAllReduce(Alone(), 2**20, Int8())
     saved._accounts_of(Payload({"w": torch.ones(3)}))[0].unsent.fill_(0.5)

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_easgd.communication.background import Background
-from lightning_easgd.communication.group import WorkerGroup
+from lightning_easgd.communication.group import Work, WorkerGroup
 from lightning_easgd.communication.header import Header
 from lightning_easgd.communication.island import Island
+from lightning_easgd.communication.ring import Ring
 from lightning_easgd.flat import bucket_slices
 
 HEADER_BYTES = 8 * len(Header.__dataclass_fields__)
@@ -43,6 +43,15 @@ class Level:
     """How many they are."""
     data: dist.ProcessGroup | None
     """Theirs; None if this worker is not one of them, and so never sums."""
+    ring: Ring | None = None
+    """Sums what lies in host memory; None: the process group does."""
+
+
+def level_of(group: WorkerGroup, within: Island | None) -> Level:
+    """All members of an island or, without one, all workers."""
+    if within is not None:
+        return Level(within.place, within.size, within.data)
+    return Level(group.rank, group.size, group.data)
 
 
 class PendingSum:
@@ -66,7 +75,7 @@ class PendingSum:
         what: str,
     ) -> None:
         self.what = what
-        self.parts: list[tuple[dist.Work | Background, bool]] = []
+        self.parts: list[tuple[Work, bool]] = []
         """Each brings a part of the sums; and whether it can be watched, see WorkerGroup.wait."""
         self._header_work = header_work
         self._headers = headers
@@ -126,9 +135,7 @@ class AllReduce:
         self.bucket_bytes = bucket_bytes
         self.within = within
         """The island whose members take part, unless all workers do."""
-        self.level: Level | WorkerGroup = level or group
-        if within is not None and level is None:
-            self.level = Level(within.place, within.size, within.data)
+        self.level = level or level_of(group, within)
         self.ranks = within.ranks if within else list(range(group.size))
         """Of the workers whose headers are gathered, in the order of the headers."""
         self.parties = _places(self.ranks, groups or [[rank] for rank in self.ranks])
@@ -211,14 +218,21 @@ class AllReduce:
         payload = sum(tensor.nbytes for tensor in tensors)
         return 2 * (self.level.size - 1) * payload // self.level.size
 
-    def sum(self, tensors: Iterable[Tensor]) -> list[dist.Work]:
+    def sum(self, tensors: Iterable[Tensor]) -> list[Work]:
         """Start to sum flat tensors in place."""
-        works = []
-        for tensor in tensors:
-            for bucket in bucket_slices(tensor.numel(), tensor.itemsize, self.bucket_bytes):
-                work = dist.all_reduce(tensor[bucket], group=self.level.data, async_op=True)
-                assert work is not None
-                works.append(work)
+        buckets = [
+            tensor[bucket]
+            for tensor in tensors
+            for bucket in bucket_slices(tensor.numel(), tensor.itemsize, self.bucket_bytes)
+        ]
+        ring = self.level.ring
+        if ring is not None and all(bucket.device.type == "cpu" for bucket in buckets):
+            return [ring.sum_(buckets)] if buckets else []
+        works: list[Work] = []
+        for bucket in buckets:
+            work = dist.all_reduce(bucket, group=self.level.data, async_op=True)
+            assert work is not None
+            works.append(work)
         return works
 
 

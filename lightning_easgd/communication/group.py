@@ -13,7 +13,9 @@ from __future__ import annotations
 import ctypes
 import itertools
 import pickle
+import sys
 import time
+import warnings
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from functools import partial
@@ -27,6 +29,11 @@ from torch.distributed import distributed_c10d
 from lightning_easgd.communication.background import Background
 from lightning_easgd.communication.header import ExchangeError
 from lightning_easgd.communication.liveness import Liveness
+from lightning_easgd.communication.neighbours import make_ring
+from lightning_easgd.communication.ring import Ring, RingSum
+
+Work = dist.Work | Background | RingSum
+"""What goes on beside training and can be waited for."""
 
 _NEVER = timedelta(days=30)
 _numbers = itertools.count()
@@ -65,6 +72,7 @@ class WorkerGroup:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._abandoned = False
         self._parts: list[dist.ProcessGroup] = []
+        self._rings: list[Ring] = []
         self._lightnings_timeout = lightnings_timeout
         self._timeout = lightnings_timeout.total_seconds()
         self._liveness = Liveness(self.rank, self.size, f"workers-{next(_numbers)}")
@@ -112,6 +120,33 @@ class WorkerGroup:
         self._parts += found
         return found[0] if found else None
 
+    def connect(self, members: dist.ProcessGroup | None) -> Ring | None:
+        """Connect the members of a process group in a ring; all of them must call it.
+
+        Args:
+            members: a group that sums and that this worker is in; None: it is in none.
+
+        Returns:
+            None if they sum without one: there is one member, sums are of an accelerator's, or they
+            cannot reach each other, which is said.
+
+        Raises:
+            ExchangeError: a worker left or did not come in time.
+        """
+        if members is None or members.size() == 1 or not self.polls:
+            return None
+        ring = make_ring(members.rank(), members.size(), partial(self.gather, among=members))
+        if ring is not None:
+            self._rings.append(ring)
+        elif members.rank() == 0 and sys.platform == "linux":
+            warnings.warn(
+                "The workers could not connect to each other directly, so their sums go through"
+                " gloo, which takes more of the processors from training. Let them reach each"
+                " other's TCP ports, or name the network that joins them: GLOO_SOCKET_IFNAME=eth0.",
+                stacklevel=2,
+            )
+        return ring
+
     def broadcast_(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite tensors with those of worker 0."""
         for tensor in tensors:
@@ -125,25 +160,30 @@ class WorkerGroup:
                 self.wait(work, "Making the workers equal", poll=self.polls)
                 tensor.detach().copy_(data.view(values.dtype).view(values.shape))
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: Any, *, among: dist.ProcessGroup | None = None) -> list[Any]:
         """A small picklable value of every worker, in rank order.
+
+        Args:
+            value: of this worker.
+            among: the workers, if not all; over gloo.
 
         Raises:
             ExchangeError: a worker left or did not answer in time.
         """
         mine = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-        sizes = self._gather_tensors(torch.tensor([mine.numel()]))
+        sizes = self._gather_tensors(torch.tensor([mine.numel()]), among)
         padded = torch.zeros(int(max(sizes)), dtype=torch.uint8)
         padded[: mine.numel()] = mine
-        everybody = self._gather_tensors(padded)
+        everybody = self._gather_tensors(padded, among)
         return [
             pickle.loads(bytes(data[: int(size)].tolist()))
             for data, size in zip(everybody, sizes, strict=True)
         ]
 
-    def _gather_tensors(self, mine: Tensor) -> list[Tensor]:
-        everybody = [torch.empty_like(mine) for _ in range(self.size)]
-        work = dist.all_gather(everybody, mine, group=self.control, async_op=True)
+    def _gather_tensors(self, mine: Tensor, among: dist.ProcessGroup | None) -> list[Tensor]:
+        group = among or self.control
+        everybody = [torch.empty_like(mine) for _ in range(group.size())]
+        work = dist.all_gather(everybody, mine, group=group, async_op=True)
         assert work is not None
         self.wait(work, "An agreement between the workers")
         return everybody
@@ -204,9 +244,7 @@ class WorkerGroup:
         if gloos or isinstance(error, dist.DistError):
             error.args = (f"{error} {self._liveness.judge()}",)
 
-    def wait(
-        self, work: dist.Work | Background, what: str, *, poll: bool = True, patiently: bool = False
-    ) -> None:
+    def wait(self, work: Work, what: str, *, poll: bool = True, patiently: bool = False) -> None:
         """Wait for a collective.
 
         Args:
@@ -233,7 +271,7 @@ class WorkerGroup:
                 waited = time.monotonic() - began
                 time.sleep(min(_SLOWEST_POLL_SECONDS, max(_POLL_SECONDS, waited / 50)))
             work.wait()
-        except (RuntimeError, TimeoutError) as error:
+        except (RuntimeError, OSError) as error:
             raise ExchangeError(
                 f"{what} could not be completed. {self._liveness.judge()} Look for their errors"
                 f" first; then resume from the last checkpoint. ({error})"
@@ -268,6 +306,7 @@ class WorkerGroup:
         are kept for as long as the process lives, the shutdown of the interpreter included.
         """
         self._liveness.stop(reason)
+        self._close_rings()
         self._abandoned = True
         for group in self._groups():
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
@@ -277,8 +316,13 @@ class WorkerGroup:
         _set_default_timeout(self._lightnings_timeout)
         if not self._abandoned:
             self._liveness.stop()
+            self._close_rings()
             for group in self._groups():
                 dist.destroy_process_group(group)
+
+    def _close_rings(self) -> None:
+        while self._rings:
+            self._rings.pop().close()
 
     def _groups(self) -> list[dist.ProcessGroup]:
         return [*dict.fromkeys([self.control, self.data, self._guests, *self._parts])]

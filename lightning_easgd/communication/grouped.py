@@ -9,6 +9,7 @@ thread, since a sum must have arrived before it is passed on.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,11 +23,12 @@ from lightning_easgd.communication.all_reduce import (
     Level,
     Payload,
     PendingSum,
+    level_of,
 )
 from lightning_easgd.communication.background import Background
 from lightning_easgd.communication.codecs import Codec
 from lightning_easgd.communication.compressed import CompressedAllReduce
-from lightning_easgd.communication.group import WorkerGroup
+from lightning_easgd.communication.group import Work, WorkerGroup
 from lightning_easgd.communication.header import ExchangeError
 from lightning_easgd.communication.island import Island
 from lightning_easgd.flat import bucket_slices
@@ -123,7 +125,7 @@ class GroupedAllReduce(AllReduce):
         between, _ = self._between.sum_bytes(payload, last=last) if self._leads else (0, 0)
         return between + inside, inside
 
-    def _travel(self, between: Sequence[dist.Work | Background], payload: Payload) -> None:
+    def _travel(self, between: Sequence[Work], payload: Payload) -> None:
         """Bring the sums to all members; the same collectives on all of them."""
         statistics = payload.statistics
         _finish(self._inside.sum(statistics))
@@ -162,19 +164,20 @@ def make_all_reduce(
         agrees: as of GroupedAllReduce.
     """
 
-    def between(level: Level | None = None) -> AllReduce:
+    def between(level: Level) -> AllReduce:
+        level = replace(level, ring=group.connect(level.data))
         if codec is None:
             return AllReduce(group, bucket_bytes, level=level, within=within)
         return CompressedAllReduce(group, bucket_bytes, codec, feedback=feedback, level=level)
 
     if island is None:
-        return between()
+        return between(level_of(group, within))
     return GroupedAllReduce(
         group, bucket_bytes, island=island, between=between, within=within, agrees=agrees
     )
 
 
-def _finish(works: Iterable[dist.Work | None]) -> None:
+def _finish(works: Iterable[Work | None]) -> None:
     for work in list(works):  # all of them begin before the first is waited for
         assert work is not None
         work.wait()

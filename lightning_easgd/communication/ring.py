@@ -1,0 +1,185 @@
+"""Sums of tensors in host memory, around a ring of connections, that leave training alone.
+
+[Note: ring] Each of p workers sends to the next one and receives from the one before. A tensor is
+cut into p chunks. In p-1 steps every chunk goes around and each worker adds its own part; in p-1
+more the sums go around. So each worker moves 2 (p-1)/p of the tensor, however many there are
+(Patarasuk and Yuan 2009), and as one worker makes the sum of a chunk, all get the same bits.
+
+[Note: wake-ups] The sum travels while training has the processors. What takes these from it is less
+the copying than the waking: a switch of threads, cold caches, the interpreter's lock. So the thread
+is woken when a whole piece has arrived, not by every packet of it (SO_RCVLOWAT), and hands a piece
+to the kernel at once. gloo, which is woken by packets, takes about twice the time of a processor.
+
+[Note: patience] A kernel may fail to say that what was asked for has arrived, when the window is
+nearly full. Whatever is there is taken after a while, so that such a wait has an end.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import threading
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from itertools import pairwise
+from queue import SimpleQueue
+
+import torch
+from torch import Tensor
+
+_PIECE_BYTES = 2**20
+"""What is waited for at once, and the scratch memory of a ring."""
+_PATIENCE_MILLISECONDS = 200
+_END_SECONDS = 5.0
+
+
+class RingSum:
+    """Sums under way; waited for like a collective of torch's.
+
+    Args:
+        buckets: flat tensors in host memory, which nobody else may touch until they are sums.
+    """
+
+    def __init__(self, buckets: Sequence[Tensor]) -> None:
+        self.buckets = buckets
+        self._over = threading.Event()
+        self._error: Exception | None = None
+
+    def is_completed(self) -> bool:
+        """Whether every tensor holds its sum, or an error was met."""
+        return self._over.is_set()
+
+    def wait(self) -> None:
+        """Wait until every tensor holds its sum.
+
+        Raises:
+            OSError: a neighbour left, or the ring was closed.
+        """
+        self._over.wait()
+        if self._error is not None:
+            raise self._error
+
+    def end(self, error: Exception | None = None) -> None:
+        """Say that nobody touches the tensors any more."""
+        self.buckets, self._error = (), error
+        self._over.set()
+
+
+class Ring:
+    """This worker's place in a ring, with a thread that waits for what there is to sum.
+
+    Args:
+        rank: this worker's number in the ring.
+        size: how many workers there are, from 2 on.
+        to_next: a connection to worker ``rank + 1``.
+        from_previous: one from worker ``rank - 1``. Both are this object's from now on.
+    """
+
+    def __init__(
+        self, rank: int, size: int, to_next: socket.socket, from_previous: socket.socket
+    ) -> None:
+        self._rank, self._size = rank, size
+        self._next, self._previous = to_next, from_previous
+        for connection in (to_next, from_previous):
+            connection.setblocking(False)
+        to_next.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._mark = 1
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._sums: SimpleQueue[RingSum | None] = SimpleQueue()
+        self._broken: Exception | None = None
+        # A daemon: the process may end while it waits for a worker that is gone.
+        self._thread = threading.Thread(target=self._run, name="easgd-ring", daemon=True)
+        self._thread.start()
+
+    def sum_(self, buckets: Iterable[Tensor]) -> RingSum:
+        """Begin to replace flat tensors in host memory by their sums over the workers, in turn.
+
+        All workers must bring tensors of the same sizes and precisions in the same order.
+        """
+        work = RingSum(list(buckets))
+        self._sums.put(work)
+        return work
+
+    def close(self) -> None:
+        """Leave the ring; sums that are under way end with an error."""
+        self._sums.put(None)
+        for connection in (self._next, self._previous):
+            with suppress(OSError):  # the other end has left
+                connection.shutdown(socket.SHUT_RDWR)
+        self._thread.join(_END_SECONDS)
+
+    def _run(self) -> None:
+        with self._next, self._previous:
+            while (work := self._sums.get()) is not None:
+                try:
+                    if self._broken is None:
+                        for bucket in work.buckets:
+                            self._sum(bucket)
+                except Exception as error:  # what follows would be out of step
+                    self._broken = error
+                work.end(self._broken)
+
+    def _sum(self, bucket: Tensor) -> None:
+        bounds = [bucket.numel() * i // self._size for i in range(self._size + 1)]
+        chunks = [bucket[a:b] for a, b in pairwise(bounds)]
+        for step in range(self._size - 1):
+            at = self._rank - step
+            self._pass_on(chunks[at % self._size], chunks[(at - 1) % self._size], add=True)
+        for step in range(self._size - 1):
+            at = self._rank + 1 - step
+            self._pass_on(chunks[at % self._size], chunks[(at - 1) % self._size], add=False)
+
+    def _pass_on(self, leaving: Tensor, arriving: Tensor, *, add: bool) -> None:
+        """Send one chunk while another arrives, to be added to what is there or to replace it."""
+        left = _bytes_of(leaving)
+        for piece in torch.split(arriving, _PIECE_BYTES // arriving.itemsize):
+            target = self._scratch_like(piece) if add else piece
+            missing = _bytes_of(target)
+            while missing:
+                left = self._send(left)
+                self._wait(len(missing), bool(left))
+                missing = self._receive(missing)
+            if add:
+                piece.add_(target)
+        while left := self._send(left):
+            self._wait(0, True)
+
+    def _scratch_like(self, piece: Tensor) -> Tensor:
+        if self._scratch.numel() < piece.nbytes:
+            self._scratch = torch.empty(piece.nbytes, dtype=torch.uint8)
+        return self._scratch[: piece.nbytes].view(piece.dtype)
+
+    def _send(self, left: memoryview) -> memoryview:
+        """Give the kernel what it takes of it; the rest is left."""
+        if not left:
+            return left
+        try:
+            return left[self._next.send(left) :]
+        except BlockingIOError:
+            return left
+
+    def _receive(self, missing: memoryview) -> memoryview:
+        """Take what has arrived; what is still missing."""
+        try:
+            count = self._previous.recv_into(missing)
+        except BlockingIOError:
+            return missing
+        if not count:
+            raise ConnectionError("The worker before this one in the ring has left.")
+        return missing[count:]
+
+    def _wait(self, wanted: int, sending: bool) -> None:
+        """Wait until ``wanted`` bytes have arrived or, if so wanted, more can be sent."""
+        poll = select.poll()
+        if wanted:
+            if wanted != self._mark:
+                self._previous.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wanted)
+                self._mark = wanted
+            poll.register(self._previous, select.POLLIN)
+        if sending:
+            poll.register(self._next, select.POLLOUT)
+        poll.poll(_PATIENCE_MILLISECONDS)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.view(torch.uint8).numpy().data
