@@ -22,8 +22,8 @@ from benchmarking.results import Result, Results
 from benchmarking.summary import LIMIT, summarize
 
 _WORKLOAD = (
-    *("data", "module", "tau", "steps", "accuracy", "epochs", "seed"),
-    *("accelerator", "threads"),
+    *("data", "module", "tau", "steps", "speed_lr", "accuracy"),
+    *("epochs", "seed", "accelerator", "threads"),
 )
 
 _START_SECONDS_PER_HOST = 6.0
@@ -196,6 +196,8 @@ def _check_numbers(cfg: DictConfig) -> None:
             f"steps got {cfg.steps}; allowed are multiples of tau={cfg.tau}, so that every"
             " contender is measured over whole periods."
         )
+    if cfg.speed_lr is not None and not (_is_number(cfg.speed_lr) and cfg.speed_lr > 0):
+        raise ValueError(f"speed_lr got {cfg.speed_lr!r}; allowed are null and a number above 0.")
     if cfg.minutes is not None and not (_is_number(cfg.minutes) and cfg.minutes > 0):
         raise ValueError(f"minutes got {cfg.minutes!r}; allowed are null and a number above 0.")
     if cfg.accelerator not in ("cpu", "gpu"):

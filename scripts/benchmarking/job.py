@@ -27,6 +27,15 @@ _EVERY_STEP_SHARE = 8
 """Who exchanges at every step is measured over an eighth of the steps, which says as much."""
 
 
+def make_module(cfg: DictConfig) -> pl.LightningModule:
+    """What all contenders train: at the learning rate for speed, unless accuracy is asked for."""
+    trains = cfg.accuracy or cfg.speed_lr is None
+    module: pl.LightningModule = instantiate(
+        cfg.module, **({} if trains else {"optimizer": {"lr": cfg.speed_lr}})
+    )
+    return module
+
+
 class Workbench:
     """What all jobs of a process share: the contenders, the data, how modules are made.
 
@@ -95,7 +104,7 @@ class Workbench:
     def _module(self, rank: int, repetition: int) -> pl.LightningModule:
         seed = self.cfg.seed + 1000 * repetition
         torch.manual_seed(seed)  # equal weights on all workers
-        module: pl.LightningModule = instantiate(self.cfg.module)
+        module = make_module(self.cfg)
         torch.manual_seed(seed + 1 + rank)  # and their own dropout masks
         return module
 

@@ -16,6 +16,7 @@ import emulation
 import pytest
 from benchmarking.comparison import Comparison
 from benchmarking.contenders import contenders_of
+from benchmarking.job import make_module
 from benchmarking.networks import rate_of
 from benchmarking.plan import Setting, settings_of
 from hydra import compose, initialize_config_dir
@@ -78,6 +79,19 @@ def test_sweeps() -> None:
     assert settings("sweep=jitter") == [Setting("1gbit", 4, 0.5)]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "lr"),
+    [([], 1e-6), (["accuracy=true"], 0.05), (["speed_lr=null"], 0.05), (["speed_lr=0.01"], 0.01)],
+)
+@pytest.mark.parametrize("optimizer", ["nesterov", "adamw"])
+def test_weights_stay_where_only_speed_is_measured(
+    overrides: list[str], lr: float, optimizer: str
+) -> None:
+    cfg = composed(f"optimizer={optimizer}", "optimizer.lr=0.05", *overrides)
+    module = make_module(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)))
+    assert module.configure_optimizers().param_groups[0]["lr"] == lr
+
+
 @pytest.fixture
 def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
@@ -93,6 +107,7 @@ def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
         ("steps=20", "steps got 20; allowed are multiples of tau=16"),
         ("tau=0", "tau got 0"),
         ("minutes=soon", "minutes got 'soon'"),
+        ("speed_lr=0", "speed_lr got 0; allowed are null and a number above 0"),
         ("accelerator=tpu", "accelerator got 'tpu'; allowed are cpu and gpu"),
         ("accelerator=gpu", "emulated hosts would share one.* torchrun"),
         ("baselines=[colour]", "allowed are the contenders: limit, "),
