@@ -298,8 +298,7 @@ class EASGDStrategy(PersistentStrategy):
         self._group = WorkerGroup(
             self._exchange_timeout,
             self._timeout,
-            apart=self.options.codec is not None,
-            from_host=self.options.offload,
+            from_host=self.options.offload or self.root_device.type == "cpu",
         )
         self._group.require_equal(module, self.options.lines())
         self._group.broadcast_([*module.parameters(), *module.buffers()])

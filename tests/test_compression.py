@@ -17,7 +17,7 @@ from test_reference import LR, batches, initial_weights, reference, reference_op
 from toy import Resumable, Toy, loader, trainer, weights
 
 from lightning_easgd import EASGDStrategy, Int8, TopK
-from lightning_easgd.communication import CompressedAllReduce, Payload
+from lightning_easgd.communication import CompressedAllReduce, Level, Payload
 
 SGD = partial(torch.optim.SGD, lr=LR)
 CODECS = ["bf16", "fp16", "int8", TopK(0.3)]
@@ -135,11 +135,12 @@ def test_resuming_with_something_held_back_goes_on_bit_for_bit(codec: Any, tmp_p
 
 def test_what_is_held_back_survives_a_checkpoint_before_the_first_exchange() -> None:
     class Alone:
-        rank, size, data = 0, 1, None
+        rank, size = 0, 1
 
-    saved = CompressedAllReduce(Alone(), 2**20, Int8())
+    level = Level(0, 1, None)
+    saved = CompressedAllReduce(Alone(), 2**20, Int8(), level=level)
     saved._accounts_of(Payload({"w": torch.ones(3)}))[0].unsent.fill_(0.5)
-    resumed = CompressedAllReduce(Alone(), 2**20, Int8())
+    resumed = CompressedAllReduce(Alone(), 2**20, Int8(), level=level)
     resumed.load_state(saved.state())
     account = resumed.state()["accounts"]["w"]
     assert account["unsent"].tolist() == [0.5] * 3

@@ -15,10 +15,12 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.loggers.logger import DummyLogger
 from processes import run_workers
+from torch.distributed import distributed_c10d
 from toy import Toy, loader, trainer, weights
 
 from lightning_easgd import EASGDMonitor, EASGDStrategy
-from lightning_easgd.communication.ring import Ring, RingSum
+from lightning_easgd.communication import WorkerGroup
+from lightning_easgd.communication.ring import Ring, RingWork
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 NESTEROV = partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True)
@@ -95,19 +97,23 @@ def recorded_collectives(calls: list[str]) -> Iterator[None]:
 
         return wrapper
 
-    begin = Ring.sum_
+    around = Ring.gather, Ring.sum_
 
-    def sum_(self: Ring, buckets: Sequence[torch.Tensor]) -> RingSum:
+    def gather(self: Ring, *args: Any) -> RingWork:
+        calls.append("ring gather")
+        return around[0](self, *args)
+
+    def sum_(self: Ring, buckets: Sequence[torch.Tensor]) -> RingWork:
         calls.append(f"ring sum of {len(buckets)}")
-        return begin(self, buckets)
+        return around[1](self, buckets)
 
     for name in COLLECTIVES:
         setattr(dist, name, record(name))
-    Ring.sum_ = sum_
+    Ring.gather, Ring.sum_ = gather, sum_
     try:
         yield
     finally:
-        Ring.sum_ = begin
+        Ring.gather, Ring.sum_ = around
         for name, original in originals.items():
             setattr(dist, name, original)
 
@@ -147,7 +153,7 @@ def test_no_collective_outside_exchanges() -> None:
     make = partial(EASGDStrategy, tau=4, bucket_bytes=40)
     for batches in run_workers(collectives_per_batch, make, workers=2):
         # 21 parameters of 4 bytes in buckets of 40: 3 of them; 6 statistics: 1.
-        exchange = ["all_gather", "ring sum of 4"]
+        exchange = ["ring gather", "ring sum of 4"]
         assert batches == [exchange if step in (4, 8) else [] for step in range(9)]
 
 
@@ -208,16 +214,35 @@ def test_centers_that_drift_apart_are_noticed() -> None:
     assert all("copies of the center have drifted apart" in o.message for o in outcomes)
 
 
-def own_group(rank: int) -> bool:
+def ways(rank: int, options: Any) -> tuple[bool, int, bool]:
+    """Whether there is a ring, how many process groups, and whether exchanges use the default."""
     module, seen = Toy(SGD), []
-    strategy = EASGDStrategy(tau=2)
-    module.on_train_start = lambda: seen.append(strategy._group.data)
+    strategy = EASGDStrategy(tau=2, **options)
+
+    def on_train_start() -> None:
+        all_reduce = strategy._exchange._transit.all_reduce
+        groups = [all_reduce._control, all_reduce.level.data]
+        ring = all_reduce.level.ring is not None
+        seen.append((ring, len(distributed_c10d._world.pg_map), dist.group.WORLD in groups))
+
+    module.on_train_start = on_train_start
     trainer(2, strategy).fit(module, loader(rank, 3))
-    return dist.group.WORLD not in seen
+    return seen[0]
 
 
-def test_exchanges_have_a_process_group_of_their_own() -> None:
-    assert run_workers(own_group, workers=2) == [True, True]
+@pytest.mark.parametrize(
+    ("reached", "options", "groups"),
+    [(True, {}, 1), (True, {"compression": "int8"}, 2), (False, {}, 2)],
+)
+def test_exchanges_share_no_process_group_and_none_is_idle(
+    monkeypatch: pytest.MonkeyPatch, reached: bool, options: dict[str, Any], groups: int
+) -> None:
+    monkeypatch.setattr(WorkerGroup, "connect", WorkerGroup.connect if reached else without_ring)
+    assert run_workers(ways, options, workers=2) == [(reached, groups, False)] * 2
+
+
+def without_ring(group: WorkerGroup, members: Any) -> None:
+    """As if the workers could not connect."""
 
 
 def overflowing(rank: int) -> Any:

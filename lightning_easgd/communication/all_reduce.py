@@ -42,16 +42,9 @@ class Level:
     size: int
     """How many they are."""
     data: dist.ProcessGroup | None
-    """Theirs; None if this worker is not one of them, and so never sums."""
+    """Theirs; None if this worker is not one of them, and so never sums, or the ring does it."""
     ring: Ring | None = None
-    """Sums what lies in host memory; None: the process group does."""
-
-
-def level_of(group: WorkerGroup, within: Island | None) -> Level:
-    """All members of an island or, without one, all workers."""
-    if within is not None:
-        return Level(within.place, within.size, within.data)
-    return Level(group.rank, group.size, group.data)
+    """Theirs; None: their process group sums."""
 
 
 class PendingSum:
@@ -60,16 +53,16 @@ class PendingSum:
     Owns the collectives until :meth:`wait` returns; until then the tensors must not be touched.
 
     Args:
-        header_work: the collective that gathers the headers.
-        headers: where the headers arrive, one tensor per worker.
+        header_work: gathers the headers.
+        headers: where they arrive, of shape (workers, fields).
         group: the workers.
         what: it is, for messages.
     """
 
     def __init__(
         self,
-        header_work: dist.Work,
-        headers: Sequence[Tensor],
+        header_work: Work,
+        headers: Tensor,
         *,
         group: WorkerGroup,
         what: str,
@@ -91,7 +84,7 @@ class PendingSum:
             ExchangeError: a worker left or did not answer in time.
         """
         self._group.wait(self._header_work, self.what, patiently=patiently)
-        return [Header.unpack(header.tolist()) for header in self._headers]
+        return [Header.unpack(header) for header in self._headers.tolist()]
 
     def arrived(self) -> bool:
         """Whether every tensor holds its sum, or an error was met."""
@@ -113,7 +106,8 @@ class AllReduce:
     Args:
         group: all workers.
         bucket_bytes: the most that one all-reduce carries, in bytes.
-        level: those of the workers that sum; None: all that take part.
+        level: the workers that sum, which the ring, if they have one, also tells the headers.
+        control: tells the headers where there is no ring of all that take part.
         within: the island whose members take part, which nothing else may go through; None: all
             workers do.
         groups: ranks of workers that take part in sums as one; none if each does by itself.
@@ -127,7 +121,8 @@ class AllReduce:
         group: WorkerGroup,
         bucket_bytes: int,
         *,
-        level: Level | None = None,
+        level: Level,
+        control: dist.ProcessGroup | None = None,
         within: Island | None = None,
         groups: Sequence[Sequence[int]] = (),
     ) -> None:
@@ -135,7 +130,8 @@ class AllReduce:
         self.bucket_bytes = bucket_bytes
         self.within = within
         """The island whose members take part, unless all workers do."""
-        self.level = level or level_of(group, within)
+        self.level = level
+        self._control = control
         self.ranks = within.ranks if within else list(range(group.size))
         """Of the workers whose headers are gathered, in the order of the headers."""
         self.parties = _places(self.ranks, groups or [[rank] for rank in self.ranks])
@@ -163,11 +159,10 @@ class AllReduce:
             last: whether what is held back, if anything, goes along.
         """
         mine = torch.tensor(header.pack(), dtype=torch.int64)
-        headers = [torch.empty_like(mine) for _ in self.ranks]
-        gather = dist.all_gather(headers, mine, group=self.control, async_op=True)
-        assert gather is not None
+        headers = mine.new_empty(len(self.ranks), len(mine))
         what = f"The exchange that worker {self.group.rank} began at step {header.clock}"
-        pending = PendingSum(gather, headers, group=self.group, what=what)
+        gathering = self._gather(mine, headers)
+        pending = PendingSum(gathering, headers, group=self.group, what=what)
         if payload:
             self.join(pending, payload, last=last)
         return pending
@@ -192,10 +187,13 @@ class AllReduce:
         """
         return healthy
 
-    @property
-    def control(self) -> dist.ProcessGroup | None:
-        """Of the workers whose headers are gathered."""
-        return self.within.control if self.within else self.group.control
+    def _gather(self, mine: Tensor, everybody: Tensor) -> Work:
+        if self._control is None and self.level.ring is not None:
+            return self.level.ring.gather(mine, everybody)
+        rows = list(everybody.unbind())
+        work = dist.all_gather(rows, mine, group=self._control, async_op=True)
+        assert work is not None
+        return work
 
     def state(self) -> dict[str, Any]:
         """What is held back, for a checkpoint of this worker."""
@@ -225,9 +223,8 @@ class AllReduce:
             for tensor in tensors
             for bucket in bucket_slices(tensor.numel(), tensor.itemsize, self.bucket_bytes)
         ]
-        ring = self.level.ring
-        if ring is not None and all(bucket.device.type == "cpu" for bucket in buckets):
-            return [ring.sum_(buckets)] if buckets else []
+        if self.level.ring is not None:
+            return [self.level.ring.sum_(buckets)] if buckets else []
         works: list[Work] = []
         for bucket in buckets:
             work = dist.all_reduce(bucket, group=self.level.data, async_op=True)

@@ -16,7 +16,7 @@ class Background:
         device: where they lie.
     """
 
-    def __init__(self, function: Callable[[], None], device: torch.device) -> None:
+    def __init__(self, function: Callable[[], object], device: torch.device) -> None:
         self._function = function
         self._device = device
         self._error: Exception | None = None

@@ -104,12 +104,13 @@ class CompressedAllReduce(AllReduce):
     """Sums differences in the form of a codec, and statistics as they are.
 
     Args:
-        group: the workers; its ``data`` group carries nothing else.
+        group: all workers.
         bucket_bytes: the most that one collective carries, uncompressed.
         codec: how differences are written.
         feedback: whether a worker keeps what encoding lost, also if the codec leaves it in the
             worker's weights: these do not last where workers restart.
-        level: those of the workers that sum; None: all.
+        level: the workers that sum; their ``data`` group carries nothing else.
+        control: as of AllReduce.
     """
 
     holds_back = True
@@ -121,9 +122,10 @@ class CompressedAllReduce(AllReduce):
         codec: Codec,
         *,
         feedback: bool = False,
-        level: Level | None = None,
+        level: Level,
+        control: dist.ProcessGroup | None = None,
     ) -> None:
-        super().__init__(group, bucket_bytes, level=level)
+        super().__init__(group, bucket_bytes, level=level, control=control)
         self._codec = codec
         self._feedback = codec.feedback or feedback
         self._accounts: dict[str, Account] = {}

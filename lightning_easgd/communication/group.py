@@ -6,6 +6,11 @@ while training is set up, so that waiting for them ends in time and tells who is
 torchmetrics, or the user, calls on torch's default group cannot be watched: that group waits no
 longer than the workers do meanwhile, and who is missing is added to the error. Older torch (2.6 is
 one) does not let gloo change its timeout (pytorch/pytorch#165422); there they wait for all of it.
+
+[Note: idle groups] Every gloo group has a thread that looks a hundred times a second whether it is
+to end. Two of them took half a percent from training on a CPU. So a group is made only for what
+goes on beside training and no ring does. What all workers do at the same time, in the order in
+which Lightning's collectives have to come under any strategy, goes through the default group.
 """
 
 from __future__ import annotations
@@ -30,9 +35,9 @@ from lightning_easgd.communication.background import Background
 from lightning_easgd.communication.header import ExchangeError
 from lightning_easgd.communication.liveness import Liveness
 from lightning_easgd.communication.neighbours import make_ring
-from lightning_easgd.communication.ring import Ring, RingSum
+from lightning_easgd.communication.ring import Ring, RingWork
 
-Work = dist.Work | Background | RingSum
+Work = dist.Work | Background | RingWork
 """What goes on beside training and can be waited for."""
 
 _NEVER = timedelta(days=30)
@@ -42,54 +47,69 @@ _SLOWEST_POLL_SECONDS = 2e-3
 
 
 class WorkerGroup:
-    """All workers, in process groups that no other communication shares.
+    """All workers, and what they tell each other.
 
-    Headers and agreements use gloo on the host, so reading them never waits for an accelerator;
-    sums use the backend of the default group. What Lightning asks for has a group of its own, for
-    it may be asked for in the middle of an exchange. Creating a group is collective: every worker
-    must do it.
+    Agreements use gloo on the host, so they never wait for an accelerator. Creating it is
+    collective: every worker must do it.
 
     Args:
         timeout: how long this worker waits for others; see :meth:`wait`.
         lightnings_timeout: of the default group. Also what torch allows a sum on an accelerator
             from its start on, which is up to a round before anybody waits for it.
-        apart: whether sums get a group of their own where the headers' would do.
         from_host: whether sums are of tensors in host memory, whatever the default group is for.
     """
 
     def __init__(
-        self,
-        timeout: timedelta,
-        lightnings_timeout: timedelta,
-        *,
-        apart: bool = False,
-        from_host: bool = False,
+        self, timeout: timedelta, lightnings_timeout: timedelta, *, from_host: bool = False
     ) -> None:
-        self.backend = backend = "gloo" if from_host else dist.get_backend()
+        self.backend = "gloo" if from_host else dist.get_backend()
         """Of the sums."""
-        self.polls = backend == "gloo"
+        self.polls = self.backend == "gloo"
         """Whether a sum ends when its data is there, so that it can be watched."""
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self._from_host = from_host
         self._abandoned = False
-        self._parts: list[dist.ProcessGroup] = []
+        self._made: list[dist.ProcessGroup] = []
         self._rings: list[Ring] = []
         self._lightnings_timeout = lightnings_timeout
         self._timeout = lightnings_timeout.total_seconds()
         self._liveness = Liveness(self.rank, self.size, f"workers-{next(_numbers)}")
-        making = Background(partial(self._make_groups, apart), torch.device("cpu"))
-        self.wait(making, "The set-up of training")
-        if not self.polls:
-            self.data = _new_group(backend, lightnings_timeout)
+        self.wait(Background(self._meet, torch.device("cpu")), "The set-up of training")
         self._timeout = timeout.total_seconds()
         _set_default_timeout(min(timeout, lightnings_timeout))
 
-    def _make_groups(self, apart: bool) -> None:
+    def _meet(self) -> None:
         if dist.get_backend() == "gloo":
-            dist.barrier()  # fails at once if a worker is killed before; making groups does not
+            dist.barrier()  # fails at once if a worker is killed before
+            default = dist.group.WORLD
+            assert default is not None
+            self.everybody: dist.ProcessGroup = default
+            """For what all workers do at the same time; over gloo."""
+        else:
+            self.everybody = self._make("gloo")
+
+    def apart(self, backend: str = "gloo") -> dist.ProcessGroup:
+        """Make a group of all workers for what goes on beside everything else; all must call it.
+
+        Raises:
+            ExchangeError: a worker left or did not come in time.
+        """
+        if backend == "gloo":
+            make = partial(self._make, backend)
+            self.wait(Background(make, torch.device("cpu")), "The set-up of exchanges")
+        else:
+            self._make(backend)  # in the thread whose accelerator is this worker's
+        return self._made[-1]
+
+    def _make(self, backend: str) -> dist.ProcessGroup:
+        group = dist.new_group(backend=backend, timeout=self._allowed(backend))
+        assert isinstance(group, dist.ProcessGroup)
+        self._made.append(group)
+        return group
+
+    def _allowed(self, backend: str) -> timedelta:
         # gloo counts from the start of a collective too; wait() counts from when somebody waits.
-        self.control = _new_group("gloo", _NEVER)
-        self.data = _new_group("gloo", _NEVER) if self.polls and apart else self.control
-        self._guests = _new_group("gloo", _NEVER)
+        return _NEVER if backend == "gloo" else self._lightnings_timeout
 
     def split(self, parts: Sequence[Sequence[int]], backend: str) -> dist.ProcessGroup | None:
         """Make a process group of each of ``parts``; all workers must call it.
@@ -104,7 +124,7 @@ class WorkerGroup:
         Raises:
             ExchangeError: a worker left or did not come in time.
         """
-        timeout = _NEVER if backend == "gloo" else self._lightnings_timeout
+        timeout = self._allowed(backend)
         found: list[dist.ProcessGroup] = []
 
         def make() -> None:
@@ -117,23 +137,23 @@ class WorkerGroup:
             self.wait(Background(make, torch.device("cpu")), "The set-up of groups")
         else:
             make()  # in the thread whose accelerator is this worker's
-        self._parts += found
+        self._made += found
         return found[0] if found else None
 
     def connect(self, members: dist.ProcessGroup | None) -> Ring | None:
         """Connect the members of a process group in a ring; all of them must call it.
 
         Args:
-            members: a group that sums and that this worker is in; None: it is in none.
+            members: over gloo; None: this worker is in none.
 
         Returns:
-            None if they sum without one: there is one member, sums are of an accelerator's, or they
-            cannot reach each other, which is said.
+            None if they do without one: there is one member, sums are of an accelerator's memory,
+            or they cannot reach each other, which is said.
 
         Raises:
             ExchangeError: a worker left or did not come in time.
         """
-        if members is None or members.size() == 1 or not self.polls:
+        if members is None or members.size() == 1 or not self._from_host:
             return None
         ring = make_ring(members.rank(), members.size(), partial(self.gather, among=members))
         if ring is not None:
@@ -155,7 +175,8 @@ class WorkerGroup:
                 # As bytes: backends differ in the element types that they know.
                 data = values.view(-1).view(torch.uint8)
                 data = data.cpu() if self.polls else data
-                work = dist.broadcast(data, src=0, group=self.data, async_op=True)
+                group = self.everybody if self.polls else None
+                work = dist.broadcast(data, src=0, group=group, async_op=True)
                 assert work is not None
                 self.wait(work, "Making the workers equal", poll=self.polls)
                 tensor.detach().copy_(data.view(values.dtype).view(values.shape))
@@ -181,11 +202,10 @@ class WorkerGroup:
         ]
 
     def _gather_tensors(self, mine: Tensor, among: dist.ProcessGroup | None) -> list[Tensor]:
-        group = among or self.control
+        group = among or self.everybody
         everybody = [torch.empty_like(mine) for _ in range(group.size())]
         work = dist.all_gather(everybody, mine, group=group, async_op=True)
-        assert work is not None
-        self.wait(work, "An agreement between the workers")
+        self._wait_for(work, "An agreement between the workers")
         return everybody
 
     def barrier(self, what: str) -> None:
@@ -197,17 +217,17 @@ class WorkerGroup:
         Raises:
             ExchangeError: a worker left or did not come in time.
         """
-        self._wait_for_guests(dist.barrier(group=self._guests, async_op=True), what)
+        self._wait_for(dist.barrier(group=self.everybody, async_op=True), what)
 
     def broadcast(self, value: Any, src: int, what: str) -> Any:
         """The picklable value of worker ``src``, for Lightning; raises as :meth:`barrier` does."""
         content = bytearray(pickle.dumps(value) if self.rank == src else b"")
         size = torch.tensor([len(content)])
-        self._wait_for_guests(dist.broadcast(size, src, group=self._guests, async_op=True), what)
+        self._wait_for(dist.broadcast(size, src, group=self.everybody, async_op=True), what)
         if self.rank != src:
             content = bytearray(int(size))
         data = torch.frombuffer(content, dtype=torch.uint8)
-        self._wait_for_guests(dist.broadcast(data, src, group=self._guests, async_op=True), what)
+        self._wait_for(dist.broadcast(data, src, group=self.everybody, async_op=True), what)
         return value if self.rank == src else pickle.loads(content)
 
     def reduce_(self, tensor: Tensor, op: Any, what: str) -> Tensor:
@@ -222,15 +242,14 @@ class WorkerGroup:
         if isinstance(op, str):
             op = dist.ReduceOp.SUM if mean else getattr(dist.ReduceOp, op.upper())
         if dist.get_backend() == "gloo":
-            work = dist.all_reduce(tensor, op, group=self._guests, async_op=True)
-            self._wait_for_guests(work, what)
+            self._wait_for(dist.all_reduce(tensor, op, async_op=True), what)
         else:
             # Nothing on an accelerator can be watched; but nobody is missing now.
             self.barrier(what)
             dist.all_reduce(tensor, op)
         return tensor.copy_(tensor / self.size) if mean else tensor
 
-    def _wait_for_guests(self, work: dist.Work | None, what: str) -> None:
+    def _wait_for(self, work: dist.Work | None, what: str) -> None:
         assert work is not None
         self.wait(work, what)
 
@@ -308,7 +327,7 @@ class WorkerGroup:
         self._liveness.stop(reason)
         self._close_rings()
         self._abandoned = True
-        for group in self._groups():
+        for group in [self.everybody, *self._made]:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
     def close(self) -> None:
@@ -317,15 +336,12 @@ class WorkerGroup:
         if not self._abandoned:
             self._liveness.stop()
             self._close_rings()
-            for group in self._groups():
+            for group in self._made:
                 dist.destroy_process_group(group)
 
     def _close_rings(self) -> None:
         while self._rings:
             self._rings.pop().close()
-
-    def _groups(self) -> list[dist.ProcessGroup]:
-        return [*dict.fromkeys([self.control, self.data, self._guests, *self._parts])]
 
 
 def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
@@ -344,12 +360,6 @@ def leave_all_groups() -> None:
     """
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _new_group(backend: str, timeout: timedelta | None) -> dist.ProcessGroup:
-    group = dist.new_group(backend=backend, timeout=timeout)
-    assert isinstance(group, dist.ProcessGroup)
-    return group
 
 
 def _set_default_timeout(timeout: timedelta) -> None:

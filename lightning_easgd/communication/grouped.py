@@ -23,7 +23,6 @@ from lightning_easgd.communication.all_reduce import (
     Level,
     Payload,
     PendingSum,
-    level_of,
 )
 from lightning_easgd.communication.background import Background
 from lightning_easgd.communication.codecs import Codec
@@ -66,7 +65,14 @@ class GroupedAllReduce(AllReduce):
         parts = within.islands if within else [list(range(group.size))]
         groups = [_inside(part, island.islands) for part in parts]
         mine = next(found for found in groups if island.ranks in found)
-        super().__init__(group, bucket_bytes, within=within, groups=mine)
+        super().__init__(
+            group,
+            bucket_bytes,
+            level=_level_of(within) if within else Level(group.rank, group.size, None),
+            control=within.control if within else group.apart(),
+            within=within,
+            groups=mine,
+        )
         self._island = island
         self._agrees = agrees and island.size > 1
         self._leads = island.place == 0
@@ -164,17 +170,35 @@ def make_all_reduce(
         agrees: as of GroupedAllReduce.
     """
 
-    def between(level: Level) -> AllReduce:
-        level = replace(level, ring=group.connect(level.data))
+    def summing(level: Level, control: dist.ProcessGroup | None = None) -> AllReduce:
         if codec is None:
-            return AllReduce(group, bucket_bytes, level=level, within=within)
-        return CompressedAllReduce(group, bucket_bytes, codec, feedback=feedback, level=level)
+            return AllReduce(group, bucket_bytes, level=level, control=control, within=within)
+        return CompressedAllReduce(
+            group, bucket_bytes, codec, feedback=feedback, level=level, control=control
+        )
 
-    if island is None:
-        return between(level_of(group, within))
-    return GroupedAllReduce(
-        group, bucket_bytes, island=island, between=between, within=within, agrees=agrees
-    )
+    if island is not None:
+        return GroupedAllReduce(
+            group,
+            bucket_bytes,
+            island=island,
+            between=lambda level: summing(replace(level, ring=group.connect(level.data))),
+            within=within,
+            agrees=agrees,
+        )
+    if within is not None:
+        ring = group.connect(within.data)
+        return summing(replace(_level_of(within), ring=ring), None if ring else within.control)
+    ring = group.connect(group.everybody)
+    control = None if ring else group.apart()
+    data = control
+    if codec is not None or group.backend != "gloo":
+        data = group.apart(group.backend)
+    return summing(Level(group.rank, group.size, data, ring), control)
+
+
+def _level_of(island: Island) -> Level:
+    return Level(island.place, island.size, island.data)
 
 
 def _finish(works: Iterable[Work | None]) -> None:

@@ -1,4 +1,4 @@
-"""Sums of tensors in host memory, around a ring of connections, that leave training alone.
+"""Collectives on host memory, around a ring of connections, that leave training alone.
 
 [Note: ring] Each of p workers sends to the next one and receives from the one before. A tensor is
 cut into p chunks. In p-1 steps every chunk goes around and each worker adds its own part; in p-1
@@ -19,8 +19,9 @@ from __future__ import annotations
 import select
 import socket
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import pairwise
 from queue import SimpleQueue
 
@@ -33,24 +34,24 @@ _PATIENCE_MILLISECONDS = 200
 _END_SECONDS = 5.0
 
 
-class RingSum:
-    """Sums under way; waited for like a collective of torch's.
+class RingWork:
+    """Something that goes around; waited for like a collective of torch's.
 
     Args:
-        buckets: flat tensors in host memory, which nobody else may touch until they are sums.
+        function: does this worker's part of it, in the ring's thread.
     """
 
-    def __init__(self, buckets: Sequence[Tensor]) -> None:
-        self.buckets = buckets
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._function: Callable[[], None] | None = function
         self._over = threading.Event()
         self._error: Exception | None = None
 
     def is_completed(self) -> bool:
-        """Whether every tensor holds its sum, or an error was met."""
+        """Whether it is over, or an error was met."""
         return self._over.is_set()
 
     def wait(self) -> None:
-        """Wait until every tensor holds its sum.
+        """Wait until it is over.
 
         Raises:
             OSError: a neighbour left, or the ring was closed.
@@ -59,14 +60,23 @@ class RingSum:
         if self._error is not None:
             raise self._error
 
-    def end(self, error: Exception | None = None) -> None:
-        """Say that nobody touches the tensors any more."""
-        self.buckets, self._error = (), error
+    def run(self, broken: Exception | None) -> Exception | None:
+        """Do it, unless the ring is broken; why the ring is broken now."""
+        assert self._function is not None
+        try:
+            if broken is None:
+                self._function()
+        except Exception as error:
+            broken = error
+        self._function, self._error = None, broken  # nobody touches the tensors any more
         self._over.set()
+        return broken
 
 
 class Ring:
-    """This worker's place in a ring, with a thread that waits for what there is to sum.
+    """This worker's place in a ring, with a thread that does one thing after the other.
+
+    All workers must begin the same in the same order.
 
     Args:
         rank: this worker's number in the ring.
@@ -85,49 +95,61 @@ class Ring:
         to_next.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._mark = 1
         self._scratch = torch.empty(0, dtype=torch.uint8)
-        self._sums: SimpleQueue[RingSum | None] = SimpleQueue()
-        self._broken: Exception | None = None
+        self._works: SimpleQueue[RingWork | None] = SimpleQueue()
         # A daemon: the process may end while it waits for a worker that is gone.
         self._thread = threading.Thread(target=self._run, name="easgd-ring", daemon=True)
         self._thread.start()
 
-    def sum_(self, buckets: Iterable[Tensor]) -> RingSum:
-        """Begin to replace flat tensors in host memory by their sums over the workers, in turn.
+    def sum_(self, buckets: Sequence[Tensor]) -> RingWork:
+        """Begin to replace flat tensors by their sums over the workers, in turn.
 
-        All workers must bring tensors of the same sizes and precisions in the same order.
+        Args:
+            buckets: in host memory; of the same sizes and precisions on all workers. Nobody else
+                may touch them until it is over.
         """
-        work = RingSum(list(buckets))
-        self._sums.put(work)
-        return work
+        return self._begin(partial(self._sum, buckets))
+
+    def gather(self, mine: Tensor, everybody: Tensor) -> RingWork:
+        """Begin to bring every worker a flat tensor of each.
+
+        Args:
+            mine: this worker's, in host memory; of the same size and precision on all of them.
+            everybody: where they arrive, of shape (workers, size of ``mine``).
+        """
+        everybody[self._rank] = mine
+        return self._begin(partial(self._pass_around, everybody.unbind(), self._rank))
 
     def close(self) -> None:
-        """Leave the ring; sums that are under way end with an error."""
-        self._sums.put(None)
+        """Leave the ring; what is under way ends with an error."""
+        self._works.put(None)
         for connection in (self._next, self._previous):
             with suppress(OSError):  # the other end has left
                 connection.shutdown(socket.SHUT_RDWR)
         self._thread.join(_END_SECONDS)
 
-    def _run(self) -> None:
-        with self._next, self._previous:
-            while (work := self._sums.get()) is not None:
-                try:
-                    if self._broken is None:
-                        for bucket in work.buckets:
-                            self._sum(bucket)
-                except Exception as error:  # what follows would be out of step
-                    self._broken = error
-                work.end(self._broken)
+    def _begin(self, function: Callable[[], None]) -> RingWork:
+        work = RingWork(function)
+        self._works.put(work)
+        return work
 
-    def _sum(self, bucket: Tensor) -> None:
-        bounds = [bucket.numel() * i // self._size for i in range(self._size + 1)]
-        chunks = [bucket[a:b] for a, b in pairwise(bounds)]
-        for step in range(self._size - 1):
-            at = self._rank - step
-            self._pass_on(chunks[at % self._size], chunks[(at - 1) % self._size], add=True)
-        for step in range(self._size - 1):
-            at = self._rank + 1 - step
-            self._pass_on(chunks[at % self._size], chunks[(at - 1) % self._size], add=False)
+    def _run(self) -> None:
+        broken: Exception | None = None  # what follows an error would be out of step
+        with self._next, self._previous:
+            while (work := self._works.get()) is not None:
+                broken = work.run(broken)
+                del work
+
+    def _sum(self, buckets: Iterable[Tensor]) -> None:
+        for bucket in buckets:
+            bounds = [bucket.numel() * i // self._size for i in range(self._size + 1)]
+            chunks = [bucket[a:b] for a, b in pairwise(bounds)]
+            self._pass_around(chunks, self._rank, add=True)
+            self._pass_around(chunks, self._rank + 1)
+
+    def _pass_around(self, chunks: Sequence[Tensor], first: int, *, add: bool = False) -> None:
+        """Send on what has arrived, one chunk after the other, beginning with the ``first``."""
+        for at in range(first, first - self._size + 1, -1):
+            self._pass_on(chunks[at % self._size], chunks[(at - 1) % self._size], add=add)
 
     def _pass_on(self, leaving: Tensor, arriving: Tensor, *, add: bool) -> None:
         """Send one chunk while another arrives, to be added to what is there or to replace it."""

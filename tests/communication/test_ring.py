@@ -1,4 +1,4 @@
-"""Sums around a ring of connections: their bits, their bytes, their wake-ups and their end."""
+"""What goes around a ring of connections: its bits, its bytes, its wake-ups and its end."""
 
 from __future__ import annotations
 
@@ -99,6 +99,17 @@ def test_larger_sums_than_the_kernel_takes_at_once(dtype: torch.dtype) -> None:
         for (total,) in sum_up(made, brought):
             expected = torch.arange(size).remainder(31).mul(3).add(3)
             assert torch.equal(total.to(torch.int64), expected)
+
+
+@pytest.mark.parametrize("workers", [2, 3, 5])
+@pytest.mark.parametrize("size", [0, 1, 17])
+def test_all_workers_get_what_each_has(workers: int, size: int) -> None:
+    with rings(workers) as made:
+        mine = [torch.arange(size) + 100 * rank for rank in range(workers)]
+        found = [torch.full((workers, size), -1) for _ in made]
+        for work in [r.gather(*pair) for r, *pair in zip(made, mine, found, strict=True)]:
+            work.wait()
+    assert all(each.equal(torch.stack(mine)) for each in found)
 
 
 def test_sums_that_were_begun_together_end_in_their_order() -> None:
