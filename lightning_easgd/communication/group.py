@@ -42,6 +42,7 @@ Work = dist.Work | Background | RingWork
 
 _NEVER = timedelta(days=30)
 _numbers = itertools.count()
+_CONNECT_SECONDS = 15.0
 _POLL_SECONDS = 1e-4
 _SLOWEST_POLL_SECONDS = 2e-3
 
@@ -155,7 +156,12 @@ class WorkerGroup:
         """
         if members is None or members.size() == 1 or not self._from_host:
             return None
-        ring = make_ring(members.rank(), members.size(), partial(self.gather, among=members))
+        ring = make_ring(
+            members.rank(),
+            members.size(),
+            partial(self.gather, among=members),
+            min(_CONNECT_SECONDS, self._timeout / 3),  # others wait for the outcome
+        )
         if ring is not None:
             self._rings.append(ring)
         elif members.rank() == 0 and sys.platform == "linux":

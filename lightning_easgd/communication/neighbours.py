@@ -23,8 +23,7 @@ from typing import Any
 from lightning_easgd.communication.ring import Ring
 
 _ANSWER = b"+"
-_CONNECT_SECONDS = 5.0
-_MEET_SECONDS = 15.0
+_KNOCK_SECONDS = 5.0
 _SIOCGIFADDR = 0x8915
 _TOKEN_BYTES = 16
 _OUTSIDE = "192.0.2.1"
@@ -34,13 +33,16 @@ _DISCARD = 9
 Address = tuple[str, int]
 
 
-def make_ring(rank: int, size: int, gather: Callable[[Any], list[Any]]) -> Ring | None:
+def make_ring(
+    rank: int, size: int, gather: Callable[[Any], list[Any]], patience: float
+) -> Ring | None:
     """Connect this worker to its neighbours; all workers of the ring must do it.
 
     Args:
         rank: its number in the ring.
         size: how many workers there are, from 2 on.
         gather: gives a small picklable value of every worker of the ring, in the order of ranks.
+        patience: seconds within which neighbours are reached, or are not.
 
     Returns:
         None, on all of them, if one cannot reach the next.
@@ -52,8 +54,9 @@ def make_ring(rank: int, size: int, gather: Callable[[Any], list[Any]]) -> Ring 
             listeners = [doors.enter_context(each) for each in _listen(own_addresses())]
             token = secrets.token_bytes(_TOKEN_BYTES)
             everybody = gather((token, [each.getsockname()[:2] for each in listeners]))
-            entrance = _Entrance(listeners, token, time.monotonic() + _MEET_SECONDS)
-            to_next = _connect(*everybody[(rank + 1) % size])
+            deadline = time.monotonic() + patience
+            entrance = _Entrance(listeners, token, deadline)
+            to_next = _connect(everybody[(rank + 1) % size], deadline)
             from_previous = entrance.wait()
         for connection in (to_next, from_previous):
             if connection is not None:
@@ -138,7 +141,7 @@ class _Entrance:
                     connection.close()
 
     def _knows(self, connection: socket.socket) -> bool:
-        connection.settimeout(_CONNECT_SECONDS)
+        connection.settimeout(_KNOCK_SECONDS)
         try:
             if connection.recv(_TOKEN_BYTES, socket.MSG_WAITALL) != self._token:
                 return False
@@ -157,11 +160,18 @@ def _listen(addresses: Sequence[str]) -> list[socket.socket]:
     return listeners
 
 
-def _connect(token: bytes, addresses: Sequence[Address]) -> socket.socket | None:
-    """A connection to the worker that knows the token, under the first address that has it."""
+def _connect(door: tuple[bytes, Sequence[Address]], deadline: float) -> socket.socket | None:
+    """A connection to the worker that knows a token, under the first of its addresses that has it.
+
+    Args:
+        door: the token and the addresses.
+        deadline: of it all.
+    """
+    token, addresses = door
     for address in addresses:
         with suppress(OSError), ExitStack() as stack:
-            connection = socket.create_connection(address, _CONNECT_SECONDS)
+            left = max(0.1, deadline - time.monotonic())
+            connection = socket.create_connection(address, min(_KNOCK_SECONDS, left))
             stack.callback(connection.close)
             connection.sendall(token)
             if connection.recv(len(_ANSWER)) == _ANSWER:

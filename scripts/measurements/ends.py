@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from lightning_easgd import CenterAverage, Rule
 from lightning_easgd.algorithms import AVERAGED, RULES, choose_average
 from lightning_easgd.center import Center
-from lightning_easgd.communication import AllReduce, WorkerGroup
+from lightning_easgd.communication import AllReduce, Level, WorkerGroup
 from lightning_easgd.exchange import Exchange, Rules
 from lightning_easgd.optimizers import LocalOptimizers
 from lightning_easgd.schedules import Period, Strength
@@ -37,7 +38,8 @@ _WARM_UP = 3
 class NoWire(AllReduce):
     """Sums that are there at once: one worker's are its own."""
 
-    def _sum(self, tensors: Iterable[Tensor]) -> list[dist.Work]:
+    def sum(self, tensors: Iterable[Tensor]) -> list[Any]:
+        """Nothing is under way."""
         return []
 
 
@@ -147,7 +149,7 @@ def exchange_of(
     point = "parameter" if rule.restarts else "iterate"
     return Exchange(
         Center(module, buffers="average", rank=0, averaging=average),
-        NoWire(group, 25 * 2**20),
+        NoWire(group, 25 * 2**20, level=Level(group.rank, group.size, None)),
         optimizers=LocalOptimizers(lambda: [optimizer]),
         rules=Rules(Period(1), Strength("beta", 0.9), not rule.restarts, point, rule),
         telemetry=Telemetry(),

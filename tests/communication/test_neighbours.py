@@ -46,7 +46,7 @@ def meet(size: int, gather: Callable[[Table, int, Any], list[Any]] = Table.gathe
     table, made = Table(size), [None] * size
 
     def work(rank: int) -> None:
-        made[rank] = make_ring(rank, size, partial(gather, table, rank))
+        made[rank] = make_ring(rank, size, partial(gather, table, rank), 2.0)
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
     for thread in threads:
@@ -73,7 +73,6 @@ def sums(made: list[Ring]) -> list[float]:
 def _one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setattr(neighbours, "_MEET_SECONDS", 2.0)
 
 
 @pytest.mark.parametrize("size", [2, 3, 5])
@@ -152,7 +151,8 @@ def trained(rank: int, *, reached: bool) -> tuple[dict[str, bytes], list[str], i
     module = Toy(SGD)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        trainer(3, EASGDStrategy(tau=4)).fit(module, loader(rank, 10))
+        strategy = EASGDStrategy(tau=4, exchange_timeout=6)
+        trainer(3, strategy).fit(module, loader(rank, 10))
     found = [str(w.message) for w in said if "GLOO_SOCKET_IFNAME" in str(w.message)]
     return bits(weights(module)), found, len(counted)
 
