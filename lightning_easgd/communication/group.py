@@ -75,19 +75,19 @@ class WorkerGroup:
         self._lightnings_timeout = lightnings_timeout
         self._timeout = lightnings_timeout.total_seconds()
         self._liveness = Liveness(self.rank, self.size, f"workers-{next(_numbers)}")
-        self.wait(Background(self._meet, torch.device("cpu")), "The set-up of training")
+        self.everybody = self._meet()
+        """For what all workers do at the same time; over gloo."""
         self._timeout = timeout.total_seconds()
         _set_default_timeout(min(timeout, lightnings_timeout))
 
-    def _meet(self) -> None:
-        if dist.get_backend() == "gloo":
-            dist.barrier()  # fails at once if a worker is killed before
-            default = dist.group.WORLD
-            assert default is not None
-            self.everybody: dist.ProcessGroup = default
-            """For what all workers do at the same time; over gloo."""
-        else:
-            self.everybody = self._make("gloo")
+    def _meet(self) -> dist.ProcessGroup:
+        if dist.get_backend() != "gloo":
+            return self.apart()
+        # Fails at once if a worker is killed before.
+        self.wait(Background(dist.barrier, torch.device("cpu")), "The set-up of training")
+        default = dist.group.WORLD
+        assert default is not None
+        return default
 
     def apart(self, backend: str = "gloo") -> dist.ProcessGroup:
         """Make a group of all workers for what goes on beside everything else; all must call it.
@@ -95,22 +95,9 @@ class WorkerGroup:
         Raises:
             ExchangeError: a worker left or did not come in time.
         """
-        if backend == "gloo":
-            make = partial(self._make, backend)
-            self.wait(Background(make, torch.device("cpu")), "The set-up of exchanges")
-        else:
-            self._make(backend)  # in the thread whose accelerator is this worker's
-        return self._made[-1]
-
-    def _make(self, backend: str) -> dist.ProcessGroup:
-        group = dist.new_group(backend=backend, timeout=self._allowed(backend))
-        assert isinstance(group, dist.ProcessGroup)
-        self._made.append(group)
-        return group
-
-    def _allowed(self, backend: str) -> timedelta:
-        # gloo counts from the start of a collective too; wait() counts from when somebody waits.
-        return _NEVER if backend == "gloo" else self._lightnings_timeout
+        made = self.split([range(self.size)], backend)
+        assert made is not None
+        return made
 
     def split(self, parts: Sequence[Sequence[int]], backend: str) -> dist.ProcessGroup | None:
         """Make a process group of each of ``parts``; all workers must call it.
@@ -125,7 +112,8 @@ class WorkerGroup:
         Raises:
             ExchangeError: a worker left or did not come in time.
         """
-        timeout = self._allowed(backend)
+        # gloo counts from the start of a collective too; wait() counts from when somebody waits.
+        timeout = _NEVER if backend == "gloo" else self._lightnings_timeout
         found: list[dist.ProcessGroup] = []
 
         def make() -> None:
