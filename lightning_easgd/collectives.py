@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_easgd.communication import WorkerGroup, gather
+from lightning_easgd.communication import WorkerGroup, gather, watched
 from lightning_easgd.exchange import Exchange
 from lightning_easgd.groups import arrange_levels
 from lightning_easgd.options import Options
@@ -40,7 +40,7 @@ class CollectiveStrategy(DDPStrategy):
             if self._group is None:
                 super().barrier(*args, **kwargs)
             else:
-                self._group.barrier(self._place("barrier"))
+                watched.barrier(self._group, self._place("barrier"))
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
@@ -48,7 +48,7 @@ class CollectiveStrategy(DDPStrategy):
             return obj
         if self._group is None:
             return super().broadcast(obj, src)
-        return self._group.broadcast(obj, src, self._place("broadcast"))
+        return watched.broadcast(self._group, obj, src, self._place("broadcast"))
 
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
@@ -58,17 +58,17 @@ class CollectiveStrategy(DDPStrategy):
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         if self._alone:
             return tensor
-        if self._group is None or not self._group.is_default(group):
+        if self._group is None or not watched.is_default(group):
             return super().reduce(tensor, group, reduce_op)
         if not isinstance(tensor, Tensor):
             return tensor
-        return self._group.reduce_(tensor, reduce_op, self._place("reduction"))
+        return watched.reduce_(self._group, tensor, reduce_op, self._place("reduction"))
 
     @override
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
         # It may be differentiated, which the group's collectives are not made for.
-        if self._group is not None and self._group.is_default(group):
-            self._group.barrier(self._place("gathering"))
+        if self._group is not None and watched.is_default(group):
+            watched.barrier(self._group, self._place("gathering"))
         return super().all_gather(tensor, group, sync_grads)
 
     def _collect(self, value: Any) -> list[Any]:

@@ -77,16 +77,11 @@ class Contribution:
         """Put x - c of the fragments whose turn it is where their sums will be."""
         self.fragments = self._center.open(turn)
         for fragment in self.fragments:
-            fragment.total.read_(fragment.brought())
+            fragment.take_difference(from_start=self._rule.restarts and not self._rule.mixing)
         if self._from_iterate:
             self._optimizers.undo_look_ahead_(
                 [pair for fragment in self.fragments for pair in fragment.values(fragment.total)]
             )
-        for fragment in self.fragments:
-            if self._rule.restarts and not self._rule.mixing:
-                fragment.subtract_start_()
-            else:
-                elastic.difference_(fragment.total.parts, fragment.center.parts)
         self._measure()
 
     @torch.no_grad()

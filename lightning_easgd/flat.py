@@ -107,13 +107,13 @@ class Memory:
     pinned: bool = False
 
     def allocate(self, sizes: Mapping[torch.dtype, int]) -> dict[torch.dtype, Tensor]:
-        """Buffers of zeros, by precision.
+        """Buffers by precision, whose values are arbitrary.
 
         Raises:
             RuntimeError: there is no such memory left.
         """
         try:
-            return {dtype: self._zeros(size, dtype) for dtype, size in sizes.items()}
+            return {dtype: self._empty(size, dtype) for dtype, size in sizes.items()}
         except RuntimeError as error:
             if not self.pinned:
                 raise
@@ -124,11 +124,11 @@ class Memory:
                 " container's memlock), or leave center_device unset."
             ) from error
 
-    def _zeros(self, size: int, dtype: torch.dtype) -> Tensor:
+    def _empty(self, size: int, dtype: torch.dtype) -> Tensor:
         bytes_ = size * dtype.itemsize
         pageable = self.device.type == "cpu" and not self.pinned
         if not (pageable and bytes_ >= _LARGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE")):
-            return torch.zeros(size, dtype=dtype, device=self.device, pin_memory=self.pinned)
+            return torch.empty(size, dtype=dtype, device=self.device, pin_memory=self.pinned)
         pages = mmap.mmap(-1, bytes_, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with suppress(OSError):  # a kernel that has none
             pages.madvise(mmap.MADV_HUGEPAGE)

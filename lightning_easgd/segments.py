@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_easgd.algorithms import CenterAverage
+from lightning_easgd.algorithms import CenterAverage, elastic
 from lightning_easgd.flat import FlatLayout, FlatVector, Memory, as_real
 
 _MOST_CUTS_PER_PARAMETER = 1024
@@ -132,17 +132,19 @@ class Fragment:
         else:
             self.center.write_to(self.tensors())
 
-    def subtract_start_(self) -> None:
-        """Turn weights in the sum's place into their distance from where a restart began them.
+    def take_difference(self, *, from_start: bool) -> None:
+        """Put x - c in the sum's place; x is what takes part in exchanges.
 
-        That is the center as parameters hold it, in their own precision.
+        Args:
+            from_start: whether c is the center as parameters hold it, in their own precision, from
+                where a restart began them.
         """
-        precisions = [as_real(tensor).dtype for tensor in self.tensors()]
-        if set(precisions) <= {part.dtype for part in self.center.parts}:
-            torch._foreach_sub_(self.total.parts, self.center.parts)
-            return
-        pairs = zip(self.center.views, precisions, strict=True)
-        torch._foreach_sub_(self.total.views, [view.to(dtype) for view, dtype in pairs])
+        brought = [as_real(tensor) for tensor in self.brought()]
+        centers = self.center.views
+        if from_start:
+            pairs = zip(centers, brought, strict=True)
+            centers = [view.to(tensor.dtype).to(view.dtype) for view, tensor in pairs]
+        elastic.difference(brought, centers, self.total.views)
 
     def values(self, vector: FlatVector) -> Iterator[tuple[Piece, Tensor]]:
         """Each piece with its values in the center or the sum."""

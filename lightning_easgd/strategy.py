@@ -31,7 +31,15 @@ from lightning_easgd.arguments import (
 from lightning_easgd.assembly import make_center, make_exchange
 from lightning_easgd.buffers import BufferPolicy
 from lightning_easgd.center import Center
-from lightning_easgd.communication import Codec, Place, Stop, WorkerGroup, leave_all_groups
+from lightning_easgd.communication import (
+    Codec,
+    Place,
+    Stop,
+    WorkerGroup,
+    leave_all_groups,
+    make_equal_,
+    require_equal,
+)
 from lightning_easgd.exchange import ElasticPoint
 from lightning_easgd.features import batches_per_epoch, expected_training, refuse_features
 from lightning_easgd.groups import Groups, Members
@@ -300,8 +308,8 @@ class EASGDStrategy(PersistentStrategy):
             self._timeout,
             from_host=self.options.offload or self.root_device.type == "cpu",
         )
-        self._group.require_equal(module, self.options.lines())
-        self._group.broadcast_([*module.parameters(), *module.buffers()])
+        require_equal(self._group, module, self.options.lines())
+        make_equal_(self._group, [*module.parameters(), *module.buffers()])
         self._center = make_center(module, self.options, self._group.rank)
 
     def _set_up_exchange(self, trainer: pl.Trainer) -> None:

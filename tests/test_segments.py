@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_easgd.flat import Memory
+from lightning_easgd.flat import FlatVector, Memory, as_real
 from lightning_easgd.segments import Piece, Segment, cut
 
 SHAPES = st.lists(st.lists(st.integers(0, 5), max_size=3).map(tuple), min_size=1, max_size=8)
@@ -62,6 +63,23 @@ def test_pieces_of_any_memory_format_are_views() -> None:
         fragment.center.write_to(fragment.tensors())
     assert torch.equal(weight, before[0])
     assert torch.equal(turned, before[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.complex64])
+def test_the_difference_from_a_start_is_zero_where_nothing_was_trained(dtype: torch.dtype) -> None:
+    """The center in the parameters' own precision is where a restart began them."""
+    named = [("turned", nn.Parameter(torch.randn(4, 5, dtype=dtype).T))]
+    (fragment,) = Segment(named, 1, Memory(torch.device("cpu"))).fragments
+    fragment.center.parts[0].mul_(1 + 1e-4)
+    room = torch.empty_like(fragment.center.parts[0])
+    fragment.total = FlatVector(fragment.layout, {torch.float32: room})
+    fragment.take_difference(from_start=False)
+    exact = as_real(named[0][1].detach()).float() - fragment.center.views[0]
+    assert fragment.total.views[0].equal(exact)
+    assert exact.any()
+    fragment.restart(mixing=0.0)
+    fragment.take_difference(from_start=True)
+    assert not fragment.total.parts[0].any()
 
 
 def test_a_piece_follows_a_parameter_whose_memory_was_replaced() -> None:

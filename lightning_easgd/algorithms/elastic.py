@@ -96,9 +96,17 @@ def stability_bound(workers: int) -> float:
     return 2.0 / (workers + 1)
 
 
-def difference_(worker: Sequence[Tensor], center: Sequence[Tensor]) -> None:
-    """Turn worker weights x into x - c, in place; both as lists of tensors of equal shapes."""
-    torch._foreach_sub_(list(worker), list(center))
+def difference(worker: Sequence[Tensor], center: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+    """Put x - c into ``out``, computed in its precision; lists of tensors of equal shapes.
+
+    The worker's may have another precision, and lie on another device, than the others.
+    """
+    if all(x.is_cpu and x.dtype == o.dtype for x, o in zip(worker, out, strict=True)):
+        for x, c, o in zip(worker, center, out, strict=True):
+            torch.sub(x, c, out=o)  # through memory once; what takes lists cannot write elsewhere
+    else:
+        torch._foreach_copy_(list(out), list(worker))
+        torch._foreach_sub_(list(out), list(center))
 
 
 def scale_(difference: Sequence[Tensor], alpha: Sequence[float]) -> None:

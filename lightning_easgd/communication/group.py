@@ -1,11 +1,4 @@
-"""The workers that share a center: their process groups, and what they agree on at set-up.
-
-[Note: whose collectives] Exchanges are not the only place where a worker that is gone is waited
-for. Lightning's own collectives (barriers, decisions, reduced metrics) go through the group as well
-while training is set up, so that waiting for them ends in time and tells who is missing. Those that
-torchmetrics, or the user, calls on torch's default group cannot be watched: that group waits no
-longer than the workers do meanwhile, and who is missing is added to the error. Older torch (2.6 is
-one) does not let gloo change its timeout (pytorch/pytorch#165422); there they wait for all of it.
+"""The workers that share a center: their process groups, and how they wait for each other.
 
 [Note: idle groups] Every gloo group has a thread that looks a hundred times a second whether it is
 to end. Two of them took half a percent from training on a CPU. So a group is made only for what
@@ -21,14 +14,14 @@ import pickle
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from lightning_easgd.communication.background import Background
@@ -161,20 +154,6 @@ class WorkerGroup:
             )
         return ring
 
-    def broadcast_(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrite tensors with those of worker 0."""
-        for tensor in tensors:
-            values = tensor.detach().contiguous().clone()
-            if values.numel():
-                # As bytes: backends differ in the element types that they know.
-                data = values.view(-1).view(torch.uint8)
-                data = data.cpu() if self.polls else data
-                group = self.everybody if self.polls else None
-                work = dist.broadcast(data, src=0, group=group, async_op=True)
-                assert work is not None
-                self.wait(work, "Making the workers equal", poll=self.polls)
-                tensor.detach().copy_(data.view(values.dtype).view(values.shape))
-
     def gather(self, value: Any, *, among: dist.ProcessGroup | None = None) -> list[Any]:
         """A small picklable value of every worker, in rank order.
 
@@ -199,57 +178,8 @@ class WorkerGroup:
         group = among or self.everybody
         everybody = [torch.empty_like(mine) for _ in range(group.size())]
         work = dist.all_gather(everybody, mine, group=group, async_op=True)
-        self._wait_for(work, "An agreement between the workers")
+        self.wait(work, "An agreement between the workers")
         return everybody
-
-    def barrier(self, what: str) -> None:
-        """Wait for all workers, for Lightning.
-
-        Args:
-            what: Lightning asks for, for the message.
-
-        Raises:
-            ExchangeError: a worker left or did not come in time.
-        """
-        self._wait_for(dist.barrier(group=self.everybody, async_op=True), what)
-
-    def broadcast(self, value: Any, src: int, what: str) -> Any:
-        """The picklable value of worker ``src``, for Lightning; raises as :meth:`barrier` does."""
-        content = bytearray(pickle.dumps(value) if self.rank == src else b"")
-        size = torch.tensor([len(content)])
-        self._wait_for(dist.broadcast(size, src, group=self.everybody, async_op=True), what)
-        if self.rank != src:
-            content = bytearray(int(size))
-        data = torch.frombuffer(content, dtype=torch.uint8)
-        self._wait_for(dist.broadcast(data, src, group=self.everybody, async_op=True), what)
-        return value if self.rank == src else pickle.loads(content)
-
-    def reduce_(self, tensor: Tensor, op: Any, what: str) -> Tensor:
-        """Reduce a tensor over all workers in place, for Lightning; raises as :meth:`barrier` does.
-
-        Args:
-            tensor: on a device that the default group is for.
-            op: torch's, or its name; "mean" and "avg" are the mean.
-            what: Lightning asks for, for the message.
-        """
-        mean = isinstance(op, str) and op.lower() in ("mean", "avg")
-        if isinstance(op, str):
-            op = dist.ReduceOp.SUM if mean else getattr(dist.ReduceOp, op.upper())
-        if dist.get_backend() == "gloo":
-            self._wait_for(dist.all_reduce(tensor, op, async_op=True), what)
-        else:
-            # Nothing on an accelerator can be watched; but nobody is missing now.
-            self.barrier(what)
-            dist.all_reduce(tensor, op)
-        return tensor.copy_(tensor / self.size) if mean else tensor
-
-    def _wait_for(self, work: dist.Work | None, what: str) -> None:
-        assert work is not None
-        self.wait(work, what)
-
-    def is_default(self, group: dist.ProcessGroup | None) -> bool:
-        """Whether a group that Lightning was given is that of all workers."""
-        return group is None or group is dist.group.WORLD
 
     def explain(self, error: BaseException) -> None:
         """Add who is missing to an error of torch's, out of a collective that is not watched."""
@@ -257,7 +187,9 @@ class WorkerGroup:
         if gloos or isinstance(error, dist.DistError):
             error.args = (f"{error} {self._liveness.judge()}",)
 
-    def wait(self, work: Work, what: str, *, poll: bool = True, patiently: bool = False) -> None:
+    def wait(
+        self, work: Work | None, what: str, *, poll: bool = True, patiently: bool = False
+    ) -> None:
         """Wait for a collective.
 
         Args:
@@ -270,6 +202,7 @@ class WorkerGroup:
         Raises:
             ExchangeError: another worker is gone or did not come within the timeout; says which.
         """
+        assert work is not None  # torch's are, on workers that are in the group
         began = time.monotonic()
         deadline = began + self._timeout
         try:
@@ -289,28 +222,6 @@ class WorkerGroup:
                 f"{what} could not be completed. {self._liveness.judge()} Look for their errors"
                 f" first; then resume from the last checkpoint. ({error})"
             ) from error
-
-    def require_equal(self, module: nn.Module, options: Sequence[str]) -> None:
-        """Check at set-up that all workers hold the same module and were given the same options.
-
-        Args:
-            module: compared by names, shapes, precisions and requires_grad.
-            options: one line each.
-
-        Raises:
-            ValueError: on every worker, with the first lines that differ.
-        """
-        everybody = self.gather([*options, *_signature(module)])
-        for rank, theirs in enumerate(everybody):
-            if theirs != everybody[0]:
-                mine_only = [line for line in everybody[0] if line not in set(theirs)][:3]
-                theirs_only = [line for line in theirs if line not in set(everybody[0])][:3]
-                raise ValueError(
-                    f"The modules or options of worker 0 and worker {rank} differ: only worker 0"
-                    f" has {mine_only}, only worker {rank} has {theirs_only} (or their order"
-                    " differs). Build the same module on every worker (same names, shapes,"
-                    " precisions and requires_grad) and give the strategy the same options."
-                )
 
     def abandon(self, reason: str) -> None:
         """Stop taking part, after an error; the others are told the reason.
@@ -360,13 +271,3 @@ def _set_default_timeout(timeout: timedelta) -> None:
     # Public since torch 2.14 or so.
     set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
     set_timeout(timeout)
-
-
-def _signature(module: nn.Module) -> list[str]:
-    parameters = [
-        f"parameter {name} {tuple(p.shape)} {p.dtype} requires_grad={p.requires_grad}"
-        for name, p in module.named_parameters()
-    ]
-    return parameters + [
-        f"buffer {name} {tuple(b.shape)} {b.dtype}" for name, b in module.named_buffers()
-    ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import Any
 
@@ -95,7 +95,8 @@ class Header:
 
     def pack(self) -> list[int]:
         """The fields as integers."""
-        return [_bits(value) if isinstance(value, float) else int(value) for value in astuple(self)]
+        values = vars(self).values()
+        return [_bits(value) if isinstance(value, float) else int(value) for value in values]
 
     @classmethod
     def unpack(cls, values: Sequence[int]) -> Header:

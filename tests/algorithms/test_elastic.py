@@ -18,8 +18,7 @@ def simulate(
     for t in range(steps):
         pull = torch.zeros_like(workers)
         if t % tau == 0:
-            pull = workers.clone()
-            elastic.difference_(list(pull), [center] * len(pull))
+            elastic.difference(list(workers), [center] * len(pull), out=list(pull))
             elastic.scale_(list(pull), [alpha] * len(pull))
         workers -= local_step(workers)
         workers -= pull
@@ -156,8 +155,8 @@ def test_round_robin_admm_is_unstable_where_easgd_is_not():
         def cycle(state):
             x, center = torch.tensor(state[:p]), torch.tensor(state[p:])
             for i in range(p):
-                pull = x[i : i + 1].clone()
-                elastic.difference_([pull], [center])
+                pull = torch.empty_like(center)
+                elastic.difference([x[i : i + 1]], [center], out=[pull])
                 elastic.scale_([pull], [eta * rho])
                 x[i] -= eta * x[i]
                 x[i] -= pull[0]
@@ -196,6 +195,16 @@ def test_alpha_one_over_p_with_equal_workers_moves_the_center_to_their_mean():
         )
     )
     assert float(c) == 2.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_difference_is_computed_in_the_precision_of_the_center(dtype):
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    worker = torch.tensor([[1.0, 256.0, 0.5], [3.0, -1.0, math.inf]]).t().to(dtype)
+    center = torch.tensor([[1.0009765625, 3.0], [1e-9, -1.0], [0.5, 1.0]], dtype=exact)
+    out = [torch.full((3, 2), math.nan, dtype=exact), torch.empty(0, dtype=exact)]
+    elastic.difference([worker, worker[:0, 0]], [center, center[:0, 0]], out)
+    assert out[0].equal(worker.to(exact) - center)
 
 
 @pytest.mark.parametrize("momentum", [0.5, 0.9, 0.99])

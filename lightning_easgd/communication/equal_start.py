@@ -1,0 +1,64 @@
+"""That all workers begin with the same module, options and weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_easgd.communication.group import WorkerGroup
+
+
+def require_equal(group: WorkerGroup, module: nn.Module, options: Sequence[str]) -> None:
+    """Check that all workers hold the same module and were given the same options.
+
+    Args:
+        group: all workers, which must call it.
+        module: compared by names, shapes, precisions and requires_grad.
+        options: one line each.
+
+    Raises:
+        ValueError: on every worker, with the first lines that differ.
+        ExchangeError: a worker left or did not answer in time.
+    """
+    everybody = group.gather([*options, *_signature(module)])
+    for rank, theirs in enumerate(everybody):
+        if theirs != everybody[0]:
+            mine_only = [line for line in everybody[0] if line not in set(theirs)][:3]
+            theirs_only = [line for line in theirs if line not in set(everybody[0])][:3]
+            raise ValueError(
+                f"The modules or options of worker 0 and worker {rank} differ: only worker 0"
+                f" has {mine_only}, only worker {rank} has {theirs_only} (or their order"
+                " differs). Build the same module on every worker (same names, shapes,"
+                " precisions and requires_grad) and give the strategy the same options."
+            )
+
+
+def make_equal_(group: WorkerGroup, tensors: Iterable[Tensor]) -> None:
+    """Overwrite tensors with those of worker 0; all workers must call it.
+
+    Raises:
+        ExchangeError: a worker left or did not answer in time.
+    """
+    for tensor in tensors:
+        values = tensor.detach().contiguous().clone()
+        if values.numel():
+            # As bytes: backends differ in the element types that they know.
+            data = values.view(-1).view(torch.uint8)
+            data = data.cpu() if group.polls else data
+            among = group.everybody if group.polls else None
+            work = dist.broadcast(data, src=0, group=among, async_op=True)
+            group.wait(work, "Making the workers equal", poll=group.polls)
+            tensor.detach().copy_(data.view(values.dtype).view(values.shape))
+
+
+def _signature(module: nn.Module) -> list[str]:
+    parameters = [
+        f"parameter {name} {tuple(p.shape)} {p.dtype} requires_grad={p.requires_grad}"
+        for name, p in module.named_parameters()
+    ]
+    return parameters + [
+        f"buffer {name} {tuple(b.shape)} {b.dtype}" for name, b in module.named_buffers()
+    ]
