@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-from collections.abc import Callable
+import runpy
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import launching
+from emulation import EmulatedHosts
 from forking import Workers
 
-__all__ = ["Workers", "become_slurm_task", "free_port", "processes_of", "run_workers"]
+__all__ = [
+    "Workers",
+    "become_slurm_task",
+    "free_port",
+    "on_host",
+    "processes_of",
+    "run_script",
+    "run_workers",
+]
 
 
 def run_workers(
@@ -29,6 +43,58 @@ def run_workers(
     for rank, outcome in enumerate(outcomes):
         assert outcome.error is None, f"worker {rank}: {outcome.trace}"
     return [outcome.value for outcome in outcomes]
+
+
+def on_host(rank: int, hosts: EmulatedHosts, target: Callable[..., Any], *args: Any) -> Any:
+    """Run ``target(rank, *args)`` as the worker of the emulated host with this number."""
+    hosts.enter(rank)
+    return target(rank, *args)
+
+
+def run_script(
+    script: Path,
+    arguments: Sequence[str],
+    *,
+    folder: Path,
+    workers: int,
+    code: int = 0,
+    hosts: EmulatedHosts | None = None,
+) -> str:
+    """Run a script in ``folder``, or each of its workers as under torchrun; what they printed.
+
+    They are forked, and so need not import torch and Lightning, which takes most of a short job.
+    With ``hosts``, each runs on one of them.
+    """
+    target = (_be_script,) if hosts is None else (on_host, hosts, _be_script)
+    ended = run_workers(*target, script, arguments, folder, workers=workers, timeout=150)
+    printed = "\n".join(text for _, text in ended)
+    assert [found for found, _ in ended] == [code] * workers, printed
+    return printed
+
+
+def _be_script(rank: int, script: Path, arguments: Sequence[str], folder: Path) -> tuple[int, str]:
+    """Its exit code, and what it printed."""
+    multiprocessing.current_process().daemon = False  # it may start processes
+    os.chdir(folder)
+    path = folder / f"printed by {rank}"
+    with path.open("w") as printed:
+        os.dup2(printed.fileno(), 1)
+        os.dup2(printed.fileno(), 2)
+        sys.stdout = sys.stderr = printed
+        sys.argv = [str(script), *arguments]
+        warnings.resetwarnings()  # not errors, as in tests
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+            print(end.code)
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+    text = path.read_text()
+    path.unlink()
+    return code, text
 
 
 def free_port() -> int:

@@ -1,19 +1,12 @@
-"""The work at both ends of an exchange, the wire excluded, under every rule.
-
-Run as a file it is the one worker.
-"""
+"""The work at both ends of an exchange, the wire excluded, under every rule."""
 
 from __future__ import annotations
 
-import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +18,7 @@ from torch import Tensor, nn
 from lightning_easgd import CenterAverage, Rule
 from lightning_easgd.algorithms import AVERAGED, RULES, choose_average
 from lightning_easgd.center import Center
-from lightning_easgd.communication import AllReduce, Level, WorkerGroup
+from lightning_easgd.communication import AllReduce, Level, WorkerGroup, leave_all_groups
 from lightning_easgd.communication.ring import RingWork
 from lightning_easgd.exchange import Exchange, Rules
 from lightning_easgd.optimizers import LocalOptimizers
@@ -52,13 +45,13 @@ class NoWire(AllReduce):
 
 def ends(millions: float, tensors: int, device: str, repetitions: int) -> None:
     """Print what an exchange takes beside its way, in plain copies, and each rule's to EASGD's."""
-    options = [str(value) for value in (millions, tensors, device, repetitions)]
-    subprocess.run(
-        [sys.executable, "-m", "measurements.ends", *options],
-        cwd=Path(__file__).parents[1],
-        env=os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()},
-        check=True,
-    )
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
+    group = WorkerGroup(timedelta(minutes=1), timedelta(minutes=1))
+    try:
+        compare(group, millions, tensors, device, repetitions)
+    finally:
+        group.close()
+        leave_all_groups()
 
 
 @dataclass
@@ -78,13 +71,13 @@ class Contender:
         return sum(tensor.numel() for tensor in tensors if tensor.dim()) / self.parameters
 
 
-def ends_of_one_worker(millions: float, tensors: int, device: str, repetitions: int) -> None:
-    """Copy and exchange in turn, in this process."""
-    dist.init_process_group("gloo", rank=0, world_size=1)
+def compare(
+    group: WorkerGroup, millions: float, tensors: int, device: str, repetitions: int
+) -> None:
+    """Copy and exchange in turn, as the only worker."""
     size = int(1e6 * millions) // tensors
     module = nn.ParameterList(torch.randn(size, device=device) for _ in range(tensors))
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-    group = WorkerGroup(timedelta(minutes=1), timedelta(minutes=1))
     contenders = {
         name: Contender(exchange_of(module, optimizer, group, rule, average), tensors * size)
         for name, (rule, average) in ways().items()
@@ -170,8 +163,3 @@ def seconds(function: Callable[[], None], device: str) -> float:
     if device != "cpu":
         torch.cuda.synchronize(device)
     return time.perf_counter() - began
-
-
-if __name__ == "__main__":
-    size, number, where, times = sys.argv[1:]
-    ends_of_one_worker(float(size), int(number), where, int(times))

@@ -17,7 +17,7 @@ import pytest
 from advising.judging import Advice, Exchanges, Measured, Memory, Trial, together
 from advising.report import command, table
 from emulation import EmulatedHosts
-from processes import processes_of
+from processes import processes_of, run_script
 
 from lightning_easgd.pace import AutomaticPeriod, smallest_period
 from lightning_easgd.schedules import Durations, Observation
@@ -252,19 +252,9 @@ def on_two_hosts(folder: Path, rate_bits: float | None) -> dict[str, Any]:
     model = ["model=mlp", "model.hidden=[1024,512]"]  # 2.4 MB, a second at 20 Mbit/s
     overrides = [*model, "trainer.devices=1", "trainer.num_nodes=2", "seconds=4", "codecs=[int8]"]
     with EmulatedHosts(2, rate_bits) as hosts:
-        processes = [
-            hosts.start(
-                host,
-                [sys.executable, str(SCRIPT), *overrides, f"hydra.run.dir={rate_bits}-{host}"],
-                cwd=folder,
-                env={"OMP_NUM_THREADS": "1"},
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
-            for host in range(2)
-        ]
-        assert [process.wait(timeout=100) for process in processes] == [0, 0]
-    return json.loads((folder / f"{rate_bits}-0" / "advice.json").read_text())
+        arguments = [*overrides, f"hydra.run.dir={rate_bits}"]
+        run_script(SCRIPT, arguments, folder=folder, workers=2, hosts=hosts)
+    return json.loads((folder / f"{rate_bits}" / "advice.json").read_text())
 
 
 @pytest.mark.parametrize(
@@ -275,13 +265,19 @@ def on_two_hosts(folder: Path, rate_bits: float | None) -> dict[str, Any]:
         (["seconds=0"], "seconds=0 is not allowed. Allowed: a number above 0"),
         (["codecs=[int9]"], "compression='int9' is not a codec. Allowed"),
         (["strategy.overlap=false"], "Set overlap=True"),
-        (["secondz=1"], "Key 'secondz' is not in struct"),
         (["trainer.accelerator=tpu"], "accelerator"),
     ],
     ids=str,
 )
 def test_bad_input_says_what_to_do(tmp_path: Path, overrides: list[str], message: str) -> None:
-    assert message in advise(tmp_path, "trainer.devices=2", *overrides, code=1)
+    workers = 1 if "trainer.devices=1" in overrides else 2
+    arguments = ["trainer.devices=2", *overrides, "hydra.run.dir=run"]
+    printed = run_script(SCRIPT, arguments, folder=tmp_path, workers=workers, code=1)
+    assert message in printed
+
+
+def test_an_option_that_does_not_exist_ends_before_workers_start(tmp_path: Path) -> None:
+    assert "Key 'secondz' is not in struct" in advise(tmp_path, "secondz=1", code=1)
 
 
 def test_ctrl_c_ends_all_workers(tmp_path: Path) -> None:

@@ -7,17 +7,22 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import emulated
-import emulated_groups
 import emulation
 import pytest
 import torch
 from emulation import EmulatedHosts, EmulationError
-from processes import run_workers
+from processes import Workers, on_host, run_workers
+from toy import Toy, bits, loader, trainer, weights
 
-HERE = Path(__file__).parents[1]
+from lightning_easgd import EASGDStrategy, Groups
+
+SGD = partial(torch.optim.SGD, lr=0.1)
 REASON = emulation.unavailable()
 needs_hosts = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
@@ -146,7 +151,7 @@ with EmulatedHosts(2) as hosts:
 def test_everything_goes_after_a_signal(number: signal.Signals) -> None:
     script = subprocess.Popen(
         [sys.executable, "-c", WAIT],
-        env=os.environ | {"PYTHONPATH": str(HERE.parent / "scripts")},
+        env=os.environ | {"PYTHONPATH": str(Path(emulation.__file__).parent)},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
     )
@@ -164,21 +169,34 @@ def test_everything_goes_after_a_signal(number: signal.Signals) -> None:
         script.wait()
 
 
-def start_training(
-    hosts: EmulatedHosts, folder: Path, exchange_timeout: float
-) -> list[subprocess.Popen[str]]:
+@contextmanager
+def training(hosts: EmulatedHosts, folder: Path, exchange_timeout: float) -> Iterator[Workers]:
     """Workers on all hosts, when worker 0 has paused in the middle of training."""
-    command = [sys.executable, str(HERE / "emulated.py"), str(folder), str(exchange_timeout)]
-    env = {"PYTHONPATH": f"{HERE.parent}:{HERE}", "OMP_NUM_THREADS": "1"}
-    workers = []
-    for host in range(hosts.count):
-        with (folder / f"{host}.log").open("w") as log:
-            workers.append(hosts.start(host, command, env=env, stdout=log, stderr=log, text=True))
-    deadline = time.monotonic() + 100
-    while not (folder / "paused").exists():
-        assert time.monotonic() < deadline, (folder / "0.log").read_text()
-        time.sleep(0.05)
-    return workers
+    task = on_host, hosts, train, folder, exchange_timeout
+    with Workers(*task, workers=hosts.count) as workers:
+        deadline = time.monotonic() + 60
+        while not (folder / "paused").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        yield workers
+
+
+def train(rank: int, folder: Path, exchange_timeout: float, pause: bool = True) -> Any:
+    """The center in the end; at step 9 worker 0 makes ``paused`` and waits for ``go``."""
+    os.environ.update(NODE_RANK=str(rank), LOCAL_RANK="0")
+    module = Toy(SGD)
+
+    def on_train_batch_start(batch: object, batch_idx: int) -> None:
+        if pause and rank == 0 and batch_idx == 9:
+            (folder / "paused").touch()
+            while not (folder / "go").exists():
+                time.sleep(0.01)
+
+    module.on_train_batch_start = on_train_batch_start
+    strategy = EASGDStrategy(tau=4, exchange_timeout=exchange_timeout)
+    workers = int(os.environ["WORLD_SIZE"])
+    trainer(1, strategy, num_nodes=workers).fit(module, loader(rank, 24))
+    return bits(weights(module))
 
 
 @needs_hosts
@@ -186,68 +204,91 @@ def start_training(
 @pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize("who", [0, 1])
 def test_all_end_when_a_cable_is_pulled_and_name_who_is_missing(who: int, tmp_path: Path) -> None:
-    with EmulatedHosts(3) as hosts:
-        workers = start_training(hosts, tmp_path, exchange_timeout=3)
+    with EmulatedHosts(3) as hosts, training(hosts, tmp_path, exchange_timeout=3) as workers:
         hosts.cut(who)
         (tmp_path / "go").touch()
-        assert all(worker.wait(60) for worker in workers)
-    errors = [(tmp_path / f"{rank}.log").read_text() for rank in range(3)]
-    assert all("ExchangeError: " in error for error in errors)
+        outcomes = workers.collect(60)
+    assert [outcome.error for outcome in outcomes] == ["ExchangeError"] * 3
+    errors = [outcome.message for outcome in outcomes]
     if who == 1:
         assert all("Worker 1 gave no sign of life" in errors[rank] for rank in (0, 2))
         assert "Worker 0 cannot be reached" in errors[1]
     else:
         assert all(f"Worker {rank} gave no sign of life" in errors[0] for rank in (1, 2))
         assert all("Worker 0 cannot be reached" in errors[rank] for rank in (1, 2))
-    assert not list(tmp_path.glob("*.pt"))
-
-
-def undisturbed(rank: int, folder: Path) -> None:
-    os.environ.update(NODE_RANK=str(rank), LOCAL_RANK="0")
-    emulated.train(folder, 60, pause=False)
 
 
 @needs_hosts
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("nothing_left")
 def test_a_cable_that_is_out_for_a_moment_changes_no_bit(tmp_path: Path) -> None:
-    with EmulatedHosts(2) as hosts:
-        workers = start_training(hosts, tmp_path, exchange_timeout=60)
+    with EmulatedHosts(2) as hosts, training(hosts, tmp_path, exchange_timeout=60) as workers:
         hosts.cut(1)
         (tmp_path / "go").touch()
         time.sleep(1.5)
-        assert [worker.poll() for worker in workers] == [None, None]  # they wait for each other
+        assert not any(pipe.poll() for pipe in workers.pipes)  # they wait for each other
         hosts.mend(1)
-        assert [worker.wait(100) for worker in workers] == [0, 0]
-    (tmp_path / "undisturbed").mkdir()
-    run_workers(undisturbed, tmp_path / "undisturbed", workers=2)
-    for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        expected = torch.load(tmp_path / "undisturbed" / f"{rank}.pt", weights_only=True)
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[key], expected[key]) for key in expected)
+        outcomes = workers.collect(100)
+    undisturbed = run_workers(train, tmp_path, 60, False, workers=2)
+    assert [outcome.value for outcome in outcomes] == undisturbed
+
+
+GROUPS = {"none": None, "averaged": "node", "tied": Groups("node", tau=2)}
+PAUSES = (10, 30)
+SIZE = 200_000
+
+
+class Large(Toy):
+    """With so many parameters that headers do not count."""
+
+    def __init__(self) -> None:
+        super().__init__(SGD)
+        self.more = torch.nn.Parameter(torch.ones(SIZE))
+
+    def training_step(self, batch: object, batch_idx: int) -> torch.Tensor:
+        return super().training_step(batch, batch_idx) + self.more.square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.make_optimizer(self.parameters())
+
+
+def train_in_groups(
+    rank: int, hosts: EmulatedHosts, folder: Path, workers: int, groups: str
+) -> None:
+    """Between two exchanges, worker r makes ``<step>-<r>`` and waits for ``go-<step>``."""
+    host, place = divmod(rank, workers)
+    hosts.enter(host)
+    world = hosts.count * workers
+    os.environ.update(LOCAL_RANK=str(place), RANK=str(rank), WORLD_SIZE=str(world))
+    module, strategy = Large(), EASGDStrategy(tau=4, groups=GROUPS[groups])
+
+    def on_train_batch_start(batch: object, batch_idx: int) -> None:
+        if batch_idx in PAUSES:
+            strategy.center_state_dict()  # the sum has arrived
+            (folder / f"{batch_idx}-{rank}").touch()
+            while not (folder / f"go-{batch_idx}").exists():
+                time.sleep(0.01)
+
+    module.on_train_batch_start = on_train_batch_start
+    trainer(workers, strategy, num_nodes=hosts.count).fit(module, loader(rank, 32))
 
 
 def sent_per_exchange(folder: Path, workers: int, groups: str) -> float:
     """Bytes that one of two hosts with so many workers each sends in an exchange."""
     folder.mkdir()
-    script = str(HERE / "emulated_groups.py")
-    command = [sys.executable, script, str(folder), str(workers), groups]
-    env = {"PYTHONPATH": f"{HERE.parent}:{HERE}", "OMP_NUM_THREADS": "1"}
     traffic = []
-    with EmulatedHosts(emulated_groups.HOSTS, rate_bits=100e6) as hosts:
-        for host in range(hosts.count):
-            with (folder / f"{host}.log").open("w") as log:
-                hosts.start(host, command, env=env, stdout=log, stderr=log)
-        for pause in emulated_groups.PAUSES:
-            deadline = time.monotonic() + 100
-            while len(list(folder.glob(f"{pause}-*"))) < hosts.count * workers:
-                assert time.monotonic() < deadline, (folder / "0.log").read_text()
-                time.sleep(0.05)
-            traffic.append(hosts.traffic(0).sent)
-            (folder / f"go-{pause}").touch()
-    first, second = emulated_groups.PAUSES
-    return (traffic[1] - traffic[0]) / ((second - first) // emulated_groups.TAU)
+    with EmulatedHosts(2, rate_bits=100e6) as hosts:
+        task = train_in_groups, hosts, folder, workers, groups
+        with Workers(*task, workers=hosts.count * workers) as running:
+            for pause in PAUSES:
+                deadline = time.monotonic() + 60
+                while len(list(folder.glob(f"{pause}-*"))) < hosts.count * workers:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.05)
+                traffic.append(hosts.traffic(0).sent)
+                (folder / f"go-{pause}").touch()
+            assert not any(outcome.error for outcome in running.collect(60))
+    return (traffic[1] - traffic[0]) / ((PAUSES[1] - PAUSES[0]) // 4)
 
 
 @needs_hosts
@@ -257,6 +298,6 @@ def test_what_leaves_a_host_does_not_grow_with_its_workers_if_they_are_a_group(
     tmp_path: Path,
 ) -> None:
     alone = sent_per_exchange(tmp_path / "none", 1, "none")
-    assert alone > 4 * emulated_groups.SIZE
+    assert alone > 4 * SIZE
     for groups in ("averaged", "tied"):
         assert sent_per_exchange(tmp_path / groups, 3, groups) < 1.05 * alone, groups

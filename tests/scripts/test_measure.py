@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
+
+from processes import run_script
 
 from lightning_easgd.algorithms import AVERAGED, RULES
 
-ROOT = Path(__file__).parents[2]
+SCRIPT = Path(__file__).parents[2] / "scripts" / "measure.py"
 
 
-def measure(*options: str) -> str:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "measure.py"), *options],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "scripts")])},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_both_ends_of_an_exchange_under_every_rule() -> None:
-    told = measure("ends", "--millions", "0.01", "--tensors", "4", "--repetitions", "2")
-    rows = {line.split()[0]: line.split() for line in told.splitlines()}
+def test_both_ends_of_an_exchange_under_every_rule(tmp_path: Path) -> None:
+    options = ["ends", "--millions", "0.01", "--tensors", "4", "--repetitions", "2"]
+    told = run_script(SCRIPT, options, folder=tmp_path, workers=1)
+    rows = {line.split()[0]: line.split() for line in told.splitlines() if line.strip()}
     for name in [*RULES, *AVERAGED]:
         milliseconds, _, in_copies, to_easgd, _ = map(_number, rows[name][1:])
         assert min(milliseconds, in_copies, to_easgd) > 0

@@ -1,4 +1,4 @@
-"""scripts/train.py as users run it: a subprocess, from another working folder."""
+"""scripts/train.py as users run it: from another working folder, and by itself or by torchrun."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import processes_of
+from processes import processes_of, run_script
 
 from lightning_easgd.workloads.experiment import Report
 
@@ -32,6 +32,12 @@ def train(folder: Path, *overrides: str, code: int = 0, multirun: bool = False) 
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def train_as_workers(folder: Path, *overrides: str, workers: int = 1, code: int = 0) -> str:
+    """As :func:`train`, but as torchrun would."""
+    arguments = [*SHORT, f"trainer.devices={workers}", *overrides]
+    return run_script(SCRIPT, arguments, folder=folder, workers=workers, code=code)
 
 
 def report(folder: Path) -> dict:
@@ -58,13 +64,8 @@ def test_reports_accuracy_bytes_waits_and_the_checkpoint(tmp_path: Path) -> None
     assert "easgd/wait_seconds" in (run / "csv" / "version_0" / "metrics.csv").read_text()
     state = torch.load(run / "checkpoints" / "final.ckpt", weights_only=True)
     assert any(key.startswith("net.") for key in state["state_dict"])
-    tested = train(
-        tmp_path,
-        "train=false",
-        f'ckpt_path="{run}/checkpoints/final.ckpt"',
-        "trainer.devices=1",
-        "hydra.run.dir=tested",
-    )
+    checkpoint = f'ckpt_path="{run}/checkpoints/final.ckpt"'
+    tested = train_as_workers(tmp_path, "train=false", checkpoint, "hydra.run.dir=tested")
     assert report(tmp_path / "tested")["test_accuracy"] == pytest.approx(found["test_accuracy"])
     assert f"checkpoint     {run}/checkpoints/final.ckpt" in tested
 
@@ -88,18 +89,13 @@ def test_the_command_of_the_readme_reaches_97_percent_on_the_digits(tmp_path: Pa
 
 
 def test_a_seed_repeats_exactly_and_resuming_too(tmp_path: Path) -> None:
-    common = [
-        "trainer.devices=2",
-        "strategy=eamsgd",
-        "strategy.tau=7",
-        "seed=3",
-        "schedule=constant",
-    ]
+    common = ["strategy=eamsgd", "strategy.tau=7", "seed=3", "schedule=constant"]
     two_epochs = "trainer.max_epochs=2"
-    train(tmp_path, *common, "hydra.run.dir=first")
+    train_as_workers(tmp_path, *common, "hydra.run.dir=first", workers=2)
     resume = f"ckpt_path={tmp_path}/first/checkpoints/last.ckpt"
     for name, more in (("resumed", [resume]), ("straight", []), ("again", [])):
-        train(tmp_path, *common, *more, two_epochs, f"hydra.run.dir={name}")
+        overrides = [*common, *more, two_epochs, f"hydra.run.dir={name}"]
+        train_as_workers(tmp_path, *overrides, workers=2)
     resumed, straight, again = (
         torch.load(tmp_path / name / "checkpoints" / "final.ckpt", weights_only=True)["state_dict"]
         for name in ("resumed", "straight", "again")
@@ -151,7 +147,7 @@ def test_a_failing_run_shows_one_traceback_and_ends_with_one_line(tmp_path: Path
 
 
 def test_baselines_and_workers_started_by_torchrun(tmp_path: Path) -> None:
-    train(tmp_path, "strategy=single", "model=mlp", "hydra.run.dir=single")
+    train_as_workers(tmp_path, "strategy=single", "model=mlp", "hydra.run.dir=single")
     assert report(tmp_path / "single")["workers"] == 1
     overrides = ["trainer.devices=2", "strategy=ddp", "model=mlp", "hydra.run.dir=ddp"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -169,26 +165,40 @@ def test_baselines_and_workers_started_by_torchrun(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (
-            ["strategy=single", "trainer.devices=2"],
-            "2 were started. Set trainer.devices=1",
-        ),
-        (["data=mnist", "data.root=nowhere"], "data.download=true"),
-        (["strategy.beta=0.9", "strategy.rho=1"], "at most one of beta, alpha and rho"),
-        (["trainer.accelerator=tpu"], "accelerator"),
         (["strategy=easgdd"], "Available options"),
         (["train=false"], "nothing to test. Set ckpt_path=PATH, or test=false"),
-        (["train=false", "ckpt_path=last"], "Set ckpt_path to a checkpoint that exists"),
     ],
     ids=str,
 )
-def test_bad_input_says_what_to_do(tmp_path: Path, overrides: list[str], message: str) -> None:
-    assert message in train(tmp_path, "trainer.devices=1", *overrides, code=1)
+def test_bad_input_ends_before_workers_start(
+    tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    assert message in train(tmp_path, *overrides, code=1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "workers", "message"),
+    [
+        (["strategy=single"], 2, "2 were started. Set trainer.devices=1"),
+        (["data=mnist", "data.root=nowhere"], 1, "data.download=true"),
+        (["strategy.beta=0.9", "strategy.rho=1"], 1, "at most one of beta, alpha and rho"),
+        (["trainer.accelerator=tpu"], 1, "accelerator"),
+        (["train=false", "ckpt_path=last"], 1, "Set ckpt_path to a checkpoint that exists"),
+    ],
+    ids=str,
+)
+def test_bad_input_says_what_to_do(
+    tmp_path: Path, overrides: list[str], workers: int, message: str
+) -> None:
+    assert message in train_as_workers(tmp_path, *overrides, workers=workers, code=1)
 
 
 def test_ctrl_c_ends_all_workers_and_leaves_no_process(tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), *SHORT, "trainer.max_epochs=9999", "hydra.run.dir=run"],
+        [
+            *(sys.executable, str(SCRIPT), *SHORT),
+            *("trainer.max_epochs=9999", "trainer.devices=2", "hydra.run.dir=run"),
+        ],
         cwd=tmp_path,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -199,7 +209,7 @@ def test_ctrl_c_ends_all_workers_and_leaves_no_process(tmp_path: Path) -> None:
         while not metrics.exists() and time.monotonic() < deadline:
             time.sleep(0.2)
         assert metrics.exists(), "training did not start"
-        assert len(processes_of(tmp_path)) == 4
+        assert len(processes_of(tmp_path)) == 2
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 130
     finally:
