@@ -13,6 +13,11 @@ of both is the cost.
 It is a small difference of long times that vary. So all steps count, not only the latest, and τ is
 chosen again as more of them are known. It falls to half at most at a time: one that is too small
 costs time, and one that is too large for a while costs little.
+
+[Note: bounds of the cost] Where training and its sums are both the host's, what an exchange takes
+is known from itself too, and varies less: what training's own thread did for it, and what the
+thread of the sums did. The cost is at least the first. It is at most twice both: they leave out the
+kernel's work for the network and emptied caches, and processors that are shared take longer.
 """
 
 from __future__ import annotations
@@ -21,7 +26,8 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -34,6 +40,7 @@ TAU_MIN, TAU_MAX = 1, 64
 
 _FIRST_TAU = 10
 _ALLOWED_COST = 0.02
+_UNSEEN = 2.0
 _CHANGE = 0.25
 _FIRST_ROUNDS, _ENOUGH_ROUNDS, _MORE = 3, 16, 4
 _RECENT_STEPS = 64
@@ -73,15 +80,23 @@ class Pace:
     Args:
         clock: seconds.
         processors: seconds that this process has had of them.
+        sums: of these, those that the sums have had in a thread of their own; None: that is not
+            known, or what the host does is not what training waits for.
     """
 
     def __init__(
         self,
         clock: Callable[[], float] = time.perf_counter,
         processors: Callable[[], float] = time.process_time,
+        *,
+        sums: Callable[[], float] | None = None,
     ) -> None:
         self._clock = clock
         self._processors = processors
+        self._sums = sums
+        self._worked = self._summed = 0.0
+        self._works: deque[float] = deque(maxlen=_ENOUGH_ROUNDS)
+        self._sum_works: deque[float] = deque(maxlen=_ENOUGH_ROUNDS)
         self._recent: deque[float] = deque(maxlen=_RECENT_STEPS)  # idle ones
         self._flights: deque[float] = deque(maxlen=_ENOUGH_ROUNDS)
         self._unsettled = _UNSETTLED_STEPS
@@ -90,8 +105,8 @@ class Pace:
 
     def restart(self) -> None:
         """Forget what was measured: it holds no longer."""
-        self._recent.clear()
-        self._flights.clear()
+        for known in (self._recent, self._flights, self._works, self._sum_works):
+            known.clear()
         self._idle, self._whole, self._rounds = Total(), Total(), 0
         self._longest = math.inf  # what is longer is something else than a step
 
@@ -108,6 +123,13 @@ class Pace:
         """The worker stood still."""
         self._waited += seconds
 
+    @contextmanager
+    def work(self) -> Iterator[None]:
+        """Surrounds what training's own thread does for an exchange."""
+        began, waited = self._clock(), self._waited
+        yield
+        self._worked += self._clock() - began - (self._waited - waited)
+
     def arrive(self) -> None:
         """The sums that were under way are there."""
         if self._departure is not None:
@@ -116,15 +138,19 @@ class Pace:
 
     def exchange(self) -> None:
         """An exchange has started in this step; all before it is over."""
+        summed = self._summed_since()
         if self._round is not None:
             if not self._idled:
                 self._note_idle(self._round[1:])  # the best that is known of idle ones
             self._whole.add(self._round)
             self._rounds += 1
+            self._works.append(self._worked)
+            self._sum_works.append(summed)
         self._round = None if self._last_end is None else []
         self._exchanged, self._idled = True, False
         if self._recent:
             self._longest = _OUTLIER * statistics.median(self._recent)
+        self._worked = 0.0
         self._departure = self._clock()
 
     def step(self, arrived: Callable[[], bool]) -> None:
@@ -150,10 +176,22 @@ class Pace:
         longer = whole.time - whole.steps * idle.time / idle.steps
         busier = whole.processors - whole.steps * idle.processors / idle.steps
         busier *= idle.time / max(idle.processors, 1e-9)
-        cost = (longer + min(longer, busier)) / 2 / max(1, self._rounds)
+        cost = self._bounded((longer + min(longer, busier)) / 2 / max(1, self._rounds))
         step = statistics.fmean(self._recent)  # no median: it adds up over a round
         exchange = statistics.median(self._flights) if self._flights else 0.0
         return Durations(*(math.ceil(1e6 * seconds) for seconds in (step, exchange, cost)))
+
+    def _bounded(self, cost: float) -> float:
+        """What an exchange costs; see [Note: bounds of the cost]."""
+        if self._sums is None or not self._works:
+            return cost
+        work, sums = statistics.median(self._works), statistics.median(self._sum_works)
+        return min(max(cost, work), _UNSEEN * (work + sums))
+
+    def _summed_since(self) -> float:
+        """Seconds of a processor that the sums have had since the last call."""
+        before, self._summed = self._summed, self._sums() if self._sums else 0.0
+        return self._summed - before
 
     def _note(self, step: Step) -> None:
         if self._departure is None and not self._exchanged:

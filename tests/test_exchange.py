@@ -214,8 +214,11 @@ def test_centers_that_drift_apart_are_noticed() -> None:
     assert all("copies of the center have drifted apart" in o.message for o in outcomes)
 
 
-def ways(rank: int, options: Any) -> tuple[bool, int, bool]:
-    """Whether there is a ring, how many process groups, and whether exchanges use the default."""
+def ways(rank: int, options: Any) -> tuple[bool, int, bool, bool]:
+    """Whether there is a ring, how many process groups, and whether exchanges use the default.
+
+    And whether it is known what sums take of a processor.
+    """
     module, seen = Toy(SGD), []
     strategy = EASGDStrategy(tau=2, **options)
 
@@ -223,7 +226,8 @@ def ways(rank: int, options: Any) -> tuple[bool, int, bool]:
         all_reduce = strategy._exchange._transit.all_reduce
         groups = [all_reduce._control, all_reduce.level.data]
         ring = all_reduce.level.ring is not None
-        seen.append((ring, len(distributed_c10d._world.pg_map), dist.group.WORLD in groups))
+        known = all_reduce.processor_seconds is not None
+        seen.append((ring, len(distributed_c10d._world.pg_map), dist.group.WORLD in groups, known))
 
     module.on_train_start = on_train_start
     trainer(2, strategy).fit(module, loader(rank, 3))
@@ -231,14 +235,18 @@ def ways(rank: int, options: Any) -> tuple[bool, int, bool]:
 
 
 @pytest.mark.parametrize(
-    ("reached", "options", "groups"),
-    [(True, {}, 1), (True, {"compression": "int8"}, 2), (False, {}, 2)],
+    ("reached", "options", "groups", "known"),
+    [(True, {}, 1, True), (True, {"compression": "int8"}, 2, False), (False, {}, 2, False)],
 )
 def test_exchanges_share_no_process_group_and_none_is_idle(
-    monkeypatch: pytest.MonkeyPatch, reached: bool, options: dict[str, Any], groups: int
+    monkeypatch: pytest.MonkeyPatch,
+    reached: bool,
+    options: dict[str, Any],
+    groups: int,
+    known: bool,
 ) -> None:
     monkeypatch.setattr(WorkerGroup, "connect", WorkerGroup.connect if reached else without_ring)
-    assert run_workers(ways, options, workers=2) == [(reached, groups, False)] * 2
+    assert run_workers(ways, options, workers=2) == [(reached, groups, False, known)] * 2
 
 
 def without_ring(group: WorkerGroup, members: Any) -> None:

@@ -195,6 +195,11 @@ class AllReduce:
         assert work is not None
         return work
 
+    @property
+    def processor_seconds(self) -> Callable[[], float] | None:
+        """Tells what sums have had of a processor so far; None: that is not known."""
+        return self.level.ring.processor_seconds if self.level.ring is not None else None
+
     def state(self) -> dict[str, Any]:
         """What is held back, for a checkpoint of this worker."""
         return {}

@@ -19,6 +19,7 @@ from __future__ import annotations
 import select
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -93,6 +94,7 @@ class Ring:
         for connection in (to_next, from_previous):
             connection.setblocking(False)
         to_next.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._used = 0.0
         self._mark = 1
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._works: SimpleQueue[RingWork | None] = SimpleQueue()
@@ -119,6 +121,10 @@ class Ring:
         everybody[self._rank] = mine
         return self._begin(partial(self._pass_around, everybody.unbind(), self._rank))
 
+    def processor_seconds(self) -> float:
+        """What its thread has had of a processor so far."""
+        return self._used
+
     def close(self) -> None:
         """Leave the ring; what is under way ends with an error."""
         self._works.put(None)
@@ -137,6 +143,7 @@ class Ring:
         with self._next, self._previous:
             while (work := self._works.get()) is not None:
                 broken = work.run(broken)
+                self._used = time.thread_time()
                 del work
 
     def _sum(self, buckets: Iterable[Tensor]) -> None:

@@ -101,6 +101,20 @@ def test_larger_sums_than_the_kernel_takes_at_once(dtype: torch.dtype) -> None:
             assert torch.equal(total.to(torch.int64), expected)
 
 
+def test_what_a_sum_has_of_a_processor_is_told_without_the_waiting() -> None:
+    with rings(2) as made:
+        assert [each.processor_seconds() for each in made] == [0.0, 0.0]
+        began = time.process_time()
+        early = made[0].sum_([torch.ones(1_000_000)])
+        time.sleep(0.5)
+        made[1].sum_([torch.ones(1_000_000)]).wait()
+        early.wait()
+        took = time.process_time() - began
+    found = [each.processor_seconds() for each in made]
+    assert min(found) > 0
+    assert sum(found) < took + 0.1
+
+
 @pytest.mark.parametrize("workers", [2, 3, 5])
 @pytest.mark.parametrize("size", [0, 1, 17])
 def test_all_workers_get_what_each_has(workers: int, size: int) -> None:
