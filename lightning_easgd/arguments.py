@@ -7,8 +7,8 @@ from datetime import timedelta
 from typing import Literal
 
 from lightning_easgd.algorithms import EASGD, Rule
+from lightning_easgd.automatic import TAU_MAX, TAU_MIN, AutomaticPeriod
 from lightning_easgd.groups import Groups
-from lightning_easgd.pace import TAU_MAX, TAU_MIN, AutomaticPeriod
 from lightning_easgd.schedules import Period, Rate, is_number
 
 _GRADIENT_REDUCTION = {

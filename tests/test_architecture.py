@@ -12,7 +12,7 @@ ROOT = Path(lightning_easgd.__file__).parent
 LAYERS = [
     {"fingerprint", "flat", "random_state", "schedules", "telemetry"},
     {"groups", "pace"},
-    {"algorithms"},
+    {"algorithms", "automatic"},
     {"arguments", "segments"},
     {"buffers", "communication", "optimizers"},
     {"center"},

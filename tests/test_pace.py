@@ -14,7 +14,8 @@ from test_reference import OPTIMIZERS
 from toy import Resumable, Toy, loader, trainer, weights
 
 from lightning_easgd import EASGDStrategy
-from lightning_easgd.pace import AutomaticPeriod, Pace
+from lightning_easgd.automatic import AutomaticPeriod
+from lightning_easgd.pace import Pace
 from lightning_easgd.schedules import Durations, Observation, Period
 
 

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from lightning_easgd.pace import smallest_period
+from lightning_easgd.automatic import smallest_period
 from lightning_easgd.schedules import Durations
 
 WORTH = 1.05

@@ -21,8 +21,8 @@ from omegaconf import DictConfig
 
 from advising.judging import Exchanges, Measured, Trial, together
 from lightning_easgd import EASGDStrategy
+from lightning_easgd.automatic import TAU_MAX, TAU_MIN
 from lightning_easgd.communication import gather
-from lightning_easgd.pace import TAU_MAX, TAU_MIN
 from lightning_easgd.schedules import Durations
 from lightning_easgd.workloads import experiment
 
