@@ -14,8 +14,9 @@ It is a small difference of long times that vary. So all steps count, not only t
 
 [Note: bounds of the cost] Where training and its sums are both the host's, what an exchange takes
 is known from itself too, and varies less: what training's own thread did for it, and what the
-thread of the sums did. The cost is at least the first. It is at most twice both: they leave out the
-kernel's work for the network and emptied caches, and processors that are shared take longer.
+thread of the sums did. The cost is at least the first, and as much of the second as a worker stands
+still for want of a processor: all of it where two share one. It is at most twice both: they leave
+out the kernel's work for the network and emptied caches.
 """
 
 from __future__ import annotations
@@ -168,17 +169,19 @@ class Pace:
         longer = whole.time - whole.steps * idle.time / idle.steps
         busier = whole.processors - whole.steps * idle.processors / idle.steps
         busier *= idle.time / max(idle.processors, 1e-9)
-        cost = self._bounded((longer + min(longer, busier)) / 2 / max(1, self._rounds))
+        cost = self._bounded((longer + min(longer, busier)) / 2 / max(1, self._rounds), idle)
         step = statistics.fmean(self._recent)  # no median: it adds up over a round
         exchange = statistics.median(self._flights) if self._flights else 0.0
         return Durations(*(math.ceil(1e6 * seconds) for seconds in (step, exchange, cost)))
 
-    def _bounded(self, cost: float) -> float:
+    def _bounded(self, cost: float, idle: Total) -> float:
         """What an exchange costs; see [Note: bounds of the cost]."""
         if self._sums is None or not self._works:
             return cost
         work, sums = statistics.median(self._works), statistics.median(self._sum_works)
-        return min(max(cost, work), _UNSEEN * (work + sums))
+        standing_still = max(0.0, idle.time / max(idle.processors, 1e-9) - 1)
+        least = work + standing_still * sums
+        return min(max(cost, least), _UNSEEN * max(least, work + sums))
 
     def _summed_since(self) -> float:
         """Seconds of a processor that the sums have had since the last call."""

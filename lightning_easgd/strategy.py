@@ -37,8 +37,7 @@ from lightning_easgd.communication import (
     Stop,
     WorkerGroup,
     leave_all_groups,
-    make_equal_,
-    require_equal,
+    start_equal_,
 )
 from lightning_easgd.exchange import ElasticPoint
 from lightning_easgd.features import batches_per_epoch, expected_training, refuse_features
@@ -308,8 +307,7 @@ class EASGDStrategy(PersistentStrategy):
             self._timeout,
             from_host=self.options.offload or self.root_device.type == "cpu",
         )
-        require_equal(self._group, module, self.options.lines())
-        make_equal_(self._group, [*module.parameters(), *module.buffers()])
+        start_equal_(self._group, module, self.options.lines())
         self._center = make_center(module, self.options, self._group.rank)
 
     def _set_up_exchange(self, trainer: pl.Trainer) -> None:

@@ -2,6 +2,7 @@
 
     python scripts/measure.py overhead     cost of a step between exchanges, against one device
     python scripts/measure.py ends         cost of an exchange without its way, under every rule
+    python scripts/measure.py exchange     cost of an exchange with its way, on emulated hosts
     python scripts/measure.py memory       extra memory per worker, in copies of the parameters
     python scripts/measure.py accuracy     Fashion-MNIST: center against DDP, at equal samples
 
@@ -21,6 +22,7 @@ from measurements.accuracy import accuracy
 from measurements.ends import ends
 from measurements.memory import memory
 from measurements.overhead import overhead
+from measurements.turns import exchange
 
 
 def main() -> None:
@@ -42,8 +44,22 @@ def main() -> None:
     four = commands.add_parser("accuracy", help="Fashion-MNIST against DDP (half an hour)")
     four.add_argument("--seeds", type=int, default=3)
     four.add_argument("--folder", default="outputs/accuracy", help="finished runs are kept here")
+    five = commands.add_parser("exchange", help="cost of an exchange with its way (8 minutes)")
+    five.add_argument("--network", default="100mbit", help="as of scripts/benchmark.py")
+    five.add_argument("--hosts", type=int, default=4, help="one worker each")
+    five.add_argument("--tau", type=int, default=6, help="where exchanges hide behind τ steps")
+    five.add_argument("--pairs", type=int, default=16, help="of blocks, in a repetition")
+    five.add_argument("--repetitions", type=int, default=4)
+    five.add_argument("--data", default="fashion_mnist", choices=("fashion_mnist", "digits"))
+    five.add_argument("--folder", default="outputs/exchange", help="what the hosts print")
     options = vars(parser.parse_args())
-    measurements = {"overhead": overhead, "ends": ends, "memory": memory, "accuracy": accuracy}
+    measurements = {
+        "overhead": overhead,
+        "ends": ends,
+        "exchange": exchange,
+        "memory": memory,
+        "accuracy": accuracy,
+    }
     measurements[options.pop("command")](**options)
 
 

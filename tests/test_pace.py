@@ -35,10 +35,11 @@ class Simulated:
         crowded: float = 0.0,
         vary: float = 0.0,
         sums: float | None = None,
+        sharing: int = 1,
         **bounds: Any,
     ) -> None:
         self.step, self.exchange, self.cost, self.crowded = step, exchange, cost, crowded
-        self.sums = sums or 0.0
+        self.sums, self.sharing = sums or 0.0, sharing
         self.vary, self.random = vary, random.Random(0)
         self.said: list[str] = []
         automatic = AutomaticPeriod(log=self.said.append, **bounds)
@@ -70,7 +71,7 @@ class Simulated:
             self.now += self.crowded if self.now < self.arrival else 0.0
             step = self.step * max(0.5, self.random.gauss(1.0, self.vary))
             self.now += step
-            self.used += step
+            self.used += step / self.sharing
             self.pace.step(lambda: self.now >= self.arrival)
         return tau
 
@@ -117,6 +118,15 @@ def test_what_an_exchange_does_bounds_what_it_seems_to_cost(
     assert {least <= tau <= most for tau in found} == {True}
     assert max(found) > 22 or sums is not None
     assert min(found) < 8 or sums is not None
+
+
+@pytest.mark.parametrize(("sharing", "expected"), [(1, 8), (2, 12), (4, 20)])
+def test_sums_cost_what_they_take_from_processors_that_workers_share(
+    sharing: int, expected: int
+) -> None:
+    """2 % of 0.1 s a step are 8 steps for 16 ms, and 4 more for each 8 ms that a worker lacks."""
+    worker = Simulated(0.1, 0.28, 0.016, sums=0.008, sharing=sharing)
+    assert worker.train(3000) == pytest.approx(expected, abs=1)
 
 
 def test_pauses_do_not_count_as_work_for_an_exchange() -> None:

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_easgd.communication.group import WorkerGroup
 
 
-def require_equal(group: WorkerGroup, module: nn.Module, options: Sequence[str]) -> None:
-    """Check that all workers hold the same module and were given the same options.
+def start_equal_(group: WorkerGroup, module: nn.Module, options: Sequence[str]) -> None:
+    """Give all workers the weights and buffers of worker 0, if module and options are the same.
 
     Args:
         group: all workers, which must call it.
-        module: compared by names, shapes, precisions and requires_grad.
-        options: one line each.
+        module: compared by names, shapes, precisions and requires_grad; its values are overwritten.
+        options: of the strategy, one line each.
 
     Raises:
         ValueError: on every worker, with the first lines that differ.
         ExchangeError: a worker left or did not answer in time.
     """
+    _require_equal(group, module, options)
+    _make_equal_(group, module)
+
+
+def _require_equal(group: WorkerGroup, module: nn.Module, options: Sequence[str]) -> None:
     everybody = group.gather([*options, *_signature(module)])
     for rank, theirs in enumerate(everybody):
         if theirs != everybody[0]:
@@ -36,13 +41,8 @@ def require_equal(group: WorkerGroup, module: nn.Module, options: Sequence[str])
             )
 
 
-def make_equal_(group: WorkerGroup, tensors: Iterable[Tensor]) -> None:
-    """Overwrite tensors with those of worker 0; all workers must call it.
-
-    Raises:
-        ExchangeError: a worker left or did not answer in time.
-    """
-    for tensor in tensors:
+def _make_equal_(group: WorkerGroup, module: nn.Module) -> None:
+    for tensor in [*module.parameters(), *module.buffers()]:
         values = tensor.detach().contiguous().clone()
         if values.numel():
             # As bytes: backends differ in the element types that they know.

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+import emulation
+import pytest
+from measurements.turns import Turns
 from processes import run_script
 
 from lightning_easgd.algorithms import AVERAGED, RULES
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "measure.py"
+REASON = emulation.unavailable()
+needs_hosts = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 
 def test_both_ends_of_an_exchange_under_every_rule(tmp_path: Path) -> None:
@@ -26,3 +32,50 @@ def test_both_ends_of_an_exchange_under_every_rule(tmp_path: Path) -> None:
 
 def _number(cell: str) -> float:
     return 0.0 if cell == "ms" else float(cell)
+
+
+def test_rounds_with_exchanges_and_steps_without_take_turns() -> None:
+    turns = Turns(tau=3, rounds=2)
+    due = [0]
+    while due[-1] < 36:
+        due.append(due[-1] + turns(due[-1]))
+    assert due == [0, 3, 12, 15, 24, 27, 36]
+
+
+def test_what_exchanges_cost_is_found_where_the_machine_slows_down() -> None:
+    turns = Turns(tau=3, rounds=2)
+    steps = [0.1 + 1e-4 * step for step in range(30)]
+    for exchange in (6, 9, 18, 21):
+        steps[exchange] *= 1.3
+    assert turns.costs(steps) == pytest.approx([0.3, 0.3], rel=0.02)
+
+
+@needs_hosts
+@pytest.mark.usefixtures("nothing_left")
+def test_what_an_exchange_costs_on_emulated_hosts(tmp_path: Path) -> None:
+    options = ["exchange", "--data=digits", "--network=unlimited", "--hosts=2", "--tau=2"]
+    told = run_script(
+        SCRIPT, [*options, "--pairs=2", "--repetitions=2"], folder=tmp_path, workers=1
+    )
+    assert "unlimited, 2 hosts: 4 x 8 steps with an exchange every 2" in told
+    found = re.search(r"an exchange +(\S+) ms, (\S+) ± (\S+) steps", told)
+    assert found is not None
+    assert float(found[3]) > 0
+    at_eight = re.search(r"longer by (\S+)% at τ = 8", told)
+    assert at_eight is not None
+    assert float(at_eight[1]) == pytest.approx(100 * float(found[2]) / 8, abs=0.06)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--network=fast", "error: network got 'fast'"),
+        ("--hosts=1", "error: hosts got 1; allowed is a whole number from 2 on"),
+        ("--tau=0", "error: tau got 0 and pairs 16; allowed are whole numbers from 1"),
+        ("--repetitions=0", "error: repetitions got 0"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(tmp_path: Path, option: str, message: str) -> None:
+    options = ["exchange", "--data=digits", option]
+    assert message in run_script(SCRIPT, options, folder=tmp_path, workers=1, code=1)
+    assert list(tmp_path.iterdir()) == []
