@@ -169,17 +169,17 @@ class Pace:
         longer = whole.time - whole.steps * idle.time / idle.steps
         busier = whole.processors - whole.steps * idle.processors / idle.steps
         busier *= idle.time / max(idle.processors, 1e-9)
-        cost = self._bounded((longer + min(longer, busier)) / 2 / max(1, self._rounds), idle)
+        cost = self._bounded((longer + min(longer, busier)) / 2 / max(1, self._rounds))
         step = statistics.fmean(self._recent)  # no median: it adds up over a round
         exchange = statistics.median(self._flights) if self._flights else 0.0
         return Durations(*(math.ceil(1e6 * seconds) for seconds in (step, exchange, cost)))
 
-    def _bounded(self, cost: float, idle: Total) -> float:
+    def _bounded(self, cost: float) -> float:
         """What an exchange costs; see [Note: bounds of the cost]."""
         if self._sums is None or not self._works:
             return cost
         work, sums = statistics.median(self._works), statistics.median(self._sum_works)
-        standing_still = max(0.0, idle.time / max(idle.processors, 1e-9) - 1)
+        standing_still = max(0.0, self._idle.time / max(self._idle.processors, 1e-9) - 1)
         least = work + standing_still * sums
         return min(max(cost, least), _UNSEEN * max(least, work + sums))
 

@@ -20,9 +20,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from measurements.accuracy import accuracy
 from measurements.ends import ends
+from measurements.exchange import exchange
 from measurements.memory import memory
 from measurements.overhead import overhead
-from measurements.turns import exchange
 
 
 def main() -> None:

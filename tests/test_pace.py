@@ -24,7 +24,7 @@ class Simulated:
 
     ``crowded``: by how much others on its processors lengthen a step while its sums are under way;
     ``vary``: standard deviation of a step, in steps; ``sums``: what they have of a processor, if it
-    is known.
+    is known; ``sharing``: so many workers share one.
     """
 
     def __init__(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import emulation
 import pytest
-from measurements.turns import Turns
+from measurements.exchange import Turns
 from processes import run_script
 
 from lightning_easgd.algorithms import AVERAGED, RULES
