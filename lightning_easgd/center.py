@@ -81,11 +81,6 @@ class Center:
                 f" dimension. Allowed: 1 to {found}."
             )
 
-    @property
-    def is_offloaded(self) -> bool:
-        """Whether it lies in host memory while the parameters do not."""
-        return self._memory.pinned
-
     def adopt_unfrozen(self) -> bool:
         """Give parameters that were unfrozen since the last call a segment; whether there were any.
 

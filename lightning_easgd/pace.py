@@ -11,12 +11,6 @@ processors is too little: the kernel's work for the network is not in it. If it 
 of both is the cost.
 
 It is a small difference of long times that vary. So all steps count, not only the latest.
-
-[Note: bounds of the cost] Where training and its sums are both the host's, what an exchange takes
-is known from itself too, and varies less: what training's own thread did for it, and what the
-thread of the sums did. The cost is at least the first, and as much of the second as a worker stands
-still for want of a processor: all of it where two share one. It is at most twice both: they leave
-out the kernel's work for the network and emptied caches.
 """
 
 from __future__ import annotations
@@ -25,8 +19,7 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -35,7 +28,6 @@ from lightning_easgd.schedules import Durations
 ENOUGH_ROUNDS = 16
 """After which what was measured of them is worth a choice."""
 
-_UNSEEN = 2.0
 _RECENT_STEPS = 64
 _OUTLIER = 3.0
 _UNSETTLED_STEPS = 3
@@ -73,23 +65,15 @@ class Pace:
     Args:
         clock: seconds.
         processors: seconds that this process has had of them.
-        sums: of these, those that the sums have had in a thread of their own; None: that is not
-            known, or what the host does is not what training waits for.
     """
 
     def __init__(
         self,
         clock: Callable[[], float] = time.perf_counter,
         processors: Callable[[], float] = time.process_time,
-        *,
-        sums: Callable[[], float] | None = None,
     ) -> None:
         self._clock = clock
         self._processors = processors
-        self._sums = sums
-        self._worked = self._summed = 0.0
-        self._works: deque[float] = deque(maxlen=ENOUGH_ROUNDS)
-        self._sum_works: deque[float] = deque(maxlen=ENOUGH_ROUNDS)
         self._recent: deque[float] = deque(maxlen=_RECENT_STEPS)  # idle ones
         self._flights: deque[float] = deque(maxlen=ENOUGH_ROUNDS)
         self._unsettled = _UNSETTLED_STEPS
@@ -98,8 +82,8 @@ class Pace:
 
     def restart(self) -> None:
         """Forget what was measured: it holds no longer."""
-        for known in (self._recent, self._flights, self._works, self._sum_works):
-            known.clear()
+        self._recent.clear()
+        self._flights.clear()
         self._idle, self._whole, self._rounds = Total(), Total(), 0
         self._longest = math.inf  # what is longer is something else than a step
 
@@ -116,13 +100,6 @@ class Pace:
         """The worker stood still."""
         self._waited += seconds
 
-    @contextmanager
-    def work(self) -> Iterator[None]:
-        """Surrounds what training's own thread does for an exchange."""
-        began, waited = self._clock(), self._waited
-        yield
-        self._worked += self._clock() - began - (self._waited - waited)
-
     def arrive(self) -> None:
         """The sums that were under way are there."""
         if self._departure is not None:
@@ -131,19 +108,15 @@ class Pace:
 
     def exchange(self) -> None:
         """An exchange has started in this step; all before it is over."""
-        summed = self._summed_since()
         if self._round is not None:
             if not self._idled:
                 self._note_idle(self._round[1:])  # the best that is known of idle ones
             self._whole.add(self._round)
             self._rounds += 1
-            self._works.append(self._worked)
-            self._sum_works.append(summed)
         self._round = None if self._last_end is None else []
         self._exchanged, self._idled = True, False
         if self._recent:
             self._longest = _OUTLIER * statistics.median(self._recent)
-        self._worked = 0.0
         self._departure = self._clock()
 
     def step(self, arrived: Callable[[], bool]) -> None:
@@ -169,24 +142,10 @@ class Pace:
         longer = whole.time - whole.steps * idle.time / idle.steps
         busier = whole.processors - whole.steps * idle.processors / idle.steps
         busier *= idle.time / max(idle.processors, 1e-9)
-        cost = self._bounded((longer + min(longer, busier)) / 2 / max(1, self._rounds))
+        cost = (longer + min(longer, busier)) / 2 / max(1, self._rounds)
         step = statistics.fmean(self._recent)  # no median: it adds up over a round
         exchange = statistics.median(self._flights) if self._flights else 0.0
         return Durations(*(math.ceil(1e6 * seconds) for seconds in (step, exchange, cost)))
-
-    def _bounded(self, cost: float) -> float:
-        """What an exchange costs; see [Note: bounds of the cost]."""
-        if self._sums is None or not self._works:
-            return cost
-        work, sums = statistics.median(self._works), statistics.median(self._sum_works)
-        standing_still = max(0.0, self._idle.time / max(self._idle.processors, 1e-9) - 1)
-        least = work + standing_still * sums
-        return min(max(cost, least), _UNSEEN * max(least, work + sums))
-
-    def _summed_since(self) -> float:
-        """Seconds of a processor that the sums have had since the last call."""
-        before, self._summed = self._summed, self._sums() if self._sums else 0.0
-        return self._summed - before
 
     def _note(self, step: Step) -> None:
         if self._departure is None and not self._exchanged:

@@ -88,7 +88,7 @@ class Transit:
         self.all_reduce = all_reduce
         self.contribution = contribution
         self._agreement = agreement
-        self.pace = Pace(sums=None if center.is_offloaded else all_reduce.processor_seconds)
+        self.pace = Pace()
         self.consensus = Consensus(center.turns)
         self.turn = 0
         """Which fragment the next exchange is of."""
@@ -137,13 +137,12 @@ class Transit:
     def begin(self, clock: int, *, last: bool = False) -> Pull:
         """Send this worker's differences off; the caller owes the worker the returned pull."""
         self.go_on()
-        with self.pace.work():
-            self.contribution.take_differences(self.turn)
-            pull, payload = self.contribution.give(clock, self.turn, last=last)
-            restarts = self._agreement.drops.take()
-            flight = self._start(clock, Place.TRAINING, payload, last=last)
-            self._in_flight = replace(flight, restarts=restarts)
-            self._take_turns(clock)
+        self.contribution.take_differences(self.turn)
+        pull, payload = self.contribution.give(clock, self.turn, last=last)
+        restarts = self._agreement.drops.take()
+        flight = self._start(clock, Place.TRAINING, payload, last=last)
+        self._in_flight = replace(flight, restarts=restarts)
+        self._take_turns(clock)
         self.pace.exchange()
         return pull
 
@@ -202,8 +201,7 @@ class Transit:
             flight.pending.wait()
         self.pace.arrive()
         self._in_flight = None
-        with self.pace.work():
-            self._apply(flight, headers)
+        self._apply(flight, headers)
 
     def _start(
         self,

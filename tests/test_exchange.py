@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -19,8 +19,6 @@ from torch.distributed import distributed_c10d
 from toy import Toy, loader, trainer, weights
 
 from lightning_easgd import EASGDMonitor, EASGDStrategy
-from lightning_easgd.communication import WorkerGroup
-from lightning_easgd.communication.ring import Ring, RingWork
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 NESTEROV = partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True)
@@ -97,23 +95,11 @@ def recorded_collectives(calls: list[str]) -> Iterator[None]:
 
         return wrapper
 
-    around = Ring.gather, Ring.sum_
-
-    def gather(self: Ring, *args: Any) -> RingWork:
-        calls.append("ring gather")
-        return around[0](self, *args)
-
-    def sum_(self: Ring, buckets: Sequence[torch.Tensor]) -> RingWork:
-        calls.append(f"ring sum of {len(buckets)}")
-        return around[1](self, buckets)
-
     for name in COLLECTIVES:
         setattr(dist, name, record(name))
-    Ring.gather, Ring.sum_ = gather, sum_
     try:
         yield
     finally:
-        Ring.gather, Ring.sum_ = around
         for name, original in originals.items():
             setattr(dist, name, original)
 
@@ -153,7 +139,7 @@ def test_no_collective_outside_exchanges() -> None:
     make = partial(EASGDStrategy, tau=4, bucket_bytes=40)
     for batches in run_workers(collectives_per_batch, make, workers=2):
         # 21 parameters of 4 bytes in buckets of 40: 3 of them; 6 statistics: 1.
-        exchange = ["ring gather", "ring sum of 4"]
+        exchange = ["all_gather"] + 4 * ["all_reduce"]
         assert batches == [exchange if step in (4, 8) else [] for step in range(9)]
 
 
@@ -214,43 +200,26 @@ def test_centers_that_drift_apart_are_noticed() -> None:
     assert all("copies of the center have drifted apart" in o.message for o in outcomes)
 
 
-def ways(rank: int, options: Any) -> tuple[bool, int, bool, bool]:
-    """Whether there is a ring, how many process groups, and whether exchanges use the default.
-
-    And whether it is known what sums take of a processor.
-    """
+def ways(rank: int, options: Any) -> tuple[int, bool]:
+    """How many process groups there are, and whether exchanges use the default one."""
     module, seen = Toy(SGD), []
     strategy = EASGDStrategy(tau=2, **options)
 
     def on_train_start() -> None:
         all_reduce = strategy._exchange._transit.all_reduce
         groups = [all_reduce._control, all_reduce.level.data]
-        ring = all_reduce.level.ring is not None
-        known = all_reduce.processor_seconds is not None
-        seen.append((ring, len(distributed_c10d._world.pg_map), dist.group.WORLD in groups, known))
+        seen.append((len(distributed_c10d._world.pg_map), dist.group.WORLD in groups))
 
     module.on_train_start = on_train_start
     trainer(2, strategy).fit(module, loader(rank, 3))
     return seen[0]
 
 
-@pytest.mark.parametrize(
-    ("reached", "options", "groups", "known"),
-    [(True, {}, 1, True), (True, {"compression": "int8"}, 2, False), (False, {}, 2, False)],
-)
+@pytest.mark.parametrize(("options", "groups"), [({}, 2), ({"compression": "int8"}, 3)])
 def test_exchanges_share_no_process_group_and_none_is_idle(
-    monkeypatch: pytest.MonkeyPatch,
-    reached: bool,
-    options: dict[str, Any],
-    groups: int,
-    known: bool,
+    options: dict[str, Any], groups: int
 ) -> None:
-    monkeypatch.setattr(WorkerGroup, "connect", WorkerGroup.connect if reached else without_ring)
-    assert run_workers(ways, options, workers=2) == [(reached, groups, False, known)] * 2
-
-
-def without_ring(group: WorkerGroup, members: Any) -> None:
-    """As if the workers could not connect."""
+    assert run_workers(ways, options, workers=2) == [(groups, False)] * 2
 
 
 def overflowing(rank: int) -> Any:

@@ -23,8 +23,7 @@ class Simulated:
     """A worker whose steps, sums and exchanges take what they are told, in seconds.
 
     ``crowded``: by how much others on its processors lengthen a step while its sums are under way;
-    ``vary``: standard deviation of a step, in steps; ``sums``: what they have of a processor, if it
-    is known; ``sharing``: so many workers share one.
+    ``vary``: standard deviation of a step, in steps.
     """
 
     def __init__(
@@ -34,19 +33,15 @@ class Simulated:
         cost: float,
         crowded: float = 0.0,
         vary: float = 0.0,
-        sums: float | None = None,
-        sharing: int = 1,
         **bounds: Any,
     ) -> None:
         self.step, self.exchange, self.cost, self.crowded = step, exchange, cost, crowded
-        self.sums, self.sharing = sums or 0.0, sharing
         self.vary, self.random = vary, random.Random(0)
         self.said: list[str] = []
         automatic = AutomaticPeriod(log=self.said.append, **bounds)
         self.period = Period(automatic, bounds.get("fragments", 1))
-        self.now = self.used = self.waited = self.summed = 0.0
-        known = None if sums is None else lambda: self.summed
-        self.pace = Pace(lambda: self.now, lambda: self.used, sums=known)
+        self.now = self.used = self.waited = 0.0
+        self.pace = Pace(lambda: self.now, lambda: self.used)
         self.arrival = 0.0
 
     def train(self, steps: int) -> int:
@@ -62,16 +57,14 @@ class Simulated:
                 if self.period.schedule.observe(Observation([self.pace.durations()])):
                     self.pace.restart()
                 tau, due = self.period.after(clock)
-                with self.pace.work():
-                    self.now += self.cost
-                self.used += self.cost + self.sums
-                self.summed += self.sums
+                self.now += self.cost
+                self.used += self.cost
                 self.pace.exchange()
                 self.arrival = self.now + self.exchange
             self.now += self.crowded if self.now < self.arrival else 0.0
             step = self.step * max(0.5, self.random.gauss(1.0, self.vary))
             self.now += step
-            self.used += step / self.sharing
+            self.used += step
             self.pace.step(lambda: self.now >= self.arrival)
         return tau
 
@@ -100,45 +93,6 @@ def test_what_varies_from_step_to_step_averages_out() -> None:
         worker.random.seed(seed)
         found.append(worker.train(12000))
     assert found == [pytest.approx(8, abs=2)] * 8
-
-
-@pytest.mark.parametrize(("sums", "least", "most"), [(0.0, 8, 17), (0.004, 8, 22), (None, 1, 64)])
-def test_what_an_exchange_does_bounds_what_it_seems_to_cost(
-    sums: float | None, least: int, most: int
-) -> None:
-    """2 % of 0.1 s a step are 8 steps for 16 ms, and 16 or 20 for twice that and 4 ms more.
-
-    Beyond that the step itself varies, by a tenth at most.
-    """
-    found = []
-    for seed in range(40):
-        worker = Simulated(0.1, 0.28, 0.016, vary=0.15, sums=sums)
-        worker.random.seed(seed)
-        found.append(worker.train(320))
-    assert {least <= tau <= most for tau in found} == {True}
-    assert max(found) > 22 or sums is not None
-    assert min(found) < 8 or sums is not None
-
-
-@pytest.mark.parametrize(("sharing", "expected"), [(1, 8), (2, 12), (4, 20)])
-def test_sums_cost_what_they_take_from_processors_that_workers_share(
-    sharing: int, expected: int
-) -> None:
-    """2 % of 0.1 s a step are 8 steps for 16 ms, and 4 more for each 8 ms that a worker lacks."""
-    worker = Simulated(0.1, 0.28, 0.016, sums=0.008, sharing=sharing)
-    assert worker.train(3000) == pytest.approx(expected, abs=1)
-
-
-def test_pauses_do_not_count_as_work_for_an_exchange() -> None:
-    worker = Simulated(0.1, 0.38, 0.016, sums=0.002)
-    worker.train(200)
-    for _ in range(20):
-        worker.pace.interrupt()
-        worker.summed += 1.0
-        with worker.pace.work():
-            worker.now += 1.0
-        worker.train(60)
-    assert worker.train(100) == pytest.approx(8, abs=1)
 
 
 def test_half_of_what_others_take_of_the_processors_is_a_cost_of_the_exchange() -> None:

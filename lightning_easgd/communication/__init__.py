@@ -1,4 +1,4 @@
-"""HOW the bytes move: the only folder that calls torch.distributed or opens a socket."""
+"""HOW the bytes move: the only folder that calls torch.distributed."""
 
 from lightning_easgd.communication.all_reduce import AllReduce, Level, Payload, PendingSum
 from lightning_easgd.communication.codecs import CODECS, Codec, Int8, TopK, choose_codec

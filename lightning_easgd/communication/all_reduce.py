@@ -13,7 +13,6 @@ from torch import Tensor
 from lightning_easgd.communication.group import Work, WorkerGroup
 from lightning_easgd.communication.header import Header
 from lightning_easgd.communication.island import Island
-from lightning_easgd.communication.ring import Ring
 from lightning_easgd.flat import bucket_slices
 
 HEADER_BYTES = 8 * len(Header.__dataclass_fields__)
@@ -42,9 +41,7 @@ class Level:
     size: int
     """How many they are."""
     data: dist.ProcessGroup | None
-    """Theirs; None if this worker is not one of them, and so never sums, or the ring does it."""
-    ring: Ring | None = None
-    """Theirs; None: their process group sums."""
+    """Theirs; None if this worker is not one of them, and so never sums."""
 
 
 class PendingSum:
@@ -106,8 +103,8 @@ class AllReduce:
     Args:
         group: all workers.
         bucket_bytes: the most that one all-reduce carries, in bytes.
-        level: the workers that sum, which the ring, if they have one, also tells the headers.
-        control: tells the headers where there is no ring of all that take part.
+        level: the workers that sum.
+        control: tells the headers; None: this only joins exchanges that others begin.
         within: the island whose members take part, which nothing else may go through; None: all
             workers do.
         groups: ranks of workers that take part in sums as one; none if each does by itself.
@@ -161,8 +158,7 @@ class AllReduce:
         mine = torch.tensor(header.pack(), dtype=torch.int64)
         headers = mine.new_empty(len(self.ranks), len(mine))
         what = f"The exchange that worker {self.group.rank} began at step {header.clock}"
-        gathering = self._gather(mine, headers)
-        pending = PendingSum(gathering, headers, group=self.group, what=what)
+        pending = PendingSum(self._gather(mine, headers), headers, group=self.group, what=what)
         if payload:
             self.join(pending, payload, last=last)
         return pending
@@ -188,17 +184,10 @@ class AllReduce:
         return healthy
 
     def _gather(self, mine: Tensor, everybody: Tensor) -> Work:
-        if self._control is None and self.level.ring is not None:
-            return self.level.ring.gather(mine, everybody)
         rows = list(everybody.unbind())
         work = dist.all_gather(rows, mine, group=self._control, async_op=True)
         assert work is not None
         return work
-
-    @property
-    def processor_seconds(self) -> Callable[[], float] | None:
-        """Tells what sums have had of a processor so far; None: that is not known."""
-        return self.level.ring.processor_seconds if self.level.ring is not None else None
 
     def state(self) -> dict[str, Any]:
         """What is held back, for a checkpoint of this worker."""
@@ -223,18 +212,12 @@ class AllReduce:
 
     def sum(self, tensors: Iterable[Tensor]) -> list[Work]:
         """Start to sum flat tensors in place."""
-        buckets = [
-            tensor[bucket]
-            for tensor in tensors
-            for bucket in bucket_slices(tensor.numel(), tensor.itemsize, self.bucket_bytes)
-        ]
-        if self.level.ring is not None:
-            return [self.level.ring.sum_(buckets)] if buckets else []
         works: list[Work] = []
-        for bucket in buckets:
-            work = dist.all_reduce(bucket, group=self.level.data, async_op=True)
-            assert work is not None
-            works.append(work)
+        for tensor in tensors:
+            for bucket in bucket_slices(tensor.numel(), tensor.itemsize, self.bucket_bytes):
+                work = dist.all_reduce(tensor[bucket], group=self.level.data, async_op=True)
+                assert work is not None
+                works.append(work)
         return works
 
 

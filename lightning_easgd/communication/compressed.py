@@ -156,10 +156,6 @@ class CompressedAllReduce(AllReduce):
         travel = partial(self._travel, wires, payload, accounts)
         pending.parts.append((Background(travel, differences[0].device), True))
 
-    @property
-    def processor_seconds(self) -> None:
-        """Not known: most of it is the codec's."""
-
     def sum_bytes(self, payload: Payload, *, last: bool = False) -> tuple[int, int]:
         """Bytes that each worker sends, and receives, for sums; none are inside a group."""
         if last:

@@ -2,8 +2,8 @@
 
 [Note: idle groups] Every gloo group has a thread that looks a hundred times a second whether it is
 to end. Two of them took half a percent from training on a CPU. So a group is made only for what
-goes on beside training and no ring does. What all workers do at the same time, in the order in
-which Lightning's collectives have to come under any strategy, goes through the default group.
+goes on beside training. What all workers do at the same time, in the order in which Lightning's
+collectives have to come under any strategy, goes through the default group.
 """
 
 from __future__ import annotations
@@ -11,12 +11,9 @@ from __future__ import annotations
 import ctypes
 import itertools
 import pickle
-import sys
 import time
-import warnings
 from collections.abc import Sequence
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import torch
@@ -27,15 +24,12 @@ from torch.distributed import distributed_c10d
 from lightning_easgd.communication.background import Background
 from lightning_easgd.communication.header import ExchangeError
 from lightning_easgd.communication.liveness import Liveness
-from lightning_easgd.communication.neighbours import make_ring
-from lightning_easgd.communication.ring import Ring, RingWork
 
-Work = dist.Work | Background | RingWork
+Work = dist.Work | Background
 """What goes on beside training and can be waited for."""
 
 _NEVER = timedelta(days=30)
 _numbers = itertools.count()
-_CONNECT_SECONDS = 15.0
 _POLL_SECONDS = 1e-4
 _SLOWEST_POLL_SECONDS = 2e-3
 
@@ -61,10 +55,8 @@ class WorkerGroup:
         self.polls = self.backend == "gloo"
         """Whether a sum ends when its data is there, so that it can be watched."""
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self._from_host = from_host
         self._abandoned = False
         self._made: list[dist.ProcessGroup] = []
-        self._rings: list[Ring] = []
         self._lightnings_timeout = lightnings_timeout
         self._timeout = lightnings_timeout.total_seconds()
         self._liveness = Liveness(self.rank, self.size, f"workers-{next(_numbers)}")
@@ -121,38 +113,6 @@ class WorkerGroup:
             make()  # in the thread whose accelerator is this worker's
         self._made += found
         return found[0] if found else None
-
-    def connect(self, members: dist.ProcessGroup | None) -> Ring | None:
-        """Connect the members of a process group in a ring; all of them must call it.
-
-        Args:
-            members: over gloo; None: this worker is in none.
-
-        Returns:
-            None if they do without one: there is one member, sums are of an accelerator's memory,
-            or they cannot reach each other, which is said.
-
-        Raises:
-            ExchangeError: a worker left or did not come in time.
-        """
-        if members is None or members.size() == 1 or not self._from_host:
-            return None
-        ring = make_ring(
-            members.rank(),
-            members.size(),
-            partial(self.gather, among=members),
-            min(_CONNECT_SECONDS, self._timeout / 3),  # others wait for the outcome
-        )
-        if ring is not None:
-            self._rings.append(ring)
-        elif members.rank() == 0 and sys.platform == "linux":
-            warnings.warn(
-                "The workers could not connect to each other directly, so their sums go through"
-                " gloo, which takes more of the processors from training. Let them reach each"
-                " other's TCP ports, or name the network that joins them: GLOO_SOCKET_IFNAME=eth0.",
-                stacklevel=2,
-            )
-        return ring
 
     def gather(self, value: Any, *, among: dist.ProcessGroup | None = None) -> list[Any]:
         """A small picklable value of every worker, in rank order.
@@ -217,7 +177,7 @@ class WorkerGroup:
                 waited = time.monotonic() - began
                 time.sleep(min(_SLOWEST_POLL_SECONDS, max(_POLL_SECONDS, waited / 50)))
             work.wait()
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, TimeoutError) as error:
             raise ExchangeError(
                 f"{what} could not be completed. {self._liveness.judge()} Look for their errors"
                 f" first; then resume from the last checkpoint. ({error})"
@@ -230,7 +190,6 @@ class WorkerGroup:
         are kept for as long as the process lives, the shutdown of the interpreter included.
         """
         self._liveness.stop(reason)
-        self._close_rings()
         self._abandoned = True
         for group in [self.everybody, *self._made]:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
@@ -240,13 +199,8 @@ class WorkerGroup:
         _set_default_timeout(self._lightnings_timeout)
         if not self._abandoned:
             self._liveness.stop()
-            self._close_rings()
             for group in self._made:
                 dist.destroy_process_group(group)
-
-    def _close_rings(self) -> None:
-        while self._rings:
-            self._rings.pop().close()
 
 
 def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:

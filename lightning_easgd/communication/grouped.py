@@ -9,7 +9,6 @@ thread, since a sum must have arrived before it is passed on.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -182,19 +181,16 @@ def make_all_reduce(
             group,
             bucket_bytes,
             island=island,
-            between=lambda level: summing(replace(level, ring=group.connect(level.data))),
+            between=summing,
             within=within,
             agrees=agrees,
         )
     if within is not None:
-        ring = group.connect(within.data)
-        return summing(replace(_level_of(within), ring=ring), None if ring else within.control)
-    ring = group.connect(group.everybody)
-    control = None if ring else group.apart()
-    data = control
+        return summing(_level_of(within), within.control)
+    control = data = group.apart()
     if codec is not None or group.backend != "gloo":
-        data = group.apart(group.backend)
-    return summing(Level(group.rank, group.size, data, ring), control)
+        data = group.apart(group.backend)  # a codec's sums go on in a thread of their own
+    return summing(Level(group.rank, group.size, data), control)
 
 
 def _level_of(island: Island) -> Level:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
+import struct
 from pathlib import Path
 
-from lightning_easgd.communication.neighbours import address_of_interface, address_towards
+_SIOCGIFADDR = 0x8915
+_UDP_DISCARD = 9
 
 
 def sent_bytes(interface: str) -> int:
@@ -18,6 +21,13 @@ def sent_bytes(interface: str) -> int:
     raise ValueError(f"/proc/net/dev has no interface {interface!r}; set GLOO_SOCKET_IFNAME.")
 
 
+def address_towards(host: str) -> str:
+    """The address of this machine from which it reaches another."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, _UDP_DISCARD))  # sends nothing
+        return str(probe.getsockname()[0])
+
+
 def interface_towards(host: str) -> str:
     """The interface that carries what this machine sends to another."""
     chosen = os.environ.get("GLOO_SOCKET_IFNAME")
@@ -25,9 +35,19 @@ def interface_towards(host: str) -> str:
         return chosen
     address = address_towards(host)
     for _, name in socket.if_nameindex():
-        if address_of_interface(name) == address:
+        if _address_of(name) == address:
             return name
     raise ValueError(f"No interface has the address {address}; set GLOO_SOCKET_IFNAME.")
+
+
+def _address_of(interface: str) -> str | None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        request = struct.pack("256s", interface.encode()[:15])
+        try:
+            answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)
+        except OSError:  # it has none
+            return None
+    return socket.inet_ntoa(answer[20:24])
 
 
 def resident_bytes() -> int:

@@ -25,7 +25,7 @@ from torch.distributed.algorithms.model_averaging.averagers import PeriodicModel
 from torch.distributed.algorithms.model_averaging.utils import average_parameters
 from typing_extensions import override
 
-from lightning_easgd.communication.neighbours import address_towards
+from benchmarking.counting import address_towards
 from lightning_easgd.workloads.devices import single_device
 
 _PATIENCE = timedelta(minutes=10)
