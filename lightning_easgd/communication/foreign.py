@@ -1,0 +1,33 @@
+"""Words of other workers, or out of the store that they meet in: shown as theirs, never as ours.
+
+Whoever reaches the store can write anything there. A message is read by people in terminals and by
+programs in logs, so what others say fits into one line, ends, and stands in quotation marks.
+"""
+
+from __future__ import annotations
+
+_MOST_CHARACTERS = 500
+
+
+def quote(words: str | bytes, limit: int = _MOST_CHARACTERS) -> str:
+    r"""What another worker says, in quotation marks.
+
+    Args:
+        words: of the other; bytes should be UTF-8.
+        limit: characters that are shown.
+
+    Returns:
+        One line without control characters, which are written as in Python (``\n``, ``\x1b``).
+    """
+    if isinstance(words, bytes):
+        words = words[: 4 * limit].decode(errors="replace")
+    shown = "".join(map(_escaped, words[:limit]))
+    left_out = len(words) - limit
+    return f'"{shown}"' if left_out <= 0 else f'"{shown}" (and {left_out} characters more)'
+
+
+def _escaped(character: str) -> str:
+    if character == '"':
+        return "'"
+    # Not printable: control characters, line ends of all scripts, marks that turn the direction.
+    return character if character.isprintable() else character.encode("unicode_escape").decode()
