@@ -1,0 +1,48 @@
+"""No trajectory changes by a bit, whatever is moved; see trajectories.py."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from processes import run_workers
+from trajectories import GOLDEN, cases, run
+
+pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory")
+
+WRITTEN: dict[str, Any] = json.loads(GOLDEN.read_text())
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    @cache
+    def by_workers(workers: int) -> list[dict[str, Any]]:
+        folder: Path = tmp_path_factory.mktemp("saved")
+        return run_workers(run, workers, folder, workers=workers, timeout=170)
+
+    return by_workers
+
+
+@pytest.mark.parametrize(("workers", "name"), [(p, n) for p in (2, 4) for n in cases(p)])
+def test_the_trajectory_is_the_one_that_was_written(trained: Any, workers: int, name: str) -> None:
+    found = [each[name] for each in (trained(workers)[0], trained(workers)[-1])]
+    written = WRITTEN[f"{workers} workers: {name}"]
+    if cases(workers)[name].exact:
+        assert found == written
+    else:
+        for mine, golden in zip(found, written, strict=True):
+            np.testing.assert_allclose(mine, golden, rtol=0, atol=1e-12)
+
+
+def test_every_trajectory_that_was_written_is_tested() -> None:
+    assert set(WRITTEN) == {f"{p} workers: {name}" for p in (2, 4) for name in cases(p)}
+
+
+def test_overlap_changes_no_bit() -> None:
+    for name, behind in WRITTEN.items():
+        if name.endswith(", behind"):
+            assert behind == WRITTEN[name.replace(", behind", ", awaited")], name

@@ -1,0 +1,189 @@
+"""Trajectories that must never change by a bit: every rule, with gradients that are given.
+
+There are no data, no random numbers and no network. All rates are short binary fractions, so that
+sums, products and fused products are exact in double precision, whatever the processor does them
+with. Cases that divide, or keep moments, are not exact (``exact=False``) and are compared to 1e-12.
+
+``python tests/golden/write.py`` writes tests/golden/trajectories.json from what the code does now.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from toy import trainer
+
+from lightning_easgd import (
+    BMUF,
+    EASGD,
+    SMA,
+    CenterAverage,
+    DiLoCo,
+    Downpour,
+    EASGDStrategy,
+    Groups,
+    LeaderSGD,
+    LocalSGD,
+    MDownpour,
+    PostLocalSGD,
+    SlowMo,
+)
+
+GOLDEN = Path(__file__).parent / "golden" / "trajectories.json"
+STEPS = 10
+
+
+class Given(pl.LightningModule):
+    """Three parameters whose gradients are eighths that depend on worker, step and element."""
+
+    def __init__(self, rank: int, momentum: float) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([0.5, -1.0], dtype=torch.float64))
+        self.b = nn.Parameter(torch.tensor([0.25], dtype=torch.float64))
+        self.rank, self.momentum = rank, momentum
+        self.seen: list[list[float]] = []
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        step = int(batch)
+        given = [((7 * self.rank + 5 * step + 3 * i) % 16 - 8) / 8 for i in range(3)]
+        g = torch.tensor(given, dtype=torch.float64)
+        return (self.w * g[:2]).sum() + (self.b * g[2:]).sum()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.seen.append(self.values())
+
+    def values(self) -> list[float]:
+        return [*self.w.tolist(), *self.b.tolist()]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        nesterov = self.momentum > 0
+        return torch.optim.SGD(
+            self.parameters(), lr=0.125, momentum=self.momentum, nesterov=nesterov
+        )
+
+
+class Steps:
+    """Batches 0, 1, ...; knows where it stands, as stateful loaders do."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.position = count, 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Any:
+        while self.position < self.count:
+            self.position += 1
+            yield torch.tensor(self.position - 1)
+        self.position = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to train."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    momentum: float = 0.0
+    """Nesterov's, in the worker."""
+    missing: int = 0
+    """Batches that the last worker has less than the others."""
+    saved: int | None = None
+    """The step of a checkpoint from which training goes on."""
+    exact: bool = True
+    workers: tuple[int, ...] = (2, 4)
+
+
+PULL = {"beta": 0.5}
+RULES: dict[str, Case] = {
+    "easgd": Case(PULL),
+    "eamsgd": Case(PULL, momentum=0.5),
+    "easgd from the parameter": Case(PULL | {"elastic_point": "parameter"}, momentum=0.5),
+    "easgd with momentum": Case({"algorithm": EASGD(center_momentum=0.5), **PULL}),
+    "sma": Case({"algorithm": SMA(0.5), **PULL}),
+    "local_sgd": Case({"algorithm": LocalSGD()}),
+    "post_local_sgd": Case({"algorithm": PostLocalSGD(warm_up=3)}),
+    "downpour": Case({"algorithm": Downpour()}),
+    "slowmo": Case({"algorithm": SlowMo(0.5, 0.5)}),
+    "bmuf": Case({"algorithm": BMUF(0.5, 0.5)}),
+    "diloco": Case({"algorithm": DiLoCo(0.5, 0.5)}),
+    "diloco late": Case({"algorithm": DiLoCo(0.5, 0.5, delay=1)}),
+    "diloco by adam": Case({"algorithm": DiLoCo(0.0625, optimizer=torch.optim.Adam)}, exact=False),
+    "leader_sgd": Case({"algorithm": LeaderSGD(0.5, loss_smoothing=0.5)}),
+    "polyak": Case(PULL | {"center_average": "polyak"}, exact=False),
+    "ema": Case(PULL | {"center_average": CenterAverage("ema", 0.25)}),
+}
+"""Each with every τ and, where it can, with overlap on and off."""
+
+FORMS: dict[str, Case] = {
+    "mdownpour, tau=1": Case({"algorithm": MDownpour(0.5), "tau": 1}),
+    "fragments": Case(PULL | {"tau": 4, "fragments": 2}),
+    "fragments of diloco": Case({"algorithm": DiLoCo(0.5, 0.5), "tau": 4, "fragments": 2}),
+    "int8": Case(PULL | {"tau": 2, "compression": "int8"}, exact=False),
+    "bf16": Case(PULL | {"tau": 2, "compression": "bf16"}),
+    "groups": Case(PULL | {"tau": 3, "groups": 2}, workers=(4,)),
+    "tree": Case(PULL | {"tau": 4, "groups": Groups(2, tau=2, beta=0.5)}, workers=(4,)),
+    "rho": Case({"rho": 1.0, "tau": 3}),
+    "uneven": Case(PULL | {"tau": 2}, missing=3),
+    "uneven local_sgd": Case({"algorithm": LocalSGD(), "tau": 2}, missing=3),
+    "resumed": Case(PULL | {"tau": 3}, momentum=0.5, saved=5),
+    "resumed slowmo": Case({"algorithm": SlowMo(0.5, 0.5), "tau": 3}, saved=5),
+}
+
+
+def cases(workers: int) -> dict[str, Case]:
+    """All cases for so many workers, by name."""
+    found = {}
+    for name, case in RULES.items():
+        rule = case.options.get("algorithm", EASGD())
+        for tau in (1, 3):
+            for overlap in (True, False) if rule.overlaps else (None,):
+                way = {True: ", behind", False: ", awaited", None: ""}[overlap]
+                options = {**case.options, "tau": tau, "overlap": overlap}
+                found[f"{name}, tau={tau}{way}"] = _with(case, options)
+    forms = {name: case for name, case in FORMS.items() if workers in case.workers}
+    return found | forms
+
+
+def _with(case: Case, options: dict[str, Any]) -> Case:
+    return Case(options, case.momentum, exact=case.exact)
+
+
+def run(rank: int, workers: int, folder: Path) -> dict[str, list[list[float]]]:
+    """The weights of this worker after each step, then what is delivered; by case."""
+    return {
+        name: _train(rank, workers, case, folder / str(number))
+        for number, (name, case) in enumerate(cases(workers).items())
+    }
+
+
+def _train(rank: int, workers: int, case: Case, folder: Path) -> list[list[float]]:
+    if case.saved is None:
+        return _fit(rank, workers, case)
+    saving = ModelCheckpoint(
+        folder, "last", every_n_train_steps=case.saved, enable_version_counter=False
+    )
+    how = {"enable_checkpointing": True, "callbacks": [saving]}
+    _fit(rank, workers, case, max_steps=case.saved, **how)
+    return _fit(rank, workers, case, folder / "last.ckpt", **how)
+
+
+def _fit(
+    rank: int, workers: int, case: Case, ckpt_path: Path | None = None, **how: Any
+) -> list[list[float]]:
+    module = Given(rank, case.momentum)
+    missing = case.missing if rank == workers - 1 else 0
+    fitting = trainer(workers, EASGDStrategy(**case.options), **how)
+    fitting.fit(module, Steps(STEPS - missing), ckpt_path=ckpt_path)
+    return [*module.seen, module.values()]
