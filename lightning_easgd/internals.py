@@ -13,10 +13,12 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
 SignalHandler = Callable[[int, Any], None]
 StrategyRegistry = _StrategyRegistry
+WrappingCheckpointIO = _WrappingCheckpointIO
 
 
 class LoopHooks:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
@@ -13,6 +14,7 @@ from typing_extensions import override
 from lightning_easgd.checkpoint import Resumed, WorkerCheckpoints
 from lightning_easgd.checkpoint_io import AtomicCheckpointIO
 from lightning_easgd.collectives import CollectiveStrategy
+from lightning_easgd.internals import WrappingCheckpointIO
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,10 +30,24 @@ class PersistentStrategy(CollectiveStrategy):
     """
 
     def __init__(self, *, strict_resume: bool, **options: Any) -> None:
-        options["checkpoint_io"] = options["checkpoint_io"] or AtomicCheckpointIO()
         super().__init__(**options)
         self._strict_resume = strict_resume
         self._resumed: Resumed | None = None
+
+    @property
+    @override
+    def checkpoint_io(self) -> CheckpointIO:
+        """How files are written: ours, also within plugins that wrap one, unless it was chosen."""
+        # Not sooner: what is there is taken for the user's choice, and a plugin refused beside it.
+        if self._checkpoint_io is None:
+            self._checkpoint_io = AtomicCheckpointIO()
+        elif isinstance(self._checkpoint_io, WrappingCheckpointIO):
+            self._checkpoint_io.checkpoint_io = AtomicCheckpointIO()  # where it has none
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        self._checkpoint_io = io
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -77,9 +93,11 @@ class PersistentStrategy(CollectiveStrategy):
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
+        if weights_only is None and os.fspath(checkpoint_path).startswith(("http://", "https://")):
+            weights_only = True  # Lightning's default is not, there
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only)
-        assert self.lightning_module is not None
-        if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
+        module = self.lightning_module
+        if module is not None and module.trainer.state.fn == TrainerFn.FITTING:
             self._resumed = self._checkpoints().resume(
                 checkpoint,
                 os.fspath(checkpoint_path),
