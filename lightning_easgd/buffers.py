@@ -1,17 +1,46 @@
-"""Buffers of a module that the center has too: BatchNorm's running statistics and others."""
+"""Buffers of a module that the center has too: BatchNorm's running statistics and others.
+
+[Note: constants] A buffer that nobody writes to keeps its bits, whatever they are. What travels is
+the difference from the center, in double precision: it is exactly zero where nothing changed, and
+neither it nor the sum of all overflows. What is not finite has no mean. It travels as a number that
+is far from all others, so that the sum tells whether all workers have the same infinity. Else the
+center keeps its value there, and only there.
+"""
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_easgd.flat import FLAT_DTYPE, FlatLayout, FlatVector, Memory
 from lightning_easgd.segments import Piece
+from lightning_easgd.storage import compact, is_plain, overlaps_itself
 
 BufferPolicy = Literal["average", "local", "broadcast"]
+
+_FAR = 2.0**1000
+"""What an infinity travels as."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a module a buffer is registered."""
+
+    name: str
+    owner: nn.Module
+    key: str
+
+    def now(self) -> Tensor | None:
+        """The buffer's distinct elements now; modules may replace a buffer instead of writing."""
+        buffer = self.owner._buffers.get(self.key)
+        return compact(buffer.detach()) if buffer is not None and has_mean(buffer) else None
 
 
 class Statistics:
@@ -19,99 +48,166 @@ class Statistics:
 
     ``average``: the mean over the workers; ``broadcast``: those of worker 0; ``local``: every
     worker keeps its own and nothing travels. Integer, complex and 8-bit buffers, and those that
-    the state dict leaves out, stay local always.
-
-    Raises:
-        ValueError: at an exchange, a buffer that is averaged has another shape than at the start.
+    the state dict leaves out, stay local always. So does, from then on, one that is dropped or gets
+    another shape; that is said once.
     """
 
     def __init__(self, module: nn.Module, policy: BufferPolicy, rank: int, memory: Memory) -> None:
         self.policy = policy
         self._speaks = policy == "average" or rank == 0
         self._places = [] if policy == "local" else list(_float_buffers(module))
+        self._missing: set[str] = set()
+        self._aside: list[bool] = []
         self._layout = FlatLayout(
-            (name, owner.get_buffer(key)) for name, owner, key in self._places
+            (place.name, now) for place in self._places if (now := place.now()) is not None
         )
         if self._places:
-            self.center = FlatVector(self._layout, memory.allocate(self._layout.sizes))
-            self.total = FlatVector(self._layout, memory.allocate(self._layout.sizes))
+            sizes = self._layout.sizes
+            self.center = FlatVector(self._layout, memory.allocate(sizes))
+            double = {d: memory.allocate({torch.float64: size}) for d, size in sizes.items()}
+            self.total = FlatVector(self._layout, {d: b[torch.float64] for d, b in double.items()})
             self.read_center()
 
     def __bool__(self) -> bool:
         return bool(self._places)
 
-    def buffers(self) -> list[Tensor]:
-        """The module's buffers now: modules may replace a buffer instead of writing into it."""
-        buffers = [owner.get_buffer(key) for _, owner, key in self._places]
-        for buffer, slot in zip(buffers, self._layout.slots, strict=True):
-            if tuple(buffer.shape) != slot.shape:
-                raise ValueError(
-                    f"Buffer '{slot.name}' had shape {slot.shape} when training began and has"
-                    f" {tuple(buffer.shape)} now. Buffers that are averaged keep their shape:"
-                    " register it with persistent=False, or set EASGDStrategy(buffers='local')."
-                )
-        return buffers
+    def _present(self) -> list[Tensor | None]:
+        """The module's buffers now; None for one that is not there in its shape."""
+        found: list[Tensor | None] = []
+        for place, slot in zip(self._places, self._layout.slots, strict=True):
+            buffer = place.now()
+            if buffer is not None and tuple(buffer.shape) != slot.shape:
+                buffer = None
+            if buffer is None and place.name not in self._missing:
+                self._missing.add(place.name)
+                self._tell_missing(place, slot.shape)
+            found.append(buffer)
+        return found
+
+    def _tell_missing(self, place: Place, shape: tuple[int, ...]) -> None:
+        buffer = place.owner._buffers.get(place.key)
+        now = None if buffer is None else tuple(buffer.shape)
+        warnings.warn(
+            f"Buffer '{place.name}' had shape {shape} when training began and has {now} now. So it"
+            " is not averaged any more: every worker has its own. If that is right, set"
+            " EASGDStrategy(buffers='local') or register the buffer with persistent=False; else"
+            " let it keep its shape.",
+            stacklevel=2,
+        )
 
     def contribute(self, healthy: bool) -> list[Tensor]:
         """This worker's part of the sum, as flat tensors."""
         if not self:
             return []
         if healthy and self._speaks:
-            self.total.read_(self.buffers())
+            self._read(self.total)
             self._mend()
+            for mine, center in zip(self.total.parts, self.center.parts, strict=True):
+                _subtract_(mine, center)
         else:
             self.total.zero_()
         return self.total.parts
 
+    def _read(self, vector: FlatVector) -> None:
+        """Read the module's buffers; the sum gets NaN for those that are not there."""
+        for part in vector.parts if vector is self.total else []:
+            part.fill_(math.nan)
+        present = zip(self._present(), vector.views, strict=True)
+        vector.read_([view if now is None else now for now, view in present])
+
     def _mend(self) -> None:
-        """Give up statistics that overflowed, as BatchNorm's do where a scaler skips the step."""
-        # Compared with the center's, for some buffers (masks) are infinite by intention.
+        """Give up normalisations that overflowed, as where a scaler skips the step."""
         parts = zip(self.total.parts, self.center.parts, strict=True)
-        if any(bool((mine.isfinite() != center.isfinite()).any()) for mine, center in parts):
-            self.load_center()
-            self.total.read_(self.buffers())
+        if not any(bool(_overflowed(mine, center).any()) for mine, center in parts):
+            return
+        views = list(zip(self._places, self.total.views, self.center.views, strict=True))
+        mended = {
+            place.owner
+            for place, mine, center in views
+            if isinstance(place.owner, _NormBase) and bool(_overflowed(mine, center).any())
+        }
+        for place, mine, center in views:
+            if place.owner in mended and (buffer := place.now()) is not None:
+                buffer.copy_(center)
+                mine.copy_(center)
 
     def apply(self, healthy: Sequence[bool]) -> None:
         """Take over the sum that arrived; ``healthy`` says which workers contributed."""
         speakers = healthy if self.policy == "average" else healthy[:1]
         if self and any(speakers):
             for center, total in zip(self.center.parts, self.total.parts, strict=True):
-                torch.div(total, sum(speakers), out=center)
+                _move_(center, total, sum(speakers))
 
     def read_center(self) -> None:
         """Make the module's buffers those of the center."""
         if self:
-            self.center.read_(self.buffers())
+            self._read(self.center)
 
     def values(self, vector: FlatVector) -> Iterator[tuple[Piece, Tensor]]:
         """Each buffer with its values in the center or the sum."""
-        for slot, buffer, view in zip(
-            self._layout.slots, self.buffers(), vector.views, strict=True
-        ):
-            yield Piece(slot.name, buffer), view
+        for place, now, view in zip(self._places, self._present(), vector.views, strict=True):
+            if now is not None:
+                yield Piece(place.name, place.owner.get_buffer(place.key)), view
 
     def set_worker_aside(self) -> None:
         """Keep the worker's own buffers while the module shows the center."""
         if self:
-            self.total.read_(self.buffers())
+            self._read(self.total)
+            self._aside = [now is not None for now in self._present()]
 
     def load_center(self) -> None:
         """Overwrite the module's buffers by the center's."""
         if self:
-            self.center.write_to(self.buffers())
+            self._write(self.center, self._present())
 
     def load_worker(self) -> None:
         """Give the worker the buffers that were set aside."""
         if self:
-            self.total.write_to(self.buffers())
+            present = zip(self._present(), self._aside, strict=True)
+            self._write(self.total, [now if known else None for now, known in present])
+
+    def _write(self, vector: FlatVector, buffers: Sequence[Tensor | None]) -> None:
+        pairs = zip(buffers, vector.views, strict=True)
+        vector.write_to([view.clone() if now is None else now for now, view in pairs])
 
 
-def _float_buffers(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+def _overflowed(mine: Tensor, center: Tensor) -> Tensor:
+    return center.isfinite() & ~mine.isfinite()
+
+
+def _subtract_(mine: Tensor, center: Tensor) -> None:
+    """Replace double values by what travels of them; see [Note: constants]."""
+    mine.sub_(center.nan_to_num(0, 0, 0))
+    mine.masked_fill_(mine.isfinite() & (mine.abs() > _FAR / 4), math.nan)
+    mine.clamp_(-_FAR, _FAR)
+
+
+def _move_(center: Tensor, total: Tensor, workers: int) -> None:
+    """Move the center by what arrived from ``workers`` workers; see [Note: constants]."""
+    mean = center.nan_to_num(0, 0, 0) + total / workers
+    infinite = total.abs() == workers * _FAR
+    mean = torch.where(infinite, total * math.inf, mean).to(center.dtype)
+    unchanged = (total == 0) & center.isfinite()
+    meaningful = infinite | (total.abs() < _FAR / 2)
+    center.copy_(torch.where(meaningful & ~unchanged, mean, center))
+
+
+def has_mean(buffer: Tensor) -> bool:
+    """Whether buffers of this kind can be averaged."""
+    return (
+        is_plain(buffer)
+        and buffer.is_floating_point()
+        and buffer.dtype in FLAT_DTYPE
+        and not overlaps_itself(compact(buffer))
+    )
+
+
+def _float_buffers(module: nn.Module) -> Iterator[Place]:
     seen: set[int] = set()
     for prefix, owner in module.named_modules():
         for key, buffer in owner._buffers.items():
             if buffer is None or key in owner._non_persistent_buffers_set or id(buffer) in seen:
                 continue
-            if buffer.is_floating_point() and buffer.dtype in FLAT_DTYPE:
+            if has_mean(buffer):
                 seen.add(id(buffer))
-                yield f"{prefix}.{key}" if prefix else key, owner, key
+                yield Place(f"{prefix}.{key}" if prefix else key, owner, key)

@@ -10,7 +10,7 @@ import lightning_easgd
 ROOT = Path(lightning_easgd.__file__).parent
 
 LAYERS = [
-    {"fingerprint", "flat", "random_state", "schedules", "telemetry"},
+    {"fingerprint", "flat", "random_state", "schedules", "storage", "telemetry"},
     {"groups", "pace"},
     {"algorithms", "automatic"},
     {"arguments", "segments"},
