@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import Any, Protocol
 
 from torch import nn
@@ -172,7 +172,7 @@ class WorkerCheckpoints:
         except Exception as raised:
             error = raised
             written = Written(0, "", f"{type(raised).__name__}: {raised}")
-        parts: list[Written] = self._gather(written)
+        parts = [Written(*part) for part in self._gather(astuple(written))]
         if error is not None:
             raise error
         _require_all(parts, path)

@@ -198,7 +198,8 @@ class GradientAverage:
         source = min(self._current)
         mine = self._replica.read() if self.island.place == source else None
         what = "Making the workers of a group equal"
-        state, size = self.island.broadcast(mine, source, what)
+        elements = sum(parameter.numel() for parameter in self._parameters)
+        state, size = self.island.broadcast(mine, source, what, elements=elements)
         self._count(self.island.broadcast_bytes(size))
         if self.island.place not in self._current:
             self._replica.write(state)

@@ -158,7 +158,8 @@ class GroupLevel:
             return
         state = saved
         if not all(having):
-            state, _ = island.broadcast(saved, having.index(True), what)
+            elements = sum(p.numel() for s in self._center.segments for _, p in s.named)
+            state, _ = island.broadcast(saved, having.index(True), what, elements=elements)
         assert state is not None
         self._transit.anybody_healthy = state["healthy"]
         self._center.join(min(state["joined"], len(self._center.segments)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import signal
+from dataclasses import astuple
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -336,9 +337,10 @@ class EASGDStrategy(PersistentStrategy):
         assert self._signals is not None
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
-        mine = trainer.global_step, batches_per_epoch(trainer), expected_training(trainer)
+        mine = trainer.global_step, batches_per_epoch(trainer), astuple(expected_training(trainer))
         steps, batches, expected = zip(*self._group.gather(mine), strict=True)
-        self.options.rules.schedules.begin(Training.of_all(expected))
+        lengths = [Training(*each) for each in expected]
+        self.options.rules.schedules.begin(Training.of_all(lengths))
         if self._resumed is None:
             self._exchange.start_clock(max(steps))
         else:

@@ -98,3 +98,19 @@ def test_the_library_needs_torch_and_lightning_only() -> None:
         if name != "workloads":
             third_party = {i.split(".")[0] for i in imports(path)} & SCRIPTS_ONLY
             assert not third_party, path
+
+
+def test_nothing_unpickles_what_came_from_elsewhere() -> None:
+    """But Lightning's own broadcast of objects, which is that of DDP."""
+    for _, path in modules():
+        assert not imports(path) & {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                safe = [k.value for k in node.keywords if k.arg == "weights_only"]
+                # A checkpoint is read as its user asked for.
+                asked = {"strictly"} if path.name == "checkpoint_io.py" else set()
+                assert {ast.unparse(value) for value in safe} <= {"True", *asked}, path
+                assert safe, path
+            name = getattr(node, "attr", getattr(node, "id", ""))
+            if isinstance(name, str) and name.endswith(("gather_object", "_object_list")):
+                assert (path.name, name) == ("watched.py", "broadcast_object_list"), path

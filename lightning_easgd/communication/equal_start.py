@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from lightning_easgd.communication.foreign import quote
 from lightning_easgd.communication.group import WorkerGroup
 
 
@@ -31,14 +32,18 @@ def _require_equal(group: WorkerGroup, module: nn.Module, options: Sequence[str]
     everybody = group.gather([*options, *_signature(module)])
     for rank, theirs in enumerate(everybody):
         if theirs != everybody[0]:
-            mine_only = [line for line in everybody[0] if line not in set(theirs)][:3]
-            theirs_only = [line for line in theirs if line not in set(everybody[0])][:3]
             raise ValueError(
-                f"The modules or options of worker 0 and worker {rank} differ: only worker 0"
-                f" has {mine_only}, only worker {rank} has {theirs_only} (or their order"
+                f"The modules or options of worker 0 and worker {rank} differ: only worker 0 has"
+                f" {_lines_of(everybody[0], theirs)}, only worker {rank} has"
+                f" {_lines_of(theirs, everybody[0])} (or their order"
                 " differs). Build the same module on every worker (same names, shapes,"
                 " precisions and requires_grad) and give the strategy the same options."
             )
+
+
+def _lines_of(these: Sequence[str], others: Sequence[str]) -> str:
+    only_these = set(these) - set(others)
+    return ", ".join([quote(line) for line in these if line in only_these][:3]) or "none"
 
 
 def _make_equal_(group: WorkerGroup, module: nn.Module) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import pickle
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -21,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
+from lightning_easgd.communication import plain_data
 from lightning_easgd.communication.background import Background
 from lightning_easgd.communication.header import ExchangeError
 from lightning_easgd.communication.liveness import Liveness
@@ -114,30 +114,20 @@ class WorkerGroup:
         self._made += found
         return found[0] if found else None
 
-    def gather(self, value: Any, *, among: dist.ProcessGroup | None = None) -> list[Any]:
-        """A small picklable value of every worker, in rank order.
+    def gather(self, value: Any) -> list[Any]:
+        """A small value of every worker, in rank order.
 
         Args:
-            value: of this worker.
-            among: the workers, if not all; over gloo.
+            value: of this worker; plain data, as of plain_data.pack.
 
         Raises:
-            ExchangeError: a worker left or did not answer in time.
+            ExchangeError: a worker left, did not answer in time, or sent something else.
         """
-        mine = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-        sizes = self._gather_tensors(torch.tensor([mine.numel()]), among)
-        padded = torch.zeros(int(max(sizes)), dtype=torch.uint8)
-        padded[: mine.numel()] = mine
-        everybody = self._gather_tensors(padded, among)
-        return [
-            pickle.loads(bytes(data[: int(size)].tolist()))
-            for data, size in zip(everybody, sizes, strict=True)
-        ]
+        return plain_data.gather(value, self._gather_tensors)
 
-    def _gather_tensors(self, mine: Tensor, among: dist.ProcessGroup | None) -> list[Tensor]:
-        group = among or self.everybody
-        everybody = [torch.empty_like(mine) for _ in range(group.size())]
-        work = dist.all_gather(everybody, mine, group=group, async_op=True)
+    def _gather_tensors(self, mine: Tensor) -> list[Tensor]:
+        everybody = [torch.empty_like(mine) for _ in range(self.size)]
+        work = dist.all_gather(everybody, mine, group=self.everybody, async_op=True)
         self.wait(work, "An agreement between the workers")
         return everybody
 
@@ -203,11 +193,17 @@ class WorkerGroup:
                 dist.destroy_process_group(group)
 
 
-def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """A small picklable value of every member of a group (None: all processes), in rank order."""
-    everybody: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everybody, value, group=group)
-    return everybody
+def gather(value: Any) -> list[Any]:
+    """As :meth:`WorkerGroup.gather`, of all processes, where training is not set up."""
+    on_host = "gloo" in dist.get_backend()
+    device = torch.device("cpu" if on_host else "cuda")  # the current one
+
+    def gather_tensors(mine: Tensor) -> list[Tensor]:
+        everybody = [torch.empty_like(mine, device=device) for _ in range(dist.get_world_size())]
+        dist.all_gather(everybody, mine.to(device))
+        return [theirs.cpu() for theirs in everybody]
+
+    return plain_data.gather(value, gather_tensors)
 
 
 def leave_all_groups() -> None:

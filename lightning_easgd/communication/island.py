@@ -7,7 +7,6 @@ that is on its way meanwhile.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_easgd.communication import plain_data
 from lightning_easgd.communication.group import WorkerGroup
 from lightning_easgd.flat import bucket_slices
 
@@ -76,24 +76,24 @@ class Island:
         for work in works:
             self._wait(work, what, poll=self._polls)
 
-    def broadcast(self, value: Any, source: int, what: str) -> tuple[Any, int]:
+    def broadcast(self, value: Any, source: int, what: str, *, elements: int) -> tuple[Any, int]:
         """What the member at place ``source`` has, and its size in bytes; raises as :meth:`gather`.
 
-        Tensors in it arrive in host memory.
+        Args:
+            value: plain data, as of plain_data.pack; tensors in it arrive in host memory.
+            source: the place.
+            what: it is for, for messages.
+            elements: of the parameters that it is the state of; much more is not taken.
         """
-        content = torch.empty(0, dtype=torch.uint8)
-        if self.place == source:
-            file = io.BytesIO()
-            torch.save(value, file)
-            content = torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+        sends = self.place == source
+        content = plain_data.pack(value) if sends else torch.empty(0, dtype=torch.uint8)
         (size,) = self.gather([content.numel()], what)[source]
-        if self.place != source:
-            content = torch.empty(size, dtype=torch.uint8)
         rank = self.ranks[source]
+        plain_data.require_size(size, plain_data.most_bytes_of_state(elements), f"Worker {rank}")
+        if not sends:
+            content = content.new_empty(size)
         self._wait(dist.broadcast(content, rank, group=self.control, async_op=True), what)
-        if self.place != source:
-            value = torch.load(io.BytesIO(content.numpy().tobytes()), "cpu", weights_only=False)
-        return value, size
+        return value if sends else plain_data.read(content, f"Worker {rank}"), size
 
     def gather_bytes(self, count: int) -> int:
         """Bytes that this worker sends, and receives, in :meth:`gather` of ``count`` numbers."""

@@ -6,17 +6,22 @@ while training is set up, so that waiting for them ends in time and tells who is
 torchmetrics, or the user, calls on torch's default group cannot be watched: that group waits no
 longer than the workers do meanwhile, and who is missing is added to the error. Older torch (2.6 is
 one) does not let gloo change its timeout (pytorch/pytorch#165422); there they wait for all of it.
+
+[Note: Lightning's objects] Lightning and its users may broadcast any object that can be pickled. So
+broadcasting is torch's own, as under DDP: every worker but the source unpickles. Nothing that this
+package itself sends goes this way, see plain_data.py.
 """
 
 from __future__ import annotations
 
-import pickle
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_easgd.communication.background import Background
 from lightning_easgd.communication.group import WorkerGroup
 
 
@@ -34,15 +39,11 @@ def barrier(group: WorkerGroup, what: str) -> None:
 
 
 def broadcast(group: WorkerGroup, value: Any, src: int, what: str) -> Any:
-    """The picklable value of worker ``src``; raises as :func:`barrier` does."""
-    content = bytearray(pickle.dumps(value) if group.rank == src else b"")
-    size = torch.tensor([len(content)])
-    group.wait(dist.broadcast(size, src, group=group.everybody, async_op=True), what)
-    if group.rank != src:
-        content = bytearray(int(size))
-    data = torch.frombuffer(content, dtype=torch.uint8)
-    group.wait(dist.broadcast(data, src, group=group.everybody, async_op=True), what)
-    return value if group.rank == src else pickle.loads(content)
+    """What worker ``src`` has, see [Note: Lightning's objects]; raises as :func:`barrier` does."""
+    values = [value]
+    send = partial(dist.broadcast_object_list, values, src, group=group.everybody)
+    group.wait(Background(send, torch.device("cpu")), what)
+    return values[0]
 
 
 def reduce_(group: WorkerGroup, tensor: Tensor, op: Any, what: str) -> Tensor:

@@ -8,7 +8,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -278,7 +278,7 @@ def _trial(bench: Bench, form: str | None, rounds: int, most_steps: int) -> Tria
     watch = Rounds(rounds)
     bench.fit(strategy, watch, f"exchanges in {form or 'full precision'}")
     return Trial(
-        together(gather(watch.durations)),
+        together([Durations(*each) for each in gather(astuple(watch.durations))]),
         round_steps=watch.tau // bench.fragments,
         sent_bytes=bench.fragments * watch.sent_bytes,
     )

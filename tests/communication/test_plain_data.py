@@ -1,0 +1,121 @@
+"""Plain data goes over the wire whole, and nothing else is read from it."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+from collections import Counter, OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_easgd.communication import ExchangeError, plain_data
+from lightning_easgd.communication.plain_data import pack, unpack
+
+VALUES: list[Any] = [
+    *(None, True, False, 0, -(2**70), 1.5, -0.0, math.inf, 1e-300, "", 'é "\n\udc80\u2028'),
+    *([], [1, [2, (3, "x")]], (), {}, {"a": None, 7: (1, 2), (0, 1): [2.5]}),
+    {"state": {0: {"step": 3.0}}, "param_groups": [{"betas": (0.9, 0.999), "params": [0, 1]}]},
+]
+
+
+@pytest.mark.parametrize("value", VALUES, ids=repr)
+def test_values_arrive_as_they_were(value: Any) -> None:
+    arrived = unpack(pack(value))
+    assert repr(arrived) == repr(value)
+    assert type(arrived) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "arrives"),
+    [
+        (OrderedDict(a=1), {"a": 1}),
+        (Counter({30: 2, 60: 1}), Counter({30: 2, 60: 1})),
+        ([np.int64(3), np.float64(0.1), np.float32(0.5)], [3, 0.1, 0.5]),
+    ],
+)
+def test_relatives_of_plain_values_arrive_as_these(value: Any, arrives: Any) -> None:
+    arrived = unpack(pack(value))
+    assert arrived == arrives
+    assert type(arrived) is type(arrives)
+
+
+@pytest.mark.parametrize("dtype", plain_data._DTYPES.values(), ids=str)
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 0, 5), (4, 7)])
+def test_tensors_keep_bits_shape_and_precision(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    tensors = {name: torch.randn(shape).to(dtype) for name in "ab"} | {"n": torch.tensor(1)}
+    tensors["turned"] = torch.randn(5, 3).t()
+    arrived = unpack(pack({"w": [tensors, "behind"]}))["w"]
+    assert arrived[1] == "behind"
+    for name, tensor in tensors.items():
+        assert arrived[0][name].dtype == tensor.dtype
+        assert arrived[0][name].shape == tensor.shape
+        same = arrived[0][name].contiguous().view(-1).view(torch.uint8)
+        assert same.equal(tensor.contiguous().view(-1).view(torch.uint8))
+
+
+def test_not_a_number_keeps_its_kind() -> None:
+    assert math.isnan(unpack(pack(math.nan)))
+
+
+class Bomb:
+    """Leaves a file where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("value", [{1}, Bomb(Path("x")), b"bytes", 1j, torch.float32, object])
+def test_what_is_not_plain_is_not_sent(value: Any) -> None:
+    with pytest.raises(TypeError, match=r"cannot be sent to other workers\. Allowed: None"):
+        pack([1, {"deep": value}])
+    with pytest.raises(TypeError, match="sparse"):
+        pack(torch.eye(2).to_sparse())
+
+
+def framed(content: bytes) -> bytes:
+    return len(content).to_bytes(8, "little") + content
+
+
+def described(node: Any) -> bytes:
+    return framed(json.dumps(node).encode())
+
+
+def test_what_was_sent_by_others_is_read_or_refused_but_never_run(tmp_path: Path) -> None:
+    bomb = pickle.dumps(Bomb(tmp_path / "hit"))
+    hostile = [
+        *(bomb, framed(bomb), b"", b"\0" * 7, b"\xff" * 64, (2**63).to_bytes(8, "little")),
+        *(framed(b"[" * 10**6), framed(b'{"tuple":' * 10**5), framed(b"9" * 10**6)),
+        *(described({"tensor": ["float32", [2**40]]}), described({"tensor": ["float32", [-4]]})),
+        *(described({"tensor": ["float32", [0, 2**40, 2**40]]}), described({"tensor": ["open"]})),
+        *(described({"tensor": ["load", [0]]}), described({"tensor": ["uint8", [True]]})),
+        *(described({"dict": [[[], 1]]}), described({"dict": [[1]]}), described({})),
+        *(described({"eval": ["1"]}), described({"tuple": 7}), described({"a": [], "b": []})),
+        *(described({"counter": [["a"]]}), framed(b"\xff\xfe"), framed(b"{'a': 1}")),
+    ]
+    for content in hostile:
+        data = torch.frombuffer(bytearray(content or b"\1")[: len(content) or 1], dtype=torch.uint8)
+        with pytest.raises(ValueError, match="no plain data"):
+            unpack(data)
+        with pytest.raises(ExchangeError, match=r"Worker 3 did not send .* Nothing of it was run"):
+            plain_data.read(data, "Worker 3")
+    assert not (tmp_path / "hit").exists()
+    pickle.loads(bomb)
+    assert (tmp_path / "hit").exists()
+
+
+def test_no_memory_is_taken_for_what_a_stranger_wants_to_send() -> None:
+    def gather_tensors(mine: torch.Tensor) -> list[torch.Tensor]:
+        assert mine.numel() == 1, "the sizes were not looked at"
+        return [mine, torch.tensor([size])]
+
+    for size in (2**62, plain_data.MOST_BYTES + 1, -1):
+        with pytest.raises(ExchangeError, match=f"Worker 1 wants to send {size} bytes where at"):
+            plain_data.gather("mine", gather_tensors)
