@@ -78,7 +78,7 @@ class CollectiveStrategy(DDPStrategy):
     def _arranged_groups(self) -> list[list[list[int]]]:
         """The ranks of every group, level by level from the outermost inward.
 
-        None if there are no groups; all workers must call it.
+        Empty if there are no groups. All workers must call it.
         """
         groups = self.options.groups
         return arrange_levels(groups, self._collect(self.node_rank) if groups else [])

@@ -190,6 +190,11 @@ class Exchange:
         return self.stopping.by_exception or self._finished
 
     @property
+    def stop_askers(self) -> list[int]:
+        """Ranks of the workers that were asked to stop, when :attr:`stopping` tells why."""
+        return self._transit.stop_askers
+
+    @property
     def trains(self) -> bool:
         """Whether the module holds the worker, which may take another step."""
         return not (self._finished or self.center.lent)

@@ -15,8 +15,43 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.data import IterableDataset
 
-from lightning_easgd.internals import train_loaders, validates_by_clock
+from lightning_easgd.internals import is_interactive, train_loaders, validates_by_clock
 from lightning_easgd.schedules import Training
+
+
+def refuse_devices(devices: Iterable[object]) -> None:
+    """Refuse devices whose memory the sums cannot travel from.
+
+    Raises:
+        MisconfigurationException: with what was given and what is allowed.
+    """
+    found = {d.type if isinstance(d, torch.device) else f"{d!r} (no torch.device)" for d in devices}
+    if not found <= {"cpu", "cuda"}:
+        raise MisconfigurationException(
+            f"EASGDStrategy got devices of type {', '.join(sorted(found))}; it averages over gloo"
+            " (cpu) or nccl (cuda). Set Trainer(accelerator='cpu'), or Trainer(accelerator='gpu')"
+            " on NVIDIA or ROCm GPUs. An Accelerator of your own must make torch.device objects of"
+            " type cpu or cuda."
+        )
+
+
+def refuse_in_notebooks(name: str) -> None:
+    """Refuse workers that are scripts of their own, where there is no script.
+
+    Args:
+        name: of the strategy, as registered.
+
+    Raises:
+        MisconfigurationException: Lightning would, but it would name DDP's strategy.
+    """
+    if is_interactive():
+        raise MisconfigurationException(
+            f"`Trainer(strategy={name!r})` is not compatible with an interactive environment. Run"
+            " your code as a script, or choose a notebook-compatible strategy:"
+            f" `Trainer(strategy='{name}_notebook')`, or EASGDStrategy(..., start_method='fork')."
+            " In case you are spawning processes yourself, make sure to include the Trainer"
+            " creation inside the worker function."
+        )
 
 
 def refuse_features(trainer: pl.Trainer, *, sync_batchnorm: bool) -> None:

@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from lightning.pytorch.trainer.connectors import accelerator_connector
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from typing_extensions import override
+
+from lightning_easgd.telemetry import Telemetry
 
 SignalHandler = Callable[[int, Any], None]
 StrategyRegistry = _StrategyRegistry
@@ -79,19 +85,38 @@ class LoopHooks:
         self._replace(self._epoch_loop, "on_run_start", once)
 
     def on_time_limit(self, action: Callable[[], None]) -> None:
-        """Call ``action`` when a step ends past a Timer's limit, instead of broadcasting it."""
+        """Call ``action`` when a step ends past a Timer's limit, instead of broadcasting it.
 
-        def without_broadcast(timer: Timer) -> Callable[..., None]:
-            def on_train_batch_end(*args: Any, **kwargs: Any) -> None:
-                remaining = timer.time_remaining()
-                if remaining is not None and remaining <= 0:
+        The timer says so itself, once, if it is to say anything.
+        """
+
+        def without_broadcast(timer: Timer) -> Callable[[pl.Trainer], None]:
+            check, alone = timer._check_time_remaining, _OneWorker()
+
+            def check_time_remaining(_: pl.Trainer) -> None:
+                if not alone.should_stop:
+                    check(alone)  # type: ignore[arg-type]
+                if alone.should_stop:
                     action()
 
-            return on_train_batch_end
+            return check_time_remaining
 
-        for timer in self._trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(timer, Timer) and _is_stock(timer) and timer._interval == "step":
-                self._replace(timer, "on_train_batch_end", without_broadcast(timer))
+        for timer in self._step_timers():
+            self._replace(timer, "_check_time_remaining", without_broadcast(timer))
+
+    @property
+    def tells_time(self) -> bool:
+        """Whether a Timer that looks after every step is to say when its time is over."""
+        return any(timer._verbose for timer in self._step_timers())
+
+    def _step_timers(self) -> list[Timer]:
+        return [
+            timer
+            for timer in self._trainer.callbacks  # type: ignore[attr-defined]
+            if isinstance(timer, Timer)
+            and type(timer)._check_time_remaining is Timer._check_time_remaining
+            and timer._interval == "step"
+        ]
 
     def mark_terminated(self) -> None:
         """Let Lightning know of a SIGTERM."""
@@ -112,10 +137,11 @@ class LoopHooks:
 
         self._replace(owner, name, both)
 
-    def _replace(self, owner: Any, name: str, method: Any) -> None:
+    def _replace(self, owner: Any, name: str, method: Callable[..., Any]) -> None:
         self._undo(owner, name)
-        self._replaced[id(owner), name] = owner, vars(owner).get(name)
-        setattr(owner, name, method)
+        before = vars(owner).get(name)
+        self._replaced[id(owner), name] = owner, before
+        setattr(owner, name, _Replacement(owner, name, method, before))
 
     def _undo(self, owner: Any, name: str) -> None:
         if (id(owner), name) in self._replaced:
@@ -125,9 +151,64 @@ class LoopHooks:
                 setattr(owner, name, before)
 
 
-def _is_stock(timer: Timer) -> bool:
-    names = ("on_train_batch_end", "_check_time_remaining")
-    return all(getattr(type(timer), name) is getattr(Timer, name) for name in names)
+class _Replacement:
+    """What an owner has in the place of a method; a copy of the owner has the method itself.
+
+    Args:
+        owner: has it.
+        name: of the method.
+        method: is called instead.
+        before: what the owner itself, not its class, had there.
+    """
+
+    def __init__(self, owner: Any, name: str, method: Callable[..., Any], before: Any) -> None:
+        self._copied = (_same, (before,)) if before is not None else (getattr, (owner, name))
+        self._method = method
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._method(*args, **kwargs)
+
+    @override
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self._copied
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+class ForkingLauncher(_MultiProcessingLauncher):
+    """Lightning's, which brings telemetry back from worker 0 besides metrics and weights."""
+
+    @override
+    def get_extra_results(self, trainer: pl.Trainer) -> dict[str, Any]:
+        telemetry = asdict(trainer.strategy.telemetry)  # type: ignore[attr-defined]
+        return {**super().get_extra_results(trainer), "easgd_telemetry": telemetry}
+
+    @override
+    def update_main_process_results(self, trainer: pl.Trainer, extra: dict[str, Any]) -> None:
+        counted = Telemetry(**extra.pop("easgd_telemetry"))
+        trainer.strategy.telemetry = counted  # type: ignore[attr-defined]
+        super().update_main_process_results(trainer, extra)
+
+
+def is_interactive() -> bool:
+    """Whether Lightning takes this process for a notebook or an interpreter's prompt."""
+    return bool(vars(accelerator_connector)["_IS_INTERACTIVE"])
+
+
+class _OneWorker:
+    """What a Timer asks of a trainer, where no other worker is asked."""
+
+    def __init__(self) -> None:
+        self.should_stop = False
+
+    @property
+    def strategy(self) -> _OneWorker:
+        return self
+
+    def broadcast(self, value: bool) -> bool:
+        return value
 
 
 def train_loaders(trainer: pl.Trainer) -> list[Any]:

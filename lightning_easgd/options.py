@@ -6,7 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from lightning_easgd.algorithms import CenterAverage, Rule, choose_average, choose_rule
+from lightning_easgd.algorithms import (
+    AVERAGED,
+    RULES,
+    CenterAverage,
+    Rule,
+    choose_average,
+    choose_rule,
+)
 from lightning_easgd.arguments import (
     choose_overlap,
     choose_period,
@@ -123,6 +130,14 @@ class Options:
     def tied(self) -> Groups | None:
         """Groups with centers of their own; None: there are none, or they average gradients."""
         return self.groups if isinstance(self.groups, Groups) else None
+
+    @property
+    def name(self) -> str:
+        """Under which a strategy with this rule is registered; EASGD's for one of the user's."""
+        rule = type(self.rules.algorithm)
+        name = next((name for name, known in RULES.items() if known is rule), "easgd")
+        pair = {"algorithm": name, "center_average": self.averaging and self.averaging.kind}
+        return next((named for named, options in AVERAGED.items() if options == pair), name)
 
     def lines(self) -> list[str]:
         """What must be equal on all workers, a line each; callables can't be compared."""

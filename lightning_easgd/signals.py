@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 import lightning.pytorch as pl
@@ -54,15 +54,19 @@ class SignalRelay:
         if signal.getsignal(signal.SIGINT) == self._interrupt:
             signal.signal(signal.SIGINT, self._on_interrupt)
 
-    def stop(self, why: Stop) -> None:
+    def stop(self, why: Stop, askers: Sequence[int] = ()) -> None:
         """End training between batches, if there is a reason; all workers call it together.
+
+        Args:
+            why: the reason.
+            askers: ranks of the workers that were asked to stop.
 
         Raises:
             KeyboardInterrupt: for Ctrl-C, as Lightning does.
             SIGTERMException: for the other signals, likewise.
         """
-        if why is Stop.ENOUGH:
-            self._end_in_time()
+        if why.in_time:
+            self._end_in_time(why, askers)
         elif why is Stop.INTERRUPTED:
             raise KeyboardInterrupt
         elif why.by_exception:
@@ -73,14 +77,15 @@ class SignalRelay:
 
     def time_is_over(self) -> None:
         """Ask all workers to stop because a time limit is reached."""
-        self._request_stop(Stop.ENOUGH)
+        self._request_stop(Stop.TIME)
 
-    def _end_in_time(self) -> None:
-        if not self._trainer.should_stop:
-            rank_zero_info(
-                "All workers end their training together: a time limit is reached, or one stopped."
-            )
+    def _end_in_time(self, why: Stop, askers: Sequence[int]) -> None:
+        news = not self._trainer.should_stop and self._trainer.global_rank not in askers
         self._trainer.should_stop = True
+        if news and (why is Stop.ENOUGH or self._hooks.tells_time):
+            reason = "set trainer.should_stop" if why is Stop.ENOUGH else "reached a time limit"
+            who = ", ".join(map(str, askers))
+            rank_zero_info(f"Worker(s) {who} {reason}: all end their training together.")
 
     def _terminate(self, signum: int, _: FrameType | None) -> None:
         if self._request_stop(Stop.TERMINATED):

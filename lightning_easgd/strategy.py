@@ -41,10 +41,17 @@ from lightning_easgd.communication import (
     start_equal_,
 )
 from lightning_easgd.exchange import ElasticPoint
-from lightning_easgd.features import batches_per_epoch, expected_training, refuse_features
+from lightning_easgd.features import (
+    batches_per_epoch,
+    expected_training,
+    refuse_devices,
+    refuse_features,
+    refuse_in_notebooks,
+)
 from lightning_easgd.groups import Groups, Members
-from lightning_easgd.internals import LoopHooks, StrategyRegistry, stops_early
+from lightning_easgd.internals import ForkingLauncher, LoopHooks, StrategyRegistry, stops_early
 from lightning_easgd.options import Options
+from lightning_easgd.other_package import explain_names, hint
 from lightning_easgd.persistence import PersistentStrategy
 from lightning_easgd.resuming import begin_epoch_as_usual
 from lightning_easgd.schedules import Rate, Training
@@ -224,7 +231,9 @@ class EASGDStrategy(PersistentStrategy):
     def register_strategies(cls, strategy_registry: StrategyRegistry) -> None:
         methods = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "fork"}
         names: dict[str, dict[str, Any]] = {name: {"algorithm": name} for name in RULES}
-        for name, options in (names | AVERAGED).items():
+        names |= AVERAGED
+        explain_names(name + suffix for name in names for suffix in methods)
+        for name, options in names.items():
             for suffix, start_method in methods.items():
                 strategy_registry.register(
                     name + suffix,
@@ -233,6 +242,11 @@ class EASGDStrategy(PersistentStrategy):
                     start_method=start_method,
                     **options,
                 )
+
+    @override
+    def __repr__(self) -> str:
+        # pytorch_lightning's Trainer, which takes it for no strategy, puts it into its message.
+        return f"<lightning_easgd.EASGDStrategy for lightning.pytorch.Trainer{hint()}>"
 
     def center_state_dict(self) -> dict[str, Any]:
         """The module's state dict with the center's weights, at any time from ``fit`` on.
@@ -267,14 +281,13 @@ class EASGDStrategy(PersistentStrategy):
 
     @override
     def _configure_launcher(self) -> None:
-        devices = {device.type for device in self.parallel_devices or []}
-        if not devices <= {"cpu", "cuda"}:
-            raise MisconfigurationException(
-                f"EASGDStrategy got devices of type {sorted(devices)}; it averages over gloo (cpu)"
-                " or nccl (cuda). Set Trainer(accelerator='cpu'), or Trainer(accelerator='gpu') on"
-                " NVIDIA or ROCm GPUs."
-            )
+        refuse_devices(self.parallel_devices or [])
         super()._configure_launcher()
+        if self._start_method != "popen":
+            self._launcher = ForkingLauncher(self, start_method=self._start_method)
+        assert self._launcher is not None
+        if not self._launcher.is_interactive_compatible:
+            refuse_in_notebooks(self.options.name)
 
     @override
     def setup_environment(self) -> None:
@@ -376,7 +389,12 @@ class EASGDStrategy(PersistentStrategy):
         assert self._exchange is not None
         assert self._signals is not None
         self._exchange.meet(place)
-        self._signals.stop(self._exchange.stopping)
+        self._stop()
+
+    def _stop(self) -> None:
+        assert self._exchange is not None
+        assert self._signals is not None
+        self._signals.stop(self._exchange.stopping, self._exchange.stop_askers)
 
     @override
     def _gathered(self) -> bool:
@@ -434,8 +452,8 @@ class EASGDStrategy(PersistentStrategy):
 
         with exchange.step(optimizer):
             output = super().optimizer_step(optimizer, averaged, model, **kwargs)
-        if self._exchange.stopping is Stop.ENOUGH:
-            self._signals.stop(Stop.ENOUGH)
+        if self._exchange.stopping.in_time:
+            self._stop()
         return output
 
     @override
@@ -454,7 +472,7 @@ class EASGDStrategy(PersistentStrategy):
         assert self._signals is not None
         finished = self._exchange.finish(exchange=self.options.final_exchange)
         if not (finished and self._exchange.stopping is Stop.PREEMPTED):  # nothing is left to do
-            self._signals.stop(self._exchange.stopping)
+            self._stop()
 
     @override
     def on_exception(self, exception: BaseException) -> None:

@@ -100,6 +100,8 @@ class Transit:
         """Why this worker was asked to stop."""
         self.stop_agreed = Stop.NO
         """Why all workers stop at the next exchange."""
+        self.stop_askers: list[int] = []
+        """Ranks of the workers that were asked to."""
         self._center = center
         self._rule = rule
         self._telemetry = telemetry
@@ -279,7 +281,7 @@ class Transit:
 
     @torch.no_grad()
     def _apply(self, flight: InFlight, headers: Sequence[Header]) -> None:
-        self.stop_agreed = max(self.stop_agreed, *(header.stop for header in headers))
+        self._hear_stops([header.stop for header in headers])
         self._agreement.hear(headers)
         self._telemetry.worker_wait_seconds = [1e-6 * h.wait_microseconds for h in headers]
         if flight.payload:
@@ -293,6 +295,12 @@ class Transit:
         if flight.restarts:
             self._center.restart_worker()
         self._center.join(flight.segments)
+
+    def _hear_stops(self, stops: Sequence[Stop]) -> None:
+        if (why := max(stops)) > self.stop_agreed:
+            self.stop_agreed = why
+            told = zip(self.all_reduce.ranks, stops, strict=True)
+            self.stop_askers = [rank for rank, stop in told if stop is why]
 
     def _take_in(
         self,

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.cli import LightningCLI
 from processes import become_slurm_task, free_port, run_workers
 from toy import Toy, loader, trainer, weights
@@ -124,3 +126,145 @@ def test_lightning_cli_takes_the_class_path(monkeypatch: pytest.MonkeyPatch) -> 
     assert isinstance(cli.trainer.strategy, EASGDStrategy)
     assert cli.trainer.strategy.options.rules.period.after(0) == (16, 16)
     assert cli.trainer.strategy.options.rules.strength.at(0) == 0.8
+
+
+COUNTED = """
+import json, sys
+from functools import partial
+import torch
+from toy import Toy, loader, trainer
+
+class Said(Toy):
+    def teardown(self, stage):
+        if self.global_rank == 0:
+            with open(sys.argv[2], "w") as file:
+                json.dump(vars(self.trainer.strategy.telemetry), file)
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    fitting = trainer(2, sys.argv[1], max_epochs=3)
+    fitting.fit(Said(partial(torch.optim.SGD, lr=0.1)), loader(0, 5))
+    with open(sys.argv[3], "w") as file:
+        json.dump(vars(fitting.strategy.telemetry), file)
+"""
+
+
+@pytest.mark.parametrize("strategy", ["easgd_spawn", "easgd_fork", "easgd_notebook"])
+def test_telemetry_comes_back_from_worker_0(strategy: str, tmp_path: Path) -> None:
+    script = tmp_path / "user.py"
+    script.write_text(COUNTED)
+    here, paths = Path(__file__).parent, [tmp_path / "in the worker", tmp_path / "after fit"]
+    subprocess.run(
+        [sys.executable, str(script), strategy, *map(str, paths)],
+        env=os.environ | {"PYTHONPATH": f"{here}:{here.parent}", "OMP_NUM_THREADS": "1"},
+        check=True,
+        timeout=120,
+        capture_output=True,
+    )
+    inside, after = (json.loads(path.read_text()) for path in paths)
+    assert after["steps"] == 15
+    assert after["exchanges"] == 2  # one at step 10, and the last
+    assert len(after["worker_wait_seconds"]) == 2
+    assert after == inside
+
+
+INTERACTIVE = """
+import sys
+import lightning_easgd
+from lightning.pytorch import Trainer
+from lightning_easgd import DiLoCo, EASGDStrategy
+
+def said(strategy):
+    try:
+        Trainer(strategy=strategy, accelerator="cpu", devices=2, logger=False)
+    except Exception as error:
+        return str(error)
+    return "no error"
+
+for name in ["easgd", "mvadownpour", "slowmo_spawn", "easgd_notebook"]:
+    print(name, said(name))
+print("object", said(EASGDStrategy(algorithm=DiLoCo(outer_lr=0.1), tau=4)))
+"""
+
+
+def test_a_notebook_is_told_the_name_that_works_there(tmp_path: Path) -> None:
+    script = tmp_path / "cells.py"
+    script.write_text(INTERACTIVE)
+    ended = subprocess.run(
+        [sys.executable, "-i", str(script)],
+        check=True,
+        timeout=120,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+    said = dict(line.split(" ", 1) for line in ended.stdout.splitlines() if " " in line)
+    assert "Trainer(strategy='easgd_notebook')" in said["easgd"]
+    assert "Trainer(strategy='mvadownpour_notebook')" in said["mvadownpour"]
+    assert "Trainer(strategy='slowmo_notebook')" in said["slowmo_spawn"]
+    assert "start_method='fork'" in said["object"]
+    assert "ddp" not in ended.stdout
+    assert said["easgd_notebook"] == "no error"
+
+
+OTHER_PACKAGE = """
+import sys
+for name in sys.argv[1:]:
+    __import__(name)
+import lightning_easgd
+import pytorch_lightning
+
+for strategy in ["easgd", "local_sgd_spawn", lightning_easgd.EASGDStrategy(tau=4), "ddp"]:
+    try:
+        pytorch_lightning.Trainer(strategy=strategy, accelerator="cpu", devices=2, logger=False)
+        print("no error")
+    except Exception as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize("before", [[], ["pytorch_lightning"]])
+def test_the_other_package_says_which_import_to_change(before: list[str], tmp_path: Path) -> None:
+    script = tmp_path / "user.py"
+    script.write_text(OTHER_PACKAGE)
+    ended = subprocess.run(
+        [sys.executable, str(script), *before],
+        check=True,
+        timeout=120,
+        capture_output=True,
+        text=True,
+    )
+    *refused, ddp = ended.stdout.splitlines()
+    assert len(refused) == 3
+    for message in refused:
+        assert "`import lightning.pytorch as pl` instead of `import pytorch_lightning" in message
+    assert ddp == "no error"
+
+
+def test_this_package_does_not_import_the_other() -> None:
+    code = "import sys, lightning_easgd; print('pytorch_lightning' in sys.modules)"
+    ended = subprocess.run(
+        [sys.executable, "-c", code], check=True, timeout=60, capture_output=True, text=True
+    )
+    assert ended.stdout.strip() == "False"
+
+
+class Numbered(CPUAccelerator):
+    """One whose devices are what it is given, as those of other libraries are."""
+
+    device: Any = 0
+
+    @staticmethod
+    def get_parallel_devices(devices: Any) -> list[Any]:
+        return [Numbered.device] * int(devices)
+
+
+@pytest.mark.parametrize("device", [0, "npu:0", "cpu", None, torch.device("meta")], ids=repr)
+def test_an_accelerator_without_torch_devices_is_refused(
+    device: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Numbered, "device", device)
+    named = "type meta" if isinstance(device, torch.device) else repr(device)
+    with pytest.raises(MisconfigurationException, match=named) as raised:
+        trainer(2, "easgd", accelerator=Numbered())
+    assert "Accelerator of your own must make torch.device objects" in str(raised.value)

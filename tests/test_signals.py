@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import signal
 from functools import partial
 from typing import Any
@@ -78,26 +80,67 @@ def test_sigterm_outside_training_ends_that_worker_and_hangs_nobody() -> None:
     assert outcomes[1].error == "SIGTERMException"
 
 
-def timed(rank: int, who: int, at: int) -> Any:
-    """Train with a time limit that passes on worker ``who`` in batch ``at``."""
-    module = Toy(SGD)
-    fitting = trainer(2, EASGDStrategy(tau=4), max_epochs=3, max_time={"hours": 1})
+class Said(logging.Handler):
+    """What Lightning's logger and ours said of the end of training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+        for name in ("lightning.pytorch", "lightning.fabric"):
+            logging.getLogger(name).addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "ime limit" in record.getMessage() or "together" in record.getMessage():
+            self.lines.append(record.getMessage())
+
+
+def timed(rank: int, who: list[int], at: int, options: dict[str, Any]) -> Any:
+    """Train with a time limit that passes on the workers ``who`` in batch ``at``."""
+    module, said = Toy(SGD), Said()
+    options = (
+        {"max_time": {"hours": 1}}
+        if "max_time" in options
+        else {"callbacks": [pl.callbacks.Timer({"hours": 1}, **options)]}
+    )
+    fitting = trainer(2, EASGDStrategy(tau=4), max_epochs=3, **options)
     (timer,) = [c for c in fitting.callbacks if isinstance(c, pl.callbacks.Timer)]
     calls: list[str] = []
 
     def on_train_batch_start(batch: Any, batch_idx: int) -> None:
-        if rank == who and batch_idx == at:
+        if rank in who and batch_idx == at:
             timer._offset = 2 * 3600.0
 
     module.on_train_batch_start = on_train_batch_start
     with recorded_collectives(calls):
         module.on_train_epoch_start = calls.clear
         fitting.fit(module, loader(rank, 18))
-    return fitting.global_step, weights(module)["w"].tobytes(), "broadcast" in calls
+    return fitting.global_step, weights(module)["w"].tobytes(), "broadcast" in calls, said.lines
 
 
-@pytest.mark.parametrize("who", [0, 1])
-def test_a_time_limit_stops_all_at_the_same_step_without_a_broadcast(who: int) -> None:
-    results = run_workers(timed, who, 5, workers=2, timeout=30)
+TIMERS_OWN = r"Time limit reached. Elapsed time is 2:00:0\d. Signaling Trainer to stop."
+
+
+@pytest.mark.parametrize("options", [{"max_time": True}, {}, {"verbose": False}], ids=str)
+@pytest.mark.parametrize("who", [[0], [1], [0, 1]], ids=str)
+def test_a_time_limit_stops_all_at_the_same_step_without_a_broadcast(
+    who: list[int], options: dict[str, Any]
+) -> None:
+    zero, one = run_workers(timed, who, 5, options, workers=2, timeout=30)
     # Announced at step 8, in force at step 12; a fit that ends well has its final exchange.
-    assert results == [(13, results[0][1], False)] * 2
+    assert zero[:3] == one[:3] == (13, zero[1], False)
+    assert one[3] == []
+    if not options.get("verbose", True):
+        assert zero[3] == []
+    elif 0 in who:
+        (line,) = zero[3]
+        assert re.fullmatch(TIMERS_OWN, line)
+    else:
+        assert zero[3] == ["Worker(s) 1 reached a time limit: all end their training together."]
+
+
+def test_a_timer_that_looks_at_the_end_of_epochs_is_lightnings_own() -> None:
+    options = {"interval": "epoch"}
+    zero, one = run_workers(timed, [0], 5, options, workers=2, timeout=30)
+    assert zero[:2] == one[:2] == (18, zero[1])
+    (line,) = zero[3]
+    assert re.fullmatch(TIMERS_OWN, line)

@@ -23,18 +23,25 @@ class Stop(IntEnum):
 
     NO = 0
     ENOUGH = 1
-    """A time limit, or trainer.should_stop: training ends as if it had reached its last step."""
-    INTERRUPTED = 2
+    """trainer.should_stop: training ends as if it had reached its last step."""
+    TIME = 2
+    """A time limit: likewise."""
+    INTERRUPTED = 3
     """Ctrl-C (SIGINT)."""
-    TERMINATED = 3
+    TERMINATED = 4
     """SIGTERM."""
-    PREEMPTED = 4
+    PREEMPTED = 5
     """SLURM's signal to save and to requeue the job."""
+
+    @property
+    def in_time(self) -> bool:
+        """Whether training ends as if it had reached its last step."""
+        return self in (Stop.ENOUGH, Stop.TIME)
 
     @property
     def by_exception(self) -> bool:
         """Whether training is left by an exception."""
-        return self > Stop.ENOUGH
+        return self > Stop.TIME
 
 
 class Place(IntEnum):
