@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from torch import Tensor
 
@@ -40,3 +42,51 @@ def places(tensor: Tensor) -> Tensor:
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         places = (places[:, None] + stride * torch.arange(size)).flatten()
     return places
+
+
+def digest(tensor: Tensor) -> str:
+    """Equal for tensors of equal values, whatever their strides.
+
+    Raises:
+        TypeError: it is of a kind whose values cannot be read.
+    """
+    found = hashlib.sha256()
+    for part in components(tensor.detach()):
+        found.update(f"{part.dtype} {tuple(part.shape)};".encode())
+        found.update(as_bytes(part).cpu().numpy().data)
+    return found.hexdigest()
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The values of a plain tensor; a view if it is contiguous, else a copy."""
+    values = tensor.resolve_conj().resolve_neg().contiguous()
+    if values.numel() == 1:  # its strides may be anything
+        values = values.clone(memory_format=torch.contiguous_format)
+    return values.view(-1).view(torch.uint8)
+
+
+def components(tensor: Tensor) -> list[Tensor]:
+    """Plain tensors without repeated elements, which say all that a tensor does.
+
+    Raises:
+        TypeError: it is of a kind whose values cannot be read.
+    """
+    if type(tensor) is not Tensor and hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        return [part for name in names for part in components(getattr(tensor, name))]
+    if tensor.is_quantized:
+        if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+            scale = torch.tensor([tensor.q_scale(), tensor.q_zero_point()], dtype=torch.float64)
+            return [tensor.int_repr(), scale]
+        scales = tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points()
+        return [tensor.int_repr(), *scales]
+    if tensor.layout is torch.sparse_coo:
+        tensor = tensor.coalesce()
+        return [tensor.indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    if tensor.layout is torch.strided:
+        return [compact(tensor)]
+    raise TypeError(f"Tensors of layout {tensor.layout} cannot be compared between workers.")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
 
-import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_easgd.communication.foreign import quote
 from lightning_easgd.communication.group import WorkerGroup
+from lightning_easgd.storage import as_bytes, compact, digest, is_plain, overlaps_itself
 
 
 def start_equal_(group: WorkerGroup, module: nn.Module, options: Sequence[str]) -> None:
@@ -25,7 +26,7 @@ def start_equal_(group: WorkerGroup, module: nn.Module, options: Sequence[str]) 
         ExchangeError: a worker left or did not answer in time.
     """
     _require_equal(group, module, options)
-    _make_equal_(group, module)
+    make_equal_(group, module)
 
 
 def _require_equal(group: WorkerGroup, module: nn.Module, options: Sequence[str]) -> None:
@@ -46,24 +47,85 @@ def _lines_of(these: Sequence[str], others: Sequence[str]) -> str:
     return ", ".join([quote(line) for line in these if line in only_these][:3]) or "none"
 
 
-def _make_equal_(group: WorkerGroup, module: nn.Module) -> None:
-    for tensor in [*module.parameters(), *module.buffers()]:
-        values = tensor.detach().contiguous().clone()
-        if values.numel():
-            # As bytes: backends differ in the element types that they know.
-            data = values.view(-1).view(torch.uint8)
-            data = data.cpu() if group.polls else data
-            among = group.everybody if group.polls else None
-            work = dist.broadcast(data, src=0, group=among, async_op=True)
-            group.wait(work, "Making the workers equal", poll=group.polls)
-            tensor.detach().copy_(data.view(values.dtype).view(values.shape))
+def make_equal_(group: WorkerGroup, module: nn.Module) -> None:
+    """Give all workers the values of worker 0, of those parameters and buffers that differ.
+
+    Raises:
+        ValueError: on every worker, if one differs that cannot be sent.
+        ExchangeError: a worker left or did not answer in time.
+    """
+    named = dict(_tensors(module))
+    digests = [_digest(name, tensor) for name, tensor in named.items()]
+    summary = hashlib.sha256("".join(digests).encode()).hexdigest()
+    if len(set(group.gather(summary))) == 1:
+        return
+    everybody = group.gather(digests)
+    differing = [
+        name
+        for name, found in zip(named, zip(*everybody, strict=True), strict=True)
+        if len(set(found)) > 1
+    ]
+    for name in differing:
+        _require_sendable(name, named[name])
+    for name in differing:
+        _send_(group, compact(named[name].detach()))
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in module.named_parameters():
+        yield f"parameter '{name}'", parameter
+    yield from ((f"buffer '{name}'", buffer) for name, buffer in module.named_buffers())
+
+
+def _digest(name: str, tensor: Tensor) -> str:
+    try:
+        return digest(tensor)
+    except (TypeError, RuntimeError, NotImplementedError) as error:
+        raise ValueError(
+            f"The values of {name} ({_kind(tensor)}) cannot be compared between the workers:"
+            f" {error} Keep it as a plain attribute of the module, or as a tensor that is dense."
+        ) from error
+
+
+def _require_sendable(name: str, tensor: Tensor) -> None:
+    if is_plain(tensor) and not overlaps_itself(compact(tensor)):
+        return
+    raise ValueError(
+        f"The workers begin with different values of {name} ({_kind(tensor)}), and tensors of this"
+        " kind are not sent from worker 0 to the others. Build it from the same data and seed on"
+        " every worker (seed_everything), keep it as a plain attribute of the module, or make it"
+        " dense and contiguous."
+    )
+
+
+def _send_(group: WorkerGroup, tensor: Tensor) -> None:
+    # As bytes: backends differ in the element types that they know.
+    data = as_bytes(tensor).clone()
+    data = data.cpu() if group.polls else data
+    among = group.everybody if group.polls else None
+    work = dist.broadcast(data, src=0, group=among, async_op=True)
+    group.wait(work, "Making the workers equal", poll=group.polls)
+    tensor.copy_(data.view(tensor.dtype).view(tensor.shape))
+
+
+def _kind(tensor: Tensor) -> str:
+    kind = str(tensor.layout).removeprefix("torch.") + (" quantized" if tensor.is_quantized else "")
+    if type(tensor) not in (Tensor, nn.Parameter):
+        kind = type(tensor).__name__
+    return f"{kind}, {tuple(tensor.shape)}, {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def _signature(module: nn.Module) -> list[str]:
     parameters = [
-        f"parameter {name} {tuple(p.shape)} {p.dtype} requires_grad={p.requires_grad}"
+        f"parameter {name} {_form(p)} requires_grad={p.requires_grad}"
         for name, p in module.named_parameters()
     ]
-    return parameters + [
-        f"buffer {name} {tuple(b.shape)} {b.dtype}" for name, b in module.named_buffers()
-    ]
+    return parameters + [f"buffer {name} {_form(b)}" for name, b in module.named_buffers()]
+
+
+def _form(tensor: Tensor) -> str:
+    form = f"{tuple(tensor.shape)} {tensor.dtype}"
+    if not is_plain(tensor):
+        return f"{form} {tensor.layout} meta={tensor.is_meta}"
+    held = tuple(compact(tensor).shape)
+    return form if held == tensor.shape else f"{form} expanded from {held}"
