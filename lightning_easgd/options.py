@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -30,6 +31,8 @@ from lightning_easgd.communication import Codec, choose_codec
 from lightning_easgd.exchange import ElasticPoint, Rules
 from lightning_easgd.groups import Groups, Members, require_groups
 from lightning_easgd.schedules import Rate, Strength
+
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,8 +143,12 @@ class Options:
         return next((named for named, options in AVERAGED.items() if options == pair), name)
 
     def lines(self) -> list[str]:
-        """What must be equal on all workers, a line each; callables can't be compared."""
-        return [
+        """What must be equal on all workers, a line each.
+
+        Callables cannot be compared. Nor can addresses, which tell objects apart that have no
+        description of their own.
+        """
+        lines = [
             f"algorithm={self.rules.algorithm}",
             f"tau={self.rules.period}",
             str(self.rules.strength),
@@ -155,3 +162,4 @@ class Options:
             f"center_average={self.averaging}",
             f"bucket_bytes={self.bucket_bytes}",
         ]
+        return [_ADDRESS.sub("", line) for line in lines]

@@ -77,6 +77,52 @@ def test_launchers_train_the_same_center(prefix: list[str], strategy: str, tmp_p
     assert found["w"] == run_workers(reference, workers=2)[0]
 
 
+OWN_RULE = """
+import sys
+from functools import partial
+import torch
+from lightning_easgd import EASGDStrategy, Rule
+from toy import Toy, loader, trainer
+
+class Ordinary:
+    pass
+
+class Own(Rule):
+    def __init__(self, size):
+        self.size, self.helper = size, Ordinary()
+        self.partly = partial(max, self.helper)
+        if sys.argv[1] == "popen":  # a lambda cannot be sent to a process that is spawned
+            self.weigh = lambda x: x
+
+    def move_(self, center, total, memory):
+        center.add_(total)
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    strategy = EASGDStrategy(algorithm=Own(1), start_method=sys.argv[1])
+    fitting = trainer(2, strategy)
+    fitting.fit(Toy(partial(torch.optim.SGD, lr=0.1)), loader(0, 5))
+"""
+
+
+@pytest.mark.parametrize("start_method", ["popen", "spawn"])
+def test_a_rule_that_holds_ordinary_objects_is_the_same_on_all_workers(
+    start_method: str, tmp_path: Path
+) -> None:
+    script = tmp_path / "user.py"
+    script.write_text(OWN_RULE)
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environment = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        [sys.executable, str(script), start_method],
+        env=os.environ | environment,
+        timeout=120,
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr
+
+
 def under_slurm(rank: int, port: int) -> Any:
     become_slurm_task(rank, port)
     module, fitting = Toy(SGD), trainer(2, "easgd", max_epochs=3)
