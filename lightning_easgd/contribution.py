@@ -80,7 +80,7 @@ class Contribution:
             fragment.take_difference(from_start=self._rule.restarts and not self._rule.mixing)
         if self._from_iterate:
             self._optimizers.undo_look_ahead_(
-                [pair for fragment in self.fragments for pair in fragment.values(fragment.total)]
+                pair for fragment in self.fragments for pair in fragment.values(fragment.total)
             )
         self._measure()
 
@@ -125,7 +125,7 @@ class Contribution:
 
     def learning_rate(self) -> float:
         """The largest η of this worker; 0 if its optimizers have none."""
-        return max(self._optimizers.learning_rates().values(), default=0.0)
+        return self._optimizers.largest_learning_rate()
 
     def nothing(self, turn: int) -> Payload:
         """Differences of zero, for what is held back to be added to."""
@@ -150,6 +150,8 @@ class Contribution:
         self._telemetry.alpha = max([*alphas.values(), default])
         self._rates = [
             [alphas.get(id(piece.whole), default) for piece in fragment.pieces]
+            if alphas
+            else [default] * len(fragment.pieces)
             for fragment in self.fragments
         ]
         for fragment, rates in zip(self.fragments, self._rates, strict=True):
@@ -162,7 +164,7 @@ class Contribution:
         if self._rule.restarts:
             self._telemetry.alpha = 1 - self._rule.mixing
             return []
-        return [(fragment, fragment.total.clone()) for fragment in self.fragments]
+        return [(fragment, fragment.copy_of_total()) for fragment in self.fragments]
 
     def _leave_out(self) -> Pull:
         """Add nothing to the sums, and pull nothing."""
@@ -182,7 +184,7 @@ class Contribution:
 def pull_worker(pull: Pull) -> None:
     """Move the worker towards the center: x <- x - α (x - c)."""
     for fragment, vector in pull:
-        vector.subtract_from(fragment.brought())
+        fragment.pull(vector)
 
 
 def report_non_finite(

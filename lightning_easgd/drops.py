@@ -43,7 +43,7 @@ class LearningRateDrops:
         """Whether this worker's rate has fallen, and no restart is agreed on yet; for a header."""
         if self._ratio is None:
             return False
-        rate = max(self._optimizers.learning_rates().values(), default=0.0)
+        rate = self._optimizers.largest_learning_rate()
         self._peak = max(self._peak, rate)
         return not self._agreed and self._peak > 0 and rate <= self._ratio * self._peak
 

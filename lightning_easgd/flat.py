@@ -7,11 +7,12 @@ of reals.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import math
 import mmap
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -49,6 +50,29 @@ def flat_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
 def as_real(tensor: Tensor) -> Tensor:
     """The tensor itself; a complex one as a view of reals with a trailing dimension of 2."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Let no garbage be searched for meanwhile.
+
+    A module of 20,000 parameters has as many views made for a moment. That many new objects let
+    Python look through all that there are, which takes longer than what is done with the views.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+def as_reals(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """As :func:`as_real`, of each; perhaps there are many, and few are complex."""
+    if any(dtype.is_complex for dtype in {tensor.dtype for tensor in tensors}):
+        return [as_real(tensor) for tensor in tensors]
+    return tensors
 
 
 @dataclass(frozen=True)
@@ -144,19 +168,24 @@ class FlatVector:
 
     Attributes:
         parts: the flat buffers.
-        views: one view per slot, of the shape of the tensor that it holds.
     """
 
     def __init__(self, layout: FlatLayout, buffers: Mapping[torch.dtype, Tensor]) -> None:
         self.layout = layout
         self.parts = [buffers[dtype] for dtype in layout.sizes]
+
+    @cached_property
+    def views(self) -> list[Tensor]:
+        """One view per slot, of the shape of the tensor that it holds; made when first needed."""
+        slots = self.layout.slots
         pieces = {
-            dtype: iter(
-                torch.split(buffers[dtype], [s.numel for s in layout.slots if s.dtype == dtype])
-            )
-            for dtype in layout.sizes
+            part.dtype: iter(torch.split(part, [s.numel for s in slots if s.dtype == part.dtype]))
+            for part in self.parts
         }
-        self.views = [next(pieces[slot.dtype]).view(slot.shape) for slot in layout.slots]
+        flat = (next(pieces[slot.dtype]) for slot in slots)
+        return [
+            v if len(s.shape) == 1 else v.view(s.shape) for v, s in zip(flat, slots, strict=True)
+        ]
 
     def clone(self) -> FlatVector:
         """A copy with buffers of its own."""
@@ -168,15 +197,18 @@ class FlatVector:
 
     def read_(self, tensors: Sequence[Tensor]) -> None:
         """Copy tensors, in the order of the layout, into this vector."""
-        torch._foreach_copy_(self.views, [as_real(tensor.detach()) for tensor in tensors])
+        with torch.no_grad():
+            torch._foreach_copy_(self.views, list(as_reals(tensors)))
 
+    @without_collection()
     def write_to(self, tensors: Sequence[Tensor]) -> None:
         """Copy this vector into tensors, in place and in their own precision.
 
         Autograd does not notice, as in :meth:`subtract_from`.
         """
-        torch._foreach_copy_([as_real(tensor.data) for tensor in tensors], self.views)
+        torch._foreach_copy_(_data(tensors), self.views)
 
+    @without_collection()
     def subtract_from(self, tensors: Sequence[Tensor]) -> None:
         """Subtract this vector from tensors, in place; computed in this vector's precision.
 
@@ -184,17 +216,22 @@ class FlatVector:
         graph over parameters that the step of one of them left alone, and go back through it after
         the pull.
         """
-        targets = [as_real(tensor.data) for tensor in tensors]
+        targets = _data(tensors)
         torch._foreach_sub_(targets, self._views_on(targets))
 
+    @without_collection()
     def mix_into(self, tensors: Sequence[Tensor], weight: float) -> None:
         """Move tensors x by ``weight`` of the way to this vector, in place, in its precision.
 
         A tensor that equals this vector stays as it is. Autograd does not notice, as in
         :meth:`subtract_from`.
         """
-        targets = [as_real(tensor.data) for tensor in tensors]
-        for target, view in zip(targets, self._views_on(targets), strict=True):
+        targets = _data(tensors)
+        views = self._views_on(targets)
+        if all(t.dtype == v.dtype for t, v in zip(targets, views, strict=True)):
+            torch._foreach_lerp_(targets, views, weight)
+            return
+        for target, view in zip(targets, views, strict=True):
             target.copy_(torch.lerp(target.to(view.dtype), view, weight))
 
     def _views_on(self, targets: Sequence[Tensor]) -> list[Tensor]:
@@ -222,6 +259,32 @@ class FlatVector:
         integers = {torch.float32: torch.int32, torch.float64: torch.int64}
         # Summed in their own width: a wider sum would first copy the whole buffer into it.
         return sum(int(p.view(i := integers[p.dtype]).sum(dtype=i)) for p in self.parts)
+
+
+class Scratch(FlatVector):
+    """A vector whose memory comes and goes while its views, which take long to make, stay.
+
+    Args:
+        like: a vector of the same layout, on the same device.
+    """
+
+    def __init__(self, like: FlatVector) -> None:
+        super().__init__(like.layout, {part.dtype: torch.empty_like(part) for part in like.parts})
+
+    def fill_(self, source: FlatVector) -> None:
+        """Take memory, and copy ``source`` into it."""
+        for part in self.parts:
+            part.untyped_storage().resize_(part.nbytes)
+        torch._foreach_copy_(self.parts, source.parts)
+
+    def release(self) -> None:
+        """Give the memory back."""
+        for part in self.parts:
+            part.untyped_storage().resize_(0)
+
+
+def _data(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return list(as_reals([tensor.data for tensor in tensors]))
 
 
 def bucket_slices(numel: int, itemsize: int, bucket_bytes: int) -> list[slice]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_easgd.algorithms import elastic
-from lightning_easgd.flat import as_real
+from lightning_easgd.flat import as_reals, without_collection
 from lightning_easgd.segments import Piece
 
 
@@ -27,13 +27,11 @@ class LocalOptimizers:
 
     def learning_rates(self) -> dict[int, float]:
         """The current learning rate η of each parameter, by the parameter's identity."""
-        return {
-            id(parameter): float(group["lr"])
-            for optimizer in self._current()
-            for group in optimizer.param_groups
-            if "lr" in group
-            for parameter in group["params"]
-        }
+        return {id(parameter): lr for lr, parameters in self._groups() for parameter in parameters}
+
+    def largest_learning_rate(self) -> float:
+        """The largest η of any parameter; 0 if there is none."""
+        return max((lr for lr, parameters in self._groups() if parameters), default=0.0)
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Remember the learning rate and momentum of the step that ``optimizer`` just took."""
@@ -51,24 +49,29 @@ class LocalOptimizers:
         """The inverse of :meth:`look_ahead_state`."""
         self._made_with = {(number, group): (lr, delta) for number, group, lr, delta in state}
 
+    @without_collection()
     def undo_look_ahead_(self, points: Iterable[tuple[Piece, Tensor]]) -> None:
         """Turn stored look-ahead points y = x + δv into the paper's iterates x, in place.
 
         Args:
             points: pieces of parameters, each with a copy of its value.
         """
+        groups = list(self._nesterov_groups())
+        if not groups:
+            return
         by_parameter = {id(piece.whole): (piece, point) for piece, point in points}
-        for key, optimizer, group in self._nesterov_groups():
+        for key, optimizer, group in groups:
             stored, buffers = [], []
             for parameter in group["params"]:
                 buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
                 if id(parameter) in by_parameter and buffer is not None:
                     piece, point = by_parameter[id(parameter)]
                     stored.append(point)
-                    buffers.append(as_real(piece.of(buffer)).to(point.device))
+                    buffers.append(piece.of(buffer))
             if stored:
                 lr, momentum = self._made_with.get(key, (group["lr"], group["momentum"]))
-                elastic.undo_look_ahead_(stored, buffers, momentum, float(lr))
+                there = _on(stored[0].device, as_reals(buffers))
+                elastic.undo_look_ahead_(stored, there, momentum, float(lr))
 
     def forget(self, parameters: Iterable[nn.Parameter]) -> None:
         """Drop optimizer state and zero gradients of parameters that start afresh."""
@@ -78,9 +81,21 @@ class LocalOptimizers:
             for optimizer in self._current():
                 optimizer.state.pop(parameter, None)
 
+    def _groups(self) -> Iterator[tuple[float, list[Tensor]]]:
+        for optimizer in self._current():
+            for group in optimizer.param_groups:
+                if "lr" in group:
+                    yield float(group["lr"]), group["params"]
+
     def _nesterov_groups(self) -> Iterator[tuple[tuple[int, int], Optimizer, dict[str, Any]]]:
         for number, optimizer in enumerate(self._current()):
             if isinstance(optimizer, torch.optim.SGD):
                 for position, group in enumerate(optimizer.param_groups):
                     if group["nesterov"]:
                         yield (number, position), optimizer, group
+
+
+def _on(device: torch.device, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    if {tensor.device for tensor in tensors} == {device}:
+        return tensors
+    return [tensor.to(device) for tensor in tensors]

@@ -46,11 +46,12 @@ class MovingRates:
         value = self._strength.at(step)
         if self._strength.kind != "rho":
             return {}, self._hold(self._strength.alpha(value, 0.0, self._workers), step)
-        rates = self._optimizers.learning_rates().items()
-        return {
-            key: self._hold(self._strength.alpha(value, lr, self._workers), step)
-            for key, lr in rates
-        }, 0.0
+        rates = self._optimizers.learning_rates()
+        alphas = {
+            lr: self._hold(self._strength.alpha(value, lr, self._workers), step)
+            for lr in dict.fromkeys(rates.values())
+        }
+        return {key: alphas[lr] for key, lr in rates.items()}, 0.0
 
     def _hold(self, alpha: float, step: int) -> float:
         if alpha < self._bound:
@@ -70,7 +71,7 @@ class MovingRates:
         kind, schedule = self._strength.kind, self._strength.schedule
         # ρ may rise while η falls: how α = ηρ goes on is not known yet.
         value = schedule.at(0) if kind == "rho" else schedule.bounds[1]
-        lr = max(self._optimizers.learning_rates().values(), default=0.0)
+        lr = self._optimizers.largest_learning_rate()
         alpha = self._strength.alpha(value, lr, self._workers)
         if alpha < self._bound:
             return

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_easgd.algorithms import CenterAverage, elastic
-from lightning_easgd.flat import FlatLayout, FlatVector, Memory, as_real
+from lightning_easgd.flat import FlatLayout, FlatVector, Memory, Scratch, as_real, as_reals
 
 _MOST_CUTS_PER_PARAMETER = 1024
+_SMALL = 4096
+"""Elements below which a call for each tensor costs more than going through memory twice."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class Fragment:
             self.delivered = FlatVector(self.layout, memory.allocate(self.layout.sizes))
         self.forget()
         self._total: FlatVector | None = None
+        self._scratch: Scratch | None = None
         self.group: FlatVector | None = None
         """The center of this worker's group, which then takes part in exchanges in its place."""
 
@@ -110,12 +113,27 @@ class Fragment:
     def total(self, total: FlatVector | None) -> None:
         self._total = total
 
+    def copy_of_total(self) -> FlatVector:
+        """What is sent of this worker's difference; for :meth:`pull`, before the next one."""
+        if not self._has_small_tensors:
+            return self.total.clone()
+        if self._scratch is None:
+            self._scratch = Scratch(self.total)
+        self._scratch.fill_(self.total)
+        return self._scratch
+
+    def pull(self, vector: FlatVector) -> None:
+        """Subtract a copy of the total, for once, from what takes part in exchanges."""
+        vector.subtract_from(self.brought())
+        if isinstance(vector, Scratch):
+            vector.release()
+
     def tensors(self) -> list[Tensor]:
-        """The values in the module; views."""
-        return [piece.tensor for piece in self.pieces]
+        """What the module has: its parameters, or views on some of their rows."""
+        return [p.whole if p.rows is None else p.tensor for p in self.pieces]
 
     def brought(self) -> list[Tensor]:
-        """What takes part in exchanges: the values in the module, or the group's center; views."""
+        """What takes part in exchanges: what the module has, or views on the group's center."""
         return self.tensors() if self.group is None else self.group.views
 
     def load_outer(self, outer: Sequence[dict[str, Any]]) -> None:
@@ -132,6 +150,7 @@ class Fragment:
         else:
             self.center.write_to(self.tensors())
 
+    @torch.no_grad()
     def take_difference(self, *, from_start: bool) -> None:
         """Put x - c in the sum's place; x is what takes part in exchanges.
 
@@ -139,12 +158,21 @@ class Fragment:
             from_start: whether c is the center as parameters hold it, in their own precision, from
                 where a restart began them.
         """
-        brought = [as_real(tensor) for tensor in self.brought()]
+        brought = as_reals(self.brought())
         centers = self.center.views
-        if from_start:
+        rounded = {x.dtype for x in brought} - self.layout.sizes.keys()
+        if from_start and rounded:
             pairs = zip(centers, brought, strict=True)
             centers = [view.to(tensor.dtype).to(view.dtype) for view, tensor in pairs]
+        elif rounded or self._has_small_tensors:
+            self.total.read_(brought)
+            torch._foreach_sub_(self.total.parts, self.center.parts)
+            return
         elastic.difference(brought, centers, self.total.views)
+
+    @property
+    def _has_small_tensors(self) -> bool:
+        return sum(self.layout.sizes.values()) < _SMALL * len(self.pieces)
 
     def values(self, vector: FlatVector) -> Iterator[tuple[Piece, Tensor]]:
         """Each piece with its values in the center or the sum."""

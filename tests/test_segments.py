@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import math
+from contextlib import suppress
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_easgd.flat import FlatVector, Memory, as_real
-from lightning_easgd.segments import Piece, Segment, cut
+from lightning_easgd.flat import FlatVector, Memory, as_real, without_collection
+from lightning_easgd.optimizers import LocalOptimizers
+from lightning_easgd.segments import Fragment, Piece, Segment, cut
 
 SHAPES = st.lists(st.lists(st.integers(0, 5), max_size=3).map(tuple), min_size=1, max_size=8)
 
@@ -88,3 +93,96 @@ def test_a_piece_follows_a_parameter_whose_memory_was_replaced() -> None:
     parameter.data = torch.ones(4)
     assert piece.tensor.tolist() == [1.0, 1.0]
     assert str(piece) == "p[1:3]"
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the calls of torch that do more than make a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view
+        return func(*args, **kwargs or {})
+
+
+def small(tensors: int, dtype: torch.dtype = torch.float32) -> tuple[list[nn.Parameter], Fragment]:
+    """Parameters of several shapes away from their center, and their fragment."""
+    torch.manual_seed(0)
+    shapes = [(4,), (2, 3), (), (0, 3)]
+    made = [nn.Parameter(torch.randn(shapes[i % 4], dtype=dtype)) for i in range(tensors)]
+    named = [(f"p{i}", parameter) for i, parameter in enumerate(made)]
+    (fragment,) = Segment(named, 1, Memory(torch.device("cpu"))).fragments
+    room = {part.dtype: torch.empty_like(part) for part in fragment.center.parts}
+    fragment.total = FlatVector(fragment.layout, room)
+    fragment.center.parts[0].add_(torch.randn_like(fragment.center.parts[0]))
+    return made, fragment
+
+
+def exchange(made: list[nn.Parameter], fragment: Fragment) -> int:
+    """Both ends of an exchange of a worker with Nesterov momentum."""
+    optimizer = torch.optim.SGD(made, lr=0.1, momentum=0.9, nesterov=True)
+    for parameter in made:
+        optimizer.state[parameter]["momentum_buffer"] = torch.ones_like(parameter)
+    with Kernels() as kernels:
+        fragment.take_difference(from_start=False)
+        LocalOptimizers(lambda: [optimizer]).undo_look_ahead_(fragment.values(fragment.total))
+        fragment.pull(fragment.copy_of_total())
+        fragment.restart(0.5)
+        fragment.restart(0.0)
+        fragment.take_difference(from_start=True)
+    return kernels.count
+
+
+def test_more_tensors_take_no_more_calls() -> None:
+    assert exchange(*small(8)) == exchange(*small(400))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
+def test_many_small_tensors_are_pulled_by_their_differences(dtype: torch.dtype) -> None:
+    made, fragment = small(40, dtype)
+    before = [as_real(parameter.detach()).clone() for parameter in made]
+    for _ in range(2):  # the memory of the pull comes, goes and comes again
+        start = [x.clone() for x in before]
+        fragment.take_difference(from_start=False)
+        pull = fragment.copy_of_total()
+        for x, c, d in zip(start, fragment.center.views, pull.views, strict=True):
+            assert torch.equal(x.float() - c, d)
+        before = [x - d for x, d in zip(start, pull.views, strict=True)]
+        fragment.total.zero_()
+        versions = [parameter._version for parameter in made]
+        fragment.pull(pull)
+        assert [parameter._version for parameter in made] == versions
+        for parameter, expected in zip(made, before, strict=True):
+            assert torch.equal(as_real(parameter.detach()), expected.to(as_real(parameter).dtype))
+        before = [as_real(parameter.detach()).clone() for parameter in made]
+        assert all(part.untyped_storage().nbytes() == 0 for part in pull.parts)
+
+
+def test_many_new_views_do_not_let_python_look_for_garbage() -> None:
+    _, fragment = small(4000)
+    seen: list[int] = []
+
+    def note(phase: str, info: Any) -> None:
+        seen.append(info["generation"])
+
+    gc.callbacks.append(note)
+    try:
+        fragment.center.write_to(fragment.tensors())
+    finally:
+        gc.callbacks.remove(note)
+    assert not seen
+    assert gc.isenabled()
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_the_search_for_garbage_goes_on_as_before(collects: bool) -> None:
+    (gc.enable if collects else gc.disable)()
+    try:
+        with suppress(RuntimeError), without_collection():
+            assert not gc.isenabled()
+            raise RuntimeError
+        assert gc.isenabled() is collects
+    finally:
+        gc.enable()
