@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import configs
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.types import RunMode
@@ -44,7 +45,7 @@ def start_workers(cfg: DictConfig, script: str) -> Path:
     """Run a script as the workers that ``cfg.trainer`` asks for; the folder of the job."""
     output = Path(HydraConfig.get().runtime.output_dir)
     config = output / "config.yaml"
-    OmegaConf.save(cfg, config, resolve=True)
+    configs.save(cfg, config)
     devices = cfg.trainer.devices
     workers = devices if isinstance(devices, int) and devices > 0 else count_devices(cfg)
     command = [sys.executable, script, WORKER, str(config)]

@@ -9,6 +9,7 @@ from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 
+import configs
 import emulation
 from omegaconf import DictConfig, OmegaConf
 
@@ -61,7 +62,7 @@ class Comparison:
             for job in self._jobs:
                 self._here.run(job)
             return True
-        resolved = OmegaConf.to_container(self._cfg, resolve=True)
+        resolved = configs.resolved(self._cfg)
         results = Results(self._output, {key: resolved[key] for key in _WORKLOAD})
         if _is_on_cluster() and list(results):
             raise ValueError(
@@ -100,7 +101,7 @@ class Comparison:
         if _is_on_cluster():
             return self._run_jobs(self._here, jobs, results, progress)
         config = self._output / "resolved.yaml"
-        OmegaConf.save(self._cfg, config, resolve=True)
+        configs.save(self._cfg, config)
         with EmulatedCluster(
             jobs[0].setting,
             config,

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import configs
 from omegaconf import DictConfig, OmegaConf
 
 from comparing import report
@@ -65,7 +66,7 @@ class Comparison:
     def _settings_of(self, job: Job) -> dict[str, Any]:
         """The contender's configuration with the job's period, and the workload with its seed."""
         cfg = OmegaConf.merge(self._cfg, {"tau": job.tau or 1, "seed": job.seed})
-        resolved = OmegaConf.to_container(cfg, resolve=True)
+        resolved = configs.resolved(cfg)
         workload = {key: resolved[key] for key in _WORKLOAD}
         return resolved["compared"][job.contender] | {"workload": workload}
 

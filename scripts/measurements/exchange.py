@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import configs
 from benchmarking.clusters import ClusterError, EmulatedCluster
 from benchmarking.networks import rate_of
 from benchmarking.plan import Job, Setting, jobs_of
@@ -80,7 +81,7 @@ def _exchange(cfg: DictConfig, jobs: Sequence[Job], folder: Path) -> None:
     turns, setting = Turns(cfg.tau), jobs[0].setting
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "resolved.yaml"
-    OmegaConf.save(cfg, config, resolve=True)
+    configs.save(cfg, config)
     costs: list[float] = []
     seconds: list[float] = []
     progress = Progress(jobs)

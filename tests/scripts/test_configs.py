@@ -1,0 +1,79 @@
+"""What the scripts write of configurations holds no secret, and is read as it was meant."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import configs
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+ROOT = Path(__file__).parents[2]
+SECRET = "hunter2's \\ ${x}"
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "${oc.env:EASGD_TOKEN}",
+        "https://me:${oc.env:EASGD_TOKEN}@host/${name}",
+        "${other}",
+        "${oc.env:EASGD_NONE,${oc.env:EASGD_TOKEN}}",
+        """${oc.env:EASGD_NONE,"it's"}""",
+        r"${oc.env:EASGD_NONE,'a \'b\' \\'}",
+        "${oc.env:EASGD_NONE,null}",
+        "${oc.env:EASGD_NONE,7}",
+        "${oc.decode:${oc.env:EASGD_NUMBER,4}}",
+        "${oc.decode:${oc.env:EASGD_NONE,4}}",
+        "${oc.decode:'[1, 2]'}",
+        "${name}",
+    ],
+)
+def test_the_environment_stays_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str
+) -> None:
+    monkeypatch.setenv("EASGD_TOKEN", SECRET)
+    monkeypatch.setenv("EASGD_NUMBER", "8123")
+    monkeypatch.delenv("EASGD_NONE", raising=False)
+    cfg = OmegaConf.create(
+        {"name": "x", "other": "${oc.env:EASGD_TOKEN}", "deep": [{"value": written}]}
+    )
+    configs.save(cfg, tmp_path / "config.yaml")
+    text = (tmp_path / "config.yaml").read_text()
+    assert "hunter2" not in text
+    assert "8123" not in text
+    assert "${name}" not in text
+    read = OmegaConf.to_container(OmegaConf.load(tmp_path / "config.yaml"), resolve=True)
+    assert read == OmegaConf.to_container(cfg, resolve=True)
+    assert read["other"] == SECRET
+
+
+def test_no_file_of_a_run_holds_what_the_environment_does(tmp_path: Path) -> None:
+    overrides = ["+data.token=${oc.env:EASGD_TOKEN}", "+data.again=${data.token}"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "train.py", "trainer.devices=1", *overrides],
+        cwd=tmp_path,
+        env=os.environ | {"EASGD_TOKEN": "hunter2"},
+        timeout=150,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "unexpected keyword argument 'token'" in done.stderr  # the worker has read its file
+    written = [path for path in tmp_path.rglob("config.yaml") if path.parent.name != ".hydra"]
+    assert "again: ${oc.env:EASGD_TOKEN}" in written[0].read_text()
+    for path in tmp_path.rglob("*"):
+        assert path.is_dir() or b"hunter2" not in path.read_bytes(), path
+
+
+def test_results_of_comparisons_hold_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EASGD_TOKEN", "hunter2")
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("compare", ["+data.folder=${oc.env:EASGD_TOKEN}", "data.seed=3"])
+    assert "hunter2" not in json.dumps(configs.resolved(cfg)["data"])
+    assert os.environ["EASGD_TOKEN"] == OmegaConf.to_container(cfg, resolve=True)["data"]["folder"]
