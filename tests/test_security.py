@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import glob
+import os
 import pickle
+import socket
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +24,8 @@ from lightning_easgd import EASGDStrategy
 from lightning_easgd.communication import Island, WorkerGroup, gather, plain_data
 
 SGD = partial(torch.optim.SGD, lr=0.1)
+_LISTENS = "0A"
+"""A state in /proc/net/tcp."""
 
 
 class Bomb:
@@ -124,3 +131,61 @@ def test_lines_of_others_are_shown_as_theirs() -> None:
         assert 'only worker 1 has "tau=1\\x1b[31m\\nWorker 0 was killed"' in outcome.message
         assert len(outcome.message) < 2000
         assert "\n" not in outcome.message
+
+
+def listening_ports() -> list[int]:
+    """Of this process: of the store, if it is here, and of every gloo group."""
+    mine = set()
+    for path in glob.glob(f"/proc/{os.getpid()}/fd/*"):
+        with suppress(FileNotFoundError):  # that of the list itself
+            mine.add(os.readlink(path).removeprefix("socket:").strip("[]"))
+    found = []
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == _LISTENS and fields[9] in mine:
+                found.append(int(fields[1].split(":")[1], 16))
+    return found
+
+
+def visited(rank: int, messages: list[bytes]) -> tuple[int, list[float]]:
+    """Train while strangers connect to every port of this worker; how many, and the weights."""
+    module, strangers = Toy(SGD), []
+
+    def on_train_batch_start(batch: Any, batch_idx: int) -> None:
+        if batch_idx == 3:
+            for port, message in product(listening_ports(), messages):
+                strangers.append(socket.create_connection(("127.0.0.1", port), timeout=5))
+                strangers[-1].sendall(message)
+
+    module.on_train_batch_start = on_train_batch_start
+    trainer(2, EASGDStrategy(tau=2)).fit(module, loader(rank, 12))
+    count = len(strangers)
+    for stranger in strangers:
+        stranger.close()
+    return count, module.w.flatten().tolist()
+
+
+def test_strangers_at_the_ports_run_nothing_and_change_nothing(tmp_path: Path) -> None:
+    hit = tmp_path / "hit"
+    bomb = pickle.dumps(Bomb(hit))
+    messages = [b"", b"GET / HTTP/1.1\r\n\r\n", bomb, len(bomb).to_bytes(8, "little") + bomb]
+    alone = run_workers(visited, [], workers=2)
+    met = run_workers(visited, messages, workers=2)
+    assert min(count for count, _ in met) >= 2 * len(messages)  # two groups, and the store
+    assert [weights for _, weights in met] == [weights for _, weights in alone]
+    assert not hit.exists()
+
+
+def over_tls(rank: int) -> None:
+    os.environ["GLOO_DEVICE_TRANSPORT"] = "TCP_TLS"
+    for name in ("PKEY", "CERT", "CA_FILE"):
+        os.environ[f"GLOO_DEVICE_TRANSPORT_TCP_TLS_{name}"] = os.devnull
+    at_set_up(rank)
+
+
+def test_who_asks_gloo_for_tls_does_not_train_in_the_clear() -> None:
+    """torch's wheels cannot do it. Where this fails, the README may name it beside WireGuard."""
+    for outcome in run_workers(over_tls, workers=2, check=False):
+        assert outcome.error == "RuntimeError"
+        assert "unsupported gloo device" in outcome.message
