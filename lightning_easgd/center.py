@@ -1,9 +1,9 @@
-"""WHERE the shared weights live: the center, its statistics, and lending it to the module.
+"""WHERE the shared weights live: the center and its statistics.
 
 [Note: two copies] The center and the sum in flight are the only model-sized buffers that outlive a
 step. While nothing is in flight the second one is free, so it keeps the worker's own weights when
-the module shows the center. With several fragments it holds the one that is in flight, and is made
-larger for as long as the module shows the center.
+the module holds the center; see swap.py. With several fragments it holds the one that is in flight,
+and is made larger for as long as the module holds the center.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from torch import Tensor, nn
 from lightning_easgd.algorithms import CenterAverage
 from lightning_easgd.buffers import BufferPolicy, Statistics
 from lightning_easgd.flat import FlatVector, Memory, as_real
-from lightning_easgd.segments import Fragment, Piece, Segment, copied_state, put_together
+from lightning_easgd.segments import Fragment, Piece, Segment, put_together
+
+Shown = Literal["center", "delivered"]
+"""What a module is given: the center, or its running average if there is one."""
 
 
 class Center:
@@ -55,11 +58,11 @@ class Center:
         averaging: CenterAverage | None = None,
         group: Center | None = None,
     ) -> None:
+        self.module = module
         self.group = group
         self.segments: list[Segment] = []
         self.joined = 0
         self.turns = turns
-        self.lent = False
         self._averaging = averaging
         self._dormant = list(module.named_parameters())
         if not any(parameter.requires_grad for _, parameter in self._dormant):
@@ -143,26 +146,6 @@ class Center:
         elastic = _fragments(self.segments[: self.joined])
         return sum(fragment.center.checksum() for fragment in elastic) % 2**63
 
-    def state_dict(self, module: nn.Module, *, delivered: bool = True) -> dict[str, Any]:
-        """The module's state dict with the center's values; a copy. Nothing may be in flight.
-
-        Neither the module nor a buffer of an exchange is written to, so that this is possible at
-        any time, between a forward and a backward pass too.
-
-        Args:
-            module: the worker's.
-            delivered: whether the center's running average, if there is one, takes its place.
-        """
-        if self.lent and delivered:
-            return copied_state(module, [])
-        return copied_state(module, self._pieces("delivered" if delivered else "center"))
-
-    def worker_state_dict(self, module: nn.Module) -> dict[str, Any]:
-        """The module's state dict with the worker's own values; a copy only where it is lent."""
-        if not self.lent:
-            return module.state_dict()
-        return copied_state(module, self._pieces("total"))
-
     def shared_state(self) -> dict[str, Any]:
         """What the state dict does not tell of the center, for a checkpoint.
 
@@ -231,44 +214,51 @@ class Center:
         if averaged["center"]:
             self.overwrite_worker()
 
-    def show(self) -> None:
-        """Put what is delivered into the module until :meth:`show_worker`.
+    def provide_vectors(self, *, in_flight: bool) -> list[tuple[Fragment, FlatVector]]:
+        """Memory for all of the worker's elastic parameters: that of the sums, if it is free.
 
-        That is the center, or its running average. Nothing may be in flight.
+        Args:
+            in_flight: whether it is not.
         """
-        if self.lent:
-            return
         fragments = list(_fragments(self.segments))
+        if in_flight:
+            return [(fragment, fragment.center.clone()) for fragment in fragments]
         self._provide_sums(fragments)
-        for fragment in fragments:
-            fragment.total.read_(fragment.tensors())
-        self.statistics.set_worker_aside()
-        self.lent = True
-        self._load("delivered")
+        return [(fragment, fragment.total) for fragment in fragments]
 
-    def show_worker(self) -> None:
-        """Give the worker its own weights and buffers back, if the module shows the center."""
-        if not self.lent:
-            return
+    def swapped_tensors(self) -> list[Tensor]:
+        """What of the module :meth:`write` writes to."""
+        weights = [piece.whole for f in _fragments(self.segments) for piece in f.pieces]
+        return [*weights, *self.statistics_now().values()]
+
+    def release_sums(self) -> None:
+        """Let go of memory that is larger than exchanges need."""
+        if self.turns > 1:
+            for fragment in self._summed:
+                fragment.total = None
+            self._sums, self._summed = {}, []
+
+    def write(self, which: Shown) -> None:
+        """Make the module's weights and statistics those of the center or of what is delivered."""
         for fragment in _fragments(self.segments):
-            fragment.total.write_to(fragment.tensors())
-        self.statistics.load_worker()
-        self._end_lending()
+            getattr(fragment, which).write_to(fragment.tensors())
+        self.statistics.load_center()
+
+    def statistics_now(self) -> dict[str, Tensor]:
+        """What the module has now of what the statistics are of, by name."""
+        if not self.statistics:
+            return {}
+        pieces = self.statistics.values(self.statistics.center)
+        return {piece.name: piece.whole.detach() for piece, _ in pieces}
 
     def overwrite_worker(self) -> None:
         """Make the module's weights and statistics those of the center, to go on from there.
 
         Those of the group's center too, if there is one.
         """
-        self._load("center")
+        self.write("center")
         if self.group is not None:
             self.group.read_module()
-        self._end_lending()
-
-    def deliver(self) -> None:
-        """Make the module's weights those of the center or its running average, for good."""
-        self._load("delivered")
-        self._end_lending()
 
     def restart_worker(self) -> None:
         """Let the weights that take part in exchanges go on from the center, without momentum."""
@@ -282,15 +272,8 @@ class Center:
             fragment.center.read_(fragment.tensors())
             fragment.forget()
         self.statistics.read_center()
-        self._end_lending()
         if self.group is not None:
             self.group.read_module()
-
-    def _end_lending(self) -> None:
-        if self.lent and self.turns > 1:
-            self._sums = {}  # large enough for all fragments
-            self._summed = []
-        self.lent = False
 
     def _provide_sums(self, fragments: list[Fragment]) -> None:
         """Give these fragments, and no others, memory for their sums."""
@@ -317,20 +300,12 @@ class Center:
     def _capacity(self, dtype: torch.dtype) -> int:
         return self._sums[dtype].numel() if dtype in self._sums else -1
 
-    def _pieces(
-        self, which: Literal["center", "delivered", "total"]
-    ) -> Iterator[tuple[Piece, Tensor]]:
-        """What the center, what is delivered or the sum in flight holds for each piece."""
+    def _pieces(self, which: Shown) -> Iterator[tuple[Piece, Tensor]]:
+        """What the center or what is delivered holds for each piece."""
         for fragment in _fragments(self.segments):
             yield from fragment.values(getattr(fragment, which))
         if self.statistics:
-            total = self.statistics.total if which == "total" else self.statistics.center
-            yield from self.statistics.values(total)
-
-    def _load(self, which: Literal["center", "delivered"]) -> None:
-        for fragment in _fragments(self.segments):
-            getattr(fragment, which).write_to(fragment.tensors())
-        self.statistics.load_center()
+            yield from self.statistics.values(self.statistics.center)
 
 
 def _fragments(segments: Iterable[Segment]) -> Iterator[Fragment]:

@@ -21,8 +21,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
 from typing import Any, Protocol
 
-from torch import nn
-
 from lightning_easgd.exchange import Exchange
 from lightning_easgd.fingerprint import fingerprint
 from lightning_easgd.random_state import random_state, restore_random_state
@@ -82,17 +80,9 @@ class Resumed:
     problems: dict[int, str]
     """Why workers that should have had a file start at the center, by rank."""
 
-    def restore(self, exchange: Exchange, module: nn.Module, *, strict: bool) -> None:
-        """Give the exchange, and the module that holds the center, back what was saved of them.
-
-        Args:
-            exchange: of this worker.
-            module: of this worker.
-            strict: whether every key of the module's state dict must match.
-        """
+    def restore(self, exchange: Exchange) -> None:
+        """Give the exchange, whose module holds the center, back what was saved of it."""
         exchange.load_state(self.shared["exchange"], self.own and self.own["exchange"])
-        if self.own is not None:
-            module.load_state_dict(self.own["exchange"]["weights"], strict=strict)
 
     def restore_random_state(self) -> None:
         """Go on with the random numbers that would have come next."""
@@ -141,7 +131,6 @@ class WorkerCheckpoints:
         path: str,
         *,
         exchange: Exchange,
-        module: nn.Module,
         storage_options: Any = None,
     ) -> None:
         """Write a checkpoint and every worker's own state beside it; all workers must call it.
@@ -150,7 +139,6 @@ class WorkerCheckpoints:
             checkpoint: Lightning's, as this worker dumped it.
             path: of the main file; that of worker 0 counts, as under DDP.
             exchange: of this worker.
-            module: of this worker.
             storage_options: passed on to the storage.
 
         Raises:
@@ -162,7 +150,7 @@ class WorkerCheckpoints:
         folder = f"{workers_folder(path)}/{save}"
         content = {
             "checkpoint": {key: v for key, v in checkpoint.items() if key not in _SHARED},
-            "exchange": exchange.own_state(module),
+            "exchange": exchange.own_state(),
             "random": random_state(),
         }
         error = None

@@ -30,7 +30,7 @@ from torch.optim import Optimizer
 
 from lightning_easgd.agreement import Agreement
 from lightning_easgd.algorithms import EASGD, Rule
-from lightning_easgd.center import Center
+from lightning_easgd.center import Center, Shown
 from lightning_easgd.communication import AllReduce, Place, Stop, verify_places
 from lightning_easgd.contribution import Contribution, Pull, Weights, pull_worker
 from lightning_easgd.gradients import GradientAverage
@@ -38,6 +38,7 @@ from lightning_easgd.level import GroupLevel
 from lightning_easgd.optimizers import LocalOptimizers
 from lightning_easgd.rates import MovingRates
 from lightning_easgd.schedules import Period, Schedules, Strength
+from lightning_easgd.swap import Swap
 from lightning_easgd.telemetry import Telemetry
 from lightning_easgd.transit import Transit
 from lightning_easgd.tree import Levels
@@ -99,6 +100,7 @@ class Exchange:
         groups: Sequence[Sequence[Sequence[int]]] = (),
     ) -> None:
         self.center = center
+        self.swap = Swap(center)
         self.telemetry = telemetry
         self.stopping = Stop.NO
         """Why training ends with this step, on every worker."""
@@ -112,6 +114,8 @@ class Exchange:
         self._last_header_left = False
         self.clock = 0
         """Optimizer steps taken; equal on all workers at every exchange."""
+        self.begun = False
+        """Whether training has; before that, the module is the center, whatever it holds."""
         self._restarts = rules.algorithm.restarts
         self._speaks = all_reduce.group.rank == 0
         self._agreement = Agreement(rules.algorithm, optimizers, all_reduce.parties)
@@ -134,7 +138,7 @@ class Exchange:
             agreement=self._agreement,
             schedules=rules.schedules,
         )
-        self.start_clock(0)
+        self._start_clock(0)
 
     def _weights(self, party: int, workers: int) -> Weights:
         rule, leadership = self._rules.algorithm, self._agreement.leadership
@@ -151,6 +155,10 @@ class Exchange:
 
     def start_clock(self, step: int) -> None:
         """Begin to train after ``step`` optimizer steps, equal on all workers."""
+        self.begun = True
+        self._start_clock(step)
+
+    def _start_clock(self, step: int) -> None:
         self._reopen()
         self._transit.turn = 0
         self._transit.exchanged = None
@@ -168,6 +176,7 @@ class Exchange:
         Raises:
             ExchangeError: another worker left or did not come in time.
         """
+        self.begun = True
         if self._gradients is not None:
             self._gradients.resume(self.clock, goes_on=goes_on)
 
@@ -197,7 +206,7 @@ class Exchange:
     @property
     def trains(self) -> bool:
         """Whether the module holds the worker, which may take another step."""
-        return not (self._finished or self.center.lent)
+        return not (self._finished or self.swap.shows_center)
 
     def observe_loss(self, output: object) -> bool:
         """A training step has returned ``output``; whether that has a loss if one is needed."""
@@ -209,7 +218,7 @@ class Exchange:
 
         What was sent is also taken: the pull is applied even if the step raises.
         """
-        assert not self.center.lent, "a step was taken while the module showed the center"
+        assert not self.swap.shows_center, "a step was taken while the module showed the center"
         self.center.adopt_unfrozen()
         pull = [] if self._restarts else self._begin_due()
         try:
@@ -316,10 +325,28 @@ class Exchange:
         self._transit.headers()
         return self._transit.answer(clock)
 
-    def show_center(self) -> None:
-        """Put the center into the module until ``center.show_worker``."""
-        self.drain()
-        self.center.show()
+    @contextmanager
+    def showing(
+        self, which: Shown = "delivered", *, latest: bool = True, during: str = ""
+    ) -> Iterator[None]:
+        """The module holds the center in between, or what is delivered of it.
+
+        Args:
+            which: as of Swap.
+            latest: whether the exchange in flight is awaited first.
+            during: what for, to warn of what is undone.
+
+        Raises:
+            ExchangeError: as for :meth:`drain`.
+            NonFiniteError: likewise.
+        """
+        if not self.begun:
+            yield
+            return
+        if latest:
+            self.drain()
+        with self.swap.showing(which, in_flight=not latest, during=during):
+            yield
 
     def finish(self, *, exchange: bool) -> bool:
         """End training: a last exchange if wanted, then the module holds the center everywhere.
@@ -330,7 +357,7 @@ class Exchange:
         Returns:
             False if all stop before; :attr:`stopping` says why.
         """
-        if self._finished:
+        if self._finished or not self.begun:
             return True
         if not self.meet(Place.FIT_END):
             return False
@@ -347,27 +374,30 @@ class Exchange:
             self.drain()
         self._finished = True
         self.stopping = self._transit.stop_agreed
-        self.center.deliver()
+        self.center.write("delivered")
         return True
 
     def center_state_dict(
         self, module: nn.Module, *, latest: bool = True, delivered: bool = False
     ) -> dict[str, Any]:
-        """The module's state dict with the center's weights; a copy, so it stays as it is.
+        """The module's own state dict while it holds the center; a copy, so it stays as it is.
 
         Args:
             module: the worker's.
             latest: whether the exchange in flight is awaited first.
             delivered: whether the center's running average, if there is one, takes its place.
         """
-        if latest:
-            self.drain()
-        return self.center.state_dict(module, delivered=delivered)
+        with self.showing("delivered" if delivered else "center", latest=latest):
+            state: dict[str, Any] = self.swap.copied(module.state_dict())
+            return state
 
     def shared_state(self) -> dict[str, Any]:
         """What all workers hold alike, for a checkpoint. Nothing may be in flight."""
         assert self._transit.is_empty
+        if not self.begun:
+            self.center.read_module()
         return {
+            "begun": self.begun,
             "clock": self.clock,
             "tau": self.telemetry.tau,
             "next_due": self._next_due,
@@ -383,10 +413,10 @@ class Exchange:
             **self.center.shared_state(),
         }
 
-    def own_state(self, module: nn.Module) -> dict[str, Any]:
+    def own_state(self) -> dict[str, Any]:
         """What this worker alone knows, for a checkpoint."""
         return {
-            "weights": self.center.worker_state_dict(module),
+            **self.swap.worker_state(),
             "look_ahead": self._optimizers.look_ahead_state(),
             "telemetry": self.telemetry.counters(),
             "held_back": self._transit.all_reduce.state(),
@@ -399,9 +429,11 @@ class Exchange:
 
         Args:
             shared: of :meth:`shared_state`.
-            own: of :meth:`own_state`, whose weights the caller loads; None to start at the center.
+            own: of :meth:`own_state`; None to start at the center.
         """
+        self.swap.release()
         self.center.load_shared_state(shared)
+        self.begun = shared.get("begun", True)
         self.clock = shared["clock"]
         self._transit.turn = shared["turn"] % self.center.turns
         self._transit.exchanged = shared.get("exchanged")
@@ -426,6 +458,8 @@ class Exchange:
         self._levels.restore(None if own is None else own.get("levels"))
         agreed, said = shared.get("agreement", {}), (own or {}).get("agreement", {})
         self._agreement.load_state(agreed, said)
+        if own is not None:
+            self.swap.load_worker_state(own)
 
     def _load_outer(self, shared: Mapping[str, Any]) -> None:
         outer, kind = shared.get("outer", {}), self._rules.algorithm.kind
@@ -443,6 +477,7 @@ class Exchange:
     def read_module(self) -> None:
         """Start again from the module's weights, which are equal on all workers."""
         self.drain()
+        self.swap.release()
         self.center.read_module()
         self._reopen()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from typing import Any
 
@@ -25,6 +26,7 @@ from lightning_easgd.telemetry import Telemetry
 SignalHandler = Callable[[int, Any], None]
 StrategyRegistry = _StrategyRegistry
 WrappingCheckpointIO = _WrappingCheckpointIO
+Context = Callable[[], AbstractContextManager[None]]
 
 
 class LoopHooks:
@@ -41,6 +43,7 @@ class LoopHooks:
         self._fit_loop = trainer.fit_loop
         self._epoch_loop = trainer.fit_loop.epoch_loop
         self._connector = trainer._signal_connector
+        self._checkpoints = trainer._checkpoint_connector
         self._replaced: dict[tuple[int, str], tuple[Any, Any]] = {}
 
     def restore(self) -> None:
@@ -66,9 +69,17 @@ class LoopHooks:
         """Call ``action`` when a batch and its hooks are over, ahead of a validation after it."""
         self._precede(self._epoch_loop, "on_advance_end", action)
 
-    def before_validation(self, action: Callable[[], None]) -> None:
-        """Call ``action`` before a validation of a fit, ahead of everything that belongs to it."""
-        self._precede(self._epoch_loop.val_loop, "run", action)
+    def around_validation(self, context: Context) -> None:
+        """Enter ``context`` for a validation of a fit, with everything that belongs to it."""
+        self._surround(self._epoch_loop.val_loop, "run", context)
+
+    def around_dump(self, context: Context, finish: Callable[[Any], Any]) -> None:
+        """Enter ``context`` while a checkpoint is made, and let ``finish`` have it there."""
+        self._surround(self._checkpoints, "dump_checkpoint", context, finish)
+
+    def before_end(self, action: Callable[[], None]) -> None:
+        """Call ``action`` when the last epoch is over, ahead of all hooks of the end."""
+        self._precede(self._fit_loop, "on_run_end", action)
 
     def before_epoch_end(self, action: Callable[[], None]) -> None:
         """Call ``action`` when a training epoch is over, ahead of hooks and epoch metrics."""
@@ -136,6 +147,22 @@ class LoopHooks:
             return lightnings_own(*args, **kwargs)
 
         self._replace(owner, name, both)
+
+    def _surround(
+        self,
+        owner: Any,
+        name: str,
+        context: Context,
+        finish: Callable[[Any], Any] = lambda result: result,
+    ) -> None:
+        self._undo(owner, name)
+        lightnings_own = getattr(owner, name)
+
+        def within(*args: Any, **kwargs: Any) -> Any:
+            with context():
+                return finish(lightnings_own(*args, **kwargs))
+
+        self._replace(owner, name, within)
 
     def _replace(self, owner: Any, name: str, method: Callable[..., Any]) -> None:
         self._undo(owner, name)

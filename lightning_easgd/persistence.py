@@ -72,17 +72,13 @@ class PersistentStrategy(CollectiveStrategy):
 
         After an exception that one worker may be alone with, and for weights only, the center.
         """
-        path, exchange, module = os.fspath(filepath), self._exchange, self.lightning_module
+        path, exchange = os.fspath(filepath), self._exchange
         weights_only = "optimizer_states" not in checkpoint
-        if exchange is None or module is None or self._alone or weights_only:
+        if exchange is None or self._alone or weights_only:
             self._checkpoints().save_center_only(checkpoint, path, storage_options)
         else:
             self._checkpoints().save(
-                checkpoint,
-                path,
-                exchange=exchange,
-                module=module,
-                storage_options=storage_options,
+                checkpoint, path, exchange=exchange, storage_options=storage_options
             )
 
     @override
@@ -121,9 +117,7 @@ class PersistentStrategy(CollectiveStrategy):
         if self._resumed is None:
             return
         assert self._exchange is not None
-        assert self.lightning_module is not None
-        module = self.lightning_module
-        self._resumed.restore(self._exchange, module, strict=module.strict_loading)
+        self._resumed.restore(self._exchange)
         rank_zero_info(self._resumed.note(self.world_size))
         for warning in self._resumed.warnings():
             rank_zero_warn(warning)

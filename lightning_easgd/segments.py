@@ -284,16 +284,10 @@ def put_together(values: Iterable[tuple[Piece, Tensor]]) -> dict[str, Tensor]:
     return wholes
 
 
-def copied_state(module: nn.Module, values: Iterable[tuple[Piece, Tensor]]) -> dict[str, Any]:
-    """A copy of the module's state dict, with other values for pieces of its tensors."""
-    by_tensor: dict[int, list[tuple[Piece, Tensor]]] = {}
+def put_together_like(values: Iterable[tuple[Piece, Tensor]]) -> dict[str, Tensor]:
+    """The same as the module has them: in their precision, and complex if they are."""
+    wholes: dict[str, Tensor] = {}
     for piece, view in values:
-        by_tensor.setdefault(id(piece.whole), []).append((piece, view))
-    state: dict[str, Any] = module.state_dict(keep_vars=True)
-    for key, tensor in state.items():
-        if isinstance(tensor, Tensor):
-            copy = tensor.detach().clone()
-            for piece, view in by_tensor.get(id(tensor), []):
-                piece.of(as_real(copy)).copy_(view)
-            state[key] = copy
-    return state
+        whole = wholes.setdefault(piece.name, torch.empty_like(piece.whole.detach()))
+        piece.of(as_real(whole)).copy_(view)
+    return wholes

@@ -1,13 +1,14 @@
 """The Lightning adapter: EASGDStrategy, and nothing but.
 
-It tells the exchange when a step begins and ends, lends the center to the module where Lightning
-evaluates or saves it, and keeps Lightning from coupling the workers between exchanges.
+It tells the exchange when a step begins and ends, swaps the center in where Lightning evaluates or
+saves the module, and keeps Lightning from coupling the workers between exchanges.
 """
 
 from __future__ import annotations
 
 import atexit
 import signal
+from contextlib import ExitStack, contextmanager
 from dataclasses import astuple
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -19,6 +20,7 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
 from lightning_easgd.algorithms import AVERAGED, RULES, CenterAverage, Rule
@@ -56,10 +58,11 @@ from lightning_easgd.persistence import PersistentStrategy
 from lightning_easgd.resuming import begin_epoch_as_usual
 from lightning_easgd.schedules import Rate, Training
 from lightning_easgd.signals import SignalRelay
+from lightning_easgd.swap import leaving_eval
 from lightning_easgd.telemetry import Telemetry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     import lightning.pytorch as pl
     import torch
@@ -309,6 +312,9 @@ class EASGDStrategy(PersistentStrategy):
         super().setup(trainer)
         if fitting:
             self._set_up_exchange(trainer)
+            self._hooks.around_validation(self._validating)
+            assert self._exchange is not None
+            self._hooks.around_dump(self._saving, self._exchange.swap.copied)
 
     @override
     def configure_ddp(self) -> None:
@@ -364,7 +370,6 @@ class EASGDStrategy(PersistentStrategy):
         self._hooks.on_time_limit(self._signals.time_is_over)
         self._uneven = len(set(batches)) > 1 or None in batches
         self._hooks.after_batch(self._after_batch)
-        self._hooks.before_validation(lambda: self._meet_if_uneven(Place.VALIDATION))
         self._hooks.before_epoch_end(lambda: self._meet_if_uneven(Place.EPOCH_END))
 
     def _before_batch(self) -> None:
@@ -456,15 +461,24 @@ class EASGDStrategy(PersistentStrategy):
             self._stop()
         return output
 
-    @override
-    def on_validation_start(self) -> None:
-        if self._exchange is not None and self._evaluate_on == "center":
-            self._exchange.show_center()
+    @contextmanager
+    def _validating(self) -> Iterator[None]:
+        assert self._exchange is not None
+        assert self.lightning_module is not None
+        if self._exchange.begun:
+            self._meet_if_uneven(Place.VALIDATION)
+        with ExitStack() as stack:
+            if self._evaluate_on == "center":
+                stack.enter_context(self._exchange.showing(during="validation"))
+            if not is_overridden("on_validation_model_train", self.lightning_module):
+                stack.enter_context(leaving_eval(self.lightning_module))
+            yield
 
-    @override
-    def on_validation_end(self) -> None:
-        if self._exchange is not None:
-            self._exchange.center.show_worker()
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        assert self._exchange is not None
+        with self._exchange.showing(latest=not self._alone, during="a checkpoint"):
+            yield
 
     @override
     def on_train_end(self) -> None:
@@ -481,8 +495,6 @@ class EASGDStrategy(PersistentStrategy):
         if isinstance(exception, SIGTERMException):
             exception.code = 128 + signal.SIGTERM  # not 0: training did not end well
         atexit.unregister(leave_all_groups)
-        if self._exchange is not None:
-            self._exchange.center.show_worker()
         if self._group is not None:
             self._group.explain(exception)
             self._group.abandon(f"ended with {type(exception).__name__}: {exception}")

@@ -10,13 +10,13 @@ import lightning_easgd
 ROOT = Path(lightning_easgd.__file__).parent
 
 LAYERS = [
-    {"fingerprint", "flat", "random_state", "schedules", "storage", "telemetry"},
+    {"aliases", "fingerprint", "flat", "random_state", "schedules", "storage", "telemetry"},
     {"groups", "pace"},
     {"algorithms", "automatic"},
     {"arguments", "segments"},
     {"buffers", "communication", "optimizers"},
     {"center"},
-    {"consensus", "drops", "leadership", "rates"},
+    {"consensus", "drops", "leadership", "rates", "swap"},
     {"agreement", "contribution", "gradients"},
     {"transit"},
     {"level"},

@@ -48,8 +48,14 @@ class Evaluated(Toy):
         self.after: list[Any] = []
         self.fail_at = fail_at
 
+    def on_fit_start(self) -> None:
+        self.own = weights(self)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.own = weights(self)
+
     def on_validation_model_eval(self) -> None:
-        self.before.append(weights(self))
+        self.before.append(self.own)
         super().on_validation_model_eval()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -268,9 +274,8 @@ class Watched(Norm):
     def on_fit_start(self) -> None:
         self.seen.append(("start", self.norm.running_mean.numpy().copy(), None))
 
-    def on_validation_model_eval(self) -> None:
+    def on_validation_model_zero_grad(self) -> None:
         self.look("before")
-        super().on_validation_model_eval()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.look("inside")

@@ -54,7 +54,7 @@ def watched(rank: int, folder: Path, options: dict[str, Any]) -> Any:
     dtype = options.pop("dtype", torch.float64)
     module, strategy, centers, own = WithNorm(dtype), EASGDStrategy(**options), [], []
     module.on_train_batch_end = lambda *_: centers.append(numbers(strategy.center_state_dict()))
-    module.on_validation_start = lambda: own.append(weights(module))
+    module.on_validation_model_zero_grad = lambda: own.append(weights(module))
     module.on_train_batch_start = lambda *_: own.append(weights(module)) if own else None
     saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=6, save_top_k=-1)
     more = {"val_check_interval": 6, "num_sanity_val_steps": 0}

@@ -1,0 +1,256 @@
+"""The module holds the center, or its running average, for a while; then it holds the worker again.
+
+[Note: exact] What is set aside comes back bit for bit, and autograd does not notice. So this is
+possible at any time: between a forward and a backward pass, or while gradients accumulate.
+
+[Note: what stays] User code that runs meanwhile may write to the module. Weights and averaged
+buffers are the worker's afterwards, whatever was written. All other buffers stay as they were
+written, as under DDP, unless something is undone: a flag that says "initialised" must not outlive
+the weights that it speaks of. So if the center's weights were written to, all buffers are undone.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_easgd.aliases import Aliases
+from lightning_easgd.center import Center, Shown
+from lightning_easgd.flat import FlatVector, as_real
+from lightning_easgd.segments import Fragment, put_together_like
+from lightning_easgd.storage import compact, is_plain
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class Aside:
+    """A worker, while its module holds the center."""
+
+    which: Shown
+    """What the module was given."""
+    weights: list[tuple[Fragment, FlatVector]]
+    """The worker's elastic parameters."""
+    averaged: dict[str, Tensor]
+    """The worker's buffers that the center has, too."""
+    shown: dict[str, Tensor]
+    """The center's."""
+    others: dict[str, Tensor]
+    """All other buffers."""
+
+
+class Swap:
+    """Swaps the center in for the worker, and the worker back in for the center.
+
+    Args:
+        center: of the worker's module.
+    """
+
+    def __init__(self, center: Center) -> None:
+        self._center = center
+        self._aside: Aside | None = None
+        self._warned = False
+
+    @property
+    def shows_center(self) -> bool:
+        """Whether the module holds the center now."""
+        return self._aside is not None
+
+    def swap_in(self, which: Shown = "delivered", *, in_flight: bool = False) -> None:
+        """Put the center into the module until :meth:`swap_out`.
+
+        Args:
+            which: the center itself, or what is delivered of it.
+            in_flight: whether a sum is perhaps in flight, in memory that is otherwise free.
+        """
+        assert self._aside is None, "the module holds the center already"
+        vectors = self._center.provide_vectors(in_flight=in_flight)
+        for fragment, vector in vectors:
+            vector.read_(fragment.tensors())
+        statistics = self._center.statistics_now()
+        averaged = _copies(statistics)
+        others = _copies({n: b for n, b in self._buffers().items() if n not in averaged})
+        self._center.write(which)
+        shown = _copies(self._center.statistics_now())
+        self._aside = Aside(which, vectors, averaged, shown, others)
+
+    def swap_out(self, during: str = "") -> None:
+        """Give the worker its own back, if the module holds the center; see [Note: what stays].
+
+        Args:
+            during: what the module held the center for, to warn of what is undone; empty: nothing
+                is said.
+        """
+        aside = self._aside
+        if aside is None:
+            return
+        written = list(self._written(aside))
+        for fragment, vector in aside.weights:
+            vector.write_to(fragment.tensors())
+        module = self._center.module
+        _put_back(module, aside.averaged)
+        undone = _put_back(module, aside.others) if written else []
+        self.release()
+        if written and during and not self._warned:
+            self._warned = True
+            _tell(during, written, undone)
+
+    def release(self) -> None:
+        """Let the module keep what it holds; the worker that was set aside is gone."""
+        if self._aside is not None:
+            self._center.release_sums()
+        self._aside = None
+
+    @contextmanager
+    def showing(
+        self, which: Shown = "delivered", *, in_flight: bool = False, during: str = ""
+    ) -> Iterator[None]:
+        """The module holds the center in between; as of :meth:`swap_in` and :meth:`swap_out`.
+
+        If it holds that already, nothing is done, so that it is what user code made of it.
+        """
+        outer = self._aside
+        if outer is not None and outer.which == which:
+            yield
+            return
+        self._aside = None
+        self.swap_in(which, in_flight=in_flight or outer is not None)
+        try:
+            yield
+        finally:
+            self.swap_out(during)
+            self._aside = outer
+
+    def copied(self, value: Any) -> Any:
+        """The value, without what shares memory with weights and statistics that are swapped."""
+        return Aliases(self._center.swapped_tensors()).copied(value)
+
+    def worker_state(self) -> dict[str, Any]:
+        """Parameters, buffers and other state of the worker, by name, whatever the module holds."""
+        module = self._center.module
+        found = {name: p.detach() for name, p in module.named_parameters()}
+        kept = _kept(module)
+        found |= {name: tensor for name, tensor in self._buffers().items() if name in kept}
+        if (aside := self._aside) is not None:
+            weights = (pair for f, vector in aside.weights for pair in f.values(vector))
+            undone = aside.others if any(True for _ in self._written(aside)) else {}
+            mine = put_together_like(weights) | aside.averaged | undone
+            found |= {name: tensor for name, tensor in mine.items() if name in found}
+        extra = {name: part.get_extra_state() for name, part in _with_extra_state(module)}
+        return {"weights": found, "extra": extra}
+
+    def load_worker_state(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`worker_state`, for a module that holds the worker."""
+        module = self._center.module
+        now = {name: p.detach() for name, p in module.named_parameters()} | self._buffers()
+        for name, value in state["weights"].items():
+            if name in now and now[name].shape == value.shape:
+                put_(now[name], value.to(now[name].device))
+        for name, part in _with_extra_state(module):
+            if name in state["extra"]:
+                part.set_extra_state(state["extra"][name])
+
+    def _buffers(self) -> dict[str, Tensor]:
+        named = self._center.module.named_buffers()
+        return {name: b.detach() for name, b in named if is_plain(b)}
+
+    def _written(self, aside: Aside) -> Iterator[str]:
+        """Names of the center's that user code wrote to."""
+        for fragment, _ in aside.weights:
+            for piece, view in fragment.values(getattr(fragment, aside.which)):
+                mine = as_real(piece.tensor)
+                if not same_bits(mine, view.to(mine.device, mine.dtype)):
+                    yield piece.name
+        for name, buffer in self._center.statistics_now().items():
+            if name in aside.shown and not same_bits(buffer, aside.shown[name]):
+                yield name
+
+
+@contextmanager
+def leaving_eval(module: nn.Module) -> Iterator[None]:
+    """What ``eval()`` does in between, ``train()`` undoes at the end, while the weights are there.
+
+    Lightning calls the one and then only sets flags. So layers that merge weights in ``eval()``
+    would take out others later.
+    """
+    modes = [(part, part.training) for part in module.modules()]
+    yield
+    for part, mode in modes:
+        if mode and type(part).train is not nn.Module.train:
+            part.train()
+    for part, mode in modes:
+        part.training = mode
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same, NaNs and signs of zeros included."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    one, other = as_real(one), as_real(other).to(one.device)
+    integers = _INTEGERS[one.element_size()]
+    return torch.equal(one.view(integers), other.view(integers))
+
+
+def put_(target: Tensor, value: Tensor) -> None:
+    """Copy in place, unnoticed by autograd; where an expanded tensor repeats itself, once."""
+    target = target.data
+    once = compact(target)
+    for dim, (size, all_of_it) in enumerate(zip(once.shape, target.shape, strict=True)):
+        value = value if size == all_of_it else value.narrow(dim, 0, size)
+    once.copy_(value)
+
+
+def _copies(named: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in named.items()}
+
+
+def _kept(module: nn.Module) -> set[str]:
+    """Names of the buffers that a state dict has."""
+    return {
+        f"{prefix}.{key}" if prefix else key
+        for prefix, part in module.named_modules()
+        for key in part._buffers.keys() - part._non_persistent_buffers_set
+    }
+
+
+def _with_extra_state(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, part in module.named_modules():
+        if type(part).get_extra_state is not nn.Module.get_extra_state:
+            yield name, part
+
+
+def _put_back(module: nn.Module, before: dict[str, Tensor]) -> list[str]:
+    """Undo what was written; names of what was. A cache, which has another shape now, stays."""
+    changed = []
+    now = dict(module.named_buffers()) | dict(module.named_parameters())
+    for name, value in before.items():
+        tensor = now.get(name)
+        fits = tensor is not None and tensor.shape == value.shape and tensor.dtype == value.dtype
+        if tensor is None or not fits or same_bits(tensor.detach(), value):
+            continue
+        changed.append(name)
+        if tensor.is_inference():  # made in a validation, and not to be written to outside of it
+            prefix, _, key = name.rpartition(".")
+            module.get_submodule(prefix)._buffers[key] = value.to(tensor.device)
+        else:
+            put_(tensor, value)
+    return changed
+
+
+def _tell(during: str, written: list[str], undone: list[str]) -> None:
+    listed = ", ".join(f"'{name}'" for name in list(dict.fromkeys(written))[:3])
+    others = ", ".join(f"'{name}'" for name in undone[:3])
+    too = f" So is what was written to other buffers ({others})." if undone else ""
+    warnings.warn(
+        f"The module held the center for {during}, and {listed} was written to. That is undone, for"
+        f" the worker goes on with weights of its own.{too} What is initialised from the first data"
+        " is so again, in training. Write to weights before training begins, or in training; with"
+        " EASGDStrategy(evaluate_on='worker') validation may write to those of the worker.",
+        stacklevel=2,
+    )
