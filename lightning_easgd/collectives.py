@@ -72,7 +72,7 @@ class CollectiveStrategy(DDPStrategy):
         return super().all_gather(tensor, group, sync_grads)
 
     def _collect(self, value: Any) -> list[Any]:
-        """A small picklable value of every worker, in rank order."""
+        """A small value of every worker, in rank order; plain data, as of plain_data.pack."""
         return gather(value) if self._group is None else self._group.gather(value)
 
     def _arranged_groups(self) -> list[list[list[int]]]:

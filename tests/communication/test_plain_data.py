@@ -6,12 +6,15 @@ import json
 import math
 import pickle
 from collections import Counter, OrderedDict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.optim import Optimizer, lr_scheduler
 
 from lightning_easgd.communication import ExchangeError, plain_data
 from lightning_easgd.communication.plain_data import pack, unpack
@@ -119,3 +122,53 @@ def test_no_memory_is_taken_for_what_a_stranger_wants_to_send() -> None:
     for size in (2**62, plain_data.MOST_BYTES + 1, -1):
         with pytest.raises(ExchangeError, match=f"Worker 1 wants to send {size} bytes where at"):
             plain_data.gather("mine", gather_tensors)
+
+
+def gradually(epoch: int) -> float:
+    return 0.9**epoch
+
+
+class Grower:
+    """A rule of a schedule that keeps something."""
+
+    def __init__(self) -> None:
+        self.base = 0.9
+
+    def __call__(self, epoch: int) -> float:
+        return self.base**epoch
+
+
+SCHEDULES: dict[str, Callable[[Optimizer], Any]] = {
+    "lambda": partial(lr_scheduler.LambdaLR, lr_lambda=gradually),
+    "object": partial(lr_scheduler.LambdaLR, lr_lambda=Grower()),
+    "milestones": partial(lr_scheduler.MultiStepLR, milestones=[2, 3, 3]),
+    "cyclic": partial(lr_scheduler.CyclicLR, base_lr=0.01, max_lr=0.1, scale_fn=Grower()),
+    "one cycle": partial(lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=20),
+    "warm restarts": partial(lr_scheduler.CosineAnnealingWarmRestarts, T_0=3),
+    "plateau": lr_scheduler.ReduceLROnPlateau,
+    "one after the other": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.ConstantLR(o), lr_scheduler.MultiStepLR(o, [5])], [2]
+    ),
+    "average": partial(torch.optim.swa_utils.SWALR, swa_lr=0.1),
+}
+
+
+@pytest.mark.parametrize("make", SCHEDULES.values(), ids=SCHEDULES)
+def test_states_of_torchs_schedules_arrive(make: Callable[[Optimizer], Any]) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(3))], lr=0.1, momentum=0.9)
+    state = make(optimizer).state_dict()
+    assert unpack(pack(state)) == state
+
+
+@pytest.mark.parametrize("name", ["Adafactor", "AdamW", "ASGD", "LBFGS", "NAdam", "Rprop", "SGD"])
+def test_states_of_torchs_optimizers_arrive(name: str) -> None:
+    weights = torch.nn.Parameter(torch.ones(4, 3))
+    optimizer = getattr(torch.optim, name)([weights], lr=0.01)
+
+    def closure() -> torch.Tensor:
+        weights.grad = 2 * weights.detach()
+        return (weights.detach() ** 2).sum()
+
+    optimizer.step(closure)
+    state = optimizer.state_dict()
+    assert repr(unpack(pack(state))) == repr(state)
