@@ -179,8 +179,8 @@ class FlatVector:
         """One view per slot, of the shape of the tensor that it holds; made when first needed."""
         slots = self.layout.slots
         pieces = {
-            part.dtype: iter(torch.split(part, [s.numel for s in slots if s.dtype == part.dtype]))
-            for part in self.parts
+            dtype: iter(torch.split(part, [s.numel for s in slots if s.dtype == dtype]))
+            for dtype, part in zip(self.layout.sizes, self.parts, strict=True)
         }
         flat = (next(pieces[slot.dtype]) for slot in slots)
         return [
