@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import secrets
+import threading
+from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from typing_extensions import override
 
-UNFINISHED = re.compile(r"\.[0-9a-f]{16}\.part$")
-"""How the name of a file ends that is still being written."""
+from lightning_easgd.internals import WrappingCheckpointIO, wrap_innermost
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -71,6 +73,115 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         strictly = weights_only is not False
         checkpoint: dict[str, Any] = torch.load(content, map_location, weights_only=strictly)
         return checkpoint
+
+
+@dataclass
+class Write:
+    """What belongs to the write of a file, in the order in which it happens.
+
+    Attributes:
+        before: the file is written.
+        failed: if this or the write raised.
+        after: the file is there.
+        over: all this is over, whether the file is there or not.
+    """
+
+    before: Callable[[], None] = lambda: None
+    failed: Callable[[], None] = lambda: None
+    after: Callable[[], None] = lambda: None
+    over: list[Callable[[], None]] = field(default_factory=list)
+
+    def perform(self, storage: CheckpointIO, content: Any, path: str, options: Any) -> None:
+        """Write a file through ``storage``."""
+        try:
+            self.before()
+            storage.save_checkpoint(content, path, storage_options=options)
+        except BaseException:
+            self.failed()
+            raise
+        self.after()
+
+
+class OrderedWrites:
+    """Writes through a storage, and does what belongs to each where it happens.
+
+    [Note: a write that returned] A plugin that wraps a storage, such as Lightning's
+    AsyncCheckpointIO, may only have queued a write when it returns. What must not come before it
+    (removing what it replaces) therefore waits in the same queue: it is done by the storage in the
+    middle of such plugins, which is wrapped in one more for that.
+
+    Args:
+        storage: a plugin's innermost storage is replaced by one that does this and otherwise calls
+            it.
+    """
+
+    def __init__(self, storage: CheckpointIO) -> None:
+        self.storage = storage
+        self.may_queue = isinstance(storage, WrappingCheckpointIO)
+        """Whether a write that returned may not have happened yet."""
+        self._lock = threading.Lock()
+        self._queued: dict[str, deque[Write]] = {}
+        if isinstance(storage, WrappingCheckpointIO):
+            wrap_innermost(storage, lambda inner: _Innermost(inner, self._carry_out))
+
+    def save(self, content: dict[str, Any], path: str, options: Any, write: Write) -> None:
+        """Write a file, now or later, as the storage does."""
+        if not self.may_queue:
+            write.perform(self.storage, content, path, options)
+            return
+        with self._lock:
+            self._queued.setdefault(path, deque()).append(write)
+        self.storage.save_checkpoint(content, path, storage_options=options)
+
+    def when_written(self, path: str, action: Callable[[], None]) -> None:
+        """Do this after all writes of a file that are queued; now if there are none."""
+        with self._lock:
+            if queue := self._queued.get(path):
+                queue[-1].over.append(action)
+                return
+        action()
+
+    def _carry_out(self, storage: CheckpointIO, content: Any, path: str, options: Any) -> None:
+        queue = self._queued.get(path)
+        write = queue[0] if queue else Write()
+        try:
+            write.perform(storage, content, path, options)
+        finally:
+            with self._lock:
+                if queue:
+                    queue.popleft()
+            for action in write.over:
+                action()
+
+
+class _Innermost(CheckpointIO):
+    """The storage in the middle of plugins, with what belongs to its writes.
+
+    Args:
+        storage: that the plugins wrapped.
+        carry_out: writes through it.
+    """
+
+    def __init__(self, storage: Any, carry_out: Callable[..., None]) -> None:
+        inner = storage.wrapped if isinstance(storage, _Innermost) else storage
+        self.wrapped: CheckpointIO = inner
+        self._carry_out = carry_out
+
+    @override
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        self._carry_out(self.wrapped, checkpoint, os.fspath(path), storage_options)
+
+    @override
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        return self.wrapped.load_checkpoint(*args, **kwargs)
+
+    @override
+    def remove_checkpoint(self, path: Any) -> None:
+        self.wrapped.remove_checkpoint(path)
+
+    @override
+    def teardown(self) -> None:
+        self.wrapped.teardown()
 
 
 class _Recorded:

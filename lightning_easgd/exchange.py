@@ -414,9 +414,8 @@ class Exchange:
         }
 
     def own_state(self) -> dict[str, Any]:
-        """What this worker alone knows, for a checkpoint."""
+        """What this worker alone knows beside its weights, for a checkpoint."""
         return {
-            **self.swap.worker_state(),
             "look_ahead": self._optimizers.look_ahead_state(),
             "telemetry": self.telemetry.counters(),
             "held_back": self._transit.all_reduce.state(),
@@ -458,8 +457,6 @@ class Exchange:
         self._levels.restore(None if own is None else own.get("levels"))
         agreed, said = shared.get("agreement", {}), (own or {}).get("agreement", {})
         self._agreement.load_state(agreed, said)
-        if own is not None:
-            self.swap.load_worker_state(own)
 
     def _load_outer(self, shared: Mapping[str, Any]) -> None:
         outer, kind = shared.get("outer", {}), self._rules.algorithm.kind

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
@@ -27,6 +28,37 @@ SignalHandler = Callable[[int, Any], None]
 StrategyRegistry = _StrategyRegistry
 WrappingCheckpointIO = _WrappingCheckpointIO
 Context = Callable[[], AbstractContextManager[None]]
+
+
+def wrap_innermost(storage: WrappingCheckpointIO, wrap: Callable[[Any], CheckpointIO]) -> None:
+    """Put ``wrap(inner)`` in the place of the storage ``inner`` in the middle of plugins."""
+    while isinstance(storage.checkpoint_io, WrappingCheckpointIO):
+        storage = storage.checkpoint_io
+    storage._checkpoint_io = wrap(storage.checkpoint_io)
+
+
+def on_restoring(
+    trainer: pl.Trainer, action: Callable[[Any, Callable[[], None]], None]
+) -> Callable[[], None]:
+    """Call ``action`` where Lightning reads the checkpoint to restore, on all workers.
+
+    Args:
+        trainer: whose checkpoints are meant.
+        action: is called with the path, None where there is nothing to restore, and with what
+            reads it.
+
+    Returns:
+        What ends this.
+    """
+    connector = trainer._checkpoint_connector
+    vars(connector).pop("resume_start", None)
+    lightnings_own = connector.resume_start
+
+    def resume_start(checkpoint_path: Any = None, weights_only: bool | None = None) -> None:
+        action(checkpoint_path, lambda: lightnings_own(checkpoint_path, weights_only))
+
+    connector.resume_start = resume_start  # type: ignore[method-assign]
+    return lambda: vars(connector).pop("resume_start", None)
 
 
 class LoopHooks:

@@ -99,3 +99,15 @@ def _on(device: torch.device, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     if {tensor.device for tensor in tensors} == {device}:
         return tensors
     return [tensor.to(device) for tensor in tensors]
+
+
+def require_complete(optimizers: Iterable[Optimizer]) -> None:
+    """Make sure that optimizers have all their options after they were given a state.
+
+    Raises:
+        KeyError: the state is another kind of optimizer's, which torch says at the first step.
+    """
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            if missing := getattr(optimizer, "defaults", {}).keys() - group.keys():
+                raise KeyError(f"{type(optimizer).__name__} has no {', '.join(sorted(missing))}")

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
-from lightning_easgd.checkpoint import Resumed, WorkerCheckpoints
-from lightning_easgd.checkpoint_io import AtomicCheckpointIO
+from lightning_easgd.checkpoint import CheckpointError, WorkerCheckpoints, describe, listing
+from lightning_easgd.checkpoint_io import AtomicCheckpointIO, OrderedWrites
 from lightning_easgd.collectives import CollectiveStrategy
-from lightning_easgd.internals import WrappingCheckpointIO
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from lightning_easgd.internals import WrappingCheckpointIO, on_restoring
+from lightning_easgd.optimizers import require_complete
+from lightning_easgd.own_values import OwnValues
+from lightning_easgd.restoring import Restorer, Resumed, agree_on_path
 
 
 class PersistentStrategy(CollectiveStrategy):
@@ -26,13 +29,19 @@ class PersistentStrategy(CollectiveStrategy):
     Args:
         strict_resume: whether it is an error if the own state of a worker is missing or damaged in
             the checkpoint that training resumes from.
+        exchange_timeout: how long a worker waits for others.
         **options: of CollectiveStrategy.
     """
 
-    def __init__(self, *, strict_resume: bool, **options: Any) -> None:
+    def __init__(self, *, strict_resume: bool, exchange_timeout: timedelta, **options: Any) -> None:
         super().__init__(**options)
         self._strict_resume = strict_resume
+        self._exchange_timeout = exchange_timeout
         self._resumed: Resumed | None = None
+        self._restoring = False
+        self._stop_restoring: Callable[[], object] | None = None
+        self._saved: WorkerCheckpoints | None = None
+        self._own: OwnValues | None = None
 
     @property
     @override
@@ -72,13 +81,13 @@ class PersistentStrategy(CollectiveStrategy):
 
         After an exception that one worker may be alone with, and for weights only, the center.
         """
-        path, exchange = os.fspath(filepath), self._exchange
+        path, exchange, own = os.fspath(filepath), self._exchange, self._own_values()
         weights_only = "optimizer_states" not in checkpoint
-        if exchange is None or self._alone or weights_only:
+        if exchange is None or own is None or self._alone or weights_only:
             self._checkpoints().save_center_only(checkpoint, path, storage_options)
         else:
             self._checkpoints().save(
-                checkpoint, path, exchange=exchange, storage_options=storage_options
+                checkpoint, path, exchange=exchange, own=own, storage_options=storage_options
             )
 
     @override
@@ -86,23 +95,51 @@ class PersistentStrategy(CollectiveStrategy):
         self._checkpoints().remove(os.fspath(filepath))
 
     @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        assert self.lightning_module is not None
+        self._resumed = self._own = None
+        self._stop_restoring = on_restoring(self.lightning_module.trainer, self._restore)
+
+    def _restore(self, path: str | Path | None, read: Callable[[], None]) -> None:
+        assert self.lightning_module is not None
+        callbacks = self.lightning_module.trainer.checkpoint_callbacks
+        folders = [f for each in callbacks if (f := getattr(each, "dirpath", None)) is not None]
+        path = None if path is None else os.fspath(path)
+        agree_on_path(path, self._collect, looked_in=[os.fspath(folder) for folder in folders])
+        self._restoring = True
+        try:
+            read()
+        finally:
+            self._restoring = False
+
+    @override
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        if weights_only is None and os.fspath(checkpoint_path).startswith(("http://", "https://")):
+        """Read a checkpoint; where Lightning restores one, all workers do, each its own state."""
+        path = os.fspath(checkpoint_path)
+        if weights_only is None and path.startswith(("http://", "https://")):
             weights_only = True  # Lightning's default is not, there
-        checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only)
-        module = self.lightning_module
-        if module is not None and module.trainer.state.fn == TrainerFn.FITTING:
-            self._resumed = self._checkpoints().resume(
-                checkpoint,
-                os.fspath(checkpoint_path),
-                weights_only=weights_only,
+        read = partial(super().load_checkpoint, checkpoint_path, weights_only=weights_only)
+        if not self._restoring:
+            return read()
+        assert self.lightning_module is not None
+        fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
+        restorer = Restorer(
+            self.checkpoint_io, rank=self.global_rank, workers=self.world_size, gather=self._collect
+        )
+        found = restorer.read(path, read, weights_only=weights_only, own=fitting)
+        if fitting:
+            self._resumed = restorer.resume(
+                found,
                 strict=self._strict_resume,
                 groups=self._arranged_groups(),
                 tied=self.options.tied is not None,
             )
-        return checkpoint
+            if self._resumed is None:
+                rank_zero_info(f"{path} holds no states of workers: all start at its weights.")
+        return found.checkpoint
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -113,16 +150,73 @@ class PersistentStrategy(CollectiveStrategy):
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        super().load_optimizer_state_dict(checkpoint)
-        if self._resumed is None:
+        try:
+            super().load_optimizer_state_dict(checkpoint)
+            require_complete(self.optimizers)
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            kinds = ", ".join(type(optimizer).__name__ for optimizer in self.optimizers)
+            raise CheckpointError(
+                f"The optimizer states in the checkpoint do not fit {kinds}"
+                f" ({type(error).__name__}: {error}). Resume with the optimizer that it was saved"
+                " with, or begin with fresh ones at its weights: module.load_state_dict(...) and"
+                " fit without ckpt_path."
+            ) from error
+        own, exchange = self._own_values(), self._exchange
+        if self._resumed is None or own is None or exchange is None:
             return
-        assert self._exchange is not None
-        self._resumed.restore(self._exchange)
+        self._resumed.restore(exchange, own)
         rank_zero_info(self._resumed.note(self.world_size))
         for warning in self._resumed.warnings():
             rank_zero_warn(warning)
 
+    @override
+    def on_train_start(self) -> None:
+        self._own_values()
+        super().on_train_start()
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        if self._saved is not None and self._alone:
+            self._saved.give_up()
+        super().on_exception(exception)
+
+    def _finish_writing(self) -> None:
+        """Wait until what plugins queued is written, on all workers: what follows may read it."""
+        if self._saved is None or not self._saved.writes.may_queue:
+            return
+        error = None
+        try:
+            self.checkpoint_io.teardown()
+        except Exception as raised:
+            error = raised
+        everybody = enumerate(self._collect(None if error is None else describe(error)))
+        failed = {rank: text for rank, text in everybody if text is not None}
+        if error is not None:
+            raise error
+        if failed:
+            raise CheckpointError(f"A checkpoint was not saved: {listing(failed)}.")
+
+    @override
+    def teardown(self) -> None:
+        if self._stop_restoring is not None:
+            self._stop_restoring()
+        self._stop_restoring = self._saved = self._own = None
+        super().teardown()
+
+    def _own_values(self) -> OwnValues | None:
+        """What this worker's file will hold; what moves is counted from the first call on."""
+        if self._own is None and self._exchange is not None:
+            self._own = OwnValues(self._exchange.center, self._exchange.swap)
+        return self._own
+
     def _checkpoints(self) -> WorkerCheckpoints:
-        return WorkerCheckpoints(
-            self.checkpoint_io, rank=self.global_rank, workers=self.world_size, gather=self._collect
-        )
+        storage = self.checkpoint_io
+        if self._saved is None or self._saved.writes.storage is not storage:
+            self._saved = WorkerCheckpoints(
+                OrderedWrites(storage),
+                rank=self.global_rank,
+                workers=self.world_size,
+                gather=self._collect,
+                timeout=self._exchange_timeout.total_seconds(),
+            )
+        return self._saved

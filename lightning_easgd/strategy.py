@@ -213,6 +213,7 @@ class EASGDStrategy(PersistentStrategy):
             parallel_devices=parallel_devices,
             cluster_environment=cluster_environment,
             strict_resume=strict_resume,
+            exchange_timeout=require_duration("exchange_timeout", exchange_timeout),
             checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
             process_group_backend=process_group_backend,
@@ -220,7 +221,6 @@ class EASGDStrategy(PersistentStrategy):
             start_method=start_method,
         )
         self._evaluate_on = evaluate_on
-        self._exchange_timeout = require_duration("exchange_timeout", exchange_timeout)
         self.telemetry = Telemetry()
         self._center: Center | None = None
         self._last_center: dict[str, Any] | None = None
@@ -294,7 +294,6 @@ class EASGDStrategy(PersistentStrategy):
 
     @override
     def setup_environment(self) -> None:
-        self._resumed = None
         super().setup_environment()
         atexit.unregister(leave_all_groups)  # of an earlier trainer in this process
         atexit.register(leave_all_groups)
@@ -350,6 +349,7 @@ class EASGDStrategy(PersistentStrategy):
 
     @override
     def on_train_start(self) -> None:
+        super().on_train_start()
         assert self._exchange is not None
         assert self._group is not None
         assert self._hooks is not None
@@ -513,7 +513,11 @@ class EASGDStrategy(PersistentStrategy):
                 if self.options.averaging is not None:
                     self._last_center = self._center_on_host()
             self._exchange = self._center = None
-        if self._group is not None:
-            self._group.close()
-            self._group = None
-        super().teardown()
+        try:
+            if not self._failed:
+                self._finish_writing()
+        finally:
+            if self._group is not None:
+                self._group.close()
+                self._group = None
+            super().teardown()

@@ -12,7 +12,7 @@ the weights that it speaks of. So if the center's weights were written to, all b
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -131,30 +131,21 @@ class Swap:
         """The value, without what shares memory with weights and statistics that are swapped."""
         return Aliases(self._center.swapped_tensors()).copied(value)
 
-    def worker_state(self) -> dict[str, Any]:
-        """Parameters, buffers and other state of the worker, by name, whatever the module holds."""
+    def worker_values(self) -> dict[str, Tensor]:
+        """Parameters and buffers of the worker, by name, whatever the module holds.
+
+        Of buffers, those that the state dict has.
+        """
         module = self._center.module
         found = {name: p.detach() for name, p in module.named_parameters()}
         kept = _kept(module)
-        found |= {name: tensor for name, tensor in self._buffers().items() if name in kept}
+        found |= {name: b.detach() for name, b in module.named_buffers() if name in kept}
         if (aside := self._aside) is not None:
             weights = (pair for f, vector in aside.weights for pair in f.values(vector))
             undone = aside.others if any(True for _ in self._written(aside)) else {}
             mine = put_together_like(weights) | aside.averaged | undone
             found |= {name: tensor for name, tensor in mine.items() if name in found}
-        extra = {name: part.get_extra_state() for name, part in _with_extra_state(module)}
-        return {"weights": found, "extra": extra}
-
-    def load_worker_state(self, state: Mapping[str, Any]) -> None:
-        """The inverse of :meth:`worker_state`, for a module that holds the worker."""
-        module = self._center.module
-        now = {name: p.detach() for name, p in module.named_parameters()} | self._buffers()
-        for name, value in state["weights"].items():
-            if name in now and now[name].shape == value.shape:
-                put_(now[name], value.to(now[name].device))
-        for name, part in _with_extra_state(module):
-            if name in state["extra"]:
-                part.set_extra_state(state["extra"][name])
+        return found
 
     def _buffers(self) -> dict[str, Tensor]:
         named = self._center.module.named_buffers()
@@ -217,12 +208,6 @@ def _kept(module: nn.Module) -> set[str]:
         for prefix, part in module.named_modules()
         for key in part._buffers.keys() - part._non_persistent_buffers_set
     }
-
-
-def _with_extra_state(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, part in module.named_modules():
-        if type(part).get_extra_state is not nn.Module.get_extra_state:
-            yield name, part
 
 
 def _put_back(module: nn.Module, before: dict[str, Tensor]) -> list[str]:

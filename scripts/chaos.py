@@ -22,14 +22,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from struck import Struck
 
-from lightning_easgd.checkpoint import WorkerCheckpoints
 from lightning_easgd.checkpoint_io import AtomicCheckpointIO
+from lightning_easgd.restoring import Restorer
 
 _SIGNALS = {signal.SIGKILL: 4, signal.SIGTERM: 3, signal.SIGINT: 3, signal.SIGSTOP: 1}
 """What strikes, and how often; who waits for one that is stopped takes seconds to be sure."""
@@ -181,13 +182,14 @@ def require_whole(folder: Path, workers: int) -> int:
         newest = folder / "last.ckpt"
         if not newest.exists():
             return 0
+        storage = AtomicCheckpointIO()
         for rank in range(workers):
-            main = torch.load(newest, weights_only=True)
-            step = int(main["global_step"])
-            saved = WorkerCheckpoints(
-                AtomicCheckpointIO(), rank=rank, workers=workers, gather=lambda value: [value]
-            )
-            saved.resume(main, str(newest), weights_only=True, strict=True)
+            restorer = Restorer(storage, rank=rank, workers=workers, gather=lambda value: [value])
+            read = partial(storage.load_checkpoint, newest)
+            found = restorer.read(str(newest), read, weights_only=True)
+            if restorer.resume(found, strict=True) is None:
+                raise ChaosError(f"{newest} holds no states of workers")
+            step = int(found.checkpoint["global_step"])
     except Exception as error:
         raise ChaosError(f"{folder} does not hold a whole checkpoint: {error}") from error
     return step

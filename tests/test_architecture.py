@@ -22,10 +22,9 @@ LAYERS = [
     {"level"},
     {"tree"},
     {"exchange", "internals"},
-    {
-        *("checkpoint", "checkpoint_io", "features", "options", "other_package", "resuming"),
-        "signals",
-    },
+    {"checkpoint_files", "checkpoint_io", "own_values"},
+    {"checkpoint", "features", "options", "other_package", "resuming", "signals"},
+    {"restoring"},
     {"collectives", "replica"},
     {"assembly", "persistence"},
     {"strategy"},

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from toy import Batches, Resumable, Toy, trainer, weights
 
 from lightning_easgd import EASGDStrategy
-from lightning_easgd.checkpoint import workers_folder
+from lightning_easgd.checkpoint_files import workers_folder
 from lightning_easgd.checkpoint_io import AtomicCheckpointIO
 from lightning_easgd.fingerprint import fingerprint
 
@@ -251,22 +251,25 @@ def copy(saved: Path, tmp_path: Path) -> Path:
 
 
 def worker_file(path: Path, rank: int) -> Path:
-    (found,) = Path(workers_folder(path)).glob(f"*/{rank}.ckpt")
+    (found,) = Path(workers_folder(path)).glob(f"*-{rank}.ckpt")
     return found
 
 
 def test_the_main_file_is_a_lightning_checkpoint_of_the_center(saved: Path) -> None:
     content = torch.load(saved / "step=9.ckpt", weights_only=True)
     own = [torch.load(worker_file(saved / "step=9.ckpt", r), weights_only=True) for r in range(2)]
-    w = [part["exchange"]["weights"]["w"] for part in own]
+    w = [part["weights"]["tensors"]["w"] for part in own]
     assert not torch.equal(w[0], w[1])
     assert not any(torch.equal(content["state_dict"]["w"], each) for each in w)
     assert {"epoch", "global_step", "loops", "callbacks", "optimizer_states"} <= content.keys()
-    assert "state_dict" not in own[0]["checkpoint"]
-    moments = [part["checkpoint"]["optimizer_states"][0]["state"][0] for part in own]
+    assert "checkpoint" not in own[0]  # the main file has worker 0's
+    assert "state_dict" not in own[1]["checkpoint"]
+    moments = [each["optimizer_states"][0]["state"][0] for each in (content, own[1]["checkpoint"])]
     assert not torch.equal(*(each["momentum_buffer"] for each in moments))
-    files = sorted(p.name for p in Path(workers_folder(saved / "step=9.ckpt")).glob("*/*"))
-    assert files == ["0.ckpt", "1.ckpt", "manifest.ckpt"]
+    save = content["lightning_easgd"]["save"]
+    files = sorted(p.name for p in Path(workers_folder(saved / "step=9.ckpt")).iterdir())
+    assert files == [f"{save}-0.ckpt", f"{save}-1.ckpt"]
+    assert [(part["save"], part["worker"]) for part in own] == [(save, 0), (save, 1)]
 
 
 def started(rank: int, path: str, workers: int, strategy: Any = None, lines: Any = None) -> Any:
@@ -291,7 +294,7 @@ def started(rank: int, path: str, workers: int, strategy: Any = None, lines: Any
 def expected(path: Path, rank: int | None) -> Any:
     """The weights of a worker's file; of the main file without a rank."""
     content = torch.load(path if rank is None else worker_file(path, rank), weights_only=True)
-    state = content["state_dict"] if rank is None else content["exchange"]["weights"]
+    state = content["state_dict"] if rank is None else content["weights"]["tensors"]
     return state["w"].tolist()
 
 
@@ -313,7 +316,7 @@ def truncate(path: Path) -> None:
 
 def alter(path: Path) -> None:
     content = torch.load(path, weights_only=True)
-    content["exchange"]["weights"]["w"][0, 0] += 1e-3
+    content["weights"]["tensors"]["w"][0, 0] += 1e-3
     torch.save(content, path)
 
 
@@ -421,7 +424,7 @@ def test_removing_a_checkpoint_removes_its_workers(tmp_path: Path) -> None:
     names = {"last.ckpt", "step=20.ckpt"}
     assert {p.name for p in tmp_path.iterdir()} == names | {n + ".workers" for n in names}
     for name in names:
-        assert len(list(Path(workers_folder(tmp_path / name)).iterdir())) == 1
+        assert len(list(Path(workers_folder(tmp_path / name)).iterdir())) == 2
 
 
 class Failing(AtomicCheckpointIO):
@@ -451,13 +454,12 @@ def test_a_worker_that_cannot_write_fails_all_and_leaves_the_checkpoint_before(
     outcomes = run_workers(failing, tmp_path, who, what, workers=2, check=False)
     assert outcomes[who].error == "OSError"
     assert outcomes[1 - who].error == "CheckpointError"
-    assert f"worker {who}: OSError: disk full" in outcomes[1 - who].message
+    assert f"worker {who}: OSError on " in outcomes[1 - who].message
+    assert "disk full" in outcomes[1 - who].message
     path = tmp_path / "last.ckpt"
     assert torch.load(path, weights_only=True)["global_step"] == 5
     for rank, (seen, texts, *_) in enumerate(run_workers(started, str(path), 2, workers=2)):
-        save = torch.load(path, weights_only=True)["lightning_easgd"]["save"]
-        own = torch.load(f"{workers_folder(path)}/{save}/{rank}.ckpt", weights_only=True)
-        assert seen["w"] == own["exchange"]["weights"]["w"].tolist()
+        assert seen["w"] == expected(path, rank)
         assert not texts
 
 

@@ -367,7 +367,7 @@ def regrouped(rank: int, folder: Path) -> Any:
     resumed(rank, folder, 2, "easgd", None)
     for groups in ([[0, 2], [1, 3]], 2, 4):
         if rank == 3 and groups == 2:
-            (file,) = folder.glob("step=10.ckpt.workers/*/3.ckpt")
+            (file,) = folder.glob("step=10.ckpt.workers/*-3.ckpt")
             file.unlink()
         with pytest.MonkeyPatch.context() as patch:
             warned: list[str] = []

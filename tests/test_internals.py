@@ -29,6 +29,8 @@ CLASSES = {
     ],
     f"{PYTORCH}.loops.fit_loop:_FitLoop": ["on_advance_end", "is_resuming", "_can_stop_early"],
     f"{PYTORCH}.loops.evaluation_loop:_EvaluationLoop": ["run"],
+    f"{PYTORCH}.trainer.connectors.checkpoint_connector:_CheckpointConnector": ["resume_start"],
+    f"{PYTORCH}.plugins.io.wrapper:_WrappingCheckpointIO": ["checkpoint_io"],
     f"{PYTORCH}.strategies:DDPStrategy": ["_configure_launcher"],
     "lightning.fabric.strategies.registry:_StrategyRegistry": ["register"],
 }
@@ -41,6 +43,7 @@ ATTRIBUTES = {
     "fit_loop.epoch_loop._batches_that_stepped": int,
     "fit_loop.epoch_loop.restarting": bool,
     "fit_loop.epoch_loop.batch_progress.current.ready": int,
+    "strategy._checkpoint_io": type(None),
     "strategy._layer_sync": type(None),
     "strategy._timeout": object,
 }
@@ -76,6 +79,7 @@ def test_the_flag_is_broadcast_before_every_batch_of_several_workers() -> None:
 def test_no_other_module_uses_a_private_name_of_lightnings() -> None:
     root = Path(lightning_easgd.__file__).parent
     torchs = {"_buffers", "_non_persistent_buffers_set", "_get_default_store", "_set_pg_timeout"}
+    torchs |= {"_load_from_state_dict", "_save_to_state_dict", "_version"}
     for path in root.rglob("*.py"):
         if path.name == "internals.py":
             continue

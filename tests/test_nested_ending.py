@@ -102,7 +102,7 @@ def regrouped(rank: int, folder: Path) -> Any:
     found = [begun(rank, folder, groups) for groups in (NEST, two, other)]
     for lost in (5, 3, 4):
         if rank == lost:
-            (file,) = folder.glob(f"step=10.ckpt.workers/*/{rank}.ckpt")
+            (file,) = folder.glob(f"step=10.ckpt.workers/*-{rank}.ckpt")
             file.unlink()
     return [*found, begun(rank, folder, NEST)]
 

@@ -69,7 +69,7 @@ def regrouped(rank: int, folder: Path) -> Any:
     resumed(rank, folder, None)
     for groups in (TREE["groups"], 2, [[0, 3], [1, 2]], Groups(2, tau=2), None, TREE["groups"]):
         if rank == 3 and len(found) == 5:
-            (file,) = folder.glob("step=10.ckpt.workers/*/3.ckpt")
+            (file,) = folder.glob("step=10.ckpt.workers/*-3.ckpt")
             file.unlink()
         with pytest.MonkeyPatch.context() as patch:
             warned: list[str] = []

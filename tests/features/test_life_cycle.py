@@ -250,7 +250,10 @@ def write(rank: int, folder: Path) -> None:
 def test_only_worker_0_logs_and_chooses_where_checkpoints_go(tmp_path: Path) -> None:
     run_workers(write, tmp_path, workers=2)
     names = {path.name for path in (tmp_path / "0").rglob("*") if path.is_file()}
-    assert {"hparams.yaml", "epoch=1-step=8.ckpt", "0.ckpt", "1.ckpt"} <= names
+    main = "epoch=1-step=8.ckpt"
+    parts = {path.name[-7:] for path in (tmp_path / "0").rglob(f"{main}.workers/*")}
+    assert {"hparams.yaml", main} <= names
+    assert parts == {"-0.ckpt", "-1.ckpt"}
     assert not list((tmp_path / "1").iterdir())
 
 

@@ -25,7 +25,7 @@ def test_twenty_random_strikes_change_no_bit(tmp_path: Path) -> None:
 
     newest = tmp_path / "undisturbed" / "last.ckpt"
     assert chaos.require_whole(newest.parent, 2) == struck.EPOCHS * struck.STEPS_PER_EPOCH
-    (part,) = newest.parent.glob("last.ckpt.workers/*/1.ckpt")
+    (part,) = newest.parent.glob("last.ckpt.workers/*-1.ckpt")
     part.write_bytes(part.read_bytes()[:-100])
     with pytest.raises(ChaosError, match="does not hold a whole checkpoint"):
         chaos.require_whole(newest.parent, 2)
