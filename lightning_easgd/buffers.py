@@ -13,7 +13,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,14 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_easgd.flat import FLAT_DTYPE, FlatLayout, FlatVector, Memory
 from lightning_easgd.segments import Piece
-from lightning_easgd.storage import compact, is_plain, overlaps_itself
+from lightning_easgd.storage import (
+    Shares,
+    compact,
+    is_plain,
+    overlaps_itself,
+    shares,
+    storage_of,
+)
 
 BufferPolicy = Literal["average", "local", "broadcast"]
 
@@ -57,15 +64,17 @@ class Statistics:
         self._speaks = policy == "average" or rank == 0
         self._places = [] if policy == "local" else list(_float_buffers(module))
         self._missing: set[str] = set()
-        self._aside: list[bool] = []
+        self._places.sort(key=_precision)
         self._layout = FlatLayout(
             (place.name, now) for place in self._places if (now := place.now()) is not None
         )
+        double = FlatLayout(
+            (slot.name, torch.empty(slot.shape, dtype=torch.float64, device="meta"))
+            for slot in self._layout.slots
+        )
         if self._places:
-            sizes = self._layout.sizes
-            self.center = FlatVector(self._layout, memory.allocate(sizes))
-            double = {d: memory.allocate({torch.float64: size}) for d, size in sizes.items()}
-            self.total = FlatVector(self._layout, {d: b[torch.float64] for d, b in double.items()})
+            self.center = FlatVector(self._layout, memory.allocate(self._layout.sizes))
+            self.total = FlatVector(double, memory.allocate(double.sizes))
             self.read_center()
 
     def __bool__(self) -> bool:
@@ -102,7 +111,7 @@ class Statistics:
         if healthy and self._speaks:
             self._read(self.total)
             self._mend()
-            for mine, center in zip(self.total.parts, self.center.parts, strict=True):
+            for mine, center in self._parts():
                 _subtract_(mine, center)
         else:
             self.total.zero_()
@@ -117,8 +126,7 @@ class Statistics:
 
     def _mend(self) -> None:
         """Give up normalisations that overflowed, as where a scaler skips the step."""
-        parts = zip(self.total.parts, self.center.parts, strict=True)
-        if not any(bool(_overflowed(mine, center).any()) for mine, center in parts):
+        if not any(bool(_overflowed(mine, center).any()) for mine, center in self._parts()):
             return
         views = list(zip(self._places, self.total.views, self.center.views, strict=True))
         mended = {
@@ -135,8 +143,15 @@ class Statistics:
         """Take over the sum that arrived; ``healthy`` says which workers contributed."""
         speakers = healthy if self.policy == "average" else healthy[:1]
         if self and any(speakers):
-            for center, total in zip(self.center.parts, self.total.parts, strict=True):
+            for total, center in self._parts():
                 _move_(center, total, sum(speakers))
+
+    def _parts(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The sum and the center, cut into parts of one precision of the center."""
+        (total,) = self.total.parts
+        return zip(
+            torch.split(total, list(self._layout.sizes.values())), self.center.parts, strict=True
+        )
 
     def read_center(self) -> None:
         """Make the module's buffers those of the center."""
@@ -149,26 +164,11 @@ class Statistics:
             if now is not None:
                 yield Piece(place.name, place.owner.get_buffer(place.key)), view
 
-    def set_worker_aside(self) -> None:
-        """Keep the worker's own buffers while the module shows the center."""
-        if self:
-            self._read(self.total)
-            self._aside = [now is not None for now in self._present()]
-
     def load_center(self) -> None:
         """Overwrite the module's buffers by the center's."""
         if self:
-            self._write(self.center, self._present())
-
-    def load_worker(self) -> None:
-        """Give the worker the buffers that were set aside."""
-        if self:
-            present = zip(self._present(), self._aside, strict=True)
-            self._write(self.total, [now if known else None for now, known in present])
-
-    def _write(self, vector: FlatVector, buffers: Sequence[Tensor | None]) -> None:
-        pairs = zip(buffers, vector.views, strict=True)
-        vector.write_to([view.clone() if now is None else now for now, view in pairs])
+            pairs = zip(self._present(), self.center.views, strict=True)
+            self.center.write_to([view.clone() if now is None else now for now, view in pairs])
 
 
 def _overflowed(mine: Tensor, center: Tensor) -> Tensor:
@@ -192,6 +192,12 @@ def _move_(center: Tensor, total: Tensor, workers: int) -> None:
     center.copy_(torch.where(meaningful & ~unchanged, mean, center))
 
 
+def _precision(place: Place) -> int:
+    now = place.now()
+    assert now is not None  # it had a mean
+    return FLAT_DTYPE[now.dtype].itemsize
+
+
 def has_mean(buffer: Tensor) -> bool:
     """Whether buffers of this kind can be averaged."""
     return (
@@ -203,11 +209,23 @@ def has_mean(buffer: Tensor) -> bool:
 
 
 def _float_buffers(module: nn.Module) -> Iterator[Place]:
-    seen: set[int] = set()
+    """Those with a mean, each memory once; what lies in a parameter's memory is the parameter's."""
+    known: dict[Any, list[Tensor]] = {}
+    for parameter in module.parameters():
+        known.setdefault(storage_of(parameter), []).append(parameter)
     for prefix, owner in module.named_modules():
         for key, buffer in owner._buffers.items():
-            if buffer is None or key in owner._non_persistent_buffers_set or id(buffer) in seen:
+            if buffer is None or key in owner._non_persistent_buffers_set or not has_mean(buffer):
                 continue
-            if has_mean(buffer):
-                seen.add(id(buffer))
+            others = known.setdefault(storage_of(buffer), [])
+            if not any(_follows(buffer, other) for other in others):
+                others.append(buffer)
                 yield Place(f"{prefix}.{key}" if prefix else key, owner, key)
+
+
+def _follows(buffer: Tensor, other: Tensor) -> bool:
+    """Whether a buffer changes when another tensor in its storage is written to."""
+    if storage_of(buffer) is None:
+        return buffer is other
+    how = shares(buffer, other)
+    return how is Shares.ALL or (how is Shares.PART and isinstance(other, nn.Parameter))

@@ -18,6 +18,7 @@ from lightning_easgd.algorithms import CenterAverage
 from lightning_easgd.buffers import BufferPolicy, Statistics
 from lightning_easgd.flat import FlatVector, Memory, as_real
 from lightning_easgd.segments import Fragment, Piece, Segment, put_together
+from lightning_easgd.tying import Ties
 
 Shown = Literal["center", "delivered"]
 """What a module is given: the center, or its running average if there is one."""
@@ -42,7 +43,8 @@ class Center:
             in the worker's place; None: the worker itself does.
 
     Raises:
-        ValueError: the module has no parameter to train, or cannot be cut into so many fragments.
+        ValueError: the module has no parameter to train, cannot be cut into so many fragments, or
+            parameters share a part of their memory.
         TypeError: a parameter cannot be averaged.
         RuntimeError: there is no memory left where the center shall lie.
     """
@@ -64,6 +66,7 @@ class Center:
         self.joined = 0
         self.turns = turns
         self._averaging = averaging
+        self.ties = Ties()
         self._dormant = list(module.named_parameters())
         if not any(parameter.requires_grad for _, parameter in self._dormant):
             raise ValueError(
@@ -92,9 +95,11 @@ class Center:
         """
         if not any(parameter.requires_grad for _, parameter in self._dormant):
             return False
-        named = [(n, p) for n, p in self._dormant if p.requires_grad]
-        self.segments.append(self._segment(named))
+        named = self.ties.add((n, p) for n, p in self._dormant if p.requires_grad)
         self._dormant = [(n, p) for n, p in self._dormant if not p.requires_grad]
+        if not named:
+            return False
+        self.segments.append(self._segment(named))
         if self.group is not None:
             self.group.adopt_unfrozen()
             self._tie(self.group)
@@ -139,7 +144,8 @@ class Center:
 
     def parameters(self) -> list[nn.Parameter]:
         """All that take part in exchanges."""
-        return [p for segment in self.segments[: self.joined] for _, p in segment.named]
+        firsts = [p for segment in self.segments[: self.joined] for _, p in segment.named]
+        return firsts + self.ties.twins_of(firsts)
 
     def checksum(self) -> int:
         """A sum over the bits of all elastic center values, within 63 bits."""
@@ -193,10 +199,14 @@ class Center:
         """
         if self.group is not None:
             self.group.load_shared_state(state)
-        named = dict(self._dormant)
+        named = dict(self._dormant) | dict(self.ties.twins())
         for segment in self.segments:
             named |= segment.named
-        groups = [[(n, named.pop(n)) for n in names if n in named] for names in state["segments"]]
+        self.ties = Ties()
+        groups = [
+            self.ties.add((n, named.pop(n)) for n in names if n in named)
+            for names in state["segments"]
+        ]
         self.segments = [self._segment(group) for group in groups if group]
         self._dormant = list(named.items())
         self.join(min(state["joined"], len(self.segments)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from lightning_easgd.center import Center
 from lightning_easgd.communication import Payload
 from lightning_easgd.flat import FlatVector
 from lightning_easgd.optimizers import LocalOptimizers
-from lightning_easgd.segments import Fragment
+from lightning_easgd.segments import Fragment, Piece
 from lightning_easgd.telemetry import Telemetry
 
 Pull = list[tuple[Fragment, FlatVector]]
@@ -79,9 +79,9 @@ class Contribution:
         for fragment in self.fragments:
             fragment.take_difference(from_start=self._rule.restarts and not self._rule.mixing)
         if self._from_iterate:
-            self._optimizers.undo_look_ahead_(
-                pair for fragment in self.fragments for pair in fragment.values(fragment.total)
-            )
+            self._optimizers.undo_look_ahead_(self._points())
+            for twin in self._center.ties.points(self._points()):
+                self._optimizers.undo_look_ahead_([twin])
         self._measure()
 
     @torch.no_grad()
@@ -134,6 +134,10 @@ class Contribution:
         self._leave_out()
         return Payload(self._totals())
 
+    def _points(self) -> Iterator[tuple[Piece, Tensor]]:
+        for fragment in self.fragments:
+            yield from fragment.values(fragment.total)
+
     def _measure(self) -> None:
         self.distance = math.hypot(*(fragment.total.norm() for fragment in self.fragments))
         self.size = math.hypot(*(fragment.center.norm() for fragment in self.fragments))
@@ -147,6 +151,7 @@ class Contribution:
     def _scale(self, clock: int, last: bool) -> Pull:
         """Turn x - c into what is sent of it; a copy of α (x - c) is the worker's own pull."""
         alphas, default = self._weights(clock)
+        alphas = self._center.ties.strongest(alphas)
         self._telemetry.alpha = max([*alphas.values(), default])
         self._rates = [
             [alphas.get(id(piece.whole), default) for piece in fragment.pieces]

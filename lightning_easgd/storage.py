@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from enum import Enum
 
 import torch
 from torch import Tensor
@@ -42,6 +43,54 @@ def places(tensor: Tensor) -> Tensor:
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         places = (places[:, None] + stride * torch.arange(size)).flatten()
     return places
+
+
+class Shares(Enum):
+    """What two tensors have in common of their memory."""
+
+    NOTHING = "nothing"
+    PART = "part"
+    ALL = "all"
+
+
+def storage_of(tensor: Tensor) -> tuple[torch.device, int] | None:
+    """Equal for tensors that lie in one storage; None for those that have no memory."""
+    if not is_plain(tensor) or hasattr(tensor, "__tensor_flatten__") or not tensor.numel():
+        return None
+    return tensor.device, tensor.untyped_storage().data_ptr()
+
+
+def shares(one: Tensor, other: Tensor) -> Shares:
+    """What two plain tensors in one storage have in common."""
+    one, other = compact(one.detach()), compact(other.detach())
+    (begin, end), (start, stop) = _span(one), _span(other)
+    if end <= start or stop <= begin:
+        return Shares.NOTHING
+    if one.dtype != other.dtype:
+        return Shares.PART
+    if one.nbytes == end - begin and other.nbytes == stop - start:
+        return Shares.ALL if (begin, end) == (start, stop) else Shares.PART
+    mine, theirs = torch.unique(places(one)), torch.unique(places(other))
+    if torch.equal(mine, theirs):
+        return Shares.ALL
+    return Shares.PART if bool(torch.isin(mine, theirs).any()) else Shares.NOTHING
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Where in its storage a tensor begins and ends, in bytes."""
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    begin = int(tensor.storage_offset())
+    end = begin + sum((size - 1) * stride for size, stride in sizes) + 1
+    return begin * tensor.itemsize, end * tensor.itemsize
+
+
+def seen_from(to: Tensor, like: Tensor, values: Tensor) -> Tensor:
+    """Values in the places of ``like``, in the shape of ``to``, which shares all of its memory."""
+    begin = min(to.storage_offset(), like.storage_offset())
+    _, end = _span(like)
+    memory = values.new_empty(end // like.itemsize - begin)
+    memory.as_strided(like.shape, like.stride(), like.storage_offset() - begin).copy_(values)
+    return memory.as_strided(to.shape, to.stride(), to.storage_offset() - begin)
 
 
 def digest(tensor: Tensor) -> str:

@@ -14,7 +14,7 @@ LAYERS = [
     {"groups", "pace"},
     {"algorithms", "automatic"},
     {"arguments", "segments"},
-    {"buffers", "communication", "optimizers"},
+    {"buffers", "communication", "optimizers", "tying"},
     {"center"},
     {"consensus", "drops", "leadership", "rates", "swap"},
     {"agreement", "contribution", "gradients"},

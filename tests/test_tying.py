@@ -1,0 +1,224 @@
+"""Parameters, frozen views and buffers that share memory: exchanged and averaged once."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from processes import run_workers
+from torch import Tensor, nn
+from toy import bits, loader, trainer
+
+from lightning_easgd import DiLoCo, EASGDStrategy, Groups
+from lightning_easgd.storage import Shares, seen_from, shares
+
+SGD = partial(torch.optim.SGD, lr=0.1)
+NESTEROV = partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True)
+
+
+class Tied(pl.LightningModule):
+    """Trains ``w`` (3, 2), or in its place a twin of it that has the same memory, transposed."""
+
+    def __init__(self, trained: str, make: Any, twin: bool = True, dtype: Any = None) -> None:
+        super().__init__()
+        start = torch.linspace(-1, 1, 6, dtype=dtype).view(3, 2)
+        if twin or trained == "w":
+            self.w = nn.Parameter(start)
+        if twin or trained == "twin":
+            self.twin = nn.Parameter(start.t())
+        if twin:
+            self.register_buffer("row", self.w.data[1:2])
+            self.view = nn.Parameter(self.w.data[:, 1], requires_grad=False)
+        self.trained, self.make = trained, make
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        weight = self.w if self.trained == "w" else self.twin.t()
+        return ((x @ weight - y) ** 2).mean()
+
+    validation_step = training_step
+
+    def configure_optimizers(self) -> Any:
+        return self.make([getattr(self, self.trained)])
+
+
+def arrays(module: nn.Module) -> dict[str, np.ndarray]:
+    return {key: value.float().numpy().copy() for key, value in module.state_dict().items()}
+
+
+def fit(rank: int, trained: str, twin: bool, make: Any, options: dict[str, Any]) -> Any:
+    options = dict(options)
+    dtype = options.pop("dtype", torch.float32)
+    module, strategy = Tied(trained, make, twin, dtype), EASGDStrategy(tau=4, **options)
+    centers: list[Any] = []
+
+    def look() -> None:
+        state = strategy.center_state_dict()
+        centers.append({key: value.float().numpy().copy() for key, value in state.items()})
+
+    module.on_train_batch_end = lambda *_: look()
+    module.on_validation_batch_end = lambda *_: centers.append(arrays(module))
+    fitting = trainer(4, strategy, val_check_interval=3, num_sanity_val_steps=0)
+    fitting.fit(module, loader(rank, 10, dtype), loader(0, 1, dtype))
+    return [*centers, arrays(module)], strategy.telemetry.bytes_sent
+
+
+@pytest.mark.parametrize("trained", ["w", "twin"])
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (SGD, {}),
+        (SGD, {"overlap": False, "dtype": torch.bfloat16}),
+        (SGD, {"rho": 1.0}),
+        (NESTEROV, {"fragments": 2}),
+        (NESTEROV, {"rho": 1.0, "dtype": torch.float64}),
+        (SGD, {"algorithm": DiLoCo(), "center_average": "ema"}),
+        (SGD, {"compression": "bf16", "groups": 2}),
+        (SGD, {"groups": Groups(2, tau=2)}),
+    ],
+    ids=["plain", "bf16", "rho", "fragments", "nesterov", "diloco", "groups", "centers"],
+)
+def test_one_storage_is_exchanged_once_under_both_names(
+    trained: str, make: Any, options: dict[str, Any]
+) -> None:
+    """Workers and centers are those of a module that has one of the names only.
+
+    But for the order of sums over the workers, which goes by the place in memory.
+    """
+    half = options.get("dtype") is torch.bfloat16
+    if trained == "twin" and "fragments" in options:
+        options = {}  # they are cut along other dimensions
+    one = run_workers(fit, trained, False, make, options, workers=4)
+    both = run_workers(fit, trained, True, make, options, workers=4)
+    for (expected, sent), (found, sent_too) in zip(one, both, strict=True):
+        assert sent == sent_too
+        for plain, state in zip(expected, found, strict=True):
+            weight = plain["w"] if trained == "w" else plain["twin"].T
+            np.testing.assert_allclose(state["w"], weight, rtol=1e-2 if half else 1e-4)
+            np.testing.assert_array_equal(state["twin"].T, state["w"])
+            np.testing.assert_array_equal(state["row"], state["w"][1:2])
+            np.testing.assert_array_equal(state["view"], state["w"][:, 1])
+
+
+class Refused(Tied):
+    def __init__(self, kind: str) -> None:
+        super().__init__("w", SGD, twin=False)
+        self.other = {
+            "rows": lambda: nn.Parameter(self.w.data[1:]),
+            "expanded": lambda: nn.Parameter(torch.zeros(1, 4).expand(8, 4)),
+            "bits": lambda: nn.Parameter(self.w.data.view(torch.bfloat16)),
+        }[kind]()
+
+
+def fit_refused(rank: int, kind: str) -> None:
+    trainer(2, EASGDStrategy(tau=2)).fit(Refused(kind), loader(rank, 2, torch.float32))
+
+
+@pytest.mark.parametrize("kind", ["rows", "expanded", "bits"])
+def test_what_shares_a_part_is_refused_by_name(kind: str) -> None:
+    for outcome in run_workers(fit_refused, kind, workers=2, check=False):
+        assert outcome.error == "ValueError"
+        assert "'other'" in outcome.message
+        assert ("'w' (3, 2)" in outcome.message) == (kind != "expanded")
+        assert "forward()" in outcome.message
+
+
+class Interleaved(Refused):
+    """Two parameters in one storage that have no element in common."""
+
+    def __init__(self) -> None:
+        Tied.__init__(self, "w", SGD, twin=False)
+        whole = torch.zeros(3, 4)
+        self.w, self.odd = nn.Parameter(whole[:, ::2]), nn.Parameter(whole[:, 1::2])
+
+    def on_train_start(self) -> None:
+        with torch.no_grad():
+            self.odd += self.global_rank
+
+
+def fit_interleaved(rank: int) -> Any:
+    module = Interleaved()
+    trainer(2, EASGDStrategy(tau=2, beta=1.0)).fit(module, loader(rank, 2, torch.float32))
+    return arrays(module)
+
+
+def test_parameters_that_share_no_element_are_two() -> None:
+    first, second = run_workers(fit_interleaved, workers=2)
+    assert bits(first) == bits(second)
+    np.testing.assert_array_equal(first["odd"], 0.5)
+
+
+class Later(Tied):
+    """The second name is unfrozen in the second epoch, and then both are trained."""
+
+    def __init__(self, first: str) -> None:
+        super().__init__("w", SGD)
+        self.first = first
+
+    def configure_optimizers(self) -> Any:
+        self.w.requires_grad_(self.first == "w" or self.current_epoch > 0)
+        self.twin.requires_grad_(self.first == "twin" or self.current_epoch > 0)
+        return torch.optim.SGD([self.w, self.twin], lr=0.1, momentum=0.5)
+
+    def on_train_epoch_start(self) -> None:
+        self.w.requires_grad_(self.first == "w" or self.current_epoch > 0)
+        self.twin.requires_grad_(self.first == "twin" or self.current_epoch > 0)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        return ((x @ self.w - y) ** 2).mean() + ((x @ self.twin.t() + y) ** 2).mean()
+
+
+def fit_later(rank: int, first: str, folder: Path) -> Any:
+    def go(path: Path | None, epochs: int) -> tuple[dict[str, np.ndarray], int]:
+        saver = ModelCheckpoint(folder / f"of {epochs} from {path is None}", save_last=True)
+        module = Later(first)
+        strategy = EASGDStrategy(tau=3, rho=0.5)
+        options = {"max_epochs": epochs, "callbacks": [saver], "enable_checkpointing": True}
+        fitting = trainer(2, strategy, **options)
+        seen: list[int] = []
+        module.on_train_end = lambda: seen.append(len(strategy._center.segments))
+        fitting.fit(module, loader(rank, 7, torch.float32), ckpt_path=path)
+        return arrays(module), seen[0]
+
+    whole, segments = go(None, 3)
+    go(None, 2)
+    resumed, _ = go(folder / "of 2 from True" / "last.ckpt", 3)
+    return whole, resumed, segments
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.parametrize("first", ["w", "twin"])
+def test_a_second_name_that_is_unfrozen_later_adds_nothing(first: str, tmp_path: Path) -> None:
+    results = run_workers(fit_later, first, tmp_path, workers=2)
+    for whole, resumed, segments in results:
+        assert segments == 1
+        assert bits(whole) == bits(resumed) == bits(results[0][0])
+        np.testing.assert_array_equal(whole["w"], whole["twin"].T)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [
+        (lambda w: w, lambda w: w.t(), Shares.ALL),
+        (lambda w: w, lambda w: w.reshape(2, 6), Shares.ALL),
+        (lambda w: w[:, ::2], lambda w: w[:, ::2].t(), Shares.ALL),
+        (lambda w: w[:, ::2], lambda w: w[:, 1::2], Shares.NOTHING),
+        (lambda w: w[:2], lambda w: w[2:], Shares.NOTHING),
+        (lambda w: w[:2], lambda w: w[1:], Shares.PART),
+        (lambda w: w[:, ::2], lambda w: w[0], Shares.PART),
+        (lambda w: w[:1].expand(5, 4), lambda w: w[0], Shares.ALL),
+    ],
+)
+def test_what_is_shared(one: Any, other: Any, expected: Shares) -> None:
+    w = torch.arange(12.0).view(3, 4)
+    assert shares(one(w), other(w)) is shares(other(w), one(w)) is expected
+    if expected is Shares.ALL:
+        values = other(w).clone()
+        assert torch.equal(seen_from(one(w), other(w), values), one(w))
