@@ -118,6 +118,7 @@ class Exchange:
         """Whether training has; before that, the module is the center, whatever it holds."""
         self._restarts = rules.algorithm.restarts
         self._speaks = all_reduce.group.rank == 0
+        self._progress = all_reduce.group.progress
         self._agreement = Agreement(rules.algorithm, optimizers, all_reduce.parties)
         contribution = Contribution(
             center,
@@ -228,6 +229,7 @@ class Exchange:
             self._optimizers.after_step(optimizer)
             pull_worker(pull)
             self.clock += 1
+            self._progress.take_step(self.clock)
             self.telemetry.steps += 1
             self._transit.pace.step(self._transit.arrived)
         if self._restarts:

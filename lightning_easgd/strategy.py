@@ -72,6 +72,8 @@ if TYPE_CHECKING:
 EvaluateOn = Literal["center", "worker"]
 StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
 
+_BETWEEN_BATCHES = "between two batches: loader, hooks or callbacks"
+
 
 class EASGDStrategy(PersistentStrategy):
     """Elastic Averaging SGD: every worker trains on its own and is tied to a shared center.
@@ -342,6 +344,11 @@ class EASGDStrategy(PersistentStrategy):
             telemetry=self.telemetry,
         )
 
+    def _enter(self, place: str) -> None:
+        """Let the others know where this worker is, should they come to wait for it."""
+        if self._group is not None:
+            self._group.progress.enter(place)
+
     def _request_stop(self, why: Stop) -> bool:
         if self._exchange is None or self._failed:
             return False
@@ -373,11 +380,13 @@ class EASGDStrategy(PersistentStrategy):
         self._hooks.before_epoch_end(lambda: self._meet_if_uneven(Place.EPOCH_END))
 
     def _before_batch(self) -> None:
+        self._enter(_BETWEEN_BATCHES)
         # Between exchanges nobody waits for anybody, but whoever leaves, leaves with all others.
         if self._exchange is not None and self._exchange.stopping.by_exception:
             self._meet(Place.STOP)
 
     def _after_batch(self) -> None:
+        self._enter(_BETWEEN_BATCHES)
         assert self._exchange is not None
         assert self.lightning_module is not None
         if stops_early(self.lightning_module.trainer):
@@ -386,6 +395,7 @@ class EASGDStrategy(PersistentStrategy):
             self._uneven = True
 
     def _meet_if_uneven(self, place: Place) -> None:
+        self._enter(f"at {place.name.lower().replace('_', ' ')}")
         if self._uneven:
             self._meet(place)
 
@@ -411,6 +421,7 @@ class EASGDStrategy(PersistentStrategy):
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """One batch of this worker, whose loss the rule may want to know."""
+        self._enter("in a training step")
         assert self._exchange is not None
         assert self.lightning_module is not None
         output = super().training_step(*args, **kwargs)
@@ -461,6 +472,11 @@ class EASGDStrategy(PersistentStrategy):
             self._stop()
         return output
 
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._enter("in validation")
+        return super().validation_step(*args, **kwargs)
+
     @contextmanager
     def _validating(self) -> Iterator[None]:
         assert self._exchange is not None
@@ -476,12 +492,14 @@ class EASGDStrategy(PersistentStrategy):
 
     @contextmanager
     def _saving(self) -> Iterator[None]:
+        self._enter("saving a checkpoint")
         assert self._exchange is not None
         with self._exchange.showing(latest=not self._alone, during="a checkpoint"):
             yield
 
     @override
     def on_train_end(self) -> None:
+        self._enter("at the end of training")
         assert self._exchange is not None
         assert self._signals is not None
         finished = self._exchange.finish(exchange=self.options.final_exchange)
@@ -497,7 +515,8 @@ class EASGDStrategy(PersistentStrategy):
         atexit.unregister(leave_all_groups)
         if self._group is not None:
             self._group.explain(exception)
-            self._group.abandon(f"ended with {type(exception).__name__}: {exception}")
+            together = self._exchange is not None and self._exchange.stopped_together
+            self._group.abandon(f"{type(exception).__name__}: {exception}", alone=not together)
         super().on_exception(exception)
 
     @override

@@ -17,7 +17,7 @@ from test_gradients import ADAMW
 from toy import Resumable, Toy, bits, loader, trainer, weights
 
 from lightning_easgd import EASGDStrategy
-from lightning_easgd.communication import liveness
+from lightning_easgd.communication import liveness, store_thread
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 
@@ -65,12 +65,20 @@ def stop_alone(options: dict[str, Any]) -> list[int]:
     return [steps for steps, _ in results]
 
 
+def signs_of_life_come_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes seconds on a real network takes about a second here, in forked workers."""
+    monkeypatch.setattr(liveness, "_PERIOD_SECONDS", 0.3)
+    monkeypatch.setattr(liveness, "_PATIENCE_SECONDS", 1.5)
+    monkeypatch.setattr(liveness, "_ANSWER_SECONDS", 1.5)
+    monkeypatch.setattr(store_thread, "_ANSWER_SECONDS", 1.5)
+    monkeypatch.setattr(store_thread, "_SILENCE_SECONDS", 1.5)
+
+
 def kill_one(
     monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], counts: list[int], who: int, at: int
 ) -> None:
     """SIGKILL to a worker before its batch ``at``, of so many batches each: all others name it."""
-    monkeypatch.setattr(liveness, "_PERIOD_SECONDS", 0.3)
-    monkeypatch.setattr(liveness, "_PATIENCE_SECONDS", 1.5)
+    signs_of_life_come_often(monkeypatch)
     options = {**options, "exchange_timeout": 5}
     with Workers(_killed, options, counts, who, at, workers=len(counts)) as group:
         outcomes = group.collect(60, without=who)

@@ -24,11 +24,13 @@ from lightning_easgd.communication import plain_data
 from lightning_easgd.communication.background import Background
 from lightning_easgd.communication.header import ExchangeError
 from lightning_easgd.communication.liveness import Liveness
+from lightning_easgd.communication.waiting import Watch
 
 Work = dist.Work | Background
 """What goes on beside training and can be waited for."""
 
 _NEVER = timedelta(days=30)
+_LATER = timedelta(seconds=5)
 _numbers = itertools.count()
 _POLL_SECONDS = 1e-4
 _SLOWEST_POLL_SECONDS = 2e-3
@@ -60,10 +62,14 @@ class WorkerGroup:
         self._lightnings_timeout = lightnings_timeout
         self._timeout = lightnings_timeout.total_seconds()
         self._liveness = Liveness(self.rank, self.size, f"workers-{next(_numbers)}")
+        self.progress = self._liveness.progress
+        """Of this worker, which the others are told."""
         self.everybody = self._meet()
         """For what all workers do at the same time; over gloo."""
+        self._liveness.meet()
         self._timeout = timeout.total_seconds()
-        _set_default_timeout(min(timeout, lightnings_timeout))
+        # What is watched ends first, with names.
+        _set_default_timeout(min(timeout + _LATER, lightnings_timeout))
 
     def _meet(self) -> dist.ProcessGroup:
         if dist.get_backend() != "gloo":
@@ -135,7 +141,7 @@ class WorkerGroup:
         """Add who is missing to an error of torch's, out of a collective that is not watched."""
         gloos = type(error) is RuntimeError and "gloo" in str(error)
         if gloos or isinstance(error, dist.DistError):
-            error.args = (f"{error} {self._liveness.judge()}",)
+            error.args = (f"{error} {self._liveness.diagnose(self._timeout)}",)
 
     def wait(
         self, work: Work | None, what: str, *, poll: bool = True, patiently: bool = False
@@ -147,39 +153,45 @@ class WorkerGroup:
             what: it is part of, for the message.
             poll: whether it ends when its data is there (gloo), so that it can be watched; an
                 accelerator's is only queued behind what its stream does.
-            patiently: go on after the timeout as long as all workers are alive.
+            patiently: go on after the timeout as long as another worker gets on.
 
         Raises:
             ExchangeError: another worker is gone or did not come within the timeout; says which.
         """
         assert work is not None  # torch's are, on workers that are in the group
-        began = time.monotonic()
-        deadline = began + self._timeout
+        self.progress.begin_to_wait(what)
         try:
-            # Polled, so that signals (Ctrl-C among them) are seen while a worker is late.
-            while poll and not work.is_completed():
-                if self._liveness.verdict:
-                    raise TimeoutError("another worker gave up")
-                if time.monotonic() > deadline:
-                    if not patiently or self._liveness.missing():
-                        raise TimeoutError(f"not completed within {self._timeout:g} s")
-                    deadline = time.monotonic() + self._timeout
-                waited = time.monotonic() - began
-                time.sleep(min(_SLOWEST_POLL_SECONDS, max(_POLL_SECONDS, waited / 50)))
+            if poll:
+                self._watch(work, patiently=patiently)
             work.wait()
-        except (RuntimeError, TimeoutError) as error:
+        except (RuntimeError, OSError) as error:
             raise ExchangeError(
-                f"{what} could not be completed. {self._liveness.judge()} Look for their errors"
-                f" first; then resume from the last checkpoint. ({error})"
+                f"{what} could not be completed. {self._liveness.diagnose(self._timeout)} Look for"
+                f" their errors first; then resume from the last checkpoint. ({error})"
             ) from error
+        finally:
+            self.progress.go_on()
 
-    def abandon(self, reason: str) -> None:
+    def _watch(self, work: Work, *, patiently: bool) -> None:
+        """Return when it is completed; polled, so that signals (Ctrl-C among them) are seen."""
+        if work.is_completed():
+            return
+        watch = Watch(self._liveness, self._timeout, patiently=patiently)
+        while not work.is_completed():
+            watch.check()
+            time.sleep(min(_SLOWEST_POLL_SECONDS, max(_POLL_SECONDS, watch.waited / 50)))
+
+    def abandon(self, reason: str, *, alone: bool = True) -> None:
         """Stop taking part, after an error; the others are told the reason.
+
+        Args:
+            reason: what happened to this worker.
+            alone: whether the others know nothing of it, and so are to end as well.
 
         What is in flight may never end, and destroying its group would wait for it, so the groups
         are kept for as long as the process lives, the shutdown of the interpreter included.
         """
-        self._liveness.stop(reason)
+        self._liveness.stop(reason, alone=alone)
         self._abandoned = True
         for group in [self.everybody, *self._made]:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))

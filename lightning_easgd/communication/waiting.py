@@ -1,0 +1,62 @@
+"""How long to wait for other workers: while they get on, or at most until a timeout."""
+
+from __future__ import annotations
+
+import time
+
+from lightning_easgd.communication.liveness import Liveness
+
+_LOOK_SECONDS = 0.25
+_GRACE_SECONDS = 1.5
+"""What has been sent before a worker ended may still arrive."""
+_LONGEST_POLL_SECONDS = 1.0
+"""A poll that is later than this was stopped meanwhile itself."""
+
+
+class Watch:
+    """One wait for others: :meth:`check` raises when it has taken too long.
+
+    Args:
+        liveness: of this worker.
+        timeout: in seconds.
+        patiently: whether to wait on as long as another worker gets on.
+    """
+
+    def __init__(self, liveness: Liveness, timeout: float, *, patiently: bool) -> None:
+        self._liveness, self._timeout, self._patiently = liveness, timeout, patiently
+        self._quiet = min(_LOOK_SECONDS, timeout / 4)
+        self._last, self._next_look = time.monotonic(), 0.0
+        self._trouble_since: float | None = None
+        self.waited = 0.0
+        """Seconds, without those for which this process was stopped."""
+
+    def check(self) -> None:
+        """Raise if the wait is over.
+
+        Raises:
+            TimeoutError: somebody is gone, or the timeout has passed.
+        """
+        now = time.monotonic()
+        gap, self._last = now - self._last, now
+        self.waited += min(gap, _LONGEST_POLL_SECONDS)
+        if gap > _LONGEST_POLL_SECONDS:
+            self._liveness.look_afresh()
+        if self.waited >= self._quiet and now >= self._next_look:
+            self._next_look = now + _LOOK_SECONDS
+            self._liveness.look_on()
+            self._look_for_trouble()
+            self._look_at_the_clock()
+
+    def _look_for_trouble(self) -> None:
+        if not self._liveness.trouble():
+            self._trouble_since = None
+        elif self._trouble_since is None:
+            self._trouble_since = self.waited
+        elif self.waited - self._trouble_since > _GRACE_SECONDS:
+            raise TimeoutError("another worker gave up or is gone")
+
+    def _look_at_the_clock(self) -> None:
+        stood = min(self.waited, self._liveness.idle()) if self._patiently else self.waited
+        if stood > self._timeout and self._liveness.has_looked():
+            how = "nobody got on" if self._patiently else "not completed"
+            raise TimeoutError(f"{how} within {self._timeout:g} s")
