@@ -36,6 +36,7 @@ from lightning_easgd.checkpoint_files import (
     workers_folder,
 )
 from lightning_easgd.checkpoint_io import OrderedWrites, Write
+from lightning_easgd.communication.foreign import escape, quote
 from lightning_easgd.exchange import Exchange
 from lightning_easgd.fingerprint import fingerprint
 from lightning_easgd.own_values import OwnValues
@@ -206,7 +207,7 @@ class WorkerCheckpoints:
         deadline = time.monotonic() + self._patience
         while missing := [rank for rank, file in files.items() if not is_there(file)]:
             if self._given_up or time.monotonic() > deadline:
-                who = ", ".join(f"worker {rank} on {hosts[rank]}" for rank in missing)
+                who = ", ".join(f"worker {rank} on {escape(hosts[rank])}" for rank in missing)
                 raise CheckpointError(
                     f"{path} was not saved: worker 0 on {hosts[0]} does not see what {who} wrote"
                     f" to {workers_folder(path)} (after {self._patience:g} s). Save to a folder"
@@ -262,7 +263,7 @@ def digest_of_main(checkpoint: Mapping[str, Any], entry: Mapping[str, Any]) -> s
 
 def listing(problems: Mapping[int, str]) -> str:
     """What is wrong on which worker, in a line."""
-    return "; ".join(f"worker {rank}: {text}" for rank, text in problems.items())
+    return "; ".join(f"worker {rank}: {quote(text)}" for rank, text in problems.items())
 
 
 def describe(error: BaseException) -> str:

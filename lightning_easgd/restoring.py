@@ -21,6 +21,7 @@ from lightning_easgd.checkpoint import (
     listing,
 )
 from lightning_easgd.checkpoint_files import ENTRY, Storage, is_save_id, worker_file
+from lightning_easgd.communication.foreign import escape, quote
 from lightning_easgd.exchange import Exchange
 from lightning_easgd.fingerprint import fingerprint
 from lightning_easgd.own_values import OwnValues
@@ -61,7 +62,7 @@ class Resumed:
     def warnings(self) -> list[str]:
         """Which workers should have had a file and start at the center; a line each."""
         return [
-            f"Worker {rank} starts at the center, with fresh optimizers: {problem}."
+            f"Worker {rank} starts at the center, with fresh optimizers: {quote(problem)}."
             for rank, problem in self.problems.items()
         ]
 
@@ -285,14 +286,16 @@ def _require_readable(path: str, said: Sequence[Any], mine: CheckpointError | No
     failed = {rank: text for rank, (_, text, *_) in enumerate(said) if text is not None}
     if failed:
         if len(failed) == len(said) and len(set(failed.values())) == 1:
-            raise CheckpointError(f"{failed[0]}.") from mine
+            raise CheckpointError(f"{mine}.") from mine
         who = "; ".join(
-            f"worker {rank} on {said[rank][0]}: {text}" for rank, text in failed.items()
+            f"worker {rank} on {escape(said[rank][0])}: {quote(text)}"
+            for rank, text in failed.items()
         )
         raise CheckpointError(f"Not all workers can read the checkpoint {path}: {who}.") from mine
     if len({(save, step) for *_, save, step in said}) > 1:
         who = "; ".join(
-            f"worker {rank} on {host} read {what}" for rank, (host, _, what, *_) in enumerate(said)
+            f"worker {rank} on {escape(host)} read {escape(what)}"
+            for rank, (host, _, what, *_) in enumerate(said)
         )
         raise CheckpointError(
             f"The workers read different checkpoints: {who}. Let all machines see the"

@@ -454,7 +454,7 @@ def test_a_worker_that_cannot_write_fails_all_and_leaves_the_checkpoint_before(
     outcomes = run_workers(failing, tmp_path, who, what, workers=2, check=False)
     assert outcomes[who].error == "OSError"
     assert outcomes[1 - who].error == "CheckpointError"
-    assert f"worker {who}: OSError on " in outcomes[1 - who].message
+    assert f'worker {who}: "OSError on ' in outcomes[1 - who].message
     assert "disk full" in outcomes[1 - who].message
     path = tmp_path / "last.ckpt"
     assert torch.load(path, weights_only=True)["global_step"] == 5

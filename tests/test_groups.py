@@ -391,5 +391,7 @@ def test_members_that_cannot_go_on_as_equals_start_at_the_center(tmp_path: Path)
         assert len(warned[0]) == len(equals)
         assert all(own[rank] == own[equals[0]] for rank in equals)
     changed, missing = runs[0][0][0], runs[0][1][0]
-    assert "Worker 0 starts at the center, with fresh optimizers: groups have changed" in changed[0]
+    assert (
+        'Worker 0 starts at the center, with fresh optimizers: "groups have changed"' in changed[0]
+    )
     assert any("Worker 2 starts" in w and "worker 3 of its group does" in w for w in missing)

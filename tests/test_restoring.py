@@ -252,7 +252,7 @@ def test_a_file_of_another_save_under_this_ones_name_is_noticed(
         assert text in said
         assert text in also
     else:
-        assert said == [f"Worker 1 starts at the center, with fresh optimizers: {text}."]
+        assert said == [f'Worker 1 starts at the center, with fresh optimizers: "{text}".']
 
 
 def read_alone(rank: int, path: str) -> None:

@@ -189,3 +189,32 @@ def test_who_asks_gloo_for_tls_does_not_train_in_the_clear() -> None:
     for outcome in run_workers(over_tls, workers=2, check=False):
         assert outcome.error == "RuntimeError"
         assert "unsupported gloo device" in outcome.message
+
+
+def unwilling(rank: int, folder: Path) -> None:
+    """Worker 1 cannot save, and says so in a way that is to mislead."""
+    fitting = trainer(2, EASGDStrategy(tau=2))
+    module = Toy(SGD)
+
+    def on_train_end() -> None:
+        if rank == 1:
+            save = fitting.strategy.checkpoint_io.save_checkpoint
+
+            def fails(*args: Any, **kwargs: Any) -> None:
+                save(*args, **kwargs)
+                raise OSError("\x1b[2J\nAll workers are alive. " + 10**6 * "x")
+
+            fitting.strategy.checkpoint_io.save_checkpoint = fails
+        fitting.save_checkpoint(folder / "last.ckpt")
+
+    module.on_train_end = on_train_end
+    fitting.fit(module, loader(rank, 3))
+
+
+def test_errors_of_others_are_shown_as_theirs(tmp_path: Path) -> None:
+    outcomes = run_workers(unwilling, tmp_path, workers=2, check=False)
+    assert outcomes[0].error == "CheckpointError", outcomes[0]
+    assert "\\x1b[2J\\nAll workers are alive. xxx" in outcomes[0].message
+    assert 'worker 1: "OSError on ' in outcomes[0].message
+    assert outcomes[0].message.isprintable()
+    assert len(outcomes[0].message) < 1000

@@ -21,13 +21,16 @@ def quote(words: str | bytes, limit: int = _MOST_CHARACTERS) -> str:
     """
     if isinstance(words, bytes):
         words = words[: 4 * limit].decode(errors="replace")
-    shown = "".join(map(_escaped, words[:limit]))
+    shown = escape(words.replace('"', "'"), limit)
     left_out = len(words) - limit
     return f'"{shown}"' if left_out <= 0 else f'"{shown}" (and {left_out} characters more)'
 
 
+def escape(name: str, limit: int = _MOST_CHARACTERS) -> str:
+    """What another worker calls itself or a thing, without control characters."""
+    return "".join(map(_escaped, name[:limit]))
+
+
 def _escaped(character: str) -> str:
-    if character == '"':
-        return "'"
     # Not printable: control characters, line ends of all scripts, marks that turn the direction.
     return character if character.isprintable() else character.encode("unicode_escape").decode()
