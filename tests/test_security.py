@@ -6,6 +6,7 @@ import glob
 import os
 import pickle
 import socket
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
@@ -17,7 +18,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from processes import run_workers
+from processes import Workers, run_workers
+from torch.distributed import distributed_c10d
 from toy import Toy, loader, trainer
 
 from lightning_easgd import EASGDStrategy
@@ -218,3 +220,30 @@ def test_errors_of_others_are_shown_as_theirs(tmp_path: Path) -> None:
     assert 'worker 1: "OSError on ' in outcomes[0].message
     assert outcomes[0].message.isprintable()
     assert len(outcomes[0].message) < 1000
+
+
+def slandered(rank: int) -> str:
+    """Somebody writes to the store that worker 0 listens to, in the middle of training."""
+    module, strategy = Toy(SGD), EASGDStrategy(tau=2, exchange_timeout=10)
+
+    def on_train_batch_start(batch: Any, batch_idx: int) -> None:
+        if rank == 1 and batch_idx == 3:
+            name = strategy._group._liveness._store._name
+            store = dist.PrefixStore(name, distributed_c10d._get_default_store().clone())
+            for key in ("process/1", "sign/1"):
+                store.set(key, b"[" * 10**6)
+            store.set("ended/1", b"\xff\x1b[2J\n" * 10**5)
+            store.set("verdict", b'\x1b[2J\n" Worker 0 was killed. \xff' + 10**6 * b"x")
+            time.sleep(20)
+
+    module.on_train_batch_start = on_train_batch_start
+    trainer(2, strategy).fit(module, loader(rank, 12))
+
+
+def test_what_strangers_write_to_the_store_is_shown_as_theirs() -> None:
+    with Workers(slandered, workers=2) as group:
+        (outcome,) = group.collect(40, without=1)
+    assert outcome.error == "ExchangeError", outcome
+    assert outcome.message.isprintable()
+    assert "A worker said: \"\\x1b[2J\\n' Worker 0 was killed." in outcome.message
+    assert len(outcome.message) < 4000

@@ -41,7 +41,7 @@ class Sign:
         try:
             number, step, place, waits_for, stood = json.loads(text)
             return cls(int(number), int(step), str(place), str(waits_for), float(stood))
-        except (ValueError, TypeError, OverflowError):
+        except (ValueError, TypeError, OverflowError, RecursionError):
             return None
 
 

@@ -221,7 +221,7 @@ def _visible(text: bytes) -> Process | None:
     try:
         machine, number, started = json.loads(text)
         process = Process(str(machine), int(number), str(started))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError, RecursionError):
         return None
     seen = mine is not None and process.machine == mine.machine and not process.is_gone()
     return process if seen else None

@@ -58,7 +58,13 @@ def test_who_is_missing_comes_before_who_is_stuck_and_late(
     assert diagnose(states, MINE, 0, stuck_after=3) == expected
 
 
-@pytest.mark.parametrize("text", ["", "7", "[1, 2]", '[1, "x", "", "", 0]', "[1e999, 1, 1, 1, 1]"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "7", "[1, 2]", '[1, "x", "", "", 0]', "[1e999, 1, 1, 1, 1]"),
+        pytest.param("[" * 10**5, id="deep"),
+    ],
+)
 def test_what_is_no_sign_is_none(text: str) -> None:
     assert Sign.unpack(text) is None
     assert Sign.unpack(TRAINS.pack()) == TRAINS
