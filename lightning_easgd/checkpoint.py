@@ -80,14 +80,19 @@ class WorkerCheckpoints:
         self._rank = rank
         self._workers = workers
         self._gather = gather
+        self._short_patience = min(_PATIENCE_SECONDS, timeout / 2)
         # The others wait meanwhile, where writes are not queued.
-        self._patience = timeout if writes.may_queue else min(_PATIENCE_SECONDS, timeout / 2)
+        self._patience = timeout if writes.may_queue else self._short_patience
         self._asked: dict[str, list[str]] = {}
         self._given_up = False
 
     def give_up(self) -> None:
         """Wait for no other worker any more, in a write that is queued."""
         self._given_up = True
+
+    def expect_no_more(self) -> None:
+        """Wait no longer than it takes to see what is written: the others have written all."""
+        self._patience = self._short_patience
 
     def save(
         self,
@@ -204,9 +209,10 @@ class WorkerCheckpoints:
         files = {rank: worker_file(path, save, rank) for rank in range(len(hosts))}
         if not files or not is_there(files[0]):
             return
-        deadline = time.monotonic() + self._patience
+        began = time.monotonic()
         while missing := [rank for rank, file in files.items() if not is_there(file)]:
-            if self._given_up or time.monotonic() > deadline:
+            if self._given_up or time.monotonic() > began + self._patience:
+                self._given_up = self.writes.may_queue
                 who = ", ".join(f"worker {rank} on {escape(hosts[rank])}" for rank in missing)
                 raise CheckpointError(
                     f"{path} was not saved: worker 0 on {hosts[0]} does not see what {who} wrote"
@@ -223,7 +229,7 @@ class WorkerCheckpoints:
             asked.remove(save)
         with suppress(OSError):  # remote, or another worker was faster
             self.writes.storage.remove_checkpoint(worker_file(path, save, self._rank))
-        remove_saves(self.writes.storage, path, lambda other: other == save)
+        remove_saves(self.writes.storage, path, lambda other: other == save, unfinished=False)
 
     def _replace(self, path: str, save: str) -> None:
         """Remove the files of all saves before this one, which is in place."""

@@ -67,14 +67,22 @@ def is_there(path: str) -> bool:
     return False
 
 
-def remove_saves(storage: Storage, path: str, goes: Callable[[str], bool]) -> None:
+def remove_saves(
+    storage: Storage, path: str, goes: Callable[[str], bool], *, unfinished: bool = True
+) -> None:
     """Remove the workers' files beside ``path`` of those saves whose id ``goes``.
 
     What cannot be removed stays, and is tried again at the next save.
+
+    Args:
+        storage: removes them.
+        path: of the main file.
+        goes: is asked of each id.
+        unfinished: whether files go that are perhaps still being written.
     """
     folder = workers_folder(path)
     for name, save in list(_ours(folder)):
-        if goes(save):
+        if goes(save) and (unfinished or name.endswith(".ckpt")):
             with suppress(OSError):
                 storage.remove_checkpoint(f"{folder}/{name}")
     _remove_if_empty(folder)

@@ -45,7 +45,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         folder = os.path.dirname(name) or "."
-        os.makedirs(folder, exist_ok=True)
         # Nobody can have put a link there: the name cannot be guessed, and must be new.
         part = f"{name}.{secrets.token_hex(8)}.part"
         try:
@@ -121,6 +120,8 @@ class OrderedWrites:
         """Whether a write that returned may not have happened yet."""
         self._lock = threading.Lock()
         self._queued: dict[str, deque[Write]] = {}
+        self.done = 0
+        """How many queued writes are over."""
         if isinstance(storage, WrappingCheckpointIO):
             wrap_innermost(storage, lambda inner: _Innermost(inner, self._carry_out))
 
@@ -141,6 +142,12 @@ class OrderedWrites:
                 return
         action()
 
+    @property
+    def queued(self) -> int:
+        """How many writes are not over yet."""
+        with self._lock:
+            return sum(map(len, self._queued.values()))
+
     def _carry_out(self, storage: CheckpointIO, content: Any, path: str, options: Any) -> None:
         queue = self._queued.get(path)
         write = queue[0] if queue else Write()
@@ -150,6 +157,7 @@ class OrderedWrites:
             with self._lock:
                 if queue:
                     queue.popleft()
+                self.done += 1
             for action in write.over:
                 action()
 
@@ -203,10 +211,9 @@ class _Recorded:
 
 
 def _write_new(checkpoint: dict[str, Any], part: str, name: str) -> None:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
     recorded = None
     try:
-        with os.fdopen(os.open(part, flags, 0o666), "wb") as file:
+        with os.fdopen(_open_new(part), "wb") as file:
             recorded = _Recorded(file)
             torch.save(checkpoint, recorded)  # type: ignore[arg-type]
             file.flush()
@@ -217,6 +224,19 @@ def _write_new(checkpoint: dict[str, Any], part: str, name: str) -> None:
             raise
         said = f"{cause.strerror}; the checkpoint was not saved"
         raise OSError(cause.errno, said, name) from error
+
+
+def _open_new(path: str) -> int:
+    """A descriptor of a new file, to write to, in a folder that is made if need be."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+    for tries_left in (2, 1, 0):
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        try:
+            return os.open(path, flags, 0o666)
+        except FileNotFoundError:  # another worker just removed the folder, which was empty
+            if not tries_left:
+                raise
+    raise AssertionError
 
 
 def _flush_folder(folder: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from functools import partial
@@ -17,10 +18,13 @@ from typing_extensions import override
 from lightning_easgd.checkpoint import CheckpointError, WorkerCheckpoints, describe, listing
 from lightning_easgd.checkpoint_io import AtomicCheckpointIO, OrderedWrites
 from lightning_easgd.collectives import CollectiveStrategy
+from lightning_easgd.communication import WorkerGroup, watched
 from lightning_easgd.internals import WrappingCheckpointIO, on_restoring
 from lightning_easgd.optimizers import require_complete
 from lightning_easgd.own_values import OwnValues
 from lightning_easgd.restoring import Restorer, Resumed, agree_on_path
+
+_POLL_SECONDS = 0.02
 
 
 class PersistentStrategy(CollectiveStrategy):
@@ -182,19 +186,36 @@ class PersistentStrategy(CollectiveStrategy):
 
     def _finish_writing(self) -> None:
         """Wait until what plugins queued is written, on all workers: what follows may read it."""
-        if self._saved is None or not self._saved.writes.may_queue:
+        saved, group, error = self._saved, self._group, None
+        if saved is None or group is None or not saved.writes.may_queue:
             return
-        error = None
-        try:
-            self.checkpoint_io.teardown()
-        except Exception as raised:
-            error = raised
+        for ranks in (range(1, self.world_size), range(1)):  # whose files worker 0 waits for first
+            try:
+                if self.global_rank in ranks:
+                    self._drain(saved, group)
+            except Exception as raised:
+                error = raised
+            watched.barrier(group, "The last checkpoint", patiently=True)
+            saved.expect_no_more()
         everybody = enumerate(self._collect(None if error is None else describe(error)))
         failed = {rank: text for rank, text in everybody if text is not None}
         if error is not None:
             raise error
         if failed:
             raise CheckpointError(f"A checkpoint was not saved: {listing(failed)}.")
+
+    def _drain(self, saved: WorkerCheckpoints, group: WorkerGroup) -> None:
+        """Wait for this worker's queue, and tell the others that it gets on."""
+        done, since = saved.writes.done, time.monotonic()
+        while (
+            saved.writes.queued
+            and time.monotonic() < since + self._exchange_timeout.total_seconds()
+        ):
+            if saved.writes.done != done:
+                group.progress.enter("writing checkpoints")
+                done, since = saved.writes.done, time.monotonic()
+            time.sleep(_POLL_SECONDS)
+        self.checkpoint_io.teardown()
 
     @override
     def teardown(self) -> None:

@@ -25,17 +25,18 @@ from lightning_easgd.communication.background import Background
 from lightning_easgd.communication.group import WorkerGroup
 
 
-def barrier(group: WorkerGroup, what: str) -> None:
+def barrier(group: WorkerGroup, what: str, *, patiently: bool = False) -> None:
     """Wait for all workers.
 
     Args:
         group: all workers.
         what: Lightning asks for, for the message.
+        patiently: go on after the timeout as long as another worker gets on.
 
     Raises:
         ExchangeError: a worker left or did not come in time.
     """
-    group.wait(dist.barrier(group=group.everybody, async_op=True), what)
+    group.wait(dist.barrier(group=group.everybody, async_op=True), what, patiently=patiently)
 
 
 def broadcast(group: WorkerGroup, value: Any, src: int, what: str) -> Any:
