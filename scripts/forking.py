@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from launching import free_port
+from parting import end_with
 
 FORK = multiprocessing.get_context("fork")
 
@@ -53,7 +54,9 @@ class Workers:
         for rank in range(workers):
             receiver, sender = FORK.Pipe(duplex=False)
             process = FORK.Process(
-                target=_worker, args=(target, rank, workers, port, sender, args), daemon=True
+                target=_worker,
+                args=(target, rank, workers, port, sender, args, os.getpid()),
+                daemon=True,
             )
             process.start()
             sender.close()
@@ -113,9 +116,12 @@ def _delayed_signals() -> Iterator[None]:
             signal.raise_signal(number)
 
 
-def _worker(target: Any, rank: int, workers: int, port: str, sender: Any, args: Any) -> None:
+def _worker(
+    target: Any, rank: int, workers: int, port: str, sender: Any, args: Any, parent: int
+) -> None:
     for number in _ENDING:  # not as the process that was forked
         signal.signal(number, signal.SIG_DFL)
+    end_with(parent, signal.SIGKILL)
     os.environ.update(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=port,

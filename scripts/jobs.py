@@ -19,6 +19,7 @@ from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from launching import WorkerError, run_workers
 from omegaconf import DictConfig, OmegaConf
+from parting import watch_lifeline
 
 Result = TypeVar("Result")
 
@@ -105,6 +106,7 @@ def command_line(main: Callable[[], Any], run: Callable[[DictConfig], Any]) -> N
 
 
 def _work(run: Callable[[DictConfig], Any], config: str) -> None:
+    watch_lifeline()
     cfg = OmegaConf.load(config)
     assert isinstance(cfg, DictConfig)
     try:

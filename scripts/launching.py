@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from parting import Lifeline
+
 _GRACE_SECONDS = 60.0
 _POLL_SECONDS = 0.05
 _LINES_OF_LOG = 25
@@ -41,7 +43,8 @@ def run_workers(command: Sequence[str], *, workers: int, nodes: int, logs: Path)
     """Run ``command`` as the workers of this node, and wait for all of them.
 
     Worker 0 writes to the terminal, the others to ``logs/worker<local rank>.log``. When one fails,
-    on Ctrl-C and on SIGTERM, the others are asked to end, and killed after 60 seconds.
+    on Ctrl-C and on SIGTERM, the others are asked to end, and killed after 60 seconds. When this
+    process is killed they are told to end, and do so by themselves; see parting.py.
 
     Args:
         command: the program and its arguments.
@@ -61,14 +64,21 @@ def run_workers(command: Sequence[str], *, workers: int, nodes: int, logs: Path)
     processes: list[subprocess.Popen[bytes]] = []
     try:
         with ExitStack() as files:
+            lifeline = files.enter_context(Lifeline())
             for rank in range(workers):
                 log = files.enter_context(_log(logs, rank).open("wb")) if rank else None
-                environment = shared | _ranks(rank, workers, int(shared["NODE_RANK"]))
-                errors = subprocess.STDOUT if rank else None
+                ranks = _ranks(rank, workers, int(shared["NODE_RANK"]))
                 processes.append(
-                    subprocess.Popen(command, env=environment, stdout=log, stderr=errors)
+                    subprocess.Popen(
+                        command,
+                        env=shared | ranks | lifeline.variables,
+                        stdout=log,
+                        stderr=subprocess.STDOUT if rank else None,
+                        pass_fds=lifeline.passed,
+                        preexec_fn=lifeline.hold,
+                    )
                 )
-        _wait(processes, logs)
+            _wait(processes, logs)
     finally:
         _end(processes)
         signal.signal(signal.SIGTERM, before)

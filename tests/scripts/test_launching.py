@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -14,6 +15,7 @@ import pytest
 from launching import WorkerError, is_worker, run_workers
 
 SLEEP = "import time; time.sleep(60)"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 def program(text: str) -> list[str]:
@@ -151,3 +153,42 @@ def test_signals_end_all_workers(
     killer.join()
     assert alive(tmp_path) == []
     assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def launcher(tmp_path: Path, worker: str, *, by_pipe: bool) -> int:
+    """The exit code of a program that starts workers, once it is killed."""
+    text = f"""
+import os, signal, sys, threading, time
+from pathlib import Path
+import parting
+from launching import run_workers
+
+if {by_pipe}:
+    parting._prctl = None  # as where there is none
+folder = Path({str(tmp_path)!r})
+
+def be_killed():
+    while len(list(folder.glob("*.pid"))) < 2:
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+threading.Thread(target=be_killed).start()
+command = [sys.executable, "-S", "-c", {worker!r}, str(folder)]
+run_workers(command, workers=2, nodes=1, logs=folder)
+"""
+    environment = os.environ | {"PYTHONPATH": str(SCRIPTS)}
+    return subprocess.run([sys.executable, "-c", text], env=environment, timeout=60).returncode
+
+
+@pytest.mark.parametrize("by_pipe", [False, True])
+def test_workers_end_with_a_launcher_that_is_killed(tmp_path: Path, by_pipe: bool) -> None:
+    if not by_pipe and sys.platform != "linux":
+        pytest.skip("the kernel sends no signal")
+    watching = "import parting; parting._GRACE_SECONDS = 1; parting.watch_lifeline()\n"
+    deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+    worker = (watching + deaf if by_pipe else "") + WRITE_PID + SLEEP
+    assert launcher(tmp_path, worker, by_pipe=by_pipe) == -signal.SIGKILL
+    deadline = time.monotonic() + 20
+    while alive(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert alive(tmp_path) == []
