@@ -9,6 +9,7 @@ collectives have to come under any strategy, goes through the default group.
 from __future__ import annotations
 
 import ctypes
+import gc
 import itertools
 import time
 from collections.abc import Sequence
@@ -222,11 +223,12 @@ def leave_all_groups() -> None:
     """Destroy the process groups of this process, if it has any; nothing may be in flight.
 
     gloo's threads let go of the tensors of a finished collective late. One that does so while the
-    interpreter shuts down aborts the process (pytorch/pytorch#190489); destroying the groups before
-    ends the threads.
+    interpreter shuts down aborts the process (pytorch/pytorch#190489). Threads end with the last
+    reference to their group, and objects that refer to each other keep theirs until collected.
     """
     if dist.is_initialized():
         dist.destroy_process_group()
+        gc.collect()
 
 
 def _set_default_timeout(timeout: timedelta) -> None:
