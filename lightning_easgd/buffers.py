@@ -11,60 +11,48 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
-from lightning_easgd.flat import FLAT_DTYPE, FlatLayout, FlatVector, Memory
+from lightning_easgd.flat import FLAT_DTYPE, FlatLayout, FlatVector, Memory, as_real
+from lightning_easgd.policies import Buffers, Place, Policies, find_places
 from lightning_easgd.segments import Piece
-from lightning_easgd.storage import (
-    Shares,
-    compact,
-    is_plain,
-    overlaps_itself,
-    shares,
-    storage_of,
-)
-
-BufferPolicy = Literal["average", "local", "broadcast"]
+from lightning_easgd.spectral import spectral_norms
 
 _FAR = 2.0**1000
 """What an infinity travels as."""
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where in a module a buffer is registered."""
-
-    name: str
-    owner: nn.Module
-    key: str
-
-    def now(self) -> Tensor | None:
-        """The buffer's distinct elements now; modules may replace a buffer instead of writing."""
-        buffer = self.owner._buffers.get(self.key)
-        return compact(buffer.detach()) if buffer is not None and has_mean(buffer) else None
-
-
 class Statistics:
     """Float buffers of a module (BatchNorm's running statistics and others), and their center.
 
-    ``average``: the mean over the workers; ``broadcast``: those of worker 0; ``local``: every
-    worker keeps its own and nothing travels. Integer, complex and 8-bit buffers, and those that
-    the state dict leaves out, stay local always. So does, from then on, one that is dropped or gets
-    another shape; that is said once.
+    ``average``: the mean over the workers; ``broadcast``: those of worker 0; ``recompute``: from
+    the center's weights; ``local``: every worker keeps its own and nothing travels. A buffer that
+    is dropped or gets another shape is the worker's own as long as it is so; that is said once.
+
+    Args:
+        module: with buffers that are equal on all workers.
+        buffers: what becomes of each.
+        rank: this worker's number.
+        memory: where the center lies.
+
+    Raises:
+        ValueError: a pattern names nothing to which its policy could apply.
     """
 
-    def __init__(self, module: nn.Module, policy: BufferPolicy, rank: int, memory: Memory) -> None:
-        self.policy = policy
-        self._speaks = policy == "average" or rank == 0
-        self._places = [] if policy == "local" else list(_float_buffers(module))
+    def __init__(
+        self, module: nn.Module, buffers: Buffers | Policies, rank: int, memory: Memory
+    ) -> None:
+        self._rank = rank
+        found = find_places(module, Policies.check(buffers))
+        anew = {place.name for place in found if place.policy == "recompute"}
+        self._recomputed = [n for n in spectral_norms(module) if anew.intersection(n.names)]
+        self._places = sorted((p for p in found if p.policy != "recompute"), key=_order)
         self._missing: set[str] = set()
-        self._places.sort(key=_precision)
+        self._silent = {place.name for place in self._places if place.chosen}
         self._layout = FlatLayout(
             (place.name, now) for place in self._places if (now := place.now()) is not None
         )
@@ -72,6 +60,10 @@ class Statistics:
             (slot.name, torch.empty(slot.shape, dtype=torch.float64, device="meta"))
             for slot in self._layout.slots
         )
+        sizes = {slot.name: slot.numel for slot in self._layout.slots}
+        kinds = [list(places) for _, places in groupby(self._places, key=_order)]
+        self._kinds = [(each, [sizes[place.name] for place in each]) for each in kinds]
+        """Places of one precision, policy and choice, which lie together, and their sizes."""
         if self._places:
             self.center = FlatVector(self._layout, memory.allocate(self._layout.sizes))
             self.total = FlatVector(double, memory.allocate(double.sizes))
@@ -80,59 +72,88 @@ class Statistics:
     def __bool__(self) -> bool:
         return bool(self._places)
 
+    @property
+    def names(self) -> list[str]:
+        """Of the buffers and frozen parameters that the center has too."""
+        return [place.name for place in self._places]
+
+    def refuse_trained(self, names: Iterable[str]) -> None:
+        """Refuse parameters that are trained from now on, and are averaged as frozen ones.
+
+        Raises:
+            ValueError: there is one.
+        """
+        if mine := sorted({p.name for p in self._places if p.frozen}.intersection(names)):
+            raise ValueError(
+                f"Parameter '{mine[0]}' is trained from now on, but EASGDStrategy(buffers=...)"
+                " has a pattern for it as for a frozen one. Take the pattern out, or let it stay"
+                " frozen."
+            )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What :meth:`load_center` writes to, as it is in the module now, by name."""
+        pieces = self.values(self.center) if self else ()
+        found = {piece.name: piece.whole.detach() for piece, _ in pieces}
+        for norm in self._recomputed:
+            pairs = zip(norm.names, norm.keys, strict=True)
+            found |= {name: norm.owner.get_buffer(key) for name, key in pairs}
+        return found
+
     def _present(self) -> list[Tensor | None]:
         """The module's buffers now; None for one that is not there in its shape."""
         found: list[Tensor | None] = []
         for place, slot in zip(self._places, self._layout.slots, strict=True):
             buffer = place.now()
-            if buffer is not None and tuple(buffer.shape) != slot.shape:
+            if buffer is not None and as_real(buffer).shape != slot.shape:
                 buffer = None
             if buffer is None and place.name not in self._missing:
                 self._missing.add(place.name)
-                self._tell_missing(place, slot.shape)
+                _tell_missing(place, slot.shape)
             found.append(buffer)
         return found
-
-    def _tell_missing(self, place: Place, shape: tuple[int, ...]) -> None:
-        buffer = place.owner._buffers.get(place.key)
-        now = None if buffer is None else tuple(buffer.shape)
-        warnings.warn(
-            f"Buffer '{place.name}' had shape {shape} when training began and has {now} now. So it"
-            " is not averaged any more: every worker has its own. If that is right, set"
-            " EASGDStrategy(buffers='local') or register the buffer with persistent=False; else"
-            " let it keep its shape.",
-            stacklevel=2,
-        )
 
     def contribute(self, healthy: bool) -> list[Tensor]:
         """This worker's part of the sum, as flat tensors."""
         if not self:
             return []
-        if healthy and self._speaks:
+        if healthy:
+            for part in self.total.parts:
+                part.fill_(math.nan)
             self._read(self.total)
             self._mend()
-            for mine, center in self._parts():
+        for (place, *_), _, mine, center in self._parts():
+            if healthy and (place.policy == "average" or self._rank == 0):
                 _subtract_(mine, center)
-        else:
-            self.total.zero_()
+            else:
+                mine.zero_()
         return self.total.parts
 
+    def _parts(self) -> Iterator[tuple[list[Place], list[int], Tensor, Tensor]]:
+        """Places of one kind and their sizes, with their values in the sum and in the center."""
+        lengths = [sum(sizes) for _, sizes in self._kinds]
+        totals = torch.split(self.total.parts[0], lengths)
+        ends = {part.dtype: 0 for part in self.center.parts}
+        parts = {part.dtype: part for part in self.center.parts}
+        dtypes = {slot.name: slot.dtype for slot in self._layout.slots}
+        for (places, sizes), length, total in zip(self._kinds, lengths, totals, strict=True):
+            dtype = dtypes[places[0].name]
+            begin, ends[dtype] = ends[dtype], ends[dtype] + length
+            yield places, sizes, total, parts[dtype][begin : begin + length]
+
     def _read(self, vector: FlatVector) -> None:
-        """Read the module's buffers; the sum gets NaN for those that are not there."""
-        for part in vector.parts if vector is self.total else []:
-            part.fill_(math.nan)
+        """Read the module's buffers; what is not there stays as it is."""
         present = zip(self._present(), vector.views, strict=True)
         vector.read_([view if now is None else now for now, view in present])
 
     def _mend(self) -> None:
         """Give up normalisations that overflowed, as where a scaler skips the step."""
-        if not any(bool(_overflowed(mine, center).any()) for mine, center in self._parts()):
+        if not any(bool(_overflowed(mine, center).any()) for *_, mine, center in self._parts()):
             return
         views = list(zip(self._places, self.total.views, self.center.views, strict=True))
         mended = {
             place.owner
             for place, mine, center in views
-            if isinstance(place.owner, _NormBase) and bool(_overflowed(mine, center).any())
+            if place.is_normalisation and bool(_overflowed(mine, center).any())
         }
         for place, mine, center in views:
             if place.owner in mended and (buffer := place.now()) is not None:
@@ -141,17 +162,23 @@ class Statistics:
 
     def apply(self, healthy: Sequence[bool]) -> None:
         """Take over the sum that arrived; ``healthy`` says which workers contributed."""
-        speakers = healthy if self.policy == "average" else healthy[:1]
-        if self and any(speakers):
-            for total, center in self._parts():
-                _move_(center, total, sum(speakers))
+        for places, sizes, total, center in self._parts() if self else ():
+            speakers = healthy if places[0].policy == "average" else healthy[:1]
+            if any(speakers):
+                moved = _move_(center, total, sum(speakers))
+                if self._rank == 0 and len(healthy) > 1 and not places[0].chosen:
+                    self._tell_averaged(places, sizes, moved)
 
-    def _parts(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The sum and the center, cut into parts of one precision of the center."""
-        (total,) = self.total.parts
-        return zip(
-            torch.split(total, list(self._layout.sizes.values())), self.center.parts, strict=True
-        )
+    def _tell_averaged(self, places: Sequence[Place], sizes: Sequence[int], moved: Tensor) -> None:
+        """Say which buffers were averaged without anybody's choice, when they begin to change."""
+        if len(self._silent) == len(self._places) or not bool(moved.any()):
+            return
+        each = torch.split(moved, list(sizes))
+        new = [p.name for p, m in zip(places, each, strict=True) if bool(m.any())]
+        new = [name for name in new if name not in self._silent]
+        self._silent.update(new)
+        if new:
+            _tell_averaged(new)
 
     def read_center(self) -> None:
         """Make the module's buffers those of the center."""
@@ -161,14 +188,24 @@ class Statistics:
     def values(self, vector: FlatVector) -> Iterator[tuple[Piece, Tensor]]:
         """Each buffer with its values in the center or the sum."""
         for place, now, view in zip(self._places, self._present(), vector.views, strict=True):
-            if now is not None:
-                yield Piece(place.name, place.owner.get_buffer(place.key)), view
+            whole = place.found()
+            if now is not None and whole is not None:
+                yield Piece(place.name, whole), view
 
     def load_center(self) -> None:
-        """Overwrite the module's buffers by the center's."""
+        """Overwrite the module's buffers by the center's; its weights are there already."""
         if self:
             pairs = zip(self._present(), self.center.views, strict=True)
             self.center.write_to([view.clone() if now is None else now for now, view in pairs])
+        for norm in self._recomputed:
+            norm.recompute_()
+
+
+def _order(place: Place) -> tuple[int, str, bool]:
+    """Places are kept by precision, policy and whether it was chosen, each kind together."""
+    now = place.now()
+    assert now is not None, f"{place.name} had a mean"
+    return FLAT_DTYPE[now.dtype].itemsize, place.policy, place.chosen
 
 
 def _overflowed(mine: Tensor, center: Tensor) -> Tensor:
@@ -182,50 +219,41 @@ def _subtract_(mine: Tensor, center: Tensor) -> None:
     mine.clamp_(-_FAR, _FAR)
 
 
-def _move_(center: Tensor, total: Tensor, workers: int) -> None:
-    """Move the center by what arrived from ``workers`` workers; see [Note: constants]."""
+def _move_(center: Tensor, total: Tensor, workers: int) -> Tensor:
+    """Move the center by what arrived from ``workers`` workers; see [Note: constants].
+
+    Returns:
+        Where it changed.
+    """
     mean = center.nan_to_num(0, 0, 0) + total / workers
     infinite = total.abs() == workers * _FAR
     mean = torch.where(infinite, total * math.inf, mean).to(center.dtype)
     unchanged = (total == 0) & center.isfinite()
     meaningful = infinite | (total.abs() < _FAR / 2)
-    center.copy_(torch.where(meaningful & ~unchanged, mean, center))
+    moved = meaningful & ~unchanged & (mean != center)
+    center.copy_(torch.where(moved, mean, center))
+    return moved
 
 
-def _precision(place: Place) -> int:
-    now = place.now()
-    assert now is not None  # it had a mean
-    return FLAT_DTYPE[now.dtype].itemsize
-
-
-def has_mean(buffer: Tensor) -> bool:
-    """Whether buffers of this kind can be averaged."""
-    return (
-        is_plain(buffer)
-        and buffer.is_floating_point()
-        and buffer.dtype in FLAT_DTYPE
-        and not overlaps_itself(compact(buffer))
+def _tell_missing(place: Place, shape: tuple[int, ...]) -> None:
+    buffer = place.found()
+    now = None if buffer is None else tuple(buffer.shape)
+    warnings.warn(
+        f"Buffer '{place.name}' had shape {shape} when training began and has {now} now. So it is"
+        " not averaged as long as that lasts: every worker has its own. If that is right, set"
+        f" EASGDStrategy(buffers={{'{place.name}': 'local'}}); else let it keep its shape.",
+        stacklevel=2,
     )
 
 
-def _float_buffers(module: nn.Module) -> Iterator[Place]:
-    """Those with a mean, each memory once; what lies in a parameter's memory is the parameter's."""
-    known: dict[Any, list[Tensor]] = {}
-    for parameter in module.parameters():
-        known.setdefault(storage_of(parameter), []).append(parameter)
-    for prefix, owner in module.named_modules():
-        for key, buffer in owner._buffers.items():
-            if buffer is None or key in owner._non_persistent_buffers_set or not has_mean(buffer):
-                continue
-            others = known.setdefault(storage_of(buffer), [])
-            if not any(_follows(buffer, other) for other in others):
-                others.append(buffer)
-                yield Place(f"{prefix}.{key}" if prefix else key, owner, key)
-
-
-def _follows(buffer: Tensor, other: Tensor) -> bool:
-    """Whether a buffer changes when another tensor in its storage is written to."""
-    if storage_of(buffer) is None:
-        return buffer is other
-    how = shares(buffer, other)
-    return how is Shares.ALL or (how is Shares.PART and isinstance(other, nn.Parameter))
+def _tell_averaged(names: Sequence[str]) -> None:
+    listed = ", ".join(f"'{name}'" for name in names[:5])
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    warnings.warn(
+        f"Exchanges average the buffer(s) {listed}{more} over the workers: no policy was chosen for"
+        " them, and they are no statistics of torch's normalisations. If their mean means nothing"
+        " (queues, codebooks, extremes, counters), let every worker keep its own:"
+        f" EASGDStrategy(buffers={{'{names[0]}': 'local'}}), or take worker 0's with 'broadcast'."
+        " 'average' chooses the mean, without this warning.",
+        stacklevel=2,
+    )

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_easgd.algorithms import CenterAverage
-from lightning_easgd.buffers import BufferPolicy, Statistics
+from lightning_easgd.buffers import Statistics
 from lightning_easgd.flat import FlatVector, Memory, as_real
+from lightning_easgd.policies import Buffers, Policies
 from lightning_easgd.segments import Fragment, Piece, Segment, put_together
 from lightning_easgd.tying import Ties
 
@@ -33,7 +34,7 @@ class Center:
 
     Args:
         module: whose parameters and buffers are equal on all workers.
-        buffers: the policy for float buffers.
+        buffers: what becomes of buffers.
         rank: this worker's number.
         turns: into how many fragments parameters are cut; each is exchanged in its turn.
         offload: whether the center lies in host memory, wherever the parameters are.
@@ -44,7 +45,7 @@ class Center:
 
     Raises:
         ValueError: the module has no parameter to train, cannot be cut into so many fragments, or
-            parameters share a part of their memory.
+            parameters share a part of their memory, or a pattern for buffers names none.
         TypeError: a parameter cannot be averaged.
         RuntimeError: there is no memory left where the center shall lie.
     """
@@ -53,7 +54,7 @@ class Center:
         self,
         module: nn.Module,
         *,
-        buffers: BufferPolicy,
+        buffers: Buffers | Policies,
         rank: int,
         turns: int = 1,
         offload: bool = False,
@@ -96,6 +97,7 @@ class Center:
         if not any(parameter.requires_grad for _, parameter in self._dormant):
             return False
         named = self.ties.add((n, p) for n, p in self._dormant if p.requires_grad)
+        self.statistics.refuse_trained(name for name, _ in named)
         self._dormant = [(n, p) for n, p in self._dormant if not p.requires_grad]
         if not named:
             return False
@@ -256,10 +258,7 @@ class Center:
 
     def statistics_now(self) -> dict[str, Tensor]:
         """What the module has now of what the statistics are of, by name."""
-        if not self.statistics:
-            return {}
-        pieces = self.statistics.values(self.statistics.center)
-        return {piece.name: piece.whole.detach() for piece, _ in pieces}
+        return self.statistics.tensors()
 
     def overwrite_worker(self) -> None:
         """Make the module's weights and statistics those of the center, to go on from there.

@@ -26,10 +26,10 @@ from lightning_easgd.arguments import (
     require_choice,
     require_count,
 )
-from lightning_easgd.buffers import BufferPolicy
 from lightning_easgd.communication import Codec, choose_codec
 from lightning_easgd.exchange import ElasticPoint, Rules
 from lightning_easgd.groups import Groups, Members, require_groups
+from lightning_easgd.policies import Buffers, Policies
 from lightning_easgd.schedules import Rate, Strength
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
@@ -43,7 +43,7 @@ class Options:
     groups: Members | Groups | None
     """Who forms a group; None: every worker takes part in exchanges by itself."""
     codec: Codec | None
-    buffers: BufferPolicy
+    buffers: Policies
     averaging: CenterAverage | None
     offload: bool
     """Whether the center lies in host memory."""
@@ -60,7 +60,7 @@ class Options:
         alpha: Rate | None,
         rho: Rate | None,
         overlap: bool | None,
-        buffers: BufferPolicy,
+        buffers: Buffers,
         elastic_point: ElasticPoint | None,
         final_exchange: bool,
         compression: str | Codec | None,
@@ -81,7 +81,7 @@ class Options:
         Raises:
             ValueError: one is out of range, or not possible with another one.
         """
-        require_choice("buffers", buffers, get_args(BufferPolicy))
+        policies = Policies.check(buffers)
         if elastic_point is not None:
             require_choice("elastic_point", elastic_point, get_args(ElasticPoint))
         require_bools(final_exchange=final_exchange)
@@ -122,7 +122,7 @@ class Options:
             ),
             groups=groups,
             codec=codec,
-            buffers=buffers,
+            buffers=policies,
             averaging=choose_average(center_average),
             offload=center_device == "cpu",
             final_exchange=final_exchange,

@@ -32,7 +32,6 @@ from lightning_easgd.arguments import (
     require_timedelta,
 )
 from lightning_easgd.assembly import make_center, make_exchange
-from lightning_easgd.buffers import BufferPolicy
 from lightning_easgd.center import Center
 from lightning_easgd.communication import (
     Codec,
@@ -55,6 +54,7 @@ from lightning_easgd.internals import ForkingLauncher, LoopHooks, StrategyRegist
 from lightning_easgd.options import Options
 from lightning_easgd.other_package import explain_names, hint
 from lightning_easgd.persistence import PersistentStrategy
+from lightning_easgd.policies import Buffers
 from lightning_easgd.resuming import begin_epoch_as_usual
 from lightning_easgd.schedules import Rate, Training
 from lightning_easgd.signals import SignalRelay
@@ -103,9 +103,12 @@ class EASGDStrategy(PersistentStrategy):
         overlap: let the all-reduce travel behind the following steps. The same bits either way.
             None: if the rule can, which those that pull can.
         evaluate_on: what validation during ``fit`` sees: the center, or each worker's own weights.
-        buffers: BatchNorm statistics and other float buffers of the center: the average over the
-            workers, worker 0's ("broadcast"), or each worker's own ("local"). Integer buffers are
-            always local.
+        buffers: what becomes of float buffers in the center: the average over the workers, worker
+            0's ("broadcast"), or each worker's own ("local"); or policies by name or pattern, as in
+            {"queue": "local", "teacher.*": "average"}, of which the first that matches counts, for
+            frozen parameters too. Spectral norm's vectors are computed anew from the center's
+            weight ("recompute"). Integers, what quantisation observes and what the state dict
+            leaves out are local unless a pattern says otherwise.
         elastic_point: from where a worker is pulled under ``torch.optim.SGD(nesterov=True)``: the
             paper's iterate x, or the stored look-ahead parameter y = x + δv. None: the iterate;
             rules that do not pull take the parameter.
@@ -163,7 +166,7 @@ class EASGDStrategy(PersistentStrategy):
         rho: Rate | None = None,
         overlap: bool | None = None,
         evaluate_on: EvaluateOn = "center",
-        buffers: BufferPolicy = "average",
+        buffers: Buffers = "average",
         elastic_point: ElasticPoint | None = None,
         final_exchange: bool = True,
         strict_resume: bool = False,

@@ -19,10 +19,12 @@ from lightning_easgd.flat import Memory
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 CPU = Memory(torch.device("cpu"))
+AVERAGE = {"*": "average"}
+"""Chosen, so that nothing is said."""
 
 
 def workers_of(
-    count: int, make: Callable[[], nn.Module], policy: Any = "average"
+    count: int, make: Callable[[], nn.Module], policy: Any = AVERAGE
 ) -> list[tuple[nn.Module, Statistics]]:
     """Modules and their statistics, in one process."""
     modules = [make() for _ in range(count)]
@@ -191,7 +193,8 @@ class Caching(Toy):
 
 def train_caching(rank: int, change: str, ranks: tuple[int, ...], overlap: bool) -> Any:
     module = Caching(change, ranks)
-    fitting = trainer(3, EASGDStrategy(tau=2, overlap=overlap), val_check_interval=2)
+    strategy = EASGDStrategy(tau=2, overlap=overlap, buffers=AVERAGE)
+    fitting = trainer(3, strategy, val_check_interval=2)
     fitting.fit(module, loader(rank, 8, torch.float32), loader(rank, 1, torch.float32))
     return None if module.cache is None else module.cache.tolist(), module.mask.tolist()
 

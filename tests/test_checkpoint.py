@@ -31,6 +31,7 @@ from lightning_easgd.fingerprint import fingerprint
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory"),
+    pytest.mark.filterwarnings("ignore:Exchanges average the buffer"),
 ]
 
 SGD = partial(torch.optim.SGD, lr=0.1)

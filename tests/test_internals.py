@@ -78,7 +78,14 @@ def test_the_flag_is_broadcast_before_every_batch_of_several_workers() -> None:
 
 def test_no_other_module_uses_a_private_name_of_lightnings() -> None:
     root = Path(lightning_easgd.__file__).parent
-    torchs = {"_buffers", "_non_persistent_buffers_set", "_get_default_store", "_set_pg_timeout"}
+    torchs = {
+        "_buffers",
+        "_parameters",
+        "_forward_pre_hooks",
+        "_non_persistent_buffers_set",
+        "_get_default_store",
+        "_set_pg_timeout",
+    }
     torchs |= {"_load_from_state_dict", "_save_to_state_dict", "_version"}
     for path in root.rglob("*.py"):
         if path.name == "internals.py":

@@ -360,7 +360,8 @@ class Codebook(Toy):
 
 def fill(rank: int) -> Any:
     module = Codebook()
-    trainer(2, EASGDStrategy(tau=3)).fit(module, loader(rank, 4), loader(0, 1))
+    strategy = EASGDStrategy(tau=3, buffers={"codes": "average"})
+    trainer(2, strategy).fit(module, loader(rank, 4), loader(0, 1))
     return module.at
 
 
