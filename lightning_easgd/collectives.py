@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_easgd.communication import WorkerGroup, gather, watched
+from lightning_easgd.communication import Place, WorkerGroup, gather, watched
 from lightning_easgd.exchange import Exchange
 from lightning_easgd.groups import arrange_levels
 from lightning_easgd.options import Options
@@ -36,7 +36,7 @@ class CollectiveStrategy(DDPStrategy):
 
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
-        if self._gathered():
+        if self._gathered(Place.BARRIER):
             if self._group is None:
                 super().barrier(*args, **kwargs)
             else:
@@ -44,7 +44,7 @@ class CollectiveStrategy(DDPStrategy):
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        if not self._gathered():
+        if not self._gathered(Place.BROADCAST):
             return obj
         if self._group is None:
             return super().broadcast(obj, src)
@@ -52,7 +52,8 @@ class CollectiveStrategy(DDPStrategy):
 
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        return super().reduce_boolean_decision(decision, all) if self._gathered() else decision
+        gathered = self._gathered(Place.COLLECTIVE)
+        return super().reduce_boolean_decision(decision, all) if gathered else decision
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
@@ -62,12 +63,14 @@ class CollectiveStrategy(DDPStrategy):
             return super().reduce(tensor, group, reduce_op)
         if not isinstance(tensor, Tensor):
             return tensor
+        self._gathered(Place.REDUCTION)
         return watched.reduce_(self._group, tensor, reduce_op, self._place("reduction"))
 
     @override
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
         # It may be differentiated, which the group's collectives are not made for.
         if self._group is not None and watched.is_default(group):
+            self._gathered(Place.GATHERING)
             watched.barrier(self._group, self._place("gathering"))
         return super().all_gather(tensor, group, sync_grads)
 
@@ -83,16 +86,26 @@ class CollectiveStrategy(DDPStrategy):
         groups = self.options.groups
         return arrange_levels(groups, self._collect(self.node_rank) if groups else [])
 
-    def _gathered(self) -> bool:
-        """Whether all workers are here for a collective of Lightning's; none is if not."""
+    def _gathered(self, place: Place) -> bool:
+        """Whether all workers are here for a collective of Lightning's; none is if not.
+
+        Args:
+            place: which collective.
+        """
         return not self._alone
 
     @property
     def _alone(self) -> bool:
         """Whether this worker handles an exception that the others may know nothing of."""
-        if self._exchange is None or self.lightning_module is None:
+        if self._exchange is None:
             return False
-        return self.lightning_module.trainer.interrupted and not self._exchange.stopped_together
+        return self._interrupted and not self._exchange.stopped_together
+
+    @property
+    def _interrupted(self) -> bool:
+        """Whether an exception is being handled."""
+        module = self.lightning_module
+        return module is not None and module.trainer.interrupted
 
     def _place(self, what: str) -> str:
         """A collective of Lightning's in words, and where in training it is."""

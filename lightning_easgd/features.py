@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable
 
@@ -10,12 +11,23 @@ import torch
 from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
-from torch.utils.data import IterableDataset
+from torch.utils.data import (
+    DataLoader,
+    IterableDataset,
+    default_collate,
+    default_convert,
+)
 
-from lightning_easgd.internals import is_interactive, train_loaders, validates_by_clock
+from lightning_easgd.internals import (
+    is_interactive,
+    takes_iterator,
+    train_loaders,
+    validates_by_clock,
+)
 from lightning_easgd.schedules import Training
 
 
@@ -28,8 +40,8 @@ def refuse_devices(devices: Iterable[object]) -> None:
     found = {d.type if isinstance(d, torch.device) else f"{d!r} (no torch.device)" for d in devices}
     if not found <= {"cpu", "cuda"}:
         raise MisconfigurationException(
-            f"EASGDStrategy got devices of type {', '.join(sorted(found))}; it averages over gloo"
-            " (cpu) or nccl (cuda). Set Trainer(accelerator='cpu'), or Trainer(accelerator='gpu')"
+            f"EASGDStrategy got devices of type {sorted(found)}; it averages over gloo (cpu)"
+            " or nccl (cuda). Set Trainer(accelerator='cpu'), or Trainer(accelerator='gpu')"
             " on NVIDIA or ROCm GPUs. An Accelerator of your own must make torch.device objects of"
             " type cpu or cuda."
         )
@@ -126,6 +138,46 @@ def batches_per_epoch(trainer: pl.Trainer) -> int | None:
     )
     reloaded = trainer.reload_dataloaders_every_n_epochs > 0  # type: ignore[attr-defined]
     return None if unknown or reloaded else int(trainer.num_training_batches)
+
+
+def may_skip_steps(trainer: pl.Trainer) -> bool:
+    """Whether workers may take different numbers of optimizer steps for as many batches.
+
+    Where the module decides by itself when to step, it may decide by its own data.
+    """
+    module = trainer.lightning_module
+    return not module.automatic_optimization or is_overridden("optimizer_step", module)
+
+
+def may_skip_batches(trainer: pl.Trainer) -> bool:
+    """Whether workers may train on different numbers of batches, whatever their loaders' lengths.
+
+    The module may end an epoch or draw batches by itself. A sampler of the user's own may have
+    fewer than it says, and a batch of the user's making may be None, which Lightning leaves out.
+    """
+    module, datamodule = trainer.lightning_module, trainer.datamodule  # type: ignore[attr-defined]
+    moves = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+    return (
+        (is_overridden("on_train_batch_start", module) and _may_end_epoch(module))
+        or takes_iterator(trainer)
+        or any(is_overridden(name, owner) for name in moves for owner in (module, datamodule))
+        or not all(_is_plain(loader) for loader in train_loaders(trainer))
+    )
+
+
+def _may_end_epoch(module: pl.LightningModule) -> bool:
+    """Whether ``on_train_batch_start``, which many override, may return -1, which few do."""
+    code = getattr(inspect.unwrap(module.on_train_batch_start), "__code__", None)
+    return code is None or "super" in code.co_names or -1 in code.co_consts
+
+
+def _is_plain(loader: object) -> bool:
+    """Whether nothing of the user's own decides how many batches a DataLoader has."""
+    if not isinstance(loader, DataLoader):
+        return True  # it has said how many
+    parts = [part for part in (loader.sampler, loader.batch_sampler) if part is not None]
+    stock = all(type(part).__module__.startswith("torch.utils.data") for part in parts)
+    return stock and loader.collate_fn in (default_collate, default_convert)
 
 
 def expected_training(trainer: pl.Trainer) -> Training:

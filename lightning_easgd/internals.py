@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.trainer.connectors import accelerator_connector
@@ -274,6 +275,11 @@ def train_loaders(trainer: pl.Trainer) -> list[Any]:
     """The loaders that training draws from."""
     combined: CombinedLoader | None = trainer.fit_loop._combined_loader
     return [] if combined is None else combined.flattened
+
+
+def takes_iterator(trainer: pl.Trainer) -> bool:
+    """Whether ``training_step`` draws its batches itself."""
+    return isinstance(trainer.fit_loop._data_fetcher, _DataLoaderIterDataFetcher)
 
 
 def load_loader_states(trainer: pl.Trainer) -> bool:

@@ -45,6 +45,8 @@ from lightning_easgd.exchange import ElasticPoint
 from lightning_easgd.features import (
     batches_per_epoch,
     expected_training,
+    may_skip_batches,
+    may_skip_steps,
     refuse_devices,
     refuse_features,
     refuse_in_notebooks,
@@ -230,7 +232,7 @@ class EASGDStrategy(PersistentStrategy):
         self._center: Center | None = None
         self._last_center: dict[str, Any] | None = None
         self._failed = False
-        self._uneven = False
+        self._uneven = self._uneven_steps = False
         self._hooks: LoopHooks | None = None
         self._signals: SignalRelay | None = None
 
@@ -312,7 +314,8 @@ class EASGDStrategy(PersistentStrategy):
         if fitting:
             refuse_features(trainer, sync_batchnorm=self._layer_sync is not None)
             self._last_center = None
-        self._exchange, self._failed, self._uneven = None, False, False
+        self._exchange, self._failed = None, False
+        self._uneven = self._uneven_steps = False
         super().setup(trainer)
         if fitting:
             self._set_up_exchange(trainer)
@@ -366,8 +369,9 @@ class EASGDStrategy(PersistentStrategy):
         assert self._signals is not None
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
-        mine = trainer.global_step, batches_per_epoch(trainer), astuple(expected_training(trainer))
-        steps, batches, expected = zip(*self._group.gather(mine), strict=True)
+        data = batches_per_epoch(trainer), may_skip_batches(trainer), may_skip_steps(trainer)
+        mine = trainer.global_step, data, astuple(expected_training(trainer))
+        steps, told, expected = zip(*self._group.gather(mine), strict=True)
         lengths = [Training(*each) for each in expected]
         self.options.rules.schedules.begin(Training.of_all(lengths))
         if self._resumed is None:
@@ -378,7 +382,10 @@ class EASGDStrategy(PersistentStrategy):
             begin_epoch_as_usual(trainer, self._hooks)
             self._resumed = None  # as large as the worker's state
         self._hooks.on_time_limit(self._signals.time_is_over)
-        self._uneven = len(set(batches)) > 1 or None in batches
+        batches, skip_batches, skip_steps = zip(*told, strict=True)
+        self._uneven_steps = self._group.size > 1 and any(skip_steps)
+        differ = len(set(batches)) > 1 or None in batches or any(skip_batches)
+        self._uneven = self._uneven_steps or (self._group.size > 1 and differ)
         self._hooks.after_batch(self._after_batch)
         self._hooks.before_epoch_end(lambda: self._meet_if_uneven(Place.EPOCH_END))
 
@@ -415,11 +422,17 @@ class EASGDStrategy(PersistentStrategy):
         self._signals.stop(self._exchange.stopping, self._exchange.stop_askers)
 
     @override
-    def _gathered(self) -> bool:
-        gathered = super()._gathered()
-        if gathered and self._exchange is not None and self._exchange.trains:
-            self._meet_if_uneven(Place.COLLECTIVE)
-        return gathered
+    def _gathered(self, place: Place) -> bool:
+        # Metrics may be reduced at every batch: there, batches that differ end in a late error.
+        every_batch = place in (Place.REDUCTION, Place.GATHERING)
+        if self._uneven_steps or not every_batch:
+            self._meet_if_training(place)
+        return super()._gathered(place)
+
+    def _meet_if_training(self, place: Place) -> None:
+        trains = self._exchange is not None and self._exchange.trains
+        if trains and not self._interrupted:  # who left together is together
+            self._meet_if_uneven(place)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -496,6 +509,7 @@ class EASGDStrategy(PersistentStrategy):
     @contextmanager
     def _saving(self) -> Iterator[None]:
         self._enter("saving a checkpoint")
+        self._meet_if_training(Place.SAVE)
         assert self._exchange is not None
         with self._exchange.showing(latest=not self._alone, during="a checkpoint"):
             yield

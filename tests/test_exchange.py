@@ -180,7 +180,7 @@ def test_workers_that_fall_out_of_step_all_get_the_same_readable_error() -> None
     outcomes = run_workers(out_of_step, workers=2, check=False, timeout=30)
     assert [o.error for o in outcomes] == ["ExchangeError"] * 2
     assert outcomes[0].message == outcomes[1].message
-    assert "worker 0: step 2; worker 1: step 3" in outcomes[0].message
+    assert "worker 0 at step 2, worker 1 at step 3" in outcomes[0].message
 
 
 def drifted(rank: int) -> None:

@@ -29,8 +29,15 @@ CLASSES = {
     ],
     f"{PYTORCH}.loops.fit_loop:_FitLoop": ["on_advance_end", "is_resuming", "_can_stop_early"],
     f"{PYTORCH}.loops.evaluation_loop:_EvaluationLoop": ["run"],
-    f"{PYTORCH}.trainer.connectors.checkpoint_connector:_CheckpointConnector": ["resume_start"],
+    f"{PYTORCH}.trainer.connectors.checkpoint_connector:_CheckpointConnector": [
+        *("resume_start", "dump_checkpoint"),
+    ],
     f"{PYTORCH}.plugins.io.wrapper:_WrappingCheckpointIO": ["checkpoint_io"],
+    f"{PYTORCH}.loops.fetchers:_DataLoaderIterDataFetcher": [],
+    f"{PYTORCH}.strategies.launchers.multiprocessing:_MultiProcessingLauncher": [
+        *("get_extra_results", "update_main_process_results", "is_interactive_compatible"),
+    ],
+    f"{PYTORCH}.callbacks:Timer": ["_check_time_remaining"],
     f"{PYTORCH}.strategies:DDPStrategy": ["_configure_launcher"],
     "lightning.fabric.strategies.registry:_StrategyRegistry": ["register"],
 }
@@ -40,6 +47,7 @@ ATTRIBUTES = {
     "_val_check_time_interval": type(None),
     "_signal_connector.received_sigterm": bool,
     "fit_loop._combined_loader": type(None),
+    "fit_loop._data_fetcher": type(None),
     "fit_loop.epoch_loop._batches_that_stepped": int,
     "fit_loop.epoch_loop.restarting": bool,
     "fit_loop.epoch_loop.batch_progress.current.ready": int,
@@ -65,8 +73,15 @@ def test_attributes_are_where_they_were(path: str, kind: type) -> None:
     assert isinstance(value, kind)
 
 
-def test_a_timers_interval_is_where_it_was() -> None:
-    assert pl.callbacks.Timer(duration={"hours": 1})._interval == "step"
+def test_a_timers_interval_and_voice_are_where_they_were() -> None:
+    timer = pl.callbacks.Timer(duration={"hours": 1})
+    assert (timer._interval, timer._verbose) == ("step", True)
+
+
+def test_what_tells_a_notebook_is_where_it_was() -> None:
+    from lightning.pytorch.trainer.connectors import accelerator_connector
+
+    assert isinstance(accelerator_connector._IS_INTERACTIVE, bool)
 
 
 def test_the_flag_is_broadcast_before_every_batch_of_several_workers() -> None:

@@ -56,9 +56,22 @@ class Place(IntEnum):
     FIT_END = 3
     """After the last epoch."""
     COLLECTIVE = 4
-    """Before a collective of Lightning's."""
+    """Before a decision that Lightning lets all workers take together."""
     STOP = 5
     """Between two batches, about to leave training together with all others."""
+    BARRIER = 6
+    """Before a collective of Lightning's, as at the following."""
+    BROADCAST = 7
+    REDUCTION = 8
+    GATHERING = 9
+    SAVE = 10
+    """Before a checkpoint."""
+
+    @property
+    def words(self) -> str:
+        """For messages."""
+        name = self.name.lower().replace("_", " ")
+        return f"collective ({name})" if Place.BARRIER <= self <= Place.GATHERING else name
 
 
 @dataclass(frozen=True)
@@ -143,11 +156,14 @@ def verify(headers: Sequence[Header], ranks: Sequence[int] | None = None) -> Non
         ExchangeError: they did not; the message says which worker holds what.
     """
     named = _named(headers, ranks)
-    _same(
-        {who: f"step {h.clock}" for who, h in named.items() if h.place is Place.TRAINING},
-        "Workers met in an exchange at different optimizer steps",
-        "Let nothing that only one worker knows decide tau.",
-    )
+    steps = {who: h.clock for who, h in named.items() if h.place is Place.TRAINING}
+    if len(set(steps.values())) > 1:
+        listing = ", ".join(f"{who} at step {step}" for who, step in steps.items())
+        raise ExchangeError(
+            f"Workers met in an exchange at different optimizer steps ({listing}). Let nothing that"
+            " only one worker knows decide tau. Workers may take different numbers of steps for as"
+            " many batches where the module overrides optimizer_step or optimizes manually."
+        )
     _same(
         {who: f"parameter set {h.fingerprint:014x}" for who, h in named.items()},
         "Workers hold different sets of trainable parameters",
@@ -175,11 +191,12 @@ def verify_places(headers: Sequence[Header]) -> None:
     """
     if not {header.place for header in headers} <= {Place.EPOCH_END, Place.FIT_END}:
         _same(
-            {who: h.place.name.lower().replace("_", " ") for who, h in _named(headers).items()},
+            {who: h.place.words for who, h in _named(headers).items()},
             "Workers wait for each other at different places",
-            "With different numbers of batches, validate and save at the end of epochs, end by"
-            " max_epochs, and give every worker a batch in every epoch. Set trainer.should_stop on"
-            " all workers, or in a hook of a batch.",
+            f"They have taken {[h.clock for h in headers]} steps. With different numbers of batches"
+            " or steps, validate and save at the end of epochs, end by max_epochs, and give every"
+            " worker a batch in every epoch. Set trainer.should_stop on all workers, or in a hook"
+            " of a batch.",
         )
 
 

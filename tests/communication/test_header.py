@@ -32,7 +32,7 @@ def test_workers_that_stand_still_may_be_at_other_steps_and_places():
     verify([replace(HEADER, place=place, clock=3) for place in (Place.EPOCH_END, Place.FIT_END)])
 
 
-@pytest.mark.parametrize("place", [Place.VALIDATION, Place.COLLECTIVE])
+@pytest.mark.parametrize("place", [Place.VALIDATION, Place.COLLECTIVE, Place.SAVE])
 @pytest.mark.parametrize("other", [Place.EPOCH_END, Place.FIT_END])
 def test_who_waits_for_another_that_stands_elsewhere_is_told(place: Place, other: Place):
     verify_places([replace(HEADER, place=p) for p in (place, place)])
@@ -47,7 +47,7 @@ def test_who_ended_an_epoch_goes_on_without_who_ended_its_training():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"clock": 3}, r"worker 0: step 1099511627776; worker 1: step 3\)"),
+        ({"clock": 3}, r"worker 0 at step 1099511627776, worker 1 at step 3\)"),
         ({"fingerprint": 1}, "different sets of trainable parameters .*worker 1: parameter set 0"),
         ({"announced": 1}, "Some workers unfroze parameters that others did not"),
         ({"checksum": 1}, "center have drifted apart .*worker 1: center checksum 1"),
