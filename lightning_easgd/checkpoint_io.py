@@ -8,7 +8,7 @@ import secrets
 import threading
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -118,7 +118,8 @@ class OrderedWrites:
         self.storage = storage
         self.may_queue = isinstance(storage, WrappingCheckpointIO)
         """Whether a write that returned may not have happened yet."""
-        self._lock = threading.Lock()
+        # Locks cannot be copied, trainers are.
+        self._lock = threading.Lock() if self.may_queue else nullcontext()
         self._queued: dict[str, deque[Write]] = {}
         self.done = 0
         """How many queued writes are over."""

@@ -103,14 +103,17 @@ class PersistentStrategy(CollectiveStrategy):
         super().setup_environment()
         assert self.lightning_module is not None
         self._resumed = self._own = None
-        self._stop_restoring = on_restoring(self.lightning_module.trainer, self._restore)
+        trainer = self.lightning_module.trainer
+        # Where this worker looks; later, callbacks have worker 0's.
+        folders = [getattr(each, "dirpath", None) for each in trainer.checkpoint_callbacks]
+        looked_in = [os.fspath(folder) for folder in folders if folder is not None]
+        self._stop_restoring = on_restoring(trainer, partial(self._restore, looked_in))
 
-    def _restore(self, path: str | Path | None, read: Callable[[], None]) -> None:
-        assert self.lightning_module is not None
-        callbacks = self.lightning_module.trainer.checkpoint_callbacks
-        folders = [f for each in callbacks if (f := getattr(each, "dirpath", None)) is not None]
+    def _restore(
+        self, looked_in: list[str], path: str | Path | None, read: Callable[[], None]
+    ) -> None:
         path = None if path is None else os.fspath(path)
-        agree_on_path(path, self._collect, looked_in=[os.fspath(folder) for folder in folders])
+        agree_on_path(path, self._collect, looked_in=looked_in)
         self._restoring = True
         try:
             read()

@@ -95,14 +95,14 @@ def agree_on_path(path: str | None, gather: Gather, *, looked_in: Sequence[str] 
     if not found or len(found) == len(said):
         return
     texts = [
-        f"worker {rank} on {host} found " + (place or f"none in {folders or 'any'}")
+        f"worker {rank} on {escape(host)} found {escape(place or ' in '.join(['none', *folders]))}"
         for rank, (host, place, folders) in enumerate(said)
     ]
-    folders = ", ".join(sorted({os.path.dirname(place) or "." for place in found.values()}))
+    folders = sorted({escape(os.path.dirname(place)) or "." for place in found.values()})
     raise CheckpointError(
-        f"Not all workers found a checkpoint to go on from: {'; '.join(texts)}. The folder"
-        f" {folders} must be one that all machines see: save to a network file system, or copy it"
-        " to the same place on each machine. Or start anew on all with ckpt_path=None."
+        f"Not all workers found a checkpoint to go on from: {'; '.join(texts)}. All machines must"
+        f" see the folder {', '.join(folders)}: save to a network file system, or copy it to the"
+        " same place on each machine. Or start anew on all with ckpt_path=None."
     )
 
 

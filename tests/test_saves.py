@@ -14,8 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
+from fsspec.implementations.local import LocalFileSystem
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from processes import run_workers
@@ -298,6 +300,30 @@ def test_files_of_others_and_what_lies_behind_links_stay(tmp_path: Path) -> None
     assert not any(path.exists() for path in gone)
     ours = [path for path in folder.iterdir() if path.name.startswith(save_of(tmp_path / "run"))]
     assert len(ours) == 2
+
+
+class Shared(LocalFileSystem):
+    """A file system that is remote for all who go by the scheme of its paths."""
+
+    protocol = "shared"
+
+    @classmethod
+    def _strip_protocol(cls, path: Any) -> Any:
+        if isinstance(path, list):
+            return [cls._strip_protocol(each) for each in path]
+        return super()._strip_protocol(str(path).removeprefix("shared://"))
+
+
+def remote(rank: int, folder: str, epochs: int) -> Any:
+    fsspec.register_implementation("shared", Shared, clobber=True)
+    return train(rank, folder, epochs=epochs)  # type: ignore[arg-type]
+
+
+def test_remote_folders_hold_the_same_and_are_resumed_from(tmp_path: Path) -> None:
+    for epochs in (1, 2):
+        resumed = run_workers(remote, f"shared://{tmp_path}/run", epochs, workers=2)
+        require_whole(tmp_path / "run", epochs * STEPS)
+    assert resumed == run_workers(train, tmp_path / "whole", workers=2)
 
 
 def linked(rank: int, folder: Path) -> Any:
