@@ -76,7 +76,10 @@ class CollectiveStrategy(DDPStrategy):
 
     def _collect(self, value: Any) -> list[Any]:
         """A small value of every worker, in rank order; plain data, as of plain_data.pack."""
-        return gather(value) if self._group is None else self._group.gather(value)
+        if self._group is not None:
+            return self._group.gather(value)
+        assert self._timeout is not None
+        return gather(value, self._timeout)
 
     def _arranged_groups(self) -> list[list[list[int]]]:
         """The ranks of every group, level by level from the outermost inward.

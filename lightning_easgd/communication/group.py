@@ -32,6 +32,7 @@ Work = dist.Work | Background
 
 _NEVER = timedelta(days=30)
 _LATER = timedelta(seconds=5)
+_OUTSIDE = timedelta(minutes=30)
 _numbers = itertools.count()
 _POLL_SECONDS = 1e-4
 _SLOWEST_POLL_SECONDS = 2e-3
@@ -206,17 +207,21 @@ class WorkerGroup:
                 dist.destroy_process_group(group)
 
 
-def gather(value: Any) -> list[Any]:
-    """As :meth:`WorkerGroup.gather`, of all processes, where training is not set up."""
-    on_host = "gloo" in dist.get_backend()
-    device = torch.device("cpu" if on_host else "cuda")  # the current one
+def gather(value: Any, timeout: timedelta = _OUTSIDE) -> list[Any]:
+    """As :meth:`WorkerGroup.gather`, of all processes, where training is not set up.
 
-    def gather_tensors(mine: Tensor) -> list[Tensor]:
-        everybody = [torch.empty_like(mine, device=device) for _ in range(dist.get_world_size())]
-        dist.all_gather(everybody, mine.to(device))
-        return [theirs.cpu() for theirs in everybody]
-
-    return plain_data.gather(value, gather_tensors)
+    Args:
+        value: of this worker.
+        timeout: of the default group; how long others are waited for.
+    """
+    group = WorkerGroup(timeout, timeout)
+    try:
+        everybody = group.gather(value)
+    except BaseException as error:
+        group.abandon(f"{type(error).__name__}: {error}")
+        raise
+    group.close()
+    return everybody
 
 
 def leave_all_groups() -> None:
