@@ -152,7 +152,7 @@ class WorkerCheckpoints:
         """Make room for a save, by worker 0."""
         if path not in self._asked:  # this process's own saves leave nothing
             with suppress(OSError):
-                remove_debris(self.writes.storage, path, keep=())
+                remove_debris(self.writes.storage, path)
             if is_link(folder := workers_folder(path)):
                 warnings.warn(
                     f"{folder} is a link. Files of saves that were replaced are not removed through"

@@ -10,11 +10,11 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Callable, Collection, Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any, Protocol
 
-import torch
 from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 
 ENTRY = "lightning_easgd"
@@ -88,18 +88,18 @@ def remove_saves(
     _remove_if_empty(folder)
 
 
-def remove_debris(storage: Storage, path: str, keep: Collection[str]) -> None:
-    """Remove what saves to ``path`` left that were cut short, all but those to ``keep``.
+def remove_debris(storage: Storage, path: str) -> None:
+    """Remove what saves to ``path`` left that were cut short; nothing is being written now.
 
-    Nothing goes on remote paths, and if the main file does not say which save it belongs to.
+    Nothing goes on remote paths, and if the main file does not tell which save it belongs to.
     """
     if (local := _local(path)) is None:
         return
     try:
-        current = _referred_save(local)
+        kept = _mentioned_saves(local)
     except Exception:  # another storage's, or damaged
         return
-    remove_saves(storage, path, lambda save: save != current and save not in keep)
+    remove_saves(storage, path, lambda save: save not in kept)
     folder, name = os.path.split(local)
     if os.path.isdir(folder or "."):
         unfinished = re.compile(re.escape(name) + _UNFINISHED)
@@ -108,13 +108,18 @@ def remove_debris(storage: Storage, path: str, keep: Collection[str]) -> None:
                 os.remove(os.path.join(folder, found))
 
 
-def _referred_save(path: str) -> str | None:
-    """The id of the save that a main file belongs to; None if there is none."""
+def _mentioned_saves(path: str) -> set[str]:
+    """Whatever a main file mentions that may be a save's id; read without unpickling it.
+
+    Raises:
+        Exception: of any kind; the file is damaged, or of another form.
+    """
     if not os.path.exists(path):
-        return None
-    content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    save = content[ENTRY]["save"] if ENTRY in content else None
-    return save if is_save_id(save) else None
+        return set()
+    with zipfile.ZipFile(path) as archive:
+        (content,) = [name for name in archive.namelist() if name.endswith("data.pkl")]
+        found = re.findall(rf"(?<![0-9a-f]){_SAVE_ID}(?![0-9a-f])".encode(), archive.read(content))
+    return {save.decode() for save in found}
 
 
 def _ours(folder: str) -> Iterator[tuple[str, str]]:

@@ -6,8 +6,6 @@ import ctypes
 import os
 import signal
 import subprocess
-import threading
-import time
 import warnings
 from collections.abc import Iterator
 from functools import partial
@@ -18,12 +16,12 @@ import fsspec
 import pytest
 import torch
 from fsspec.implementations.local import LocalFileSystem
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from processes import run_workers
-from toy import Resumable, Toy, trainer, weights
+from saving import SGD, STEPS, files, require_whole, save_of, train
+from toy import Toy
 
-from lightning_easgd import EASGDStrategy
+from lightning_easgd.checkpoint_files import remove_debris, worker_file
 from lightning_easgd.checkpoint_io import AtomicCheckpointIO
 
 pytestmark = [
@@ -33,60 +31,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*last.ckpt.workers is a link"),
 ]
 
-SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
-STEPS = 6
 LARGE = 2**20
 CLONE_NEWNS, MS_REC, MS_PRIVATE = 0x00020000, 0x4000, 1 << 18
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
-
-
-def train(
-    rank: int,
-    folder: Path,
-    *,
-    module: Any = None,
-    name: str = "last",
-    epochs: int = 2,
-    storage: Any = None,
-    ckpt_path: Any = "last",
-    strict: bool = True,
-    **saving: Any,
-) -> Any:
-    """Train on, saving last.ckpt after every third step."""
-    saving = {"every_n_train_steps": 3, "enable_version_counter": False} | saving
-    strategy = EASGDStrategy(
-        tau=4, exchange_timeout=10, strict_resume=strict, checkpoint_io=storage
-    )
-    fitting = trainer(
-        2,
-        strategy,
-        callbacks=[ModelCheckpoint(folder, name, **saving)],
-        enable_checkpointing=True,
-        max_epochs=epochs,
-    )
-    torch.manual_seed(0)
-    module = module or Toy(SGD)
-    fitting.fit(module, Resumable(rank, STEPS), ckpt_path=ckpt_path)
-    return weights(module)["w"].tolist()
-
-
-def files(folder: Path) -> dict[str, int]:
-    """Sizes of the files in a folder, by their paths in it."""
-    found = [path for path in folder.rglob("*") if path.is_file()]
-    return {str(path.relative_to(folder)): path.stat().st_size for path in found}
-
-
-def save_of(folder: Path) -> str:
-    return torch.load(folder / "last.ckpt", weights_only=True)["lightning_easgd"]["save"]
-
-
-def require_whole(folder: Path, step: int | None = None) -> None:
-    """That last.ckpt is whole, of this step, and that nothing else is there."""
-    save = save_of(folder)
-    parts = {f"last.ckpt.workers/{save}-{rank}.ckpt" for rank in range(2)}
-    assert files(folder).keys() == {"last.ckpt", *parts}
-    assert step in (None, torch.load(folder / "last.ckpt", weights_only=True)["global_step"])
 
 
 class Wide(Toy):
@@ -177,99 +125,6 @@ def test_what_a_killed_save_left_goes_and_the_newest_whole_checkpoint_goes_on(
     resumed = run_workers(partial(train, epochs=3), tmp_path, workers=2)
     require_whole(tmp_path, 3 * STEPS)
     assert resumed == run_workers(partial(train, epochs=3), tmp_path / "whole", workers=2)
-
-
-class Slow(AtomicCheckpointIO):
-    """Takes its time on one worker; a plugin's queue grows meanwhile."""
-
-    def __init__(self, who: int, seconds: float) -> None:
-        self.who, self.seconds = who, seconds
-
-    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
-        assert threading.current_thread() is not threading.main_thread()
-        if os.environ["RANK"] == str(self.who):
-            time.sleep(self.seconds)
-        super().save_checkpoint(checkpoint, path, storage_options)
-
-
-SAVING = {
-    "replaced": {"name": "last"},
-    "top 1": {"name": "{step}", "monitor": "step", "mode": "max", "save_top_k": 1},
-    "top 2": {"name": "{step}", "monitor": "step", "mode": "max", "save_top_k": 2},
-    "both": {
-        "name": "{step}",
-        "monitor": "step",
-        "mode": "max",
-        "save_top_k": 1,
-        "save_last": True,
-    },
-}
-
-
-def queued(rank: int, folder: Path, who: int, saving: dict[str, Any]) -> Any:
-    storage = AsyncCheckpointIO(Slow(who, 0.05))
-    saving = {"every_n_train_steps": 1, **saving}
-    ended = train(rank, folder, storage=storage, ckpt_path=None, **saving)
-    found = sorted(str(path.name) for path in folder.glob("*.ckpt"))
-    return ended, found
-
-
-@pytest.mark.parametrize("who", [0, 1])
-@pytest.mark.parametrize("saving", SAVING.values(), ids=SAVING)
-def test_what_is_removed_or_replaced_waits_for_the_writes_that_are_queued(
-    saving: dict[str, Any], who: int, tmp_path: Path
-) -> None:
-    (_, one), (_, two) = run_workers(queued, tmp_path, who, saving, workers=2)
-    last = {"last.ckpt"} if saving["name"] == "last" or "save_last" in saving else set()
-    newest = {f"step={step}.ckpt" for step in range(13 - saving.get("save_top_k", 1), 13)}
-    expected = last | (newest if "monitor" in saving else set())
-    assert set(one) == set(two) == expected
-    for name in expected:
-        content = torch.load(tmp_path / name, weights_only=True)
-        save = content["lightning_easgd"]["save"]
-        parts = {path.name for path in (tmp_path / f"{name}.workers").iterdir()}
-        assert parts == {f"{save}-0.ckpt", f"{save}-1.ckpt"}
-        path = str(tmp_path / name)
-        resume = partial(train, ckpt_path=path, epochs=3)
-        run_workers(resume, tmp_path / "resumed" / name, workers=2)
-
-
-def fit_twice(rank: int, folder: Path) -> Any:
-    """Begins a second fit from files whose writing one worker takes time for."""
-    storage = AsyncCheckpointIO(Slow(0, 0.1))
-    train(rank, folder, epochs=1, storage=storage, ckpt_path=None)
-    return train(rank, folder, epochs=2, storage=storage)
-
-
-def test_who_ends_a_fit_waits_until_all_is_written(tmp_path: Path) -> None:
-    resumed = run_workers(fit_twice, tmp_path, workers=2)
-    assert resumed == run_workers(train, tmp_path / "whole", workers=2)
-
-
-class Broken(AtomicCheckpointIO):
-    def __init__(self, who: int) -> None:
-        self.who = who
-
-    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
-        if os.environ["RANK"] == str(self.who):
-            raise OSError(28, "No space left on device", str(path))
-        super().save_checkpoint(checkpoint, path, storage_options)
-
-
-def broken(rank: int, folder: Path, who: int) -> None:
-    train(rank, folder, storage=AsyncCheckpointIO(Broken(who)), ckpt_path=None)
-
-
-@pytest.mark.parametrize("who", [0, 1])
-def test_a_queued_write_that_fails_ends_all_and_leaves_no_main_file(
-    who: int, tmp_path: Path
-) -> None:
-    outcomes = run_workers(broken, tmp_path, who, workers=2, check=False, timeout=40)
-    assert outcomes[who].error == "OSError"
-    assert outcomes[1 - who].error in ("CheckpointError", "ExchangeError")
-    for outcome in outcomes:
-        assert "No space left on device" in outcome.message
-    assert not (tmp_path / "last.ckpt").exists()
 
 
 def test_files_of_others_and_what_lies_behind_links_stay(tmp_path: Path) -> None:
@@ -376,3 +231,23 @@ def test_a_folder_that_is_not_shared_is_noticed_by_the_first_save(
         assert os.uname().nodename in message
         assert str(tmp_path / "last.ckpt.workers") in message
         assert queued or not left
+
+
+class Anything:
+    """Of a kind that is not read without unpickling."""
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_debris_goes_beside_a_main_file_that_holds_any_object_and_stays_beside_a_damaged_one(
+    damaged: bool, tmp_path: Path
+) -> None:
+    path, (old, new) = tmp_path / "last.ckpt", ("0123456789ab", "ba9876543210")
+    content = {"hyper_parameters": Anything(), "lightning_easgd": {"format": 2, "save": old}}
+    AtomicCheckpointIO().save_checkpoint(content, path)
+    if damaged:
+        path.write_bytes(path.read_bytes()[:-100])
+    for save in (old, new):
+        AtomicCheckpointIO().save_checkpoint({}, worker_file(path, save, 1))
+    remove_debris(AtomicCheckpointIO(), str(path))
+    left = {file.name for file in (tmp_path / "last.ckpt.workers").iterdir()}
+    assert left == {f"{old}-1.ckpt"} | ({f"{new}-1.ckpt"} if damaged else set())
