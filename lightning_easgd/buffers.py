@@ -52,6 +52,9 @@ class Statistics:
         self._recomputed = [n for n in spectral_norms(module) if anew.intersection(n.names)]
         self._places = sorted((p for p in found if p.policy != "recompute"), key=_order)
         self._missing: set[str] = set()
+        self._known: list[tuple[Tensor | None, object, Tensor | None]]
+        self._known = [(None, None, None)] * len(self._places)
+        """What is registered at each place, where that lies, and its distinct elements."""
         self._silent = {place.name for place in self._places if place.chosen}
         self._layout = FlatLayout(
             (place.name, now) for place in self._places if (now := place.now()) is not None
@@ -101,16 +104,22 @@ class Statistics:
 
     def _present(self) -> list[Tensor | None]:
         """The module's buffers now; None for one that is not there in its shape."""
-        found: list[Tensor | None] = []
-        for place, slot in zip(self._places, self._layout.slots, strict=True):
-            buffer = place.now()
-            if buffer is not None and as_real(buffer).shape != slot.shape:
-                buffer = None
-            if buffer is None and place.name not in self._missing:
-                self._missing.add(place.name)
-                _tell_missing(place, slot.shape)
-            found.append(buffer)
-        return found
+        for at, place in enumerate(self._places):
+            tensor, how, _ = self._known[at]
+            found = place.found()
+            # Looked at anew only if it is not what it was: there may be tens of thousands.
+            if found is not tensor or _place_of(found) != how:
+                self._known[at] = found, _place_of(found), self._look(at, place)
+        return [now for *_, now in self._known]
+
+    def _look(self, at: int, place: Place) -> Tensor | None:
+        now, shape = place.now(), self._layout.slots[at].shape
+        if now is not None and as_real(now).shape == shape:
+            return now
+        if place.name not in self._missing:
+            self._missing.add(place.name)
+            _tell_missing(place, shape)
+        return None
 
     def contribute(self, healthy: bool) -> list[Tensor]:
         """This worker's part of the sum, as flat tensors."""
@@ -199,6 +208,13 @@ class Statistics:
             self.center.write_to([view.clone() if now is None else now for now, view in pairs])
         for norm in self._recomputed:
             norm.recompute_()
+
+
+def _place_of(tensor: Tensor | None) -> object:
+    """Where a tensor's memory is and how it goes through it."""
+    if tensor is None or tensor.layout is not torch.strided:
+        return id(tensor)
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 def _order(place: Place) -> tuple[int, str, bool]:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_easgd.storage import as_bytes
+
 _CHUNK = 2**18
 
 
@@ -33,9 +35,9 @@ def _digest(node: Any, digest: Any) -> int:
     if isinstance(node, Tensor):
         dense = node.detach().to_dense() if node.layout != torch.strided else node.detach()
         dense = dense.dequantize() if dense.is_quantized else dense
-        values = dense.cpu().contiguous().reshape(-1)
+        values = as_bytes(dense.cpu())
         digest.update(f"tensor {node.dtype} {tuple(node.shape)};".encode())
-        digest.update(values.view(torch.uint8).numpy().data)
+        digest.update(values.numpy().data)
         return values.nbytes
     if isinstance(node, Mapping):
         digest.update(f"mapping {len(node)};".encode())
@@ -51,7 +53,7 @@ def _digest(node: Any, digest: Any) -> int:
 def _checksum(tensor: Tensor) -> Tensor | str:
     if tensor.layout != torch.strided or tensor.is_quantized:
         return fingerprint(tensor)[1]
-    data = tensor.contiguous().reshape(-1).view(torch.uint8)
+    data = as_bytes(tensor)
     data = data.clone() if data.data_ptr() % 4 else data
     whole = data.numel() // 4 * 4
     total = torch.tensor(tensor.numel(), device=data.device)

@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_easgd.segments import Piece
-from lightning_easgd.storage import Shares, compact, overlaps_itself, seen_from, shares, storage_of
+from lightning_easgd.storage import (
+    Shares,
+    compact,
+    is_plain,
+    overlaps_itself,
+    seen_from,
+    shares,
+    storage_of,
+)
 
 Named = tuple[str, nn.Parameter]
 
@@ -47,10 +55,17 @@ class Ties:
 
         Raises:
             ValueError: one shares a part of its memory with another, or with itself.
+            TypeError: one is sparse.
         """
         return [(name, parameter) for name, parameter in named if self._add(name, parameter)]
 
     def _add(self, name: str, parameter: nn.Parameter) -> bool:
+        if not is_plain(parameter):
+            kind = "meta" if parameter.is_meta else str(parameter.layout).removeprefix("torch.")
+            raise TypeError(
+                f"Parameter '{name}' is a {kind} tensor, which cannot be averaged. Freeze it"
+                " (requires_grad=False), register it as a buffer, or make it dense."
+            )
         key = storage_of(parameter)
         if key is None:
             return True

@@ -10,7 +10,8 @@ import lightning_easgd
 ROOT = Path(lightning_easgd.__file__).parent
 
 LAYERS = [
-    {"aliases", "fingerprint", "flat", "random_state", "schedules", "storage", "telemetry"},
+    {"storage"},
+    {"aliases", "fingerprint", "flat", "random_state", "schedules", "telemetry"},
     {"groups", "pace"},
     {"algorithms", "automatic"},
     {"arguments", "segments", "spectral"},

@@ -112,12 +112,19 @@ class Refused(Tied):
         self.other = {
             "rows": lambda: nn.Parameter(self.w.data[1:]),
             "expanded": lambda: nn.Parameter(torch.zeros(1, 4).expand(8, 4)),
+            "sparse": lambda: nn.Parameter(torch.eye(3).to_sparse()),
             "bits": lambda: nn.Parameter(self.w.data.view(torch.bfloat16)),
         }[kind]()
 
 
 def fit_refused(rank: int, kind: str) -> None:
     trainer(2, EASGDStrategy(tau=2)).fit(Refused(kind), loader(rank, 2, torch.float32))
+
+
+def test_a_sparse_parameter_is_refused_by_name() -> None:
+    for outcome in run_workers(fit_refused, "sparse", workers=2, check=False):
+        assert outcome.error == "TypeError"
+        assert "Parameter 'other' is a sparse_coo tensor" in outcome.message
 
 
 @pytest.mark.parametrize("kind", ["rows", "expanded", "bits"])
