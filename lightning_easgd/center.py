@@ -116,6 +116,11 @@ class Center:
     def _segment(self, named: Sequence[tuple[str, nn.Parameter]]) -> Segment:
         return Segment(named, self.turns, self._memory, self._averaging)
 
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self._memory.device
+
     def join(self, segments: int) -> None:
         """Let the first ``segments`` segments take part in exchanges from now on."""
         self.joined = segments

@@ -37,6 +37,8 @@ class Contribution:
         rule: what becomes of the worker.
         weights: with which multiple it takes part.
         telemetry: where exchanges and distances are recorded.
+        reckon_: adds to differences by name, in place, what follows from what is held back of them;
+            the last exchange holds nothing back, which it is told.
         round_: makes differences, in place, what is sent of them.
         agree: as of AllReduce: whether workers that take part as one all have finite differences.
         from_iterate: whether x is the paper's iterate where a parameter is its look-ahead point.
@@ -50,6 +52,7 @@ class Contribution:
         weights: Weights,
         *,
         telemetry: Telemetry,
+        reckon_: Callable[[Mapping[str, Tensor], bool], None],
         round_: Callable[[Iterable[Tensor]], None],
         agree: Callable[[bool, Callable[[], int]], bool],
         from_iterate: bool,
@@ -59,6 +62,7 @@ class Contribution:
         self._rule = rule
         self._weights = weights
         self._telemetry = telemetry
+        self._reckon_ = reckon_
         self._round_ = round_
         self._agree = agree
         self._from_iterate = from_iterate
@@ -150,6 +154,8 @@ class Contribution:
 
     def _scale(self, clock: int, last: bool) -> Pull:
         """Turn x - c into what is sent of it; a copy of α (x - c) is the worker's own pull."""
+        if not self._rule.restarts:
+            self._reckon_(self._totals(), last)
         alphas, default = self._weights(clock)
         alphas = self._center.ties.strongest(alphas)
         self._telemetry.alpha = max([*alphas.values(), default])

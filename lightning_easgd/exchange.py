@@ -25,18 +25,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_easgd.agreement import Agreement
-from lightning_easgd.algorithms import EASGD, Rule
+from lightning_easgd.algorithms import EASGD, Rule, elastic
 from lightning_easgd.center import Center, Shown
 from lightning_easgd.communication import AllReduce, Place, Stop, verify_places
 from lightning_easgd.contribution import Contribution, Pull, Weights, pull_worker
 from lightning_easgd.gradients import GradientAverage
 from lightning_easgd.level import GroupLevel
 from lightning_easgd.optimizers import LocalOptimizers
-from lightning_easgd.rates import MovingRates
+from lightning_easgd.rates import MovingRates, stable_below
 from lightning_easgd.schedules import Period, Schedules, Strength
 from lightning_easgd.swap import Swap
 from lightning_easgd.telemetry import Telemetry
@@ -124,8 +124,9 @@ class Exchange:
             center,
             optimizers,
             rule=rules.algorithm,
-            weights=self._weights(all_reduce.party, len(all_reduce.parties)),
+            weights=self._weights(all_reduce),
             telemetry=telemetry,
+            reckon_=self._reckoning(all_reduce),
             round_=all_reduce.round_,
             agree=self._agree,
             from_iterate=rules.elastic_point == "iterate" and not levels,
@@ -141,14 +142,23 @@ class Exchange:
         )
         self._start_clock(0)
 
-    def _weights(self, party: int, workers: int) -> Weights:
+    def _weights(self, all_reduce: AllReduce) -> Weights:
         rule, leadership = self._rules.algorithm, self._agreement.leadership
+        party, workers = all_reduce.party, len(all_reduce.parties)
         if rule.loss_smoothing is not None:
             return lambda step: ({}, float(leadership.leader == party))
         if rule.restarts:
             return lambda step: ({}, rule.share(workers))
         strength, optimizers = self._rules.strength, self._optimizers
-        return MovingRates(strength, optimizers, workers=workers, speaks=self._speaks).at
+        waits = all_reduce.waits(self.center.device)
+        bound = stable_below(workers, momentum=rule.center_momentum, waits=waits)
+        rates = MovingRates(strength, optimizers, workers=workers, speaks=self._speaks, bound=bound)
+        return rates.at
+
+    def _reckoning(self, all_reduce: AllReduce) -> Callable[[Mapping[str, Tensor], bool], None]:
+        momentum = self._rules.algorithm.center_momentum
+        gamma = elastic.residual_weight(len(all_reduce.parties), momentum)
+        return lambda differences, last: all_reduce.reckon_(differences, 1.0 if last else -gamma)
 
     def _agree(self, healthy: bool, checksum: Callable[[], int]) -> bool:
         """Whether this worker, or what takes part in its place, does so with finite differences."""
@@ -455,7 +465,7 @@ class Exchange:
         if own is not None:
             self._optimizers.load_look_ahead_state(own["look_ahead"])
             self.telemetry.load_counters(own["telemetry"])
-            self._transit.all_reduce.load_state(own.get("held_back", {}))
+        self._transit.all_reduce.load_state((own or {}).get("held_back", {}))
         self._levels.restore(None if own is None else own.get("levels"))
         agreed, said = shared.get("agreement", {}), (own or {}).get("agreement", {})
         self._agreement.load_state(agreed, said)

@@ -59,6 +59,7 @@ class GroupLevel:
             rule=rule,
             weights=rates[len(all_reduce.parties)].at,
             telemetry=self.telemetry,
+            reckon_=lambda differences, last: None,
             round_=all_reduce.round_,
             agree=self._agree,
             from_iterate=from_iterate and inside is None,

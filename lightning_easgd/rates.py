@@ -3,12 +3,59 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 
 from lightning_easgd.algorithms import elastic
 from lightning_easgd.optimizers import LocalOptimizers
 from lightning_easgd.schedules import Strength
 
 _HELD_BELOW_EDGE = 0.99
+_NOT_AT_ONCE = 1.01
+"""Exchanges that a value waits, above which it counts."""
+_DEFAULT = ", or leave beta, alpha and rho unset (beta=0.9)"
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Where α is stable."""
+
+    value: float
+    """α must be below it."""
+    why: str = "2/(workers + 1)"
+    """What it is."""
+    where: str = ""
+    """Where that is so."""
+    else_: str = ""
+    """What else helps than a smaller α."""
+
+
+def stable_below(workers: int, *, momentum: float, waits: tuple[float, float]) -> Bound:
+    """Where α is stable; see algorithms/elastic.py, [Note: what is held back].
+
+    Args:
+        workers: p.
+        momentum: μ of the center.
+        waits: how many exchanges a value waits for a worker, and for the owner of its sum.
+    """
+    to_send, to_add = waits
+    bound = Bound(elastic.stability_bound(workers))
+    if to_add > _NOT_AT_ONCE:
+        bound = Bound(
+            elastic.stability_bound(workers, waits=to_add),
+            f"1 - ((workers - 1)/(workers + 1))^(1/{to_add:.3g})",
+            f", since with this codec the center gets a value only every {to_add:.3g} exchanges",
+            ", or take a codec that loses less or has block=None",
+        )
+    if momentum and to_send > _NOT_AT_ONCE:
+        value = 1 / (1 + elastic.residual_weight(workers, momentum))
+        if value < bound.value:
+            bound = Bound(
+                value,
+                "1/(1 + workers/(2 (1 - center_momentum)))",
+                f", since the codec holds much back and center_momentum={momentum:g}",
+                ", or take center_momentum=0, or compression='int8', 'bf16', 'fp16' or None",
+            )
+    return bound
 
 
 class MovingRates:
@@ -19,18 +66,26 @@ class MovingRates:
         optimizers: the worker's own, for the learning rates η in α = ηρ.
         workers: the number of workers, p.
         speaks: whether this worker warns for all.
+        bound: where α is stable; None: as without a codec.
 
     Raises:
         ValueError: α is unstable for this number of workers at the start of training.
     """
 
     def __init__(
-        self, strength: Strength, optimizers: LocalOptimizers, *, workers: int, speaks: bool
+        self,
+        strength: Strength,
+        optimizers: LocalOptimizers,
+        *,
+        workers: int,
+        speaks: bool,
+        bound: Bound | None = None,
     ) -> None:
         self._strength = strength
         self._optimizers = optimizers
         self._workers = workers
-        self._bound = elastic.stability_bound(workers)
+        self._why = bound or Bound(elastic.stability_bound(workers))
+        self._bound = self._why.value
         self._speaks = speaks
         self._limits = {"alpha": self._bound, "beta": self._bound * workers}
         if strength.kind in self._limits:
@@ -60,7 +115,7 @@ class MovingRates:
         if self._speaks:
             warnings.warn(
                 f"At step {step} the moving rate alpha reached {alpha:.4g}, but {self._workers}"
-                f" workers are stable only below 2/(workers + 1) = {self._bound:.4g}. It is held at"
+                f" workers are stable only below {self._why.why} = {self._bound:.4g}. It is held at"
                 f" {held:.4g} wherever the schedule exceeds that.",
                 stacklevel=2,
             )
@@ -79,7 +134,7 @@ class MovingRates:
         at_rate = f" at learning rate {lr:g}" if kind == "rho" else ""
         raise ValueError(
             f"{kind}={value:g} gives a moving rate alpha={alpha:g}{at_rate} for {self._workers}"
-            " worker(s), which diverges: synchronous EASGD needs alpha < 2/(workers + 1) ="
-            f" {self._bound:.4g}. Set {kind} below {limits[kind]:.4g}, or leave beta, alpha and rho"
-            " unset (beta=0.9)."
+            f" worker(s), which diverges: synchronous EASGD needs alpha < {self._why.why} ="
+            f" {self._bound:.4g}{self._why.where}. Set {kind} below {limits[kind]:.4g}"
+            f"{self._why.else_ or _DEFAULT}."
         )

@@ -121,7 +121,7 @@ class EASGDStrategy(PersistentStrategy):
             other collectives of ``fit``, in seconds or as a timedelta, before an error names them.
         compression: how differences travel: None for full precision, "bf16", "fp16", "int8" (a
             quarter of the bytes), "topk" (the largest hundredth), or a Codec. What is lost on the
-            way goes with the next exchange.
+            way goes with the next exchange; strengths that are not stable with it are refused.
         tau_min: the smallest τ that "auto" may choose; None: 1.
         tau_max: the largest τ that "auto" may choose; None: 64.
         fragments: into how many parts the model is cut, one of which is exchanged every

@@ -36,6 +36,8 @@ def main() -> None:
     one.add_argument("--repetitions", type=int, default=7)
     two = commands.add_parser("memory", help="extra memory per worker")
     two.add_argument("--millions", type=int, default=128, help="parameters, in millions")
+    two.add_argument("--workers", type=int, default=2)
+    two.add_argument("--compression", help="a codec, as of EASGDStrategy")
     three = commands.add_parser("ends", help="cost of an exchange without its way")
     three.add_argument("--millions", type=float, default=25.6, help="parameters, in millions")
     three.add_argument("--tensors", type=int, default=160, help="in how many tensors")

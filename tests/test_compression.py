@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import os
 import signal
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from processes import Workers, run_workers
 from test_reference import LR, batches, initial_weights, reference, reference_optimizers
+from torch import nn
 from toy import Resumable, Toy, loader, trainer, weights
 
 from lightning_easgd import EASGDStrategy, Int8, TopK
-from lightning_easgd.communication import CompressedAllReduce, Level, Payload
+from lightning_easgd.communication import CompressedAllReduce, Level
 
 SGD = partial(torch.optim.SGD, lr=LR)
 CODECS = ["bf16", "fp16", "int8", TopK(0.3)]
@@ -88,11 +92,13 @@ def drift(rank: int, codec: Any, bucket_bytes: int, fragments: int, final: bool)
         held = sum(float(piece.sum()) for piece in pieces)
         seen.append((own, sum(float(center[name].sum()) for name in center), held))
 
-    module.on_train_batch_start = note
-    last = {}
-    module.on_train_end = lambda: last.update(own=sum(v.sum() for v in weights(module).values()))
+    def note_last(outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 12:
+            note(batch, batch_idx)
+
+    module.on_train_batch_start, module.on_train_batch_end = note, note_last
     trainer(3, strategy).fit(module, loader(rank, 13))
-    return seen, last["own"], sum(v.sum() for v in weights(module).values())
+    return seen, sum(v.sum() for v in weights(module).values())
 
 
 @pytest.mark.parametrize("final", [True, False])
@@ -100,15 +106,171 @@ def drift(rank: int, codec: Any, bucket_bytes: int, fragments: int, final: bool)
 @pytest.mark.parametrize("codec", CODECS, ids=str)
 def test_nothing_is_lost(codec: Any, bucket_bytes: int, fragments: int, final: bool) -> None:
     results = run_workers(drift, codec, bucket_bytes, fragments, final, workers=3)
-    totals = [
-        sum(own + held for own, _, held in step) + step[0][1]
-        for step in zip(*(seen for seen, *_ in results), strict=True)
-    ]
+    steps = list(zip(*(seen for seen, _ in results), strict=True))
+    totals = [sum(own + held for own, _, held in step) + step[0][1] for step in steps]
     np.testing.assert_allclose(totals, totals[0], atol=1e-9)
-    assert any(held for seen, *_ in results for *_, held in seen)
-    if not final:
-        end = sum(own for _, own, _ in results) + results[0][2]
-        assert end == pytest.approx(totals[0], abs=1e-9)
+    assert any(held for seen, _ in results for *_, held in seen)
+    owns, (center, *_), helds = zip(*steps[-1], strict=True)
+    if isinstance(codec, TopK):  # workers take back what they held
+        moved = 0.3 * (sum(owns) + sum(helds) - 3 * center) if final else 0.0
+    else:
+        moved = 0.3 * (sum(owns) - 3 * center) * final + sum(helds)
+    if fragments == 1 or not final:
+        assert results[0][1] - center == pytest.approx(moved, abs=1e-9)
+
+
+def flat(state: dict[str, np.ndarray]) -> np.ndarray:
+    return np.concatenate([state[name].ravel() for name in ("w", "b")])
+
+
+def reckoning(codec: TopK, workers: int, steps: int, tau: int, final: bool) -> np.ndarray:
+    """Synchronous EASGD whose workers hold back all but the largest of what they lost."""
+    alpha, gamma, center = 0.9 / workers, workers / 2, flat(initial_weights())
+    own, held = [center.copy() for _ in range(workers)], [0 * center for _ in range(workers)]
+    sent = math.ceil(codec.fraction * len(center))
+
+    def gradient(x: np.ndarray, batch: Any) -> np.ndarray:
+        return flat(reference.toy_gradient({"w": x[:6].reshape(3, 2), "b": x[6:]}, batch))
+
+    data = [batches(rank, steps) for rank in range(workers)]
+    for t in range(steps):
+        pulls, total = [0.0] * workers, 0 * center
+        if t and t % tau == 0:
+            for i in range(workers):
+                pulls[i] = alpha * (own[i] - center - gamma * held[i])
+                held[i] = held[i] + pulls[i]
+                places = np.argsort(-np.abs(held[i]))[:sent]
+                message = 0 * center
+                message[places] = held[i][places].astype(np.float32)
+                held[i], total = held[i] - message, total + message
+        own = [x - LR * gradient(x, data[i][t]) - pulls[i] for i, x in enumerate(own)]
+        center = center + total
+    if final:
+        center = center + alpha * sum(x + e - center for x, e in zip(own, held, strict=True))
+    return center
+
+
+def fit_in_double(rank: int, workers: int, options: dict[str, Any]) -> Any:
+    module = Toy(SGD)
+    trainer(workers, EASGDStrategy(**options)).fit(module, loader(rank, 24))
+    return weights(module)
+
+
+@pytest.mark.parametrize("final", [True, False])
+@pytest.mark.parametrize(("workers", "tau", "fraction"), [(2, 1, 0.1), (3, 2, 0.3), (4, 3, 0.1)])
+def test_workers_reckon_with_what_they_hold_back(
+    workers: int, tau: int, fraction: float, final: bool
+) -> None:
+    codec = TopK(fraction)
+    options = {"tau": tau, "compression": codec, "final_exchange": final}
+    for got in run_workers(fit_in_double, workers, options, workers=workers):
+        expected = reckoning(codec, workers, 24, tau, final)
+        np.testing.assert_allclose(flat(got), expected, rtol=0, atol=1e-12)
+
+
+class Regression(pl.LightningModule):
+    """Some thousand weights, of which workers with different data send one in a hundred."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1))
+        torch.manual_seed(1 + rank)
+        inputs = torch.randn(400, 32)
+        self.data = torch.utils.data.TensorDataset(inputs, inputs.sum(1, keepdim=True) + rank)
+        self.before: list[float] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return ((self.layers(batch[0]) - batch[1]) ** 2).mean()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        if self.trainer.global_step == 300:
+            self.before.append(self.loss(self.trainer.strategy.center_state_dict()))
+
+    def loss(self, state: dict[str, torch.Tensor]) -> float:
+        layers = copy.deepcopy(self.layers)
+        layers.load_state_dict({k.removeprefix("layers."): v for k, v in state.items()})
+        with torch.no_grad():
+            return float(((layers(self.data.tensors[0]) - self.data.tensors[1]) ** 2).mean())
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.05)
+        decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 300)
+        return [optimizer], [{"scheduler": decay, "interval": "step"}]
+
+
+def regression(rank: int, options: dict[str, Any]) -> list[float]:
+    module = Regression(rank)
+    fitting = trainer(3, EASGDStrategy(**options), max_epochs=-1, max_steps=300)
+    fitting.fit(module, torch.utils.data.DataLoader(module.data, batch_size=8))
+    return [module.before[0], module.loss(module.state_dict())]
+
+
+@pytest.mark.parametrize("tau", [1, 4])
+def test_the_last_exchange_delivers_the_center_that_was_validated(tau: int) -> None:
+    _, best = np.mean(run_workers(regression, {"tau": tau}, workers=3), axis=0)
+    options = {"tau": tau, "compression": "topk"}
+    before, delivered = np.mean(run_workers(regression, options, workers=3), axis=0)
+    assert delivered == pytest.approx(before, rel=0.1)
+    assert delivered < 1.25 * best
+
+
+class Thinned(Int8):
+    """An owner of a part of the sum passes every tenth value on, and keeps the rest."""
+
+    block = 10
+
+    def wire_bytes(self, numel: int) -> int:
+        return 4 * (numel // 10)
+
+    def encode(self, values: torch.Tensor) -> torch.Tensor:
+        sent = torch.empty(values.numel() // 10)
+        return sent.copy_(values.view(-1, 10)[:, 0]).view(torch.uint8)
+
+    def decode(self, wire: torch.Tensor, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        values = torch.zeros(numel // 10, 10, dtype=dtype)
+        values[:, 0] = wire.view(torch.float32)
+        return values.view(-1)
+
+
+def refused(rank: int, options: dict[str, Any]) -> str:
+    with pytest.raises(ValueError, match="which diverges") as found:
+        trainer(2, EASGDStrategy(tau=2, **options)).fit(Toy(SGD), loader(rank, 4))
+    return str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"algorithm": "sma", "compression": "topk"}, "= 0.09091, since the codec holds much back"),
+        ({"compression": Thinned()}, "the center gets a value only every 1"),
+    ],
+    ids=str,
+)
+def test_what_leaves_the_stable_range_is_refused(options: Any, said: str) -> None:
+    for message in run_workers(refused, options, workers=2):
+        assert said in message
+        assert "Set beta below" in message
+
+
+def elastic_with(rank: int, options: dict[str, Any]) -> Any:
+    module = Toy(SGD)
+    trainer(2, EASGDStrategy(tau=2, **options)).fit(module, loader(rank, 12))
+    return weights(module)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"algorithm": "sma", "compression": TopK(0.1), "beta": 0.15},
+        {"algorithm": "sma", "compression": "int8"},
+        {"compression": Thinned(), "beta": 0.1},
+    ],
+    ids=str,
+)
+def test_what_stays_in_it_trains(options: Any) -> None:
+    one, two = run_workers(elastic_with, options, workers=2)
+    assert all(np.array_equal(one[key], two[key]) for key in one)
 
 
 def resumable(rank: int, codec: Any, folder: Path, resume: Path | None) -> Any:
@@ -139,7 +301,7 @@ def test_what_is_held_back_survives_a_checkpoint_before_the_first_exchange() -> 
 
     level = Level(0, 1, None)
     saved = CompressedAllReduce(Alone(), 2**20, Int8(), level=level)
-    saved._accounts_of(Payload({"w": torch.ones(3)}))[0].unsent.fill_(0.5)
+    saved._accounts_of({"w": torch.ones(3)})[0].unsent.fill_(0.5)
     resumed = CompressedAllReduce(Alone(), 2**20, Int8(), level=level)
     resumed.load_state(saved.state())
     account = resumed.state()["accounts"]["w"]

@@ -36,6 +36,7 @@ class Rule(ABC):
         lr_drop: where workers are pulled, they start again at the center, without momentum, when
             the learning rate of one has fallen to this part of its peak since the last restart, in
             (0, 1); None: never.
+        center_momentum: μ, in [0, 1), with which the center moves on where workers are pulled.
         mixing: what a worker that restarts keeps of its own weights, in [0, 1).
         delay: steps that a worker that restarts takes meanwhile, while the sum travels; at most
             those up to the next exchange.
@@ -50,6 +51,7 @@ class Rule(ABC):
     default_tau: ClassVar[int] = 10
     average: bool = True
     lr_drop: float | None = None
+    center_momentum: float = 0.0
     mixing: float = 0.0
     delay: int = 0
     loss_smoothing: float | None = None

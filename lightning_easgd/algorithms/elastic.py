@@ -9,6 +9,20 @@ Both lines read the state before the step. Letters: p `workers`, x^i `worker`, c
 [Note: exact overlap] Every worker keeps a copy of the center, so its pull α (x^i - c) needs nobody
 else. The sum over the workers is first read at the next exchange. It may therefore travel behind
 the τ steps in between: the trajectory is that of a blocking exchange, bit for bit.
+
+[Note: what is held back] A codec that sends few elements lets a value wait some T exchanges. If a
+worker were pulled to c all the while, it would lose all of x - c, and then the center would gain it
+from every worker at once: alike workers overshoot p-fold, and diverge. Let e be what a worker has
+lost and not sent yet. So it is pulled to c + γe, where it expects the center::
+
+    d = α (x - c - γe) ;  x <- x - d ;  e <- e + d ;  every T exchanges  c <- c + Σ_i e^i ; e <- 0
+
+Between two sendings e goes to (x + e - c) / (1 + γ), which x + e - c, being kept, says beforehand:
+when all send, what is left of the difference is 1 - (p+1)/(1+γ) of it. With γ = p/2 that lies in
+(-1, 1), and for every T alike workers are stable iff they are where nothing is held back, at
+α < 2/(p+1) (checked numerically, as that γ <= (p-1)/2 is not). With momentum μ in the center what
+is sent goes 1/(1-μ) times as far, so γ = p/(2(1-μ)); then α <= 1/(1+γ) is stable for every T.
+A last exchange has nothing to wait for. Workers take e back and send α (x + e - c) as it is.
 """
 
 from __future__ import annotations
@@ -87,13 +101,26 @@ class SMA(EASGD):
         self.lr_drop = float(lr_drop)
 
 
-def stability_bound(workers: int) -> float:
+def stability_bound(workers: int, *, waits: float = 1.0) -> float:
     """The α at and above which the synchronous form diverges as η -> 0: 2/(p+1).
+
+    Where the center gets what workers lost only every T-th exchange, 1 - (1-α)^T takes α's place.
 
     From (2-ηh)(2-pα) > 2α and (2-ηh)+(2-pα) > α, the conditions on a quadratic of curvature h.
     With momentum μ in the center more is stable: α < 2(1+μ)/(p+1+μ).
+
+    Args:
+        workers: p.
+        waits: T.
     """
-    return 2.0 / (workers + 1)
+    if waits == 1.0:
+        return 2.0 / (workers + 1)
+    return 1.0 - float(((workers - 1) / (workers + 1)) ** (1.0 / waits))
+
+
+def residual_weight(workers: int, momentum: float = 0.0) -> float:
+    """γ, with which a worker reckons with what it holds back; see [Note: what is held back]."""
+    return workers / (2.0 * (1.0 - momentum))
 
 
 def difference(worker: Sequence[Tensor], center: Sequence[Tensor], out: Sequence[Tensor]) -> None:

@@ -168,6 +168,24 @@ class AllReduce:
         for work in self.sum([*payload.differences.values(), *payload.statistics]):
             pending.parts.append((work, self.group.polls))
 
+    def waits(self, device: torch.device) -> tuple[float, float]:
+        """How many exchanges a value waits, on average, for its worker and the owner of its sum.
+
+        1 if it is not held back at all.
+        """
+        return 1.0, 1.0
+
+    @property
+    def reckons(self) -> bool:
+        """Whether workers that are pulled reckon with what they hold back."""
+        return False
+
+    def reckon_(self, differences: Mapping[str, Tensor], weight: float) -> None:
+        """Add ``weight`` times what is held back of differences to them, if workers reckon so."""
+
+    def hold_back(self, payload: Payload, *, last: bool = False) -> None:
+        """Hold back what :meth:`join` would if workers reckon with it, and send nothing."""
+
     def round_(self, differences: Iterable[Tensor]) -> None:
         """Replace differences by what is sent of them, where the rest is not held back."""
 

@@ -22,9 +22,10 @@ class Codec(ABC):
         block: how many elements are encoded together, independently of all others; then every
             worker sums a part of the whole and traffic does not grow with the number of workers.
             None if a tensor can only be encoded as a whole; then every worker sends it to all.
-        feedback: whether a worker keeps what encoding lost for the next exchange. If not, it is
-            pulled by what was sent, and what was lost stays in its weights; encoding what was
-            decoded must then lose nothing.
+        feedback: whether a worker keeps what encoding lost for the next exchange, and reckons with
+            it where that is much, see algorithms/elastic.py. If not, it is pulled by what was
+            sent, and what was lost stays in its weights; encoding what was decoded must then lose
+            nothing.
     """
 
     block: ClassVar[int | None]
@@ -113,6 +114,8 @@ class Int8(Codec):
 class TopK(Codec):
     """The ``fraction`` of elements that are largest in size, with their places; the rest is zero.
 
+    An element waits up to 1/fraction exchanges for its turn, so take a small τ.
+
     Lin et al. 2018, "Deep gradient compression", arXiv:1712.01887.
 
     Args:
@@ -153,6 +156,23 @@ class TopK(Codec):
 
     def _kept(self, numel: int) -> int:
         return math.ceil(self.fraction * numel)
+
+
+_PROBED = 4096
+
+
+def waiting_time(codec: Codec, device: torch.device) -> float:
+    """How many exchanges a value waits for its turn, on average: 1 if nothing is held back.
+
+    One over the part of the energy of white noise that is there after encoding and decoding, which
+    is 1/fraction where elements are chosen at random, and less where the largest are.
+    """
+    numel = math.ceil(_PROBED / (codec.block or 1)) * (codec.block or 1)
+    noise = torch.randn(numel, generator=torch.Generator().manual_seed(0)).to(device)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+        lost = noise - codec.decode(codec.encode(noise), numel, noise.dtype)
+    passed = 1 - float(lost.square().sum() / noise.square().sum())
+    return 1 / max(passed, 1e-6)
 
 
 CODECS = {

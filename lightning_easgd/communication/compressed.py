@@ -7,8 +7,10 @@ and all decode the same bytes: the centers stay equal, bit for bit.
 
 [Note: what encoding loses] is kept where it was lost and goes with the next exchange (error
 feedback; Seide et al. 2014, Karimireddy et al. 2019, arXiv:1901.09847): by the worker, what it did
-not send, and by the owner, what it did not add to the center. The last exchange is not encoded and
-takes both along. So the weights of the workers, of the center and what is kept always add up.
+not send, and by the owner, what it did not add to the center. So the weights of the workers, of the
+center and what is kept always add up. Where a worker that is pulled keeps much, it reckons with
+that; see algorithms/elastic.py, [Note: what is held back]. The last exchange is not encoded. It
+takes along what owners and workers kept, but for workers that reckoned with it, which take it back.
 """
 
 from __future__ import annotations
@@ -24,12 +26,15 @@ from torch import Tensor
 
 from lightning_easgd.communication.all_reduce import AllReduce, Level, Payload, PendingSum
 from lightning_easgd.communication.background import Background
-from lightning_easgd.communication.codecs import Codec
+from lightning_easgd.communication.codecs import Codec, waiting_time
 from lightning_easgd.communication.group import WorkerGroup
 from lightning_easgd.flat import bucket_slices
 
 # Its name since torch 2.14, which warns of the old one.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+_MUCH = 1.01
+"""Exchanges that a value waits, above which what is held back is much."""
 
 
 class Owned:
@@ -128,8 +133,29 @@ class CompressedAllReduce(AllReduce):
         super().__init__(group, bucket_bytes, level=level, control=control)
         self._codec = codec
         self._feedback = codec.feedback or feedback
+        self._pulls = not feedback
+        self._waits: float | None = None
         self._accounts: dict[str, Account] = {}
         self._saved: dict[str, Mapping[str, Any]] = {}
+
+    def waits(self, device: torch.device) -> tuple[float, float]:
+        """Measured on ``device``; the owner's is 1 if all workers get what each sends."""
+        if self._waits is None:
+            self._waits = waiting_time(self._codec, device)
+        return self._waits, 1.0 if self._codec.block is None else self._waits
+
+    def reckon_(self, differences: Mapping[str, Tensor], weight: float) -> None:
+        """Add ``weight`` times what is held back of differences to them, if workers reckon so."""
+        if self.reckons:
+            accounts = self._accounts_of(differences)
+            for tensor, account in zip(differences.values(), accounts, strict=True):
+                assert account.unsent is not None
+                tensor.add_(account.unsent, alpha=weight)
+
+    @property
+    def reckons(self) -> bool:
+        """Whether workers are pulled and hold much back, as :meth:`waits` has measured."""
+        return self._pulls and self._codec.feedback and (self._waits or 1.0) > _MUCH
 
     def round_(self, differences: Iterable[Tensor]) -> None:
         """Replace differences by what is sent of them, where the rest is not held back."""
@@ -139,22 +165,31 @@ class CompressedAllReduce(AllReduce):
 
     def join(self, pending: PendingSum, payload: Payload, *, last: bool = False) -> None:
         """Begin to sum in an exchange whose header has left."""
-        differences = list(payload.differences.values())
-        accounts = self._accounts_of(payload)
-        for tensor, account in zip(differences, accounts, strict=True):
-            if account.unsent is not None:
-                tensor.add_(account.unsent)
+        wires = self._hold_back(payload, last=last)
         if last:
-            self._give_all(differences, accounts)
             super().join(pending, payload)
             return
-        wires = [
-            wire
-            for tensor, account in zip(differences, accounts, strict=True)
-            for wire in self._encode(tensor, account)
-        ]
+        accounts = self._accounts_of(payload.differences)
         travel = partial(self._travel, wires, payload, accounts)
-        pending.parts.append((Background(travel, differences[0].device), True))
+        device = next(iter(payload.differences.values())).device
+        pending.parts.append((Background(travel, device), True))
+
+    def hold_back(self, payload: Payload, *, last: bool = False) -> None:
+        """Hold back what :meth:`join` would, and send nothing."""
+        self._hold_back(payload, last=last)
+
+    def _hold_back(self, payload: Payload, *, last: bool) -> list[Tensor]:
+        """Keep what is not sent of differences; the bytes that are."""
+        wires: list[Tensor] = []
+        accounts = self._accounts_of(payload.differences)
+        for tensor, account in zip(payload.differences.values(), accounts, strict=True):
+            if account.unsent is not None and not (last and self.reckons):
+                tensor.add_(account.unsent)
+            if last:
+                self._give_all(tensor, account)
+            else:
+                wires += self._encode(tensor, account)
+        return wires
 
     def sum_bytes(self, payload: Payload, *, last: bool = False) -> tuple[int, int]:
         """Bytes that each worker sends, and receives, for sums; none are inside a group."""
@@ -162,7 +197,7 @@ class CompressedAllReduce(AllReduce):
             return super().sum_bytes(payload)
         others, moved = self.level.size - 1, self.ring_bytes(payload.statistics)
         tensors = payload.differences.values()
-        for tensor, account in zip(tensors, self._accounts_of(payload), strict=True):
+        for tensor, account in zip(tensors, self._accounts_of(payload.differences), strict=True):
             if self._codec.block is None:
                 moved += others * self._codec.wire_bytes(tensor.numel())
             for bucket in account.buckets:
@@ -178,9 +213,9 @@ class CompressedAllReduce(AllReduce):
         """The inverse of :meth:`state`; takes effect when the differences are known."""
         self._accounts, self._saved = {}, dict(state.get("accounts", {}))
 
-    def _accounts_of(self, payload: Payload) -> list[Account]:
+    def _accounts_of(self, differences: Mapping[str, Tensor]) -> list[Account]:
         """Of the differences, in order; those that have none get one."""
-        for name, tensor in payload.differences.items():
+        for name, tensor in differences.items():
             if name not in self._accounts:
                 account = Account(
                     tensor,
@@ -192,17 +227,16 @@ class CompressedAllReduce(AllReduce):
                 if name in self._saved:
                     account.load_state(self._saved.pop(name))
                 self._accounts[name] = account
-        return [self._accounts[name] for name in payload.differences]
+        return [self._accounts[name] for name in differences]
 
-    def _give_all(self, differences: Sequence[Tensor], accounts: Sequence[Account]) -> None:
+    def _give_all(self, tensor: Tensor, account: Account) -> None:
         """Hold nothing back; what was not sent is in the differences already."""
-        for tensor, account in zip(differences, accounts, strict=True):
-            if account.unsent is not None:
-                account.unsent.zero_()
-            for bucket in account.buckets:
-                own = bucket.own(tensor, self.level.rank)
-                own.add_(bucket.kept[: own.numel()])
-                bucket.kept.zero_()
+        if account.unsent is not None:
+            account.unsent.zero_()
+        for bucket in account.buckets:
+            own = bucket.own(tensor, self.level.rank)
+            own.add_(bucket.kept[: own.numel()])
+            bucket.kept.zero_()
 
     def _encode(self, tensor: Tensor, account: Account) -> Iterator[Tensor]:
         """The bytes of each bucket, a row for each owner; or of the whole, in one row."""

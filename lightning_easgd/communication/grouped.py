@@ -8,10 +8,11 @@ thread, since a sum must have arrived before it is passed on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
@@ -87,6 +88,8 @@ class GroupedAllReduce(AllReduce):
     def join(self, pending: PendingSum, payload: Payload, *, last: bool = False) -> None:
         if self._leads:
             self._between.join(pending, Payload(payload.differences), last=last)
+        elif self.reckons:
+            self._between.hold_back(Payload(payload.differences), last=last)
         between, pending.parts = [work for work, _ in pending.parts], []
         device = next(iter(payload.differences.values())).device
         travel = Background(partial(self._travel, between, payload), device)
@@ -104,6 +107,19 @@ class GroupedAllReduce(AllReduce):
         return True
 
     @override
+    def waits(self, device: torch.device) -> tuple[float, float]:
+        return self._between.waits(device)
+
+    @property
+    @override
+    def reckons(self) -> bool:
+        return self._between.reckons
+
+    @override
+    def reckon_(self, differences: Mapping[str, Tensor], weight: float) -> None:
+        self._between.reckon_(differences, weight)
+
+    @override
     def round_(self, differences: Iterable[Tensor]) -> None:
         self._between.round_(differences)
 
@@ -113,6 +129,10 @@ class GroupedAllReduce(AllReduce):
 
     @override
     def load_state(self, state: Any) -> None:
+        if self.reckons:
+            # Members are pulled alike only by what all of them hold back.
+            said = self._island.gather([bool(state.get("accounts"))], "Resuming")
+            state = state if all(has for (has,) in said) else {}
         self._between.load_state(state)
 
     @property
@@ -163,7 +183,7 @@ def make_all_reduce(
         group: all workers.
         bucket_bytes: the most that one collective carries, uncompressed.
         codec: how differences are written; None: as they are.
-        feedback: whether a worker keeps what encoding lost in any case.
+        feedback: whether a worker keeps what encoding lost in any case, as where workers restart.
         island: the group of this worker; None: every worker takes part by itself.
         within: the island in which sums are made; None: among all workers.
         agrees: as of GroupedAllReduce.

@@ -92,13 +92,14 @@ class Memory(pl.Callback):
         self._thread.join()
 
 
-def memory(millions: int) -> None:
+def memory(millions: int, workers: int, compression: str | None) -> None:
     """Print the memory that the strategy adds, in copies of the parameters."""
-    numel, tau, steps, workers = 1_000_000 * millions, 4, 13, 2
+    numel, tau, steps = 1_000_000 * millions, 4, 13
     found = {}
     for name in ("single", "easgd"):
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-m", "measurements.memory", name, str(numel), folder]
+            here = [name, str(numel), folder, str(workers), compression or ""]
+            command = [sys.executable, "-m", "measurements.memory", *here]
             shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29561", "OMP_NUM_THREADS": "1"}
             count = workers if name == "easgd" else 1
             started = [
@@ -119,6 +120,8 @@ def memory(millions: int) -> None:
     between = [m for s, m in enumerate(found["easgd"]["after"]) if s > tau]
     inside = [found["easgd"]["peaks"][step] for step in due]
     print(f"memory over one device, in fp32 copies of {millions} M parameters, {workers} workers")
+    if compression:
+        print(f"  with compression={compression}, beside which the limits below do not count")
     print(f"  between exchanges           {(max(between) - base_after) / copy:.3f}  (at most 2)")
     print(f"  in the step of an exchange  {(max(inside) - base_peak) / copy:.3f}  (at most 3)")
     print("  each plus one bucket of", f"{25 * 2**20 / copy:.3f}")
@@ -126,16 +129,20 @@ def memory(millions: int) -> None:
     print(f"  while saving a checkpoint   {saving[0]:.3f}, on one device {saving[1]:.3f}")
 
 
-def memory_worker(name: str, numel: int, folder: str) -> None:
+def memory_worker(
+    name: str, numel: int, folder: str, workers: int, compression: str | None
+) -> None:
     """One process of :func:`memory`."""
-    watch, workers = Memory(Path(folder, "saved.ckpt")), 2 if name == "easgd" else 1
-    strategy = EASGDStrategy(tau=4) if name == "easgd" else SingleDeviceStrategy("cpu")
+    watch, alone = Memory(Path(folder, "saved.ckpt")), name == "single"
+    elastic = EASGDStrategy(tau=4, compression=compression)
+    strategy = SingleDeviceStrategy("cpu") if alone else elastic
     loader = DataLoader(Endless(torch.zeros(1)), batch_size=None)
-    fit(Large(numel), loader, strategy, watch, steps=13, devices=workers)
+    fit(Large(numel), loader, strategy, watch, steps=13, devices=1 if alone else workers)
     rank = os.environ["LOCAL_RANK"]
     seen = {"after": watch.after, "peaks": watch.peaks, "saving": watch.saving}
     Path(folder, f"{rank}.json").write_text(json.dumps(seen))
 
 
 if __name__ == "__main__":
-    memory_worker(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    contender, size, place, count, codec = sys.argv[1:]
+    memory_worker(contender, int(size), place, int(count), codec or None)

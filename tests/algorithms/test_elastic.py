@@ -223,3 +223,49 @@ def test_look_ahead_is_undone_exactly(momentum):
         buffer = optimizer.state[y]["momentum_buffer"]
         elastic.undo_look_ahead_([iterate], [buffer], momentum, 0.05)
         torch.testing.assert_close(iterate, x, rtol=0, atol=1e-12)
+
+
+def growth(workers: int, alpha: float, weight: float, momentum: float, waits: int) -> float:
+    """By how much the difference of alike workers grows between two sendings, at most.
+
+    The state is x - c, what each worker holds back, and the center's velocity.
+    """
+    held = np.array([alpha, 1 - alpha * weight, 0.0])
+    wait = np.array([[1 - alpha, alpha * weight, -momentum], held, [0.0, 0.0, momentum]])
+    moved = workers * held + [0.0, 0.0, momentum]
+    send = np.array([[1 - alpha, alpha * weight, 0.0] - moved, np.zeros(3), moved])
+    return max(abs(np.linalg.eigvals(send @ np.linalg.matrix_power(wait, waits - 1))))
+
+
+WAITS = [*range(1, 13), 16, 30, 100, 300]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 4, 8, 32])
+def test_what_is_held_back_leaves_the_stable_range_as_it_is(workers: int) -> None:
+    bound, weight = elastic.stability_bound(workers), elastic.residual_weight(workers)
+    for part in (0.1, 0.5, 0.9, 0.999):
+        assert max(growth(workers, part * bound, weight, 0.0, n) for n in WAITS) < 1
+    assert growth(workers, 1.001 * bound, weight, 0.0, 1) > 1
+    if workers > 1:  # a worker that is pulled to c alone, and what was tried at first
+        assert growth(workers, 0.5 * bound, 0.0, 0.0, 900) == pytest.approx(workers)
+        assert growth(workers, 0.5 * bound, 0.9 * (workers - 1) / 2, 0.0, 900) > 1
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("workers", [1, 2, 4, 32])
+def test_what_is_held_back_under_momentum(workers: int, momentum: float) -> None:
+    weight = elastic.residual_weight(workers, momentum)
+    for part in (0.1, 0.5, 1.0):
+        alpha = part / (1 + weight)
+        assert max(growth(workers, alpha, weight, momentum, n) for n in WAITS) < 1
+    if momentum >= 0.9:
+        assert max(growth(workers, 0.9 / workers, weight, momentum, n) for n in range(1, 9)) > 1
+
+
+@pytest.mark.parametrize("workers", [2, 4, 8])
+@pytest.mark.parametrize("waits", [1, 2, 5, 20])
+def test_the_stable_range_where_the_center_waits(workers: int, waits: int) -> None:
+    """Workers lose α (x - c) at once; the center gets it with every so many exchanges."""
+    bound = elastic.stability_bound(workers, waits=float(waits))
+    assert growth(workers, 0.99 * bound, 0.0, 0.0, waits) < 1
+    assert growth(workers, 1.01 * bound, 0.0, 0.0, waits) > 1
