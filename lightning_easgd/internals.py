@@ -58,7 +58,8 @@ def on_restoring(
     def resume_start(checkpoint_path: Any = None, weights_only: bool | None = None) -> None:
         action(checkpoint_path, lambda: lightnings_own(checkpoint_path, weights_only))
 
-    connector.resume_start = resume_start  # type: ignore[method-assign]
+    replacement = _Replacement(connector, "resume_start", resume_start, None)
+    connector.resume_start = replacement  # type: ignore[method-assign]
     return lambda: vars(connector).pop("resume_start", None)
 
 

@@ -258,6 +258,15 @@ class EASGDStrategy(PersistentStrategy):
         # pytorch_lightning's Trainer, which takes it for no strategy, puts it into its message.
         return f"<lightning_easgd.EASGDStrategy for lightning.pytorch.Trainer{hint()}>"
 
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of a trainer begins anew, as one of DDP's does: what binds this process stays here.
+        bound = (
+            *("_group", "_exchange", "_center", "_hooks", "_signals"),
+            *("_resumed", "_own", "_saved", "_stop_restoring"),
+        )
+        return {**super().__getstate__(), **dict.fromkeys(bound)}
+
     def center_state_dict(self) -> dict[str, Any]:
         """The module's state dict with the center's weights, at any time from ``fit`` on.
 
