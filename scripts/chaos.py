@@ -7,7 +7,10 @@ checkpoint. Every checkpoint file that has its final name must be whole, and the
 the end must have the bits of the undisturbed run. A run that ends before the rounds do is compared
 and followed by another.
 
-python scripts/chaos.py --rounds 100 --seed 1
+With --also, other things happen beside signals: a worker's loader is stuck (STUCK) or slow (SLOW),
+the disk is full (FULL) or read-only (READ). For the last two root gives the folder a small disk.
+
+python scripts/chaos.py --rounds 100 --seed 1 --also STUCK SLOW FULL READ
 """
 
 from __future__ import annotations
@@ -21,19 +24,27 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import struck
 import torch
+from disk import SmallDisk
 from struck import Struck
 
 from lightning_easgd.checkpoint_io import AtomicCheckpointIO
 from lightning_easgd.restoring import Restorer
 
-_SIGNALS = {signal.SIGKILL: 4, signal.SIGTERM: 3, signal.SIGINT: 3, signal.SIGSTOP: 1}
+_SIGNALS = {"KILL": 4, "TERM": 3, "INT": 3, "STOP": 1}
 """What strikes, and how often; who waits for one that is stopped takes seconds to be sure."""
+_OTHERS = ("STUCK", "SLOW", "FULL", "READ")
+_STORAGE = ("FULL", "READ")
+_STAY = ("STOP", "STUCK")
+"""Upon these the worker that is struck does not end."""
+_LONGEST_END_SECONDS = struck.EXCHANGE_TIMEOUT + 15
 _FARTHEST = 9
 """Steps after the newest checkpoint within which a strike falls."""
 _LONGEST_DELAY_SECONDS = 0.03
@@ -50,7 +61,7 @@ class Strike:
     """What happens in one round."""
 
     worker: int
-    number: signal.Signals
+    kind: str
     step: int
     """After which it strikes, 0: of set-up."""
     delay_seconds: float
@@ -58,63 +69,95 @@ class Strike:
     """Whether the others are killed at the same moment, or left to notice."""
 
     @classmethod
-    def draw(cls, chance: random.Random, workers: int, newest: int) -> Strike:
+    def draw(
+        cls, chance: random.Random, workers: int, newest: int, also: Sequence[str] = ()
+    ) -> Strike:
         """One at random, after the newest checkpoint's step."""
-        (number,) = chance.choices([*_SIGNALS], [*_SIGNALS.values()])
-        in_set_up = chance.random() < _SET_UP_SHARE
+        often = _SIGNALS | dict.fromkeys(also, 2)
+        (kind,) = chance.choices([*often], [*often.values()])
+        in_set_up = chance.random() < _SET_UP_SHARE and kind in _SIGNALS
         return cls(
             worker=chance.randrange(workers),
-            number=number,
+            kind=kind,
             step=0 if in_set_up else newest + chance.randint(1, _FARTHEST),
             delay_seconds=chance.uniform(
                 0, _SET_UP_SECONDS if in_set_up else _LONGEST_DELAY_SECONDS
             ),
-            power_cut=number == signal.SIGKILL and chance.random() < 0.5,
+            power_cut=kind == "KILL" and chance.random() < 0.5,
         )
 
     def __str__(self) -> str:
         others = ", the others killed" if self.power_cut else ""
-        name = self.number.name.removeprefix("SIG")
         delay = f"{1e3 * self.delay_seconds:.0f} ms"
         when = f"at step {self.step}" if self.step else "in set-up"
-        return f"{name:4} to worker {self.worker} {when} + {delay}{others}"
+        return f"{self.kind:4} to worker {self.worker} {when} + {delay}{others}"
 
-    def carry_out(self, group: Struck) -> bool:
-        """Strike, and reap all workers; False if training ended before."""
+    def carry_out(self, group: Struck, disk: SmallDisk | None) -> bool:
+        """Strike, and reap all workers; False if training ended before.
+
+        Raises:
+            ChaosError: they took too long to end.
+        """
         on_time = group.reach(self.worker, self.step)
+        began = time.monotonic()
         if on_time:
             time.sleep(self.delay_seconds)
-            on_time = group.strike(self.worker, self.number)
+            on_time = self._strike(group, disk)
             if on_time and self.power_cut:
                 group.kill()
-        stopped = self.worker if on_time and self.number == signal.SIGSTOP else None
-        group.reap(stopped=stopped)
+        group.reap(stopped=self.worker if on_time and self.kind in _STAY else None)
+        took = time.monotonic() - began
+        if self.step and self.kind != "SLOW" and took > _LONGEST_END_SECONDS:
+            raise ChaosError(f"the workers took {took:.1f} s to end after {self}")
         return on_time
+
+    def _strike(self, group: Struck, disk: SmallDisk | None) -> bool:
+        if self.kind in _SIGNALS:
+            return group.strike(self.worker, signal.Signals[f"SIG{self.kind}"])
+        if disk is not None and self.kind in _STORAGE:
+            disk.fill() if self.kind == "FULL" else disk.forbid()
+        else:
+            group.pauses[self.worker] = struck.FOR_EVER if self.kind == "STUCK" else struck.A_WHILE
+        return group.runs(self.worker)
 
 
 @dataclass
 class Summary:
     """What all rounds together showed."""
 
-    signals: Counter[str]
+    strikes: Counter[str]
     lost: list[int]
     runs: int = 0
     equal: int = 0
 
     def __str__(self) -> str:
-        signals = ", ".join(f"{count} {name}" for name, count in sorted(self.signals.items()))
+        strikes = ", ".join(f"{count} {name}" for name, count in sorted(self.strikes.items()))
         mean = sum(self.lost) / max(1, len(self.lost))
         return (
-            f"{len(self.lost)} strike(s): {signals or 'none'}; steps lost by one: {mean:.1f} on"
+            f"{len(self.lost)} strike(s): {strikes or 'none'}; steps lost by one: {mean:.1f} on"
             f" average, {max(self.lost, default=0)} at most. {self.equal} of {self.runs} run(s)"
             f" delivered the center of the undisturbed one, bit for bit."
         )
 
 
 def run(
-    rounds: int, *, seed: int, workers: int, folder: Path, say: Callable[[str], None] = print
+    rounds: int,
+    *,
+    seed: int,
+    workers: int,
+    folder: Path,
+    also: Sequence[str] = (),
+    say: Callable[[str], None] = print,
 ) -> Summary:
     """Train undisturbed, then disturbed for ``rounds`` rounds and on to the end.
+
+    Args:
+        rounds: how many.
+        seed: of the strikes.
+        workers: how many.
+        folder: where they write.
+        also: what happens beside signals.
+        say: where progress is told.
 
     Raises:
         ChaosError: a worker failed that was not struck, or a checkpoint is not whole.
@@ -125,12 +168,16 @@ def run(
     expected = _undisturbed(_new(folder / "undisturbed"), workers)
     summary = Summary(Counter(), [])
     while not summary.runs or len(summary.lost) < rounds:
-        struck = _new(folder / f"struck{summary.runs}")
-        delivered: list[Any] = [None]
-        while None in delivered and len(summary.lost) < rounds:
-            delivered = _round(chance, struck, workers, summary, say)
-        if None in delivered:
-            delivered = _undisturbed(struck, workers)
+        with ExitStack() as stack:
+            here = _new(folder / f"struck{summary.runs}")
+            disk = None
+            if not {*_STORAGE}.isdisjoint(also):
+                disk = stack.enter_context(SmallDisk(here))
+            delivered: list[Any] = [None]
+            while None in delivered and len(summary.lost) < rounds:
+                delivered = _round(chance, here, workers, summary, say, also=also, disk=disk)
+            if None in delivered:
+                delivered = _undisturbed(here, workers)
         summary.runs += 1
         summary.equal += delivered == expected
         verdict = "the same center" if delivered == expected else "ANOTHER CENTER"
@@ -144,18 +191,25 @@ def _round(
     workers: int,
     summary: Summary,
     say: Callable[[str], None],
+    *,
+    also: Sequence[str],
+    disk: SmallDisk | None,
 ) -> list[Any]:
     began, newest = time.monotonic(), require_whole(folder, workers)
-    strike = Strike.draw(chance, workers, newest)
+    strike = Strike.draw(chance, workers, newest, also)
     with Struck(folder, workers) as group:
-        on_time = strike.carry_out(group)
+        try:
+            on_time = strike.carry_out(group, disk)
+        finally:
+            if disk is not None:
+                disk.restore()
         reached = max(group.steps)
     if not on_time and None in group.delivered:
-        raise ChaosError(f"a worker failed that was not struck; see {folder}/worker*.log")
+        raise ChaosError(f"a worker failed that was not struck; see {folder}.worker*.log")
     if on_time:
         newest = require_whole(folder, workers)
         lost = max(0, reached - newest)
-        summary.signals[strike.number.name] += 1
+        summary.strikes[strike.kind] += 1
         summary.lost.append(lost)
         seconds = time.monotonic() - began
         say(f"round {len(summary.lost)}: {strike}; {lost} step(s) lost, {seconds:.1f} s")
@@ -166,7 +220,7 @@ def _undisturbed(folder: Path, workers: int) -> list[Any]:
     with Struck(folder, workers) as group:
         group.reap()
     if None in group.delivered:
-        raise ChaosError(f"a worker failed that was not struck; see {folder}/worker*.log")
+        raise ChaosError(f"a worker failed that was not struck; see {folder}.worker*.log")
     return group.delivered
 
 
@@ -208,11 +262,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=20, help="strikes (default: 20)")
     parser.add_argument("--seed", type=int, default=0, help="of the strikes (default: 0)")
     parser.add_argument("--workers", type=int, default=2, help="processes (default: 2)")
+    parser.add_argument(
+        "--also", nargs="+", choices=_OTHERS, default=[], help="what happens beside signals"
+    )
     parser.add_argument("--folder", type=Path, help="where to write; default: one that is removed")
     given = parser.parse_args(arguments)
     folder = given.folder or Path(tempfile.mkdtemp(prefix="chaos-"))
     try:
-        summary = run(given.rounds, seed=given.seed, workers=given.workers, folder=folder)
+        summary = run(
+            given.rounds,
+            seed=given.seed,
+            workers=given.workers,
+            folder=folder,
+            also=given.also,
+        )
     except (ChaosError, TimeoutError) as error:
         print(f"FAILED: {error}")
         return 1

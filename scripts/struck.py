@@ -24,6 +24,9 @@ from lightning_easgd.workloads.loading import ResumableLoader
 
 EPOCHS, STEPS_PER_EPOCH = 6, 6
 CHECKPOINT_EVERY = 3
+EXCHANGE_TIMEOUT = 1.0
+A_WHILE, FOR_EVER = 0.1, 1000.0
+"""Seconds for which a loader pauses before every batch."""
 _LIMIT_SECONDS = 90.0
 _POLL_SECONDS = 2e-4
 
@@ -31,8 +34,9 @@ _POLL_SECONDS = 2e-4
 class Workload(pl.LightningModule):
     """Regression with all that a checkpoint must not forget: momentum, statistics, chance."""
 
-    def __init__(self, steps: Any) -> None:
+    def __init__(self, steps: Any, pauses: Any) -> None:
         super().__init__()
+        self.pauses = pauses
         self.net = nn.Sequential(
             nn.Linear(8, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 1)
         )
@@ -50,22 +54,29 @@ class Workload(pl.LightningModule):
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Wait for a loader that is slow, or stuck."""
+        time.sleep(self.pauses[self.global_rank])
+
     def on_train_batch_end(self, *_: Any) -> None:
         """Tell the others how far this worker is."""
         self.steps[self.global_rank] = self.global_step
 
 
-def train(folder: Path, workers: int, steps: Any) -> tuple[int, str]:
+def train(folder: Path, workers: int, steps: Any, pauses: Any) -> tuple[int, str]:
     """What one worker does: train from the newest checkpoint; a digest of the center delivered."""
     warnings.filterwarnings("ignore")
     torch.manual_seed(0)
-    module = Workload(steps)
+    module = Workload(steps, pauses)
     saving = ModelCheckpoint(
         folder, "last", every_n_train_steps=CHECKPOINT_EVERY, enable_version_counter=False
     )
     trainer = pl.Trainer(
         strategy=EASGDStrategy(
-            tau=4, strict_resume=True, exchange_timeout=1, timeout=timedelta(seconds=10)
+            tau=4,
+            strict_resume=True,
+            exchange_timeout=EXCHANGE_TIMEOUT,
+            timeout=timedelta(seconds=10),
         ),
         accelerator="cpu",
         devices=workers,
@@ -87,9 +98,9 @@ class Struck(Workers):
     """Workers that train in ``folder``, to be struck at a chosen step."""
 
     def __init__(self, folder: Path, count: int) -> None:
-        self.steps = FORK.RawArray("q", count)
+        self.steps, self.pauses = FORK.RawArray("q", count), FORK.RawArray("d", count)
         self.delivered: list[Any] = [None] * count
-        super().__init__(_work, folder, count, self.steps, workers=count)
+        super().__init__(_work, folder, count, self.steps, self.pauses, workers=count)
 
     def reach(self, rank: int, step: int) -> bool:
         """Wait until a worker has taken ``step`` steps; False if it ended before."""
@@ -104,10 +115,14 @@ class Struck(Workers):
 
     def strike(self, rank: int, number: signal.Signals) -> bool:
         """Send a signal to a worker; False if it ended before."""
-        runs = self.processes[rank].is_alive()
+        runs = self.runs(rank)
         if runs:
             os.kill(self.processes[rank].pid, number)
-        return bool(runs)
+        return runs
+
+    def runs(self, rank: int) -> bool:
+        """Whether a worker has not ended."""
+        return bool(self.processes[rank].is_alive())
 
     def reap(self, *, stopped: int | None = None) -> None:
         """Wait until all workers but one that is stopped have ended.
@@ -121,13 +136,16 @@ class Struck(Workers):
             self.delivered[rank] = outcome.value
 
 
-def _work(rank: int, folder: Path, count: int, steps: Any) -> tuple[int, str]:
+def _work(rank: int, folder: Path, count: int, steps: Any, pauses: Any) -> tuple[int, str]:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    log = os.open(folder / f"worker{rank}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    # Not on the folder's own disk, if it has one.
+    log = os.open(
+        folder.with_name(f"{folder.name}.worker{rank}.log"), os.O_CREAT | os.O_WRONLY | os.O_APPEND
+    )
     os.dup2(log, 1)
     os.dup2(log, 2)
     try:
-        return train(folder, count, steps)
+        return train(folder, count, steps, pauses)
     except BaseException as error:
         print(f"{type(error).__name__}: {error}", flush=True)
         raise

@@ -104,10 +104,12 @@ class Liveness:
             self._signs.clear()
         self._looks_until = now + 3 * _PERIOD_SECONDS + 1.0
 
-    def look_afresh(self) -> None:
-        """Forget when the others gave signs: this worker itself was stopped meanwhile."""
-        self._looks_until = 0.0
-        self.look_on()
+    def leave_out(self, seconds: float) -> None:
+        """Do not count the latest ``seconds``, in which this worker was stopped itself."""
+        self._looks_since += seconds
+        self._looks_until += seconds
+        for other, (sign, at) in list(self._signs.items()):
+            self._signs[other] = sign, at + seconds
 
     def has_looked(self) -> bool:
         """Whether signs have been read for long enough to tell who gives none."""

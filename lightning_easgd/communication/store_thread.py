@@ -59,7 +59,8 @@ class StoreThread:
         done: Future[None] = Future()
         self._requests.put((request, done))
         deadline = time.monotonic() + _ANSWER_SECONDS
-        while self._thread.is_alive() and time.monotonic() < deadline:
+        # Not at all, if it has not answered for long.
+        while self._thread.is_alive() and time.monotonic() < deadline and not self.is_silent:
             with suppress(FutureTimeoutError):
                 done.result(_POLL_SECONDS)
                 break

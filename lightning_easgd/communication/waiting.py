@@ -38,9 +38,10 @@ class Watch:
         """
         now = time.monotonic()
         gap, self._last = now - self._last, now
-        self.waited += min(gap, _LONGEST_POLL_SECONDS)
         if gap > _LONGEST_POLL_SECONDS:
-            self._liveness.look_afresh()
+            self._liveness.leave_out(gap)
+            gap = 0.0
+        self.waited += gap
         if self.waited >= self._quiet and now >= self._next_look:
             self._next_look = now + _LOOK_SECONDS
             self._liveness.look_on()
