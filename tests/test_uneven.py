@@ -179,7 +179,7 @@ def slow(rank: int) -> int:
     return fitting.global_step
 
 
-def test_who_stands_still_waits_as_long_as_all_others_are_alive() -> None:
+def test_who_stands_still_waits_as_long_as_another_gets_on() -> None:
     assert run_workers(slow, workers=2, timeout=40) == [3, 9]
 
 

@@ -75,7 +75,7 @@ class PendingSum:
         """Wait for the headers of all workers; in rank order.
 
         Args:
-            patiently: as long as all workers are alive.
+            patiently: as long as another worker gets on.
 
         Raises:
             ExchangeError: a worker left or did not answer in time.

@@ -55,7 +55,7 @@ class Island:
         Args:
             mine: within 64 bits.
             what: they are for, for messages.
-            patiently: wait as long as all workers are alive.
+            patiently: wait as long as another worker gets on.
 
         Raises:
             ExchangeError: a worker left or did not answer in time.
