@@ -253,11 +253,12 @@ def _move_(center: Tensor, total: Tensor, workers: int) -> Tensor:
 
 def _tell_missing(place: Place, shape: tuple[int, ...]) -> None:
     buffer = place.found()
-    now = None if buffer is None else tuple(buffer.shape)
+    now = "None" if buffer is None else f"{tuple(buffer.shape)}, {buffer.dtype}, {buffer.layout}"
     warnings.warn(
-        f"Buffer '{place.name}' had shape {shape} when training began and has {now} now. So it is"
-        " not averaged as long as that lasts: every worker has its own. If that is right, set"
-        f" EASGDStrategy(buffers={{'{place.name}': 'local'}}); else let it keep its shape.",
+        f"Buffer '{place.name}' had shape {shape} and a mean when training began, and is {now} now."
+        " So it is not averaged as long as that lasts: every worker has its own. If that is right,"
+        f" set EASGDStrategy(buffers={{'{place.name}': 'local'}}); else let it keep its shape and"
+        " precision.",
         stacklevel=2,
     )
 

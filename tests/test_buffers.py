@@ -222,7 +222,9 @@ def test_a_buffer_that_is_dropped_or_resized_is_the_workers_own(
 def test_a_buffer_that_changes_its_shape_is_said_by_name_once() -> None:
     ((module, statistics),) = workers_of(1, holding([1.0, 2.0]))
     module.value = torch.ones(3)
-    with pytest.warns(UserWarning, match=r"'value' had shape \(2,\).*\(3,\) now.*EASGDStrategy"):
+    with pytest.warns(
+        UserWarning, match=r"'value' had shape \(2,\).*is \(3,\).* now.*EASGDStrategy"
+    ):
         exchange([(module, statistics)])
     exchange([(module, statistics)])
     module.value = torch.tensor([5.0, 7.0])

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from processes import run_workers
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -110,6 +111,13 @@ def test_a_pattern_without_use_is_an_error(buffers: Any, message: str) -> None:
 def test_what_is_no_policy_is_refused_at_once(buffers: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EASGDStrategy(buffers=buffers)
+
+
+def test_a_configuration_may_hold_them() -> None:
+    config = OmegaConf.create({"queue": "local", "teacher.*": "average"})
+    policies = Policies.check(config)
+    assert policies == Policies.check({"queue": "local", "teacher.*": "average"})
+    assert policies.patterns == (("queue", "local"), ("teacher.*", "average"))
 
 
 def test_workers_compare_policies() -> None:
