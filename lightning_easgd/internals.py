@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from copy import copy
 from dataclasses import asdict
 from typing import Any
 
@@ -19,6 +20,7 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors import accelerator_connector
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from typing_extensions import override
@@ -251,6 +253,14 @@ class ForkingLauncher(_MultiProcessingLauncher):
         counted = Telemetry(**extra.pop("easgd_telemetry"))
         trainer.strategy.telemetry = counted  # type: ignore[attr-defined]
         super().update_main_process_results(trainer, extra)
+
+
+def without_processes(launcher: Any) -> Any:
+    """A launcher for a copy of its strategy, which has started no scripts: they can't be copied."""
+    if isinstance(launcher, _SubprocessScriptLauncher):
+        launcher = copy(launcher)
+        launcher.procs = []
+    return launcher
 
 
 def is_interactive() -> bool:

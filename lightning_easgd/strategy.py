@@ -52,7 +52,13 @@ from lightning_easgd.features import (
     refuse_in_notebooks,
 )
 from lightning_easgd.groups import Groups, Members
-from lightning_easgd.internals import ForkingLauncher, LoopHooks, StrategyRegistry, stops_early
+from lightning_easgd.internals import (
+    ForkingLauncher,
+    LoopHooks,
+    StrategyRegistry,
+    stops_early,
+    without_processes,
+)
 from lightning_easgd.options import Options
 from lightning_easgd.other_package import explain_names, hint
 from lightning_easgd.persistence import PersistentStrategy
@@ -265,7 +271,8 @@ class EASGDStrategy(PersistentStrategy):
             *("_group", "_exchange", "_center", "_hooks", "_signals"),
             *("_resumed", "_own", "_saved", "_stop_restoring"),
         )
-        return {**super().__getstate__(), **dict.fromkeys(bound)}
+        launcher = without_processes(self._launcher)
+        return {**super().__getstate__(), **dict.fromkeys(bound), "_launcher": launcher}
 
     def center_state_dict(self) -> dict[str, Any]:
         """The module's state dict with the center's weights, at any time from ``fit`` on.

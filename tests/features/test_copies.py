@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -95,3 +99,39 @@ def test_a_trainer_is_copied_as_under_ddp(copied: Callable[[Any], Any]) -> None:
     disturbed = run_workers(fit, copied, workers=2)
     assert [bits for bits, _ in disturbed] == [bits for bits, _ in undisturbed]
     assert disturbed[0][1] == disturbed[1][1]
+
+
+SCRIPT = """
+import copy, sys
+from functools import partial
+import torch
+from lightning.pytorch.callbacks import Callback
+from toy import Toy, loader, trainer
+
+class Copying(Callback):
+    def on_train_batch_end(self, trainer, module, *rest):
+        made = copy.deepcopy(trainer)
+        assert not getattr(made.strategy.launcher, "procs", [])
+        if trainer.is_global_zero:
+            assert len(trainer.strategy.launcher.procs) == 1
+            print("copied")
+
+if __name__ == "__main__":
+    module = Toy(partial(torch.optim.SGD, lr=0.1))
+    trainer(2, "easgd", callbacks=[Copying()]).fit(module, loader(0, 3))
+"""
+
+
+def test_the_worker_that_started_the_others_is_copied_without_them(tmp_path: Path) -> None:
+    """Under DDP it cannot be copied."""
+    script, here = tmp_path / "user.py", Path(__file__).parents[1]
+    script.write_text(SCRIPT)
+    ended = subprocess.run(
+        [sys.executable, str(script)],
+        env=os.environ | {"PYTHONPATH": f"{here}:{here.parent}", "OMP_NUM_THREADS": "1"},
+        check=True,
+        timeout=120,
+        capture_output=True,
+        text=True,
+    )
+    assert ended.stdout.count("copied") == 3
