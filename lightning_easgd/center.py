@@ -166,7 +166,7 @@ class Center:
         precision in the module is lower than the center's, what the update rule keeps, and the
         center itself where its running average is delivered.
         """
-        values = self._pieces("delivered")
+        values = self.pieces("delivered")
         exact = [(p, view) for p, view in values if as_real(p.whole.detach()).dtype != view.dtype]
         return {
             "segments": [segment.names for segment in self.segments],
@@ -219,7 +219,7 @@ class Center:
         self.join(min(state["joined"], len(self.segments)))
         self.adopt_unfrozen()
         self.read_module()
-        for piece, view in self._pieces("center"):
+        for piece, view in self.pieces("center"):
             if piece.name in state["exact"]:
                 view.copy_(piece.of(state["exact"][piece.name]))
         averaged = state.get("averaged") or {"center": {}, "moves": {}}
@@ -242,6 +242,14 @@ class Center:
             return [(fragment, fragment.center.clone()) for fragment in fragments]
         self._provide_sums(fragments)
         return [(fragment, fragment.total) for fragment in fragments]
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """All parameters and the statistics, by what they are called in messages."""
+        parameters = dict(self.module.named_parameters())
+        buffers = self.statistics_now().items()
+        return {f"parameter '{name}'": p for name, p in parameters.items()} | {
+            f"buffer '{name}'": b for name, b in buffers if name not in parameters
+        }
 
     def swapped_tensors(self) -> list[Tensor]:
         """What of the module :meth:`write` writes to."""
@@ -280,12 +288,17 @@ class Center:
             fragment.center.write_to(fragment.tensors())
             fragment.forget_memory()
 
-    def read_module(self) -> None:
-        """Make the module's weights and statistics, equal on all workers, those of the center."""
+    def read_module(self, *, statistics: bool = True) -> None:
+        """Make the module's weights, equal on all workers, those of the center.
+
+        Args:
+            statistics: whether its statistics, too.
+        """
         for fragment in _fragments(self.segments):
             fragment.center.read_(fragment.tensors())
             fragment.forget()
-        self.statistics.read_center()
+        if statistics:
+            self.statistics.read_center()
         if self.group is not None:
             self.group.read_module()
 
@@ -314,7 +327,7 @@ class Center:
     def _capacity(self, dtype: torch.dtype) -> int:
         return self._sums[dtype].numel() if dtype in self._sums else -1
 
-    def _pieces(self, which: Shown) -> Iterator[tuple[Piece, Tensor]]:
+    def pieces(self, which: Shown) -> Iterator[tuple[Piece, Tensor]]:
         """What the center or what is delivered holds for each piece."""
         for fragment in _fragments(self.segments):
             yield from fragment.values(getattr(fragment, which))

@@ -36,12 +36,14 @@ from lightning_easgd.contribution import Contribution, Pull, Weights, pull_worke
 from lightning_easgd.gradients import GradientAverage
 from lightning_easgd.level import GroupLevel
 from lightning_easgd.optimizers import LocalOptimizers
+from lightning_easgd.probe import sample
 from lightning_easgd.rates import MovingRates, stable_below
 from lightning_easgd.schedules import Period, Schedules, Strength
 from lightning_easgd.swap import Swap
 from lightning_easgd.telemetry import Telemetry
 from lightning_easgd.transit import Transit
 from lightning_easgd.tree import Levels
+from lightning_easgd.writes import Writes
 
 ElasticPoint = Literal["iterate", "parameter"]
 
@@ -140,7 +142,11 @@ class Exchange:
             agreement=self._agreement,
             schedules=rules.schedules,
         )
+        self.writes = Writes(center, optimizers.current)
         self._start_clock(0)
+        self._starts = False
+        self._frozen = [p for p in center.module.parameters() if not p.requires_grad]
+        self._frozen_at_set_up = sample(self._frozen)
 
     def _weights(self, all_reduce: AllReduce) -> Weights:
         rule, leadership = self._rules.algorithm, self._agreement.leadership
@@ -164,10 +170,31 @@ class Exchange:
         """Whether this worker, or what takes part in its place, does so with finite differences."""
         return self._transit.all_reduce.agree(healthy and self._levels.healthy, checksum)
 
+    def was_written(self) -> bool:
+        """Whether user code wrote to weights since the workers were made equal, before training."""
+        moved = self._frozen_at_set_up.differing(sample(self._frozen))
+        return not self.begun and (bool(moved) or self.swap.differs())
+
     def start_clock(self, step: int) -> None:
         """Begin to train after ``step`` optimizer steps, equal on all workers."""
-        self.begun = True
         self._start_clock(step)
+        self._begin()
+
+    def _begin(self) -> None:
+        if not self.begun:
+            self.begun = self._starts = True
+            self.center.read_module()
+        self.writes.begin()
+
+    def before_batch(self) -> None:
+        """A training step begins: what hooks wrote before the first is where all begin.
+
+        No worker is asked; a checksum of the center tells at the first exchange if they differ.
+        """
+        if self._starts:
+            self._starts = False
+            self.center.read_module(statistics=False)
+        self.writes.before_batch(self.clock)
 
     def _start_clock(self, step: int) -> None:
         self._reopen()
@@ -187,7 +214,7 @@ class Exchange:
         Raises:
             ExchangeError: another worker left or did not come in time.
         """
-        self.begun = True
+        self._begin()
         if self._gradients is not None:
             self._gradients.resume(self.clock, goes_on=goes_on)
 
@@ -230,13 +257,17 @@ class Exchange:
         What was sent is also taken: the pull is applied even if the step raises.
         """
         assert not self.swap.shows_center, "a step was taken while the module showed the center"
+        self.writes.before_step()
         self.center.adopt_unfrozen()
+        exchanges = self.telemetry.exchanges
+        due = self.clock + self._restarts >= self._next_due
         pull = [] if self._restarts else self._begin_due()
         try:
             yield
         finally:
             self._averaged = False
             self._optimizers.after_step(optimizer)
+            self.writes.before_exchange(exchanges=due)
             pull_worker(pull)
             self.clock += 1
             self._progress.take_step(self.clock)
@@ -247,6 +278,8 @@ class Exchange:
             self._begin_due()
         elif self._transit.restarts_workers:
             self.drain()
+        if self.telemetry.exchanges > exchanges:
+            self.writes.after_exchange()
 
     def average_gradients(self, *, anew: bool = False) -> None:
         """Average the gradients of this step with those of other workers, if that is wanted.
@@ -287,6 +320,7 @@ class Exchange:
         Raises:
             ExchangeError: as for :meth:`drain`.
         """
+        self.writes.forget()
         while True:
             if self._gradients is not None:
                 self._transit.go_on()  # before weights of others are taken over
@@ -443,6 +477,13 @@ class Exchange:
             own: of :meth:`own_state`; None to start at the center.
         """
         self.swap.release()
+        if self.swap.differs():
+            warnings.warn(
+                "Hooks wrote to the weights before training resumed. That is undone: what the"
+                " checkpoint holds counts. Load weights in hooks only where ckpt_path is not set.",
+                stacklevel=2,
+            )
+            self.center.write("center")
         self.center.load_shared_state(shared)
         self.begun = shared.get("begun", True)
         self.clock = shared["clock"]
@@ -487,6 +528,7 @@ class Exchange:
         """Start again from the module's weights, which are equal on all workers."""
         self.drain()
         self.swap.release()
+        self.writes.forget()
         self.center.read_module()
         self._reopen()
 

@@ -22,7 +22,7 @@ class LocalOptimizers:
     """
 
     def __init__(self, current: Callable[[], Sequence[Optimizer]]) -> None:
-        self._current = current
+        self.current = current
         self._made_with: dict[tuple[int, int], tuple[Any, Any]] = {}
 
     def learning_rates(self) -> dict[int, float]:
@@ -78,17 +78,17 @@ class LocalOptimizers:
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad.zero_()
-            for optimizer in self._current():
+            for optimizer in self.current():
                 optimizer.state.pop(parameter, None)
 
     def _groups(self) -> Iterator[tuple[float, list[Tensor]]]:
-        for optimizer in self._current():
+        for optimizer in self.current():
             for group in optimizer.param_groups:
                 if "lr" in group:
                     yield float(group["lr"]), group["params"]
 
     def _nesterov_groups(self) -> Iterator[tuple[tuple[int, int], Optimizer, dict[str, Any]]]:
-        for number, optimizer in enumerate(self._current()):
+        for number, optimizer in enumerate(self.current()):
             if isinstance(optimizer, torch.optim.SGD):
                 for position, group in enumerate(optimizer.param_groups):
                     if group["nesterov"]:

@@ -8,6 +8,8 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor has strides and values, unlike sparse, quantized and meta tensors."""
@@ -112,6 +114,11 @@ def as_bytes(tensor: Tensor) -> Tensor:
     if values.numel() == 1:  # its strides may be anything
         values = values.clone(memory_format=torch.contiguous_format)
     return values.view(-1).view(torch.uint8)
+
+
+def as_integers(tensor: Tensor) -> Tensor:
+    """The bits of a plain tensor's elements, which are no complex numbers; a view."""
+    return tensor.view(_INTEGERS[tensor.element_size()])
 
 
 def components(tensor: Tensor) -> list[Tensor]:

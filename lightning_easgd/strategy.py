@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import signal
+import warnings
 from contextlib import ExitStack, contextmanager
 from dataclasses import astuple
 from datetime import timedelta
@@ -39,6 +40,7 @@ from lightning_easgd.communication import (
     Stop,
     WorkerGroup,
     leave_all_groups,
+    make_equal_,
     start_equal_,
 )
 from lightning_easgd.exchange import ElasticPoint
@@ -386,8 +388,11 @@ class EASGDStrategy(PersistentStrategy):
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
         data = batches_per_epoch(trainer), may_skip_batches(trainer), may_skip_steps(trainer)
-        mine = trainer.global_step, data, astuple(expected_training(trainer))
-        steps, told, expected = zip(*self._group.gather(mine), strict=True)
+        length, written = astuple(expected_training(trainer)), self._exchange.was_written()
+        mine = trainer.global_step, data, length, written
+        steps, told, expected, wrote = zip(*self._group.gather(mine), strict=True)
+        if any(wrote):
+            self._begin_equal()
         lengths = [Training(*each) for each in expected]
         self.options.rules.schedules.begin(Training.of_all(lengths))
         if self._resumed is None:
@@ -403,7 +408,21 @@ class EASGDStrategy(PersistentStrategy):
         differ = len(set(batches)) > 1 or None in batches or any(skip_batches)
         self._uneven = self._uneven_steps or (self._group.size > 1 and differ)
         self._hooks.after_batch(self._after_batch)
-        self._hooks.before_epoch_end(lambda: self._meet_if_uneven(Place.EPOCH_END))
+        self._hooks.before_epoch_end(self._before_epoch_end)
+
+    def _begin_equal(self) -> None:
+        """User code wrote to weights before training: those of worker 0 count where they differ."""
+        assert self._group is not None
+        assert self._center is not None
+        if differing := make_equal_(self._group, self._center.named_tensors()):
+            named = ", ".join(differing[:3]) + (", ..." if len(differing) > 3 else "")
+            warnings.warn(
+                f"The workers do not begin with the same weights: {named} differed when training"
+                " began, because hooks or the sanity check wrote to them. All workers go on from"
+                " those of worker 0. Write the same on every worker: load the same file, or call"
+                " seed_everything before random ones are drawn.",
+                stacklevel=2,
+            )
 
     def _before_batch(self) -> None:
         self._enter(_BETWEEN_BATCHES)
@@ -419,6 +438,11 @@ class EASGDStrategy(PersistentStrategy):
             # Perhaps on this worker alone: the others are told, and waited for, from now on.
             self._exchange.request_stop(Stop.ENOUGH)
             self._uneven = True
+
+    def _before_epoch_end(self) -> None:
+        assert self._exchange is not None
+        self._meet_if_uneven(Place.EPOCH_END)
+        self._exchange.writes.end_epoch(self._exchange.clock)
 
     def _meet_if_uneven(self, place: Place) -> None:
         self._enter(f"at {place.name.lower().replace('_', ' ')}")
@@ -456,6 +480,7 @@ class EASGDStrategy(PersistentStrategy):
         self._enter("in a training step")
         assert self._exchange is not None
         assert self.lightning_module is not None
+        self._exchange.before_batch()
         output = super().training_step(*args, **kwargs)
         known = self._exchange.observe_loss(output)
         if not known and not self.lightning_module.automatic_optimization:
@@ -495,6 +520,7 @@ class EASGDStrategy(PersistentStrategy):
 
         def averaged() -> Any:
             loss = closure()
+            exchange.writes.before_step()
             exchange.average_gradients()  # before they are unscaled and clipped
             return loss
 

@@ -24,9 +24,7 @@ from lightning_easgd.aliases import Aliases
 from lightning_easgd.center import Center, Shown
 from lightning_easgd.flat import FlatVector, as_real
 from lightning_easgd.segments import Fragment, put_together_like
-from lightning_easgd.storage import compact, is_plain
-
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+from lightning_easgd.storage import as_integers, compact, is_plain
 
 
 @dataclass(frozen=True)
@@ -131,6 +129,13 @@ class Swap:
         """The value, without what shares memory with weights and statistics that are swapped."""
         return Aliases(self._center.swapped_tensors()).copied(value)
 
+    def differs(self) -> bool:
+        """Whether the module, which holds the worker, holds anything else than the center."""
+        return any(
+            not same_bits(now := as_real(compact(piece.tensor)), view.to(now.device, now.dtype))
+            for piece, view in self._center.pieces("center")
+        )
+
     def worker_values(self) -> dict[str, Tensor]:
         """Parameters and buffers of the worker, by name, whatever the module holds.
 
@@ -183,9 +188,9 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are the same, NaNs and signs of zeros included."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
-    one, other = as_real(one), as_real(other).to(one.device)
-    integers = _INTEGERS[one.element_size()]
-    return torch.equal(one.view(integers), other.view(integers))
+    pair = one, other.to(one.device)
+    one, other = (as_real(tensor.resolve_conj().resolve_neg()) for tensor in pair)
+    return torch.equal(as_integers(one), as_integers(other))
 
 
 def put_(target: Tensor, value: Tensor) -> None:

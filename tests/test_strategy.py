@@ -205,13 +205,15 @@ class Norm(pl.LightningModule):
         self.unused = nn.Parameter(torch.ones(2))
         self.register_buffer("scratch", torch.zeros(1), persistent=False)
 
-    def on_train_start(self) -> None:
-        with torch.no_grad():  # differ by worker: who is frozen stays, who has no gradient joins
+    def differ(self) -> None:
+        with torch.no_grad():  # by worker: who is frozen stays, who has no gradient joins
             self.frozen += self.global_rank
             self.unused += self.global_rank
             self.scratch += self.global_rank
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        if batch_idx == 0:
+            self.differ()
         return self.second(self.first(self.norm(batch[0]))).pow(2).mean()
 
     def configure_optimizers(self) -> Any:

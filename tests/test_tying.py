@@ -144,9 +144,9 @@ class Interleaved(Refused):
         whole = torch.zeros(3, 4)
         self.w, self.odd = nn.Parameter(whole[:, ::2]), nn.Parameter(whole[:, 1::2])
 
-    def on_train_start(self) -> None:
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         with torch.no_grad():
-            self.odd += self.global_rank
+            self.odd += self.global_rank * (batch_idx == 0)
 
 
 def fit_interleaved(rank: int) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ def start_equal_(group: WorkerGroup, module: nn.Module, options: Sequence[str]) 
         ExchangeError: a worker left or did not answer in time.
     """
     _require_equal(group, module, options)
-    make_equal_(group, module)
+    make_equal_(group, dict(_tensors(module)))
 
 
 def _require_equal(group: WorkerGroup, module: nn.Module, options: Sequence[str]) -> None:
@@ -47,28 +47,37 @@ def _lines_of(these: Sequence[str], others: Sequence[str]) -> str:
     return ", ".join([quote(line) for line in these if line in only_these][:3]) or "none"
 
 
-def make_equal_(group: WorkerGroup, module: nn.Module) -> None:
-    """Give all workers the values of worker 0, of those parameters and buffers that differ.
+def make_equal_(group: WorkerGroup, named: Mapping[str, Tensor]) -> list[str]:
+    """Give all workers the values of worker 0, of those tensors that differ.
+
+    Args:
+        group: all workers, which must call it.
+        named: parameters and buffers by what they are called in messages; those that only some
+            workers have are left alone.
+
+    Returns:
+        Which differed.
 
     Raises:
         ValueError: on every worker, if one differs that cannot be sent.
         ExchangeError: a worker left or did not answer in time.
     """
-    named = dict(_tensors(module))
-    digests = [_digest(name, tensor) for name, tensor in named.items()]
-    summary = hashlib.sha256("".join(digests).encode()).hexdigest()
+    digests = {name: _digest(name, tensor) for name, tensor in named.items()}
+    summary = hashlib.sha256(repr(digests).encode()).hexdigest()
     if len(set(group.gather(summary))) == 1:
-        return
-    everybody = group.gather(digests)
+        return []
+    everybody: list[dict[str, str]] = group.gather(digests)
     differing = [
         name
-        for name, found in zip(named, zip(*everybody, strict=True), strict=True)
-        if len(set(found)) > 1
+        for name in everybody[0]
+        if all(name in theirs for theirs in everybody)
+        and any(theirs[name] != everybody[0][name] for theirs in everybody)
     ]
     for name in differing:
         _require_sendable(name, named[name])
     for name in differing:
         _send_(group, compact(named[name].detach()))
+    return differing
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

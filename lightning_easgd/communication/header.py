@@ -177,8 +177,9 @@ def verify(headers: Sequence[Header], ranks: Sequence[int] | None = None) -> Non
     _same(
         {who: f"center checksum {h.checksum:x}" for who, h in named.items() if h.checksum},
         "The workers' copies of the center have drifted apart",
-        "Resume from the last checkpoint; if this happens again, the hardware or the all-reduce"
-        " is faulty.",
+        "Before the first batch, in on_train_epoch_start or on_train_batch_start, write the same"
+        " weights on every worker. Else resume from the last checkpoint; if this happens again, the"
+        " hardware or the all-reduce is faulty.",
     )
 
 

@@ -1,0 +1,211 @@
+"""Notices weights that are written outside of the steps that the exchange sees.
+
+[Note: windows] What a step leaves is what the next one must find. This is looked at where it costs
+little: behind a step with an exchange, behind the first batch's hooks, and at the end of an epoch,
+until the next step. A few elements of each parameter are compared, at the next exchange, so that no
+device is awaited for it; of very many parameters some at a time, others the next time.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_easgd.center import Center
+from lightning_easgd.probe import Sample, sample
+from lightning_easgd.storage import is_plain
+
+_AT_A_TIME = 512
+"""Parameters in one look."""
+_LOOKS_FOR_COPIES = 3
+_COPIES = 16
+"""Parameters of an optimizer that are compared with what it keeps."""
+
+Named = list[tuple[str, nn.Parameter]]
+
+
+@dataclass(frozen=True)
+class Copy:
+    """What an optimizer keeps, and a parameter that was equal to it."""
+
+    name: str
+    parameter: Tensor
+    kept: Tensor
+    optimizer: str
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether it still is, when it is rounded."""
+        parameter = self.parameter.detach()
+        rounded = self.kept.detach().to(parameter.device, parameter.dtype)
+        return bool(parameter.any()) and torch.equal(rounded, parameter)
+
+
+class Writes:
+    """Looks at one worker's weights between steps, and warns once of each kind.
+
+    Args:
+        center: of the worker's module.
+        optimizers: gives those of the worker.
+    """
+
+    def __init__(self, center: Center, optimizers: Callable[[], Sequence[Optimizer]]) -> None:
+        self._center = center
+        self._optimizers = optimizers
+        self._said: set[str] = set()
+        self._first = 0
+        self._exchanges = 0
+        self._looks = 0
+        self._copies: list[Copy] = []
+        self._open: tuple[Named, Sample] | None = None
+        self._closed: list[tuple[Named, Sample, Sample]] = []
+        self._epoch: tuple[int, Named, Sample] | None = None
+        self._frozen: tuple[Named, Sample] | None = None
+
+    def begin(self) -> None:
+        """Training begins: what is frozen now should stay as it is."""
+        named = list(self._center.module.named_parameters())
+        self._frozen = self._look([(name, p) for name, p in named if not p.requires_grad])
+        self._open = self._look(self._elastic())
+
+    def forget(self) -> None:
+        """The weights may be written to until the next step."""
+        self._open = None
+
+    def before_batch(self, clock: int) -> None:
+        """A training step begins, after ``clock`` optimizer steps."""
+        if self._epoch is None:
+            self._epoch = (clock, *self._look(self._elastic()))
+            if clock == 0:
+                self._open = self._epoch[1:]
+
+    def end_epoch(self, clock: int) -> None:
+        """The last batch of an epoch is over, and no hook of its end has run."""
+        if self._epoch is not None and self._epoch[0] == clock:
+            _, named, before = self._epoch
+            self._tell("no exchange", _names(named, before.differing(sample(_tensors(named)))))
+        self._epoch = None
+        self._judge()
+        if self._open is None:
+            self._open = self._look(self._elastic())
+
+    def before_step(self) -> None:
+        """An optimizer step begins, or goes on behind the closure in which the first batch is."""
+        if self._open is not None:
+            named, before = self._open
+            self._closed.append((named, before, sample(_tensors(named))))
+            self._open = None
+
+    def before_exchange(self, *, exchanges: bool) -> None:
+        """The optimizer has stepped; ``exchanges``: whether an exchange writes to weights now."""
+        written_back = [copy for copy in self._copies if copy.is_equal]
+        for copy in written_back[:1]:
+            self._tell("copy", [copy.name], copy.optimizer)
+        self._copies = []
+        if exchanges and self._looks < _LOOKS_FOR_COPIES:
+            self._looks += 1
+            self._copies = [copy for copy in self._kept() if copy.is_equal]
+
+    def after_exchange(self) -> None:
+        """A step is over in which an exchange wrote to the weights, if one did."""
+        self._judge()
+        self._open = self._look(self._elastic())
+        self._exchanges += 1
+        if self._exchanges & (self._exchanges - 1) == 0:
+            self.look_at_frozen()
+
+    def look_at_frozen(self) -> None:
+        """Warn of parameters without gradients that moved, and are no matter of an exchange."""
+        if self._frozen is not None:
+            named, before = self._frozen
+            moved = before.moved(sample(_tensors(named)))
+            averaged = self._center.statistics_now()
+            shared = {_memory(p) for p in self._center.swapped_tensors()}
+            alone = [named[n] for n in moved if _memory(named[n][1]) not in shared]
+            self._tell("frozen", [n for n, p in alone if n not in averaged and not p.requires_grad])
+
+    def _judge(self) -> None:
+        for named, before, after in self._closed:
+            self._tell("written", _names(named, before.differing(after)))
+        self._closed = []
+
+    def _look(self, named: Named) -> tuple[Named, Sample]:
+        if len(named) > _AT_A_TIME:
+            self._first %= len(named)
+            named = (named + named)[self._first : self._first + _AT_A_TIME]
+            self._first += _AT_A_TIME
+        return named, sample(_tensors(named))
+
+    def _elastic(self) -> Named:
+        return [pair for segment in self._center.segments for pair in segment.named]
+
+    def _kept(self) -> Iterator[Copy]:
+        """What optimizers keep in the form of parameters."""
+        elastic = {id(p): (name, p) for name, p in self._elastic()}
+        for optimizer in self._optimizers():
+            kind = type(optimizer).__name__
+            tensors = [p for group in optimizer.param_groups for p in group["params"]][:_COPIES]
+            for tensor in tensors:
+                if id(tensor) in elastic:
+                    name, parameter = elastic[id(tensor)]
+                    for kept in optimizer.state.get(tensor, {}).values():
+                        if isinstance(kept, Tensor) and kept.shape == parameter.shape:
+                            yield Copy(name, parameter, kept, kind)
+                else:
+                    alike = [(n, p) for n, p in elastic.values() if p.shape == tensor.shape]
+                    for name, parameter in alike[:_COPIES]:
+                        yield Copy(name, parameter, tensor, kind)
+
+    def _tell(self, kind: str, names: Sequence[str], optimizer: str = "") -> None:
+        if names and kind not in self._said:
+            self._said.add(kind)
+            listed = ", ".join(f"'{name}'" for name in names[:3])
+            listed += ", ..." if len(names) > 3 else ""
+            warnings.warn(_MESSAGES[kind].format(names=listed, optimizer=optimizer), stacklevel=2)
+
+
+_MESSAGES = {
+    "written": (
+        "{names} was written to outside of optimizer steps while training (in a hook, in a part of"
+        " training_step that is no optimizer.step() of self.optimizers(), or by an optimizer that"
+        " Lightning does not know). Training goes on from it, but the center does not follow at"
+        " once: each exchange draws it there by a part, and the worker back. Write to weights"
+        " before the first batch, or between two fits, where the center begins anew with them;"
+        " step with self.optimizers()."
+    ),
+    "no exchange": (
+        "{names} moved in an epoch without an optimizer step that Lightning knows of, so there was"
+        " no exchange and every worker trains by itself. Return the optimizers from"
+        " configure_optimizers and step with opt = self.optimizers(); opt.step(), not in backward"
+        " hooks and not with optimizers that the module made elsewhere."
+    ),
+    "copy": (
+        "{optimizer} keeps a copy of {names} and writes it back at every step, so that what an"
+        " exchange does to the worker is undone. Let it keep no weights of its own: train in fp32,"
+        " or with Trainer(precision='bf16-mixed') or '16-mixed', and give it the module's"
+        " parameters themselves."
+    ),
+    "frozen": (
+        "{names} moved, though without gradients (requires_grad=False), so exchanges leave it"
+        " alone: every worker has its own, and that of worker 0 is saved. If it follows the trained"
+        " weights, let it be averaged, by its name: EASGDStrategy(buffers={{'teacher.*':"
+        " 'average'}})."
+    ),
+}
+
+
+def _tensors(named: Named) -> list[Tensor]:
+    return [parameter for _, parameter in named]
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr() if is_plain(tensor) else id(tensor)
+
+
+def _names(named: Named, numbers: Sequence[int]) -> list[str]:
+    return [named[number][0] for number in numbers]
