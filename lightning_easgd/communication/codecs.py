@@ -97,8 +97,9 @@ class Int8(Codec):
     def encode(self, values: Tensor) -> Tensor:
         """All whole numbers, then all scales."""
         missing = -values.numel() % self.block
-        blocks = torch.nn.functional.pad(values, (0, missing)).view(-1, self.block)
-        scales = (blocks.abs().amax(dim=1, keepdim=True) / 127).float()
+        padded = torch.nn.functional.pad(values, (0, missing)) if missing else values
+        blocks = padded.view(-1, self.block)
+        scales = (torch.linalg.vector_norm(blocks, math.inf, 1, keepdim=True) / 127).float()
         inverse = torch.where(scales > 0, 1 / scales.to(values.dtype), 0.0)
         whole = (blocks * inverse).round_().clamp_(-127, 127).to(torch.int8)
         return torch.cat([whole.view(-1).view(torch.uint8), scales.view(-1).view(torch.uint8)])
@@ -108,7 +109,7 @@ class Int8(Codec):
         padded = math.ceil(numel / self.block) * self.block
         whole = wire[:padded].view(torch.int8).view(-1, self.block)
         scales = wire[padded:].view(torch.float32)
-        return (whole.to(dtype) * scales.to(dtype)[:, None]).view(-1)[:numel]
+        return whole.to(dtype).mul_(scales.to(dtype)[:, None]).view(-1)[:numel]
 
 
 class TopK(Codec):

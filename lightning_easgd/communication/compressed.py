@@ -36,6 +36,19 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _MUCH = 1.01
 """Exchanges that a value waits, above which what is held back is much."""
 
+_AHEAD = 2
+"""Collectives that begin before the first of them is waited for."""
+
+
+def in_turns(runs: Sequence[Iterator[None]]) -> None:
+    """Take the steps of runs in turns, so that at most a few are under way, which keep memory."""
+    stages = 3
+    for turn in range(len(runs) + _AHEAD * (stages - 1)):
+        for stage in range(stages):
+            number = turn - _AHEAD * stage
+            if 0 <= number < len(runs):
+                next(runs[number], None)
+
 
 class Owned:
     """A bucket of a tensor of differences, of which every worker owns an equal share.
@@ -53,11 +66,6 @@ class Owned:
         self.share = math.ceil(self.numel / (block * workers)) * block
         self.kept = like.new_zeros(self.share)
         """What this worker, as the owner, did not add to the sum."""
-
-    def shares(self, tensor: Tensor, workers: int) -> Tensor:
-        """The bucket's values as rows, one of each owner; a copy."""
-        missing = workers * self.share - self.numel
-        return torch.nn.functional.pad(tensor[self.part], (0, missing)).view(workers, self.share)
 
     def own(self, tensor: Tensor, rank: int) -> Tensor:
         """A view of the part of the bucket that worker ``rank`` owns."""
@@ -86,6 +94,12 @@ class Account:
                 Owned(part, codec.block, workers, tensor)
                 for part in bucket_slices(tensor.numel(), tensor.itemsize, bucket_bytes)
             ]
+
+    def values(self, tensor: Tensor, workers: int) -> list[list[Tensor]]:
+        """Views of a tensor as it is sent: a list for each bucket, or one of the tensor alone."""
+        if not self.buckets:
+            return [[tensor]]
+        return [[bucket.own(tensor, rank) for rank in range(workers)] for bucket in self.buckets]
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint of this worker."""
@@ -165,31 +179,31 @@ class CompressedAllReduce(AllReduce):
 
     def join(self, pending: PendingSum, payload: Payload, *, last: bool = False) -> None:
         """Begin to sum in an exchange whose header has left."""
-        wires = self._hold_back(payload, last=last)
+        accounts = self._accounts_of(payload.differences)
+        self._collect(payload, accounts, last=last)
         if last:
             super().join(pending, payload)
             return
-        accounts = self._accounts_of(payload.differences)
-        travel = partial(self._travel, wires, payload, accounts)
         device = next(iter(payload.differences.values())).device
+        travel = partial(self._travel, payload, accounts)
         pending.parts.append((Background(travel, device), True))
 
     def hold_back(self, payload: Payload, *, last: bool = False) -> None:
         """Hold back what :meth:`join` would, and send nothing."""
-        self._hold_back(payload, last=last)
-
-    def _hold_back(self, payload: Payload, *, last: bool) -> list[Tensor]:
-        """Keep what is not sent of differences; the bytes that are."""
-        wires: list[Tensor] = []
         accounts = self._accounts_of(payload.differences)
+        self._collect(payload, accounts, last=last)
+        if not last:
+            for tensor, account in zip(payload.differences.values(), accounts, strict=True):
+                for number in range(max(1, len(account.buckets))):
+                    self._encode(tensor, account, number)
+
+    def _collect(self, payload: Payload, accounts: Sequence[Account], *, last: bool) -> None:
+        """Add to differences what was held back of them; the last time owners do so, too."""
         for tensor, account in zip(payload.differences.values(), accounts, strict=True):
             if account.unsent is not None and not (last and self.reckons):
                 tensor.add_(account.unsent)
             if last:
                 self._give_all(tensor, account)
-            else:
-                wires += self._encode(tensor, account)
-        return wires
 
     def sum_bytes(self, payload: Payload, *, last: bool = False) -> tuple[int, int]:
         """Bytes that each worker sends, and receives, for sums; none are inside a group."""
@@ -238,51 +252,60 @@ class CompressedAllReduce(AllReduce):
             own.add_(bucket.kept[: own.numel()])
             bucket.kept.zero_()
 
-    def _encode(self, tensor: Tensor, account: Account) -> Iterator[Tensor]:
-        """The bytes of each bucket, a row for each owner; or of the whole, in one row."""
-        if self._codec.block is None:
-            pieces = [(slice(None), tensor[None])]
-        else:
-            pieces = [(b.part, b.shares(tensor, self.level.size)) for b in account.buckets]
-        for part, rows in pieces:
-            wire = torch.stack([self._codec.encode(row) for row in rows])
-            if account.unsent is not None:
-                sent = [self._decoded(w, row) for w, row in zip(wire, rows, strict=True)]
-                values = tensor[part]
-                account.unsent[part] = values - torch.cat(sent)[: values.numel()]
-            yield wire
+    def _encode(self, tensor: Tensor, account: Account, number: int) -> Tensor:
+        """The bytes of a bucket, a row for each owner, or of the whole; the rest is kept."""
+        values = account.values(tensor, self.level.size)[number]
+        share = max(value.numel() for value in values)
+        if account.buckets:
+            share = account.buckets[number].share
+        wire = tensor.new_empty(len(values), self._codec.wire_bytes(share), dtype=torch.uint8)
+        unsent: list[Tensor | None] = [None] * len(values)
+        if account.unsent is not None:
+            unsent = [*account.values(account.unsent, self.level.size)[number]]
+        for row, mine, kept in zip(wire, values, unsent, strict=True):
+            missing = share - mine.numel()
+            full = torch.nn.functional.pad(mine, (0, missing)) if missing else mine
+            row.copy_(self._codec.encode(full))
+            if kept is not None:
+                torch.sub(mine, self._decoded(row, full)[: mine.numel()], out=kept)
+        return wire
 
-    def _travel(
-        self, wires: Sequence[Tensor], payload: Payload, accounts: Sequence[Account]
-    ) -> None:
+    def _travel(self, payload: Payload, accounts: Sequence[Account]) -> None:
         """Turn the payload into sums; the same collectives on all workers.
 
         Waits without looking whether others are late, which would take the interpreter's lock from
         training again and again; who waits for this does.
         """
-        differences = list(payload.differences.values())
         works = self.sum(payload.statistics)
+        pairs = list(zip(payload.differences.values(), accounts, strict=True))
         if self._codec.block is None:
-            arrivals = [self._begin(_all_gather, wire) for wire in wires]
-            for tensor, arrival in zip(differences, arrivals, strict=True):
-                tensor.zero_()
-                self._add_rows(arrival(), tensor)
+            in_turns([self._whole(*pair) for pair in pairs])
         else:
-            buckets = [
-                (tensor, bucket)
-                for tensor, account in zip(differences, accounts, strict=True)
-                for bucket in account.buckets
-            ]
-            arrivals = [self._begin(dist.all_to_all_single, wire) for wire in wires]
-            returns = [
-                self._begin(_all_gather, self._add_up(bucket, arrival()))
-                for (_, bucket), arrival in zip(buckets, arrivals, strict=True)
-            ]
-            for (tensor, bucket), returned in zip(buckets, returns, strict=True):
-                rows = [self._decoded(row, bucket.kept) for row in returned()]
-                tensor[bucket.part] = torch.cat(rows)[: bucket.numel]
+            in_turns(
+                [
+                    self._bucket(tensor, account, number)
+                    for tensor, account in pairs
+                    for number in range(len(account.buckets))
+                ]
+            )
         for work in works:
             work.wait()
+
+    def _whole(self, tensor: Tensor, account: Account) -> Iterator[None]:
+        arrival = self._begin(_all_gather, self._encode(tensor, account, 0))
+        yield
+        tensor.zero_()
+        self._add_rows(arrival(), tensor)
+
+    def _bucket(self, tensor: Tensor, account: Account, number: int) -> Iterator[None]:
+        bucket = account.buckets[number]
+        arrival = self._begin(dist.all_to_all_single, self._encode(tensor, account, number))
+        yield
+        arrival = self._begin(_all_gather, self._add_up(bucket, arrival()))
+        yield
+        for rank, row in enumerate(arrival()):
+            mine = bucket.own(tensor, rank)
+            mine.copy_(self._decoded(row, bucket.kept)[: mine.numel()])
 
     def _add_up(self, bucket: Owned, rows: Tensor) -> Tensor:
         """The encoded sum of this worker's share, from the encoded parts of all; a row."""
