@@ -67,12 +67,11 @@ class Apart(Toy):
         super().__init__(partial(torch.optim.SGD, lr=0.0))
         self.more = torch.nn.Parameter(torch.zeros(700, dtype=torch.float64))
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx == 0:
-            torch.manual_seed(self.global_rank)
-            with torch.no_grad():
-                for parameter in self.parameters():
-                    parameter += torch.randn_like(parameter)
+    def part(self) -> None:
+        torch.manual_seed(self.global_rank)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter += torch.randn_like(parameter)
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         return super().training_step(batch, batch_idx) + self.more.sum()
@@ -94,7 +93,9 @@ def drift(rank: int, codec: Any, bucket_bytes: int, fragments: int, final: bool)
         seen.append((own, sum(float(center[name].sum()) for name in center), held))
 
     def note_last(outputs: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx == 12:
+        if batch_idx == 0:
+            module.part()
+        elif batch_idx == 12:
             note(batch, batch_idx)
 
     module.on_train_batch_start, module.on_train_batch_end = note, note_last

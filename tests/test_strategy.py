@@ -211,9 +211,11 @@ class Norm(pl.LightningModule):
             self.unused += self.global_rank
             self.scratch += self.global_rank
 
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == 0:
             self.differ()
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         return self.second(self.first(self.norm(batch[0]))).pow(2).mean()
 
     def configure_optimizers(self) -> Any:
@@ -229,6 +231,7 @@ def train_norm(rank: int, policy: str) -> Any:
     return own, arrays(module.state_dict()), module.scratch.item(), strategy._exchange
 
 
+@pytest.mark.filterwarnings("ignore:'frozen' moved")
 @pytest.mark.parametrize("policy", ["average", "broadcast", "local"])
 def test_buffers_follow_their_policy(policy: str) -> None:
     results = run_workers(train_norm, policy, workers=2)
@@ -245,6 +248,7 @@ def test_buffers_follow_their_policy(policy: str) -> None:
         assert scratch == rank
 
 
+@pytest.mark.filterwarnings("ignore:'frozen' moved")
 def test_frozen_tied_and_unused_parameters() -> None:
     results = run_workers(train_norm, "average", workers=2)
     for rank, (_, final, _, exchange) in enumerate(results):
@@ -295,6 +299,7 @@ def watch_statistics(rank: int) -> Any:
     return module.seen
 
 
+@pytest.mark.filterwarnings("ignore:'frozen' moved")
 def test_statistics_start_equal_and_are_lent_for_validation() -> None:
     both = run_workers(watch_statistics, workers=2)
     for seen in both:
