@@ -62,6 +62,7 @@ class Writes:
         self._exchanges = 0
         self._looks = 0
         self._copies: list[Copy] = []
+        self._written_back: list[Copy] = []
         self._open: tuple[Named, Sample] | None = None
         self._closed: list[tuple[Named, Sample, Sample]] = []
         self._epoch: tuple[int, Named, Sample] | None = None
@@ -103,9 +104,7 @@ class Writes:
 
     def before_exchange(self, *, exchanges: bool) -> None:
         """The optimizer has stepped; ``exchanges``: whether an exchange writes to weights now."""
-        written_back = [copy for copy in self._copies if copy.is_equal]
-        for copy in written_back[:1]:
-            self._tell("copy", [copy.name], copy.optimizer)
+        self._written_back += [copy for copy in self._copies if copy.is_equal][:1]
         self._copies = []
         if exchanges and self._looks < _LOOKS_FOR_COPIES:
             self._looks += 1
@@ -113,6 +112,8 @@ class Writes:
 
     def after_exchange(self) -> None:
         """A step is over in which an exchange wrote to the weights, if one did."""
+        # What it left alone says nothing: a moment of a parameter without gradients is as zero.
+        self._copies = [copy for copy in self._copies if not copy.is_equal]
         self._judge()
         self._open = self._look(self._elastic())
         self._exchanges += 1
@@ -133,6 +134,9 @@ class Writes:
         for named, before, after in self._closed:
             self._tell("written", _names(named, before.differing(after)))
         self._closed = []
+        for copy in self._written_back:
+            self._tell("copy", [copy.name], copy.optimizer)
+        self._written_back = []
 
     def _look(self, named: Named) -> tuple[Named, Sample]:
         if len(named) > _AT_A_TIME:
