@@ -58,7 +58,7 @@ def pack(value: Any) -> Tensor:
 
 
 def unpack(data: Tensor) -> Any:
-    """The inverse of :func:`pack`; tensors in it are views of ``data``.
+    """The inverse of :func:`pack`; tensors in it have memory of their own.
 
     Raises:
         ValueError: it was not made by :func:`pack`.
@@ -198,4 +198,5 @@ class _Tensors:
         if size > self._data.numel():
             raise ValueError("a tensor is cut short")
         taken, self._data = self._data[:size], self._data[size + -size % _ALIGNMENT :]
-        return taken.view(dtype).view(shape)
+        # Copied: torch cannot save tensors of several precisions that share one memory.
+        return taken.view(dtype).view(shape).clone()

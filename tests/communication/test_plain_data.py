@@ -172,3 +172,10 @@ def test_states_of_torchs_optimizers_arrive(name: str) -> None:
     optimizer.step(closure)
     state = optimizer.state_dict()
     assert repr(unpack(pack(state))) == repr(state)
+
+
+def test_what_was_sent_can_be_saved(tmp_path: Path) -> None:
+    sent = {"step": torch.tensor(3), "weights": torch.ones(3), "half": torch.ones(2).half()}
+    got = unpack(pack(sent))
+    torch.save(got, tmp_path / "got.pt")
+    assert torch.load(tmp_path / "got.pt", weights_only=True)["weights"].tolist() == [1, 1, 1]
