@@ -25,6 +25,7 @@ from lightning_easgd.communication import plain_data
 from lightning_easgd.communication.background import Background
 from lightning_easgd.communication.header import ExchangeError
 from lightning_easgd.communication.liveness import Liveness
+from lightning_easgd.communication.store_thread import close_connections
 from lightning_easgd.communication.waiting import Watch
 
 Work = dist.Work | Background
@@ -231,6 +232,7 @@ def leave_all_groups() -> None:
     interpreter shuts down aborts the process (pytorch/pytorch#190489). Threads end with the last
     reference to their group, and objects that refer to each other keep theirs until collected.
     """
+    close_connections()
     if dist.is_initialized():
         dist.destroy_process_group()
         gc.collect()

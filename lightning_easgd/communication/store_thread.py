@@ -22,6 +22,33 @@ _ANSWER_SECONDS = 5.0
 _SILENCE_SECONDS = 3.5
 _POLL_SECONDS = 0.05
 
+_connections: dict[tuple[int, str, int], Store] = {}
+"""By process, host and port: making one may take seconds, where the host's name is looked up."""
+
+
+def _own_connection(common: Store) -> Store:
+    """A connection of this process's own: on the common one torch waits for workers that are late.
+
+    It is made once for all fits that use the same store, and again if that is gone.
+    """
+    clone = getattr(common, "clone", None)  # since torch 2.9 or so
+    if clone is None:
+        return common
+    store = common
+    while isinstance(store, _PrefixStore):
+        store = store.underlying_store
+    key = os.getpid(), str(getattr(store, "host", "")), int(getattr(store, "port", 0))
+    with suppress(KeyError, RuntimeError):
+        _connections[key].check([""])
+        return _connections[key]
+    _connections[key] = clone()
+    return _connections[key]
+
+
+def close_connections() -> None:
+    """Close the connections to stores that fits of this process have used."""
+    _connections.clear()
+
 
 class StoreThread:
     """Calls the store at the request of others, and by itself once in a while.
@@ -77,9 +104,7 @@ class StoreThread:
 
     def _run(self) -> None:
         try:
-            # A connection of its own: on the common one torch waits for workers that are late.
-            clone = getattr(self._common, "clone", None)  # since torch 2.9 or so
-            store: Store = _PrefixStore(self._name, clone() if clone else self._common)
+            store: Store = _PrefixStore(self._name, _own_connection(self._common))
             while not self._stopped:
                 self._by_itself(store)
                 self._answered = time.monotonic()
