@@ -214,9 +214,9 @@ class Exchange:
         Raises:
             ExchangeError: another worker left or did not come in time.
         """
-        self._begin()
         if self._gradients is not None:
             self._gradients.resume(self.clock, goes_on=goes_on)
+        self._begin()  # behind it, for a worker may have taken over the weights of another
 
     def request_stop(self, why: Stop) -> bool:
         """Ask all workers to stop at the same step. Signal-safe.
