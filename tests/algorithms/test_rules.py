@@ -35,6 +35,7 @@ from lightning_easgd import (
     TopK,
 )
 from lightning_easgd.algorithms import RULES, elastic
+from lightning_easgd.flat import FlatVector
 
 
 def averaged(rank: int, strategy: Any, make: Any) -> dict[str, np.ndarray]:
@@ -161,6 +162,20 @@ def restarted(rank: int) -> Any:
     return module.step.numpy() * sum(RATES), found
 
 
+def held_back(strategy: EASGDStrategy) -> torch.Tensor:
+    """Of the parameter ``more``, by this worker."""
+    strategy._exchange.drain()
+    accounts = strategy._exchange._transit.all_reduce.state()["accounts"]
+    held = torch.zeros(700, dtype=torch.float64)
+    for fragment in strategy._center.segments[0].fragments:
+        saved = accounts[f"{fragment.name}, torch.float64"]["unsent"]
+        vector = FlatVector(fragment.layout, {torch.float64: saved})
+        for piece, view in fragment.values(vector):
+            if piece.name == "more":
+                piece.of(held).add_(view)
+    return held
+
+
 def with_hooks(module: Slope, strategy: EASGDStrategy, given_up: torch.Tensor) -> None:
     """Let the learning rate fall, and note what a worker gives up at a restart, and its end."""
 
@@ -179,6 +194,8 @@ def with_hooks(module: Slope, strategy: EASGDStrategy, given_up: torch.Tensor) -
 
     def on_train_end() -> None:
         module.end = module.more.detach().clone()
+        if isinstance(strategy.options.codec, TopK):  # at the end, workers take back what they hold
+            module.end += held_back(strategy)
 
     for hook in (on_train_start, on_train_batch_start, on_train_end):
         setattr(module, hook.__name__, hook)
