@@ -101,11 +101,10 @@ def remove_debris(storage: Storage, path: str) -> None:
         return
     remove_saves(storage, path, lambda save: save not in kept)
     folder, name = os.path.split(local)
-    if os.path.isdir(folder or "."):
-        unfinished = re.compile(re.escape(name) + _UNFINISHED)
-        for found in filter(unfinished.fullmatch, os.listdir(folder or ".")):
-            if _is_file(os.path.join(folder, found)):
-                os.remove(os.path.join(folder, found))
+    unfinished = re.compile(re.escape(name) + _UNFINISHED)
+    for found in filter(unfinished.fullmatch, _listed(folder or ".")):
+        if _is_file(os.path.join(folder, found)):
+            os.remove(os.path.join(folder, found))
 
 
 def _mentioned_saves(path: str) -> set[str]:
@@ -131,10 +130,10 @@ def _ours(folder: str) -> Iterator[tuple[str, str]]:
             files, place = url_to_fs(folder)
             files.invalidate_cache()
             names = [str(found).rstrip("/").rsplit("/", 1)[-1] for found in files.ls(place, False)]
-    elif os.path.islink(local) or not os.path.isdir(local):
+    elif os.path.islink(local):
         return
     else:
-        names = [n for n in os.listdir(local) if _is_file(os.path.join(local, n))]
+        names = [n for n in _listed(local) if _is_file(os.path.join(local, n))]
     for name in names:
         if found := _OURS.fullmatch(name):
             yield name, found[1]
@@ -162,6 +161,13 @@ def _local(path: str) -> str | None:
     for scheme in ("file://", "local://"):
         path = path.removeprefix(scheme)
     return None if "://" in path or "::" in path else path
+
+
+def _listed(folder: str) -> list[str]:
+    """Names in a folder of this machine's; none if another worker has just removed it."""
+    with suppress(OSError):
+        return os.listdir(folder)
+    return []
 
 
 def _is_file(path: str) -> bool:

@@ -51,7 +51,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             _write_new(checkpoint, part, name)
             os.replace(part, name)
         except BaseException:
-            if os.path.lexists(part):
+            with suppress(FileNotFoundError):
                 os.remove(part)
             raise
         _flush_folder(folder)
@@ -231,10 +231,12 @@ def _open_new(path: str) -> int:
     """A descriptor of a new file, to write to, in a folder that is made if need be."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
     for tries_left in (2, 1, 0):
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         try:
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
             return os.open(path, flags, 0o666)
-        except FileNotFoundError:  # another worker just removed the folder, which was empty
+        # Another worker just removed the folder, which was empty: makedirs then says that it is
+        # there, and open that it is not.
+        except (FileExistsError, FileNotFoundError):
             if not tries_left:
                 raise
     raise AssertionError

@@ -63,6 +63,30 @@ def test_what_cannot_be_pickled_keeps_its_error_and_leaves_nothing(tmp_path: Pat
     assert not os.listdir(tmp_path)
 
 
+@pytest.mark.parametrize("called", ["mkdir", "open"])
+def test_a_folder_that_another_worker_removes_meanwhile_is_made_again(
+    called: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, calls = tmp_path / "last.ckpt.workers", []
+    folder.mkdir()
+    call = getattr(os, called)
+
+    def late(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 1 and called == "open":
+            folder.rmdir()
+        try:
+            return call(*arguments)
+        finally:
+            if len(calls) == 1 and called == "mkdir":
+                folder.rmdir()
+
+    monkeypatch.setattr(os, called, late)
+    AtomicCheckpointIO().save_checkpoint({"step": 1}, folder / "0.ckpt")
+    assert torch.load(folder / "0.ckpt") == {"step": 1}
+    assert len(calls) > 1
+
+
 def test_no_link_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     precious = tmp_path / "precious"
     precious.write_text("keep")

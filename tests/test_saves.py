@@ -21,7 +21,7 @@ from processes import run_workers
 from saving import SGD, STEPS, files, require_whole, save_of, train
 from toy import Toy
 
-from lightning_easgd.checkpoint_files import remove_debris, worker_file
+from lightning_easgd.checkpoint_files import remove_debris, remove_saves, worker_file
 from lightning_easgd.checkpoint_io import AtomicCheckpointIO
 
 pytestmark = [
@@ -155,6 +155,24 @@ def test_files_of_others_and_what_lies_behind_links_stay(tmp_path: Path) -> None
     assert not any(path.exists() for path in gone)
     ours = [path for path in folder.iterdir() if path.name.startswith(save_of(tmp_path / "run"))]
     assert len(ours) == 2
+
+
+def test_a_folder_that_another_worker_removes_meanwhile_has_nothing_to_remove(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, listed = tmp_path / "run" / "last.ckpt", []
+    (tmp_path / "run" / "last.ckpt.workers").mkdir(parents=True)
+    names = os.listdir
+
+    def vanishes(folder: str) -> list[str]:
+        os.rmdir(folder)
+        listed.append(os.path.basename(folder))
+        return names(folder)
+
+    monkeypatch.setattr(os, "listdir", vanishes)
+    remove_saves(AtomicCheckpointIO(), str(path), lambda save: True)
+    remove_debris(AtomicCheckpointIO(), str(path))
+    assert listed == ["last.ckpt.workers", "run"]
 
 
 class Shared(LocalFileSystem):
