@@ -239,22 +239,18 @@ def test_measures_says_how_to_train_and_leaves_its_numbers_only(tmp_path: Path) 
 @pytest.mark.usefixtures("nothing_left")
 @pytest.mark.timeout(240)
 @pytest.mark.skipif(REASON is not None, reason=str(REASON))
-def test_a_slow_network_calls_for_more_than_a_fast_one(tmp_path: Path) -> None:
-    slow, fast = (on_two_hosts(tmp_path, rate) for rate in (20e6, None))
-    slower, faster = (found["bandwidth_bits_per_second"] for found in (slow, fast))
-    assert slower < min(22e6, faster)
-    assert not slow["take_ddp"]
-    assert slow["compression"] == "int8" or slow["tau"] > fast["tau"]
-    assert slow["options"][0]["free_tau"] > fast["options"][0]["free_tau"]
-
-
-def on_two_hosts(folder: Path, rate_bits: float | None) -> dict[str, Any]:
+def test_a_slow_network_is_measured_as_it_is_and_calls_for_easgd(tmp_path: Path) -> None:
+    """What the network cannot carry faster; how long steps take besides depends on the machine."""
     model = ["model=mlp", "model.hidden=[1024,512]"]  # 2.4 MB, a second at 20 Mbit/s
     overrides = [*model, "trainer.devices=1", "trainer.num_nodes=2", "seconds=4", "codecs=[int8]"]
-    with EmulatedHosts(2, rate_bits) as hosts:
-        arguments = [*overrides, f"hydra.run.dir={rate_bits}"]
-        run_script(SCRIPT, arguments, folder=folder, workers=2, hosts=hosts)
-    return json.loads((folder / f"{rate_bits}" / "advice.json").read_text())
+    with EmulatedHosts(2, rate_bits=20e6) as hosts:
+        arguments = [*overrides, "hydra.run.dir=run"]
+        run_script(SCRIPT, arguments, folder=tmp_path, workers=2, hosts=hosts)
+    found = json.loads((tmp_path / "run" / "advice.json").read_text())
+    measured = found["measured"]
+    assert found["bandwidth_bits_per_second"] < 22e6
+    assert 8 * measured["ddp_sent_bytes"] / measured["ddp_step_seconds"] < 22e6
+    assert not found["take_ddp"]
 
 
 @pytest.mark.parametrize(
