@@ -158,6 +158,22 @@ def test_nobody_waits_in_set_up_for_who_does_not_come(who: int, what: Any) -> No
         assert f"Worker {who} " in outcome.message
 
 
+def impatient(rank: int) -> None:
+    """Set training up; worker 2 stops before, and worker 0 alone gives up soon."""
+    module = Toy(SGD)
+    module.configure_model = stop if rank == 2 else (lambda: None)
+    strategy = EASGDStrategy(timeout=timedelta(seconds=2 if rank == 0 else 50))
+    trainer(3, strategy).fit(module, loader(rank, STEPS))
+
+
+def test_who_waits_in_set_up_when_worker_0_gives_up_knows_what_it_knew() -> None:
+    with Workers(impatient, workers=3) as group:
+        ended = group.collect(40, without=2)
+    for outcome in ended:
+        assert outcome.error == "ExchangeError", outcome
+        assert "Worker 2 did not come" in outcome.message
+
+
 def late(rank: int) -> Any:
     """Train; worker 2 stops, and worker 1 sleeps until worker 0 has given up."""
     who, what = (1, partial(time.sleep, 4.5)) if rank == 1 else (2, stop)

@@ -67,9 +67,13 @@ class WorkerGroup:
         self._liveness = Liveness(self.rank, self.size, f"workers-{next(_numbers)}")
         self.progress = self._liveness.progress
         """Of this worker, which the others are told."""
-        self.everybody = self._meet()
-        """For what all workers do at the same time; over gloo."""
-        self._liveness.meet()
+        try:
+            self.everybody = self._meet()
+            """For what all workers do at the same time; over gloo."""
+            self._liveness.meet()
+        except BaseException as error:
+            self._liveness.stop(f"{type(error).__name__}: {error}", alone=True)
+            raise
         self._timeout = timeout.total_seconds()
         # What is watched ends first, with names.
         _set_default_timeout(min(timeout + _LATER, lightnings_timeout))
