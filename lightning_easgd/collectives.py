@@ -68,6 +68,8 @@ class CollectiveStrategy(DDPStrategy):
 
     @override
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        if self._alone:
+            return tensor[None]
         # It may be differentiated, which the group's collectives are not made for.
         if self._group is not None and watched.is_default(group):
             self._gathered(Place.GATHERING)

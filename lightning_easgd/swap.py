@@ -14,7 +14,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -74,9 +74,13 @@ class Swap:
         statistics = self._center.statistics_now()
         averaged = _copies(statistics)
         others = _copies({n: b for n, b in self._buffers().items() if n not in averaged})
-        self._center.write(which)
-        shown = _copies(self._center.statistics_now())
-        self._aside = Aside(which, vectors, averaged, shown, others)
+        self._aside = Aside(which, vectors, averaged, {}, others)
+        try:
+            self._center.write(which)
+            self._aside = replace(self._aside, shown=_copies(self._center.statistics_now()))
+        except BaseException:
+            self.swap_out()
+            raise
 
     def swap_out(self, during: str = "") -> None:
         """Give the worker its own back, if the module holds the center; see [Note: what stays].
@@ -118,8 +122,8 @@ class Swap:
             yield
             return
         self._aside = None
-        self.swap_in(which, in_flight=in_flight or outer is not None)
         try:
+            self.swap_in(which, in_flight=in_flight or outer is not None)
             yield
         finally:
             self.swap_out(during)

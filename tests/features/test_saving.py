@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, namedtuple
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,38 @@ def test_the_worker_comes_back_bit_for_bit() -> None:
         assert found[1:] == [(True, False)] * 5
 
 
+def swap_in_vain(rank: int) -> Any:
+    module, found = Precise(), []
+
+    def fail() -> None:
+        raise MemoryError
+
+    def weights() -> list[Any]:
+        return [p.tolist() for p in module.parameters()]
+
+    def look(*_: Any) -> None:
+        exchange, worker = fitting.strategy._exchange, weights()
+        for outer in (nullcontext(), exchange.showing("center")):
+            with outer:
+                before = weights()
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(exchange.center.statistics, "load_center", fail)
+                    with pytest.raises(MemoryError), exchange.showing("delivered"):
+                        raise AssertionError
+                found.append(weights() == before)
+            found.append(weights() == worker and exchange.trains)
+
+    module.on_train_batch_end = look
+    fitting = trainer(2, EASGDStrategy(tau=3, center_average="ema"))
+    fitting.fit(module, loader(rank, 6))
+    return found
+
+
+def test_a_center_that_cannot_be_shown_leaves_the_module_as_it_was() -> None:
+    for found in run_workers(swap_in_vain, workers=2):
+        assert found == [True] * 24
+
+
 class Failing(Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         if trainer.global_step == 5:
@@ -260,6 +293,8 @@ class Failing(Callback):
         trainer.save_checkpoint(f"{self.folder}/{trainer.global_rank}.ckpt")
         self.after = weights(module)
         module.center = trainer.strategy.center_state_dict()
+        mine = torch.tensor([7.0 + trainer.global_rank])
+        assert module.all_gather(mine).tolist() == [mine.tolist()]
 
 
 def save_alone(rank: int, folder: Path, fragments: int) -> Any:
