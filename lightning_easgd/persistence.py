@@ -189,8 +189,8 @@ class PersistentStrategy(CollectiveStrategy):
 
     def _finish_writing(self) -> None:
         """Wait until what plugins queued is written, on all workers: what follows may read it."""
-        saved, group, error = self._saved, self._group, None
-        if saved is None or group is None or not saved.writes.may_queue:
+        saved, group, error = self._checkpoints(), self._group, None
+        if group is None or not saved.writes.may_queue:  # the same on all workers
             return
         for ranks in (range(1, self.world_size), range(1)):  # whose files worker 0 waits for first
             try:

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from datetime import timedelta
 from functools import partial
@@ -144,7 +145,12 @@ def in_set_up(rank: int, who: int, what: Any) -> None:
     """Worker ``who`` does ``what`` to itself before training is set up."""
     module, strategy = Toy(SGD), EASGDStrategy(timeout=timedelta(seconds=2))
     module.configure_model = what if rank == who else (lambda: None)
-    trainer(3, strategy).fit(module, loader(rank, STEPS))
+    try:
+        trainer(3, strategy).fit(module, loader(rank, STEPS))
+    finally:
+        left = [each.name for each in threading.enumerate()]
+        # The store of a worker that is stopped never answers the thread that asked it.
+        assert (who, what) == (0, stop) or "easgd-liveness" not in left
 
 
 @pytest.mark.parametrize("who", [0, 2])
