@@ -182,9 +182,8 @@ class Statistics:
         """Say which buffers were averaged without anybody's choice, when they begin to change."""
         if len(self._silent) == len(self._places) or not bool(moved.any()):
             return
-        each = torch.split(moved, list(sizes))
-        new = [p.name for p, m in zip(places, each, strict=True) if bool(m.any())]
-        new = [name for name in new if name not in self._silent]
+        each = zip(places, torch.split(moved, list(sizes)), strict=True)
+        new = [p.name for p, m in each if p.name not in self._silent and bool(m.any())]
         self._silent.update(new)
         if new:
             _tell_averaged(new)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_easgd.communication.header import ExchangeError
+from lightning_easgd.storage import as_bytes
 
 MOST_BYTES = 2**24
 """Of a small message, one of a worker about itself."""
@@ -52,7 +53,7 @@ def pack(value: Any) -> Tensor:
     start = len(text).to_bytes(_START, "little")
     pieces = [torch.frombuffer(bytearray(_padded(start + text)), dtype=torch.uint8)]
     for tensor in tensors:
-        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        data = as_bytes(tensor.detach().cpu())
         pieces += [data, data.new_zeros(-data.numel() % _ALIGNMENT)]
     return torch.cat(pieces)
 
