@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -14,7 +14,15 @@ from torch.nn.modules.batchnorm import _NormBase
 from lightning_easgd.arguments import require_choice
 from lightning_easgd.flat import FLAT_DTYPE
 from lightning_easgd.spectral import spectral_norms
-from lightning_easgd.storage import Shares, compact, is_plain, overlaps_itself, shares, storage_of
+from lightning_easgd.storage import (
+    Neighbours,
+    Shares,
+    compact,
+    is_plain,
+    overlaps_itself,
+    shares,
+    storage_of,
+)
 
 DefaultPolicy = Literal["average", "local", "broadcast"]
 BufferPolicy = Literal["average", "local", "broadcast", "recompute"]
@@ -116,18 +124,17 @@ def find_places(module: nn.Module, policies: Policies) -> list[Place]:
     """
     places = list(_candidates(module, policies))
     _require_use(module, policies, places)
-    known: dict[Any, list[Tensor]] = {}
+    known: Neighbours[Tensor] = Neighbours()
     covered = {id(place.found()) for place in places if place.frozen}
     for parameter in module.parameters():
         if id(parameter) not in covered:
-            known.setdefault(storage_of(parameter), []).append(parameter)
+            known.add(parameter, parameter)
     found = []
     for place in places:
         tensor = place.found()
         assert tensor is not None
-        others = known.setdefault(storage_of(tensor), [])
-        if place.policy != "local" and not any(_follows(tensor, other) for other in others):
-            others.append(tensor)
+        if place.policy != "local" and not any(_follows(tensor, o) for o in known.of(tensor)):
+            known.add(tensor, tensor)
             found.append(place)
     return found
 

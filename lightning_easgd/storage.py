@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left, insort
 from enum import Enum
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
+
+Item = TypeVar("Item")
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -76,6 +80,34 @@ def shares(one: Tensor, other: Tensor) -> Shares:
     if torch.equal(mine, theirs):
         return Shares.ALL
     return Shares.PART if bool(torch.isin(mine, theirs).any()) else Shares.NOTHING
+
+
+class Neighbours(Generic[Item]):
+    """Tensors by where they lie: many thousands may be views of one storage."""
+
+    def __init__(self) -> None:
+        self._known: dict[object, list[tuple[int, int, Item]]] = {}
+        self._longest: dict[object, int] = {}
+
+    def add(self, tensor: Tensor, item: Item) -> None:
+        """Take in a tensor, as ``item``."""
+        key, begin, end = _place(tensor)
+        known = self._known.setdefault(key, [])
+        insort(known, (begin, len(known), item))
+        self._longest[key] = max(end - begin, self._longest.get(key, 0))
+
+    def of(self, tensor: Tensor) -> list[Item]:
+        """What was taken in of all that shares memory with this one, and perhaps of some more."""
+        key, begin, end = _place(tensor)
+        known = self._known.get(key, [])
+        first = bisect_left(known, (begin - self._longest.get(key, 0),))
+        return [item for *_, item in known[first : bisect_left(known, (end,))]]
+
+
+def _place(tensor: Tensor) -> tuple[object, int, int]:
+    """The storage of a tensor, and where in it that begins and ends; itself if it has no memory."""
+    key = storage_of(tensor)
+    return (id(tensor), 0, 1) if key is None else (key, *_span(compact(tensor.detach())))
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from lightning_easgd.segments import Piece
 from lightning_easgd.storage import (
+    Neighbours,
     Shares,
     compact,
     is_plain,
@@ -47,7 +48,7 @@ class Ties:
     """The parameters that take part in exchanges, each memory once."""
 
     def __init__(self) -> None:
-        self._firsts: dict[tuple[object, ...], list[Named]] = {}
+        self._firsts: Neighbours[Named] = Neighbours()
         self._twins: dict[int, list[Named]] = {}
 
     def add(self, named: Iterable[Named]) -> list[Named]:
@@ -66,8 +67,7 @@ class Ties:
                 f"Parameter '{name}' is a {kind} tensor, which cannot be averaged. Freeze it"
                 " (requires_grad=False), register it as a buffer, or make it dense."
             )
-        key = storage_of(parameter)
-        if key is None:
+        if storage_of(parameter) is None:
             return True
         if overlaps_itself(parameter):
             raise ValueError(
@@ -76,7 +76,7 @@ class Ties:
                 f" of them. Register what it was expanded from, {tuple(compact(parameter).shape)},"
                 " and expand that in forward()."
             )
-        for other, first in self._firsts.setdefault(key, []):
+        for other, first in self._firsts.of(parameter):
             how = shares(first, parameter)
             if how is Shares.ALL:
                 self._twins.setdefault(id(first), []).append((name, parameter))
@@ -88,7 +88,7 @@ class Ties:
                     " pulled twice. Register one of them only, and take the other in forward() as"
                     " a view of it; or freeze one (requires_grad=False)."
                 )
-        self._firsts[key].append((name, parameter))
+        self._firsts.add(parameter, (name, parameter))
         return True
 
     def twins(self) -> list[Named]:

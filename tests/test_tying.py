@@ -15,8 +15,9 @@ from processes import run_workers
 from torch import Tensor, nn
 from toy import bits, loader, trainer
 
-from lightning_easgd import DiLoCo, EASGDStrategy, Groups
+from lightning_easgd import DiLoCo, EASGDStrategy, Groups, policies, tying
 from lightning_easgd.storage import Shares, seen_from, shares
+from lightning_easgd.tying import Ties
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 NESTEROV = partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True)
@@ -229,3 +230,28 @@ def test_what_is_shared(one: Any, other: Any, expected: Shares) -> None:
     if expected is Shares.ALL:
         values = other(w).clone()
         assert torch.equal(seen_from(one(w), other(w), values), one(w))
+
+
+def test_many_views_of_one_storage_are_compared_with_their_neighbours_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compared: list[Any] = []
+
+    def counted(one: Tensor, other: Tensor) -> Shares:
+        compared.append((one, other))
+        return shares(one, other)
+
+    monkeypatch.setattr(policies, "shares", counted)
+    monkeypatch.setattr(tying, "shares", counted)
+    views = torch.arange(3000.0).split(3)
+    module = nn.Module()
+    module.weights = nn.ParameterList([nn.Parameter(view) for view in views[:500]])
+    for number, view in enumerate(views[500:]):
+        module.register_buffer(f"buffer{number}", view)
+    found = policies.find_places(module, policies.Policies())
+    assert [place.name for place in found] == [f"buffer{number}" for number in range(500)]
+    named = list(module.named_parameters())
+    assert Ties().add(named) == named
+    assert len(compared) <= 3 * len(views)
+    with pytest.raises(ValueError, match=r"'weights.7' .* and 'more' .* share a part"):
+        Ties().add([*named, ("more", nn.Parameter(views[7][1:]))])
