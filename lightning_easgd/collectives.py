@@ -18,6 +18,9 @@ from lightning_easgd.exchange import Exchange
 from lightning_easgd.groups import arrange_levels
 from lightning_easgd.options import Options
 
+_AFTER_A_SAVE = "Trainer.save_checkpoint"
+"""Lightning's name of the barrier."""
+
 
 class CollectiveStrategy(DDPStrategy):
     """Ends Lightning's collectives when a worker is missing, from set-up to tear-down of a fit.
@@ -36,7 +39,9 @@ class CollectiveStrategy(DDPStrategy):
 
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
-        if self._gathered(Place.BARRIER):
+        # Who saved has met the others before, and the checkpoint counts no header that follows it.
+        met = args == (_AFTER_A_SAVE,)
+        if (not self._alone) if met else self._gathered(Place.BARRIER):
             if self._group is None:
                 super().barrier(*args, **kwargs)
             else:

@@ -103,8 +103,7 @@ def test_a_seed_repeats_exactly_and_resuming_too(tmp_path: Path) -> None:
     for key, value in straight.items():
         assert torch.equal(value, again[key]), key
         assert torch.equal(value, resumed[key]), key
-    resumed, straight = (report(tmp_path / name)["bytes_sent"] for name in ("resumed", "straight"))
-    assert 0 <= straight - resumed <= 200  # a header with which workers met after the save
+    assert report(tmp_path / "resumed")["bytes_sent"] == report(tmp_path / "straight")["bytes_sent"]
 
 
 def test_sweeps_over_anything_leave_each_job_its_folder(tmp_path: Path) -> None:
