@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_easgd.storage import is_plain
+
 
 class Aliases:
     """Finds what shares memory with certain tensors, and copies it; all the rest stays as it is.
 
-    What shared memory with each other still does, so that a file is no larger for it.
+    Copies share memory with each other where the originals did, so that a file is no larger.
 
     Args:
         tensors: whose memory is looked for.
@@ -51,8 +53,7 @@ class Aliases:
         return twin
 
     def _shares(self, tensor: Tensor) -> bool:
-        plain = tensor.layout is torch.strided and tensor.device.type != "meta"
-        return plain and tensor.untyped_storage().data_ptr() in self._storages
+        return is_plain(tensor) and tensor.untyped_storage().data_ptr() in self._storages
 
     def _tensor(self, tensor: Tensor) -> Tensor:
         if not self._shares(tensor):

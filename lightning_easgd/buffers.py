@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_easgd.flat import FLAT_DTYPE, FlatLayout, FlatVector, Memory, as_real
+from lightning_easgd.names import listed
 from lightning_easgd.policies import Buffers, Place, Policies, find_places
 from lightning_easgd.segments import Piece
 from lightning_easgd.spectral import spectral_norms
@@ -31,7 +32,7 @@ class Statistics:
 
     ``average``: the mean over the workers; ``broadcast``: those of worker 0; ``recompute``: from
     the center's weights; ``local``: every worker keeps its own and nothing travels. A buffer that
-    is dropped or gets another shape is the worker's own as long as it is so; that is said once.
+    is dropped or gets another shape is the worker's own as long as that lasts, which is said once.
 
     Args:
         module: with buffers that are equal on all workers.
@@ -263,12 +264,10 @@ def _tell_missing(place: Place, shape: tuple[int, ...]) -> None:
 
 
 def _tell_averaged(names: Sequence[str]) -> None:
-    listed = ", ".join(f"'{name}'" for name in names[:5])
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     warnings.warn(
-        f"Exchanges average the buffer(s) {listed}{more} over the workers: no policy was chosen for"
-        " them, and they are no statistics of torch's normalisations. If their mean means nothing"
-        " (queues, codebooks, extremes, counters), let every worker keep its own:"
+        f"Exchanges average the buffer(s) {listed(names, 5)} over the workers: no policy was chosen"
+        " for them, and they are no statistics of torch's normalisations. If their mean means"
+        " nothing (queues, codebooks, extremes, counters), let every worker keep its own:"
         f" EASGDStrategy(buffers={{'{names[0]}': 'local'}}), or take worker 0's with 'broadcast'."
         " 'average' chooses the mean, without this warning.",
         stacklevel=2,

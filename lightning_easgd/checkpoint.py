@@ -261,7 +261,7 @@ class WorkerCheckpoints:
 
 
 def digest_of_main(checkpoint: Mapping[str, Any], entry: Mapping[str, Any]) -> str:
-    """A digest of what a damage to would go unnoticed: weights, optimizers, and our entry."""
+    """A digest of what could be damaged unnoticed: weights, optimizers' states and our entry."""
     content = [checkpoint.get("state_dict"), checkpoint.get("optimizer_states")]
     content.append({key: value for key, value in entry.items() if key != "digest"})
     return fingerprint(content)[1]

@@ -1,8 +1,8 @@
 """The names of the workers' files beside a checkpoint, and the removal of those, and only those.
 
-[Note: what is removed] Saves that were replaced or failed leave files, and nothing else in a folder
-of ours is touched: a file goes if its name is one that only a save gives, and it is a file; what
-lies behind a link, of the folder or in it, stays.
+[Note: what is removed] Only what saves left that were replaced or failed is removed from a folder
+of ours: files, under names that only a save gives. What lies behind a link stays, whether the
+folder is a link or something in it.
 """
 
 from __future__ import annotations

@@ -76,13 +76,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 @dataclass
 class Write:
-    """What belongs to the write of a file, in the order in which it happens.
+    """What is called when a file is written, in this order.
 
     Attributes:
-        before: the file is written.
-        failed: if this or the write raised.
-        after: the file is there.
-        over: all this is over, whether the file is there or not.
+        before: before the file is written.
+        failed: if that or the write raised.
+        after: when the file is there.
+        over: when all this is over, whether the file is there or not.
     """
 
     before: Callable[[], None] = lambda: None
@@ -102,12 +102,12 @@ class Write:
 
 
 class OrderedWrites:
-    """Writes through a storage, and does what belongs to each where it happens.
+    """Writes through a storage, and does what belongs to each write when that happens.
 
     [Note: a write that returned] A plugin that wraps a storage, such as Lightning's
-    AsyncCheckpointIO, may only have queued a write when it returns. What must not come before it
-    (removing what it replaces) therefore waits in the same queue: it is done by the storage in the
-    middle of such plugins, which is wrapped in one more for that.
+    AsyncCheckpointIO, may only have queued a write when it returns. What must not come before the
+    write (removing what it replaces) therefore waits in the same queue. The storage in the middle
+    of such plugins does it, for which it is wrapped once more.
 
     Args:
         storage: a plugin's innermost storage is replaced by one that does this and otherwise calls

@@ -1,9 +1,10 @@
-"""What users of pytorch_lightning are told, which is not the package lightning.pytorch.
+"""Tells users of pytorch_lightning, another package than lightning.pytorch, what to import.
 
 [Note: two packages] ``pytorch_lightning`` and ``lightning.pytorch`` are the same code twice, and
 neither takes the classes or the names of the other: its Trainer answers that a strategy is invalid.
-Its registry therefore gets our names too, with a message for a strategy. It is often imported after
-us, and we must not import it ourselves, so the import of its registry is awaited.
+So the registry of pytorch_lightning gets our names too, and a strategy that only says what to do.
+It is often imported after us (its name sorts behind ours), and importing it ourselves would take
+seconds. So its import is awaited.
 """
 
 from __future__ import annotations

@@ -2,11 +2,11 @@
 
 [Note: what moved] The elastic parameters are each worker's own. Of everything else (frozen
 parameters, buffers that the state dict holds, what submodules add to it) a worker's file holds what
-moved on any worker since training began, found by checksums. The rest is what a run has that
-resumes from the main file: there as well, or left out of it, as adapters leave out a backbone that
-the module brings along. A teacher that follows the student by hand moves; a backbone does not, and
-neither does a mask. When a run resumes, what moved is counted from before a worker's own values are
-put back.
+moved on any worker since training began, found by checksums. A run that resumes has the rest
+already: from the main file, or from the module where the main file leaves it out, as those of
+adapters leave out the backbone. A teacher that follows the student by hand moves; a backbone does
+not, and neither does a mask. When a run resumes, what moved is counted from before a worker's own
+values are put back.
 
 The values go by the names of the parameters and buffers, not through ``module.state_dict()``, which
 modules override.

@@ -133,9 +133,7 @@ class PersistentStrategy(CollectiveStrategy):
             return read()
         assert self.lightning_module is not None
         fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
-        restorer = Restorer(
-            self.checkpoint_io, rank=self.global_rank, workers=self.world_size, gather=self._collect
-        )
+        restorer = Restorer(self.checkpoint_io, rank=self.global_rank, gather=self._collect)
         found = restorer.read(path, read, weights_only=weights_only, own=fitting)
         if fitting:
             self._resumed = restorer.resume(
@@ -192,7 +190,7 @@ class PersistentStrategy(CollectiveStrategy):
         saved, group, error = self._checkpoints(), self._group, None
         if group is None or not saved.writes.may_queue:  # the same on all workers
             return
-        for ranks in (range(1, self.world_size), range(1)):  # whose files worker 0 waits for first
+        for ranks in (range(1, self.world_size), range(1)):  # worker 0 waits for the others' files
             try:
                 if self.global_rank in ranks:
                     self._drain(saved, group)

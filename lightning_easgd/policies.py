@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_easgd.arguments import require_choice
 from lightning_easgd.flat import FLAT_DTYPE
+from lightning_easgd.names import dotted, listed
 from lightning_easgd.spectral import spectral_norms
 from lightning_easgd.storage import (
     Neighbours,
@@ -143,7 +144,7 @@ def _candidates(module: nn.Module, policies: Policies) -> Iterator[Place]:
     recomputed = {name for norm in spectral_norms(module) for name in norm.names}
     for prefix, owner in module.named_modules():
         for key, tensor in owner._buffers.items():
-            name = f"{prefix}.{key}" if prefix else key
+            name = dotted(prefix, key)
             if tensor is None:
                 continue
             chosen = policies.choose(name, frozen=False)
@@ -157,7 +158,7 @@ def _candidates(module: nn.Module, policies: Policies) -> Iterator[Place]:
                 known = isinstance(owner, _NormBase) or policies.default != "average"
                 yield Place(name, owner, key, policies.default, chosen=known)
         for key, parameter in owner._parameters.items():
-            name = f"{prefix}.{key}" if prefix else key
+            name = dotted(prefix, key)
             if parameter is not None and not parameter.requires_grad:
                 chosen = policies.choose(name, frozen=True)
                 if chosen is not None:
@@ -200,16 +201,16 @@ def _require_use(module: nn.Module, policies: Policies, places: Sequence[Place])
                 "recompute": "only the vectors u and v of torch's spectral_norm are recomputed",
             }.get(policy, "only dense tensors of real or complex numbers have a mean")
             raise ValueError(
-                f"{given} applies to none of {names[:3]}: {why}. Allowed for others: 'local'."
+                f"{given} applies to none of {listed(names)}: {why}. Allowed for others: 'local'."
             )
         if mine := [name for name in sorted(trained) if fnmatchcase(name, pattern)]:
             raise ValueError(
-                f"{given} names {mine[:3]}, which are trained and so exchanged elastically."
+                f"{given} names {listed(mine)}, which are trained and so exchanged elastically."
                 " Patterns are for buffers and frozen parameters (requires_grad=False)."
             )
         near = difflib.get_close_matches(pattern, sorted(buffers | frozen), cutoff=0.4)
-        known = near or sorted(buffers)[:5]
+        known = listed(near or sorted(buffers), 5) or "none"
         raise ValueError(
             f"{given} names no buffer and no frozen parameter of {type(module).__name__}."
-            f" Near names: {', '.join(map(repr, known)) or 'none'}; wildcards are * and ?."
+            f" Near names: {known}; wildcards are * and ?."
         )

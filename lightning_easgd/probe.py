@@ -61,7 +61,7 @@ def _moved(before: Tensor, after: Tensor) -> bool:
 
 
 def sample(tensors: Sequence[Tensor]) -> Sample:
-    """Look at tensors with few calls; nothing is copied from a device, nor awaited."""
+    """Look at tensors with few calls; nothing is copied from a device, and none is awaited."""
     groups: dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor]]] = {}
     for number, tensor in enumerate(tensors):
         if is_plain(tensor) and tensor.numel():

@@ -22,11 +22,11 @@ class Bound:
     value: float
     """α must be below it."""
     why: str = "2/(workers + 1)"
-    """What it is."""
+    """As a formula."""
     where: str = ""
-    """Where that is so."""
+    """Why it is not that of full precision, as a clause."""
     else_: str = ""
-    """What else helps than a smaller α."""
+    """What to do instead of taking a smaller α, as a clause; empty: the usual."""
 
 
 def stable_below(workers: int, *, momentum: float, waits: tuple[float, float]) -> Bound:

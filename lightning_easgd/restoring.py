@@ -112,14 +112,12 @@ class Restorer:
     Args:
         storage: how files are read, on this worker.
         rank: this worker.
-        workers: how many there are, p.
         gather: collects a plain value (as JSON has) of every worker on every worker, by rank.
     """
 
-    def __init__(self, storage: Storage, *, rank: int, workers: int, gather: Gather) -> None:
+    def __init__(self, storage: Storage, *, rank: int, gather: Gather) -> None:
         self._storage = storage
         self._rank = rank
-        self._workers = workers
         self._gather = gather
 
     def read(
@@ -319,7 +317,7 @@ def _problems_of_groups(
 
 
 def _reason(error: BaseException) -> str:
-    """An error in a line; torch's of what it does not unpickle go on for many."""
+    """An error in a line; torch's about what it does not unpickle have many."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     text = f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
     if type(error).__name__ == "UnpicklingError":

@@ -18,6 +18,8 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.spectral_norm import SpectralNorm
 
+from lightning_easgd.names import dotted
+
 _COLUMNS = 8
 _MOST_ITERATIONS = 300
 _CHECK_EVERY = 5
@@ -41,7 +43,7 @@ class SpectralNormed:
     def names(self) -> tuple[str, str]:
         """Of u and v in the module."""
         u, v = self.keys
-        return (f"{self.prefix}.{u}", f"{self.prefix}.{v}") if self.prefix else (u, v)
+        return dotted(self.prefix, u), dotted(self.prefix, v)
 
     @torch.no_grad()
     def recompute_(self) -> None:

@@ -1,9 +1,10 @@
 """Notices weights that are written outside of the steps that the exchange sees.
 
-[Note: windows] What a step leaves is what the next one must find. This is looked at where it costs
-little: behind a step with an exchange, behind the first batch's hooks, and at the end of an epoch,
-until the next step. A few elements of each parameter are compared, at the next exchange, so that no
-device is awaited for it; of very many parameters some at a time, others the next time.
+[Note: windows] What a step leaves is what the next one must find. This is checked where it costs
+little: from a step with an exchange, from the first batch's hooks and from the end of an epoch, up
+to the next step. A few elements of each parameter are kept, and compared at the next exchange, so
+that no device is awaited for it. Of very many parameters only some are looked at, and others the
+next time.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_easgd.center import Center
+from lightning_easgd.names import listed
 from lightning_easgd.probe import Sample, sample
 from lightning_easgd.storage import is_plain
 
@@ -168,19 +170,18 @@ class Writes:
     def _tell(self, kind: str, names: Sequence[str], optimizer: str = "") -> None:
         if names and kind not in self._said:
             self._said.add(kind)
-            listed = ", ".join(f"'{name}'" for name in names[:3])
-            listed += ", ..." if len(names) > 3 else ""
-            warnings.warn(_MESSAGES[kind].format(names=listed, optimizer=optimizer), stacklevel=2)
+            message = _MESSAGES[kind].format(names=listed(names), optimizer=optimizer)
+            warnings.warn(message, stacklevel=2)
 
 
 _MESSAGES = {
     "written": (
-        "{names} was written to outside of optimizer steps while training (in a hook, in a part of"
+        "While training, {names} was written to outside of optimizer steps (in a hook, in a part of"
         " training_step that is no optimizer.step() of self.optimizers(), or by an optimizer that"
-        " Lightning does not know). Training goes on from it, but the center does not follow at"
-        " once: each exchange draws it there by a part, and the worker back. Write to weights"
-        " before the first batch, or between two fits, where the center begins anew with them;"
-        " step with self.optimizers()."
+        " Lightning does not know). The worker goes on from what was written, but the center does"
+        " not: each exchange moves it there by a part only, and draws the worker back. Write to"
+        " weights before the first batch, or between two fits, where the center begins anew with"
+        " them; step with self.optimizers()."
     ),
     "no exchange": (
         "{names} moved in an epoch without an optimizer step that Lightning knows of, so there was"
@@ -195,9 +196,9 @@ _MESSAGES = {
         " parameters themselves."
     ),
     "frozen": (
-        "{names} moved, though without gradients (requires_grad=False), so exchanges leave it"
-        " alone: every worker has its own, and that of worker 0 is saved. If it follows the trained"
-        " weights, let it be averaged, by its name: EASGDStrategy(buffers={{'teacher.*':"
+        "{names} moved without gradients (requires_grad=False). Exchanges leave such parameters"
+        " alone: every worker has its own, and those of worker 0 are saved. If they follow the"
+        " trained weights, let them be averaged, by name: EASGDStrategy(buffers={{'teacher.*':"
         " 'average'}})."
     ),
 }

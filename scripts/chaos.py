@@ -238,7 +238,7 @@ def require_whole(folder: Path, workers: int) -> int:
             return 0
         storage = AtomicCheckpointIO()
         for rank in range(workers):
-            restorer = Restorer(storage, rank=rank, workers=workers, gather=lambda value: [value])
+            restorer = Restorer(storage, rank=rank, gather=lambda value: [value])
             read = partial(storage.load_checkpoint, newest)
             found = restorer.read(str(newest), read, weights_only=True)
             if restorer.resume(found, strict=True) is None:

@@ -10,7 +10,7 @@ import lightning_easgd
 ROOT = Path(lightning_easgd.__file__).parent
 
 LAYERS = [
-    {"storage"},
+    {"names", "storage"},
     {"aliases", "fingerprint", "flat", "random_state", "schedules", "telemetry"},
     {"groups", "pace", "probe"},
     {"algorithms", "automatic"},

@@ -115,7 +115,7 @@ def resumed(rank: int, folder: Path, kind: type[Adapter]) -> Any:
     return fit(None), fit(str(folder / "step=5.ckpt")), fit(str(folder / "step=10.ckpt"))
 
 
-@pytest.mark.filterwarnings("ignore:.* moved, though without gradients")
+@pytest.mark.filterwarnings("ignore:.* moved without gradients")
 @pytest.mark.parametrize("kind", [Adapter, Renamed])
 def test_a_workers_file_holds_what_moved_and_is_restored_by_name(
     kind: type[Adapter], tmp_path: Path

@@ -10,7 +10,7 @@ feedback; Seide et al. 2014, Karimireddy et al. 2019, arXiv:1901.09847): by the 
 not send, and by the owner, what it did not add to the center. So the weights of the workers, of the
 center and what is kept always add up. Where a worker that is pulled keeps much, it reckons with
 that; see algorithms/elastic.py, [Note: what is held back]. The last exchange is not encoded. It
-takes along what owners and workers kept, but for workers that reckoned with it, which take it back.
+takes along what owners and workers kept; but workers that reckoned with it take it back instead.
 """
 
 from __future__ import annotations
@@ -274,7 +274,7 @@ class CompressedAllReduce(AllReduce):
         """Turn the payload into sums; the same collectives on all workers.
 
         Waits without looking whether others are late, which would take the interpreter's lock from
-        training again and again; who waits for this does.
+        training again and again. The thread that waits for this one looks.
         """
         works = self.sum(payload.statistics)
         pairs = list(zip(payload.differences.values(), accounts, strict=True))

@@ -1,12 +1,14 @@
 """Who is still there, and who gets on: signs of life that cost no collective.
 
 [Note: signs of life] A thread of every worker tells the key-value store that the workers met in,
-once a second, that it lives and how far its worker is; see [Note: progress]. Nobody reads it while
-all goes well. Who waits for others reads it: a worker that gives no sign is killed, stopped or cut
-off; one that gives signs and stands still is stuck; one that ended with an error has said so.
+once a second, that it lives and how far its worker is; see [Note: progress]. Nobody reads this
+while all goes well. A worker that waits for others does: one that gives no sign is killed, stopped
+or cut off; one that gives signs and stands still is stuck; one that ended with an error has said
+so.
 
-[Note: verdict] Who finds out first publishes it, and everybody's thread looks for that with every
-sign. So all end soon after the first, and know what it knew, though the store may end with it.
+[Note: verdict] The first worker that finds out who is missing publishes it, and the threads of all
+look for that with every sign. So all end soon after the first and know what it knew, though the
+store may end with it.
 
 [Note: who is gone] A worker that is late may only have been stopped for a while. So nobody is taken
 for missing before the timeout has passed without a sign, unless it is known to be gone: it said so,
@@ -47,7 +49,7 @@ class Liveness:
         self.progress = Progress()
         """Of this worker."""
         self.verdict = ""
-        """What the first worker whose wait failed has found out; empty while all goes well."""
+        """What the first worker whose wait failed found out; empty while all goes well."""
         self._rank = rank
         self._others = [other for other in range(workers) if other != rank]
         self._number, self._count, self._since = 0, -1, time.monotonic()
@@ -121,7 +123,7 @@ class Liveness:
         return min((sign.stood + now - at for sign, at in signs), default=self._looked())
 
     def trouble(self) -> bool:
-        """Whether somebody is known to be gone, or has found out who is."""
+        """Whether a worker is known to be gone, or one has found out who is."""
         if self.verdict or self._store.is_gone:
             return True
         left = {other: self._ended.get(other, "") for other in self._others}

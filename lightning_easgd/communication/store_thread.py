@@ -53,8 +53,8 @@ def close_connections() -> None:
 class StoreThread:
     """Calls the store at the request of others, and by itself once in a while.
 
-    A store whose host was stopped does not answer, and does not end the call either; so nobody
-    else calls it.
+    A store whose host was stopped does not answer, and does not end the call either. So no other
+    thread calls it.
 
     Args:
         name: of what is kept there, which nothing else has or will have.

@@ -136,7 +136,7 @@ CASES = {
     "steps in backward": (InBackward, "'w', 'b' moved in an epoch without an optimizer step"),
     "masters": (partial(Toy, partial(Masters, lr=0.1)), "Masters keeps a copy of 'w'"),
     "slow weights": (partial(Toy, partial(LookingAhead, lr=0.1)), None),
-    "a teacher": (Teaching, "'teacher' moved, though without gradients"),
+    "a teacher": (Teaching, "'teacher' moved without gradients"),
     "nothing": (partial(Toy, SGD), None),
     "momentum": (partial(Toy, partial(SGD, momentum=0.9, nesterov=True)), None),
     "adam": (partial(Toy, partial(torch.optim.AdamW, lr=0.1)), None),
