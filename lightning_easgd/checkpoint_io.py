@@ -8,7 +8,7 @@ import secrets
 import threading
 from collections import deque
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -18,7 +18,7 @@ from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from typing_extensions import override
 
-from lightning_easgd.internals import WrappingCheckpointIO, wrap_innermost
+from lightning_easgd.internals import WrappingCheckpointIO, itself, wrap_innermost
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -118,8 +118,7 @@ class OrderedWrites:
         self.storage = storage
         self.may_queue = isinstance(storage, WrappingCheckpointIO)
         """Whether a write that returned may not have happened yet."""
-        # Locks cannot be copied, trainers are.
-        self._lock = threading.Lock() if self.may_queue else nullcontext()
+        self._lock = threading.Lock()
         self._queued: dict[str, deque[Write]] = {}
         self.done = 0
         """How many queued writes are over."""
@@ -164,7 +163,7 @@ class OrderedWrites:
 
 
 class _Innermost(CheckpointIO):
-    """The storage in the middle of plugins, with what belongs to its writes.
+    """The storage in the middle of plugins, with what belongs to its writes; copied without that.
 
     Args:
         storage: that the plugins wrapped.
@@ -175,6 +174,10 @@ class _Innermost(CheckpointIO):
         inner = storage.wrapped if isinstance(storage, _Innermost) else storage
         self.wrapped: CheckpointIO = inner
         self._carry_out = carry_out
+
+    @override
+    def __reduce__(self) -> tuple[Any, ...]:
+        return itself, (self.wrapped,)
 
     @override
     def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:

@@ -225,7 +225,7 @@ class _Replacement:
     """
 
     def __init__(self, owner: Any, name: str, method: Callable[..., Any], before: Any) -> None:
-        self._copied = (_same, (before,)) if before is not None else (getattr, (owner, name))
+        self._copied = (itself, (before,)) if before is not None else (getattr, (owner, name))
         self._method = method
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -236,7 +236,8 @@ class _Replacement:
         return self._copied
 
 
-def _same(value: Any) -> Any:
+def itself(value: Any) -> Any:
+    """The value, for copies that are to hold it instead of what stood in its place."""
     return value
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import os
 import pickle
@@ -23,7 +24,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from processes import run_workers
 
 from lightning_easgd import EASGDStrategy
-from lightning_easgd.checkpoint_io import AtomicCheckpointIO
+from lightning_easgd.checkpoint_io import AtomicCheckpointIO, OrderedWrites, Write
 
 LARGE = 2**20
 
@@ -190,3 +191,19 @@ def test_a_plugin_of_the_trainer_is_used_and_wraps_our_own(
 def test_a_plugin_beside_a_storage_of_the_strategy_is_refused() -> None:
     with pytest.raises(MisconfigurationException, match="checkpoint_io set through both"):
         trainer_with(AsyncCheckpointIO(), EASGDStrategy(checkpoint_io=OwnIO()))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda io: pickle.loads(pickle.dumps(io))])
+def test_a_plugin_whose_writes_are_ordered_is_copied_without_the_order(
+    copied: Any, tmp_path: Path
+) -> None:
+    plugin, seen = AsyncCheckpointIO(AtomicCheckpointIO()), []
+    writes = OrderedWrites(plugin)
+    twin = copied(plugin)
+    assert type(twin.checkpoint_io) is AtomicCheckpointIO
+    twin.save_checkpoint({"value": 1}, tmp_path / "twin")
+    writes.save({"value": 2}, str(tmp_path / "own"), None, Write(after=lambda: seen.append(1)))
+    for each in (plugin, twin):
+        each.teardown()
+    assert [torch.load(tmp_path / name)["value"] for name in ("twin", "own")] == [1, 2]
+    assert seen == [1]
