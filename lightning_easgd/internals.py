@@ -40,31 +40,6 @@ def wrap_innermost(storage: WrappingCheckpointIO, wrap: Callable[[Any], Checkpoi
     storage._checkpoint_io = wrap(storage.checkpoint_io)
 
 
-def on_restoring(
-    trainer: pl.Trainer, action: Callable[[Any, Callable[[], None]], None]
-) -> Callable[[], None]:
-    """Call ``action`` where Lightning reads the checkpoint to restore, on all workers.
-
-    Args:
-        trainer: whose checkpoints are meant.
-        action: is called with the path, None where there is nothing to restore, and with what
-            reads it.
-
-    Returns:
-        What ends this.
-    """
-    connector = trainer._checkpoint_connector
-    vars(connector).pop("resume_start", None)
-    lightnings_own = connector.resume_start
-
-    def resume_start(checkpoint_path: Any = None, weights_only: bool | None = None) -> None:
-        action(checkpoint_path, lambda: lightnings_own(checkpoint_path, weights_only))
-
-    replacement = _Replacement(connector, "resume_start", resume_start, None)
-    connector.resume_start = replacement  # type: ignore[method-assign]
-    return lambda: vars(connector).pop("resume_start", None)
-
-
 class LoopHooks:
     """Methods of one trainer's own objects that are replaced until :meth:`restore`.
 
@@ -112,6 +87,21 @@ class LoopHooks:
     def around_dump(self, context: Context, finish: Callable[[Any], Any]) -> None:
         """Enter ``context`` while a checkpoint is made, and let ``finish`` have it there."""
         self._surround(self._checkpoints, "dump_checkpoint", context, finish)
+
+    def around_restoring(self, action: Callable[[Any, Callable[[], None]], None]) -> None:
+        """Call ``action`` where Lightning reads the checkpoint to restore, on all workers.
+
+        Args:
+            action: is called with the path, None where there is nothing to restore, and with what
+                reads it.
+        """
+        self._undo(self._checkpoints, "resume_start")
+        lightnings_own = self._checkpoints.resume_start
+
+        def resume_start(checkpoint_path: Any = None, weights_only: bool | None = None) -> None:
+            action(checkpoint_path, lambda: lightnings_own(checkpoint_path, weights_only))
+
+        self._replace(self._checkpoints, "resume_start", resume_start)
 
     def before_end(self, action: Callable[[], None]) -> None:
         """Call ``action`` when the last epoch is over, ahead of all hooks of the end."""

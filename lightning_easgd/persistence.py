@@ -19,7 +19,7 @@ from lightning_easgd.checkpoint import CheckpointError, WorkerCheckpoints, descr
 from lightning_easgd.checkpoint_io import AtomicCheckpointIO, OrderedWrites
 from lightning_easgd.collectives import CollectiveStrategy
 from lightning_easgd.communication import WorkerGroup, watched
-from lightning_easgd.internals import WrappingCheckpointIO, on_restoring
+from lightning_easgd.internals import LoopHooks, WrappingCheckpointIO
 from lightning_easgd.optimizers import require_complete
 from lightning_easgd.own_values import OwnValues
 from lightning_easgd.restoring import Restorer, Resumed, agree_on_path
@@ -107,7 +107,9 @@ class PersistentStrategy(CollectiveStrategy):
         # Where this worker looks; later, callbacks have worker 0's.
         folders = [getattr(each, "dirpath", None) for each in trainer.checkpoint_callbacks]
         looked_in = [os.fspath(folder) for folder in folders if folder is not None]
-        self._stop_restoring = on_restoring(trainer, partial(self._restore, looked_in))
+        hooks = LoopHooks(trainer)
+        hooks.around_restoring(partial(self._restore, looked_in))
+        self._stop_restoring = hooks.restore
 
     def _restore(
         self, looked_in: list[str], path: str | Path | None, read: Callable[[], None]

@@ -176,7 +176,7 @@ class Writes:
 
 _MESSAGES = {
     "written": (
-        "While training, {names} was written to outside of optimizer steps (in a hook, in a part of"
+        "{names} was written to outside of optimizer steps while training (in a hook, in a part of"
         " training_step that is no optimizer.step() of self.optimizers(), or by an optimizer that"
         " Lightning does not know). The worker goes on from what was written, but the center does"
         " not: each exchange moves it there by a part only, and draws the worker back. Write to"
