@@ -74,7 +74,9 @@ class OwnValues:
         parameters = dict(module.named_parameters())
         buffers = dict(module.named_buffers())
         device = next(iter(parameters.values())).device
-        for name, value in values["tensors"].items():
+        elastic = self._elastic()
+        # Elastic ones last: what lies in their memory may be the center's, which the module held.
+        for name, value in sorted(values["tensors"].items(), key=lambda item: item[0] in elastic):
             now = parameters.get(name, buffers.get(name))
             if now is not None and now.shape == value.shape and is_plain(now) and is_plain(value):
                 put_(now.detach(), value.to(now.device))

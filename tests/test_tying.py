@@ -183,16 +183,18 @@ class Later(Tied):
         return ((x @ self.w - y) ** 2).mean() + ((x @ self.twin.t() + y) ** 2).mean()
 
 
-def fit_later(rank: int, first: str, folder: Path) -> Any:
+def fit_later(rank: int, first: str, validates: bool, folder: Path) -> Any:
     def go(path: Path | None, epochs: int) -> tuple[dict[str, np.ndarray], int]:
-        saver = ModelCheckpoint(folder / f"of {epochs} from {path is None}", save_last=True)
+        place = folder / f"of {epochs} from {path is None}"
+        saver = ModelCheckpoint(place, save_last=True, save_on_train_epoch_end=not validates)
         module = Later(first)
         strategy = EASGDStrategy(tau=3, rho=0.5)
         options = {"max_epochs": epochs, "callbacks": [saver], "enable_checkpointing": True}
         fitting = trainer(2, strategy, **options)
         seen: list[int] = []
         module.on_train_end = lambda: seen.append(len(strategy._center.segments))
-        fitting.fit(module, loader(rank, 7, torch.float32), ckpt_path=path)
+        data = [loader(rank, 7, torch.float32), loader(0, 1, torch.float32)]
+        fitting.fit(module, *data[: 1 + validates], ckpt_path=path)
         return arrays(module), seen[0]
 
     whole, segments = go(None, 3)
@@ -202,9 +204,13 @@ def fit_later(rank: int, first: str, folder: Path) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.parametrize("validates", [False, True])
 @pytest.mark.parametrize("first", ["w", "twin"])
-def test_a_second_name_that_is_unfrozen_later_adds_nothing(first: str, tmp_path: Path) -> None:
-    results = run_workers(fit_later, first, tmp_path, workers=2)
+def test_a_second_name_that_is_unfrozen_later_adds_nothing(
+    first: str, validates: bool, tmp_path: Path
+) -> None:
+    """Nor does it where the module holds the center when it is saved."""
+    results = run_workers(fit_later, first, validates, tmp_path, workers=2)
     for whole, resumed, segments in results:
         assert segments == 1
         assert bits(whole) == bits(resumed) == bits(results[0][0])
