@@ -48,7 +48,8 @@ class Statistics:
         self, module: nn.Module, buffers: Buffers | Policies, rank: int, memory: Memory
     ) -> None:
         self._rank = rank
-        found = find_places(module, Policies.check(buffers))
+        self._policies = Policies.check(buffers)
+        found = find_places(module, self._policies)
         anew = {place.name for place in found if place.policy == "recompute"}
         self._recomputed = [n for n in spectral_norms(module) if anew.intersection(n.names)]
         self._places = sorted((p for p in found if p.policy != "recompute"), key=_order)
@@ -80,6 +81,25 @@ class Statistics:
     def names(self) -> list[str]:
         """Of the buffers and frozen parameters that the center has too."""
         return [place.name for place in self._places]
+
+    def is_chosen(self, frozen: str) -> bool:
+        """Whether a pattern says what becomes of this frozen parameter."""
+        return self._policies.choose(frozen, frozen=True) is not None
+
+    def moved_by_forward(self) -> set[str]:
+        """Names of what a forward pass in train() writes to, whatever the module is."""
+        vectors = {name for norm in self._recomputed for name in norm.names}
+        return vectors | {place.name for place in self._places if place.is_normalisation}
+
+    def counters(self) -> dict[str, Tensor]:
+        """How many batches are in the statistics of normalisations, by name."""
+        key = "num_batches_tracked"
+        found = {
+            place.name.removesuffix(place.key) + key: place.owner._buffers.get(key)
+            for place in self._places
+            if place.is_normalisation
+        }
+        return {name: count for name, count in found.items() if count is not None}
 
     def refuse_trained(self, names: Iterable[str]) -> None:
         """Refuse parameters that are trained from now on, and are averaged as frozen ones.

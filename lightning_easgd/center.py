@@ -19,6 +19,7 @@ from lightning_easgd.buffers import Statistics
 from lightning_easgd.flat import FlatVector, Memory, as_real
 from lightning_easgd.policies import Buffers, Policies
 from lightning_easgd.segments import Fragment, Piece, Segment, put_together
+from lightning_easgd.structure import Structure
 from lightning_easgd.tying import Ties
 
 Shown = Literal["center", "delivered"]
@@ -63,11 +64,25 @@ class Center:
     ) -> None:
         self.module = module
         self.group = group
-        self.segments: list[Segment] = []
-        self.joined = 0
         self.turns = turns
         self._averaging = averaging
+        self._statistics_of = buffers, rank
+        self._offload = offload
+        self._begin()
+
+    def rebuild(self) -> None:
+        """Begin anew with the parameters and buffers of the module now; raises as at first."""
+        if self.group is not None:
+            self.group.rebuild()
+        self._begin()
+
+    def _begin(self) -> None:
+        module, turns = self.module, self.turns
+        self.segments: list[Segment] = []
+        self.joined = 0
         self.ties = Ties()
+        self.structure: Structure | None = Structure(module)
+        """Of the module, until training begins."""
         self._dormant = list(module.named_parameters())
         if not any(parameter.requires_grad for _, parameter in self._dormant):
             raise ValueError(
@@ -75,10 +90,10 @@ class Center:
                 " nothing to average. Create the parameters in __init__ or configure_model, or"
                 " unfreeze one."
             )
-        self._memory = _memory(self._dormant[0][1].device, offload)
+        self._memory = _memory(self._dormant[0][1].device, self._offload)
         self._sums: dict[torch.dtype, Tensor] = {}
         self._summed: list[Fragment] = []
-        self.statistics = Statistics(module, buffers, rank, self._memory)
+        self.statistics = Statistics(module, *self._statistics_of, self._memory)
         self.adopt_unfrozen()
         self.join(len(self.segments))
         if (found := len(self.segments[0].fragments)) < turns:
@@ -106,6 +121,13 @@ class Center:
             self.group.adopt_unfrozen()
             self._tie(self.group)
         return True
+
+    def unknown(self) -> list[str]:
+        """Names of parameters that are trained, and were registered after training began."""
+        named = [pair for segment in self.segments for pair in segment.named]
+        known = {id(p) for _, p in (*named, *self.ties.twins(), *self._dormant)}
+        trained = ((n, p) for n, p in self.module.named_parameters() if p.requires_grad)
+        return [name for name, parameter in trained if id(parameter) not in known]
 
     def _tie(self, group: Center) -> None:
         """Let the group's center take part in exchanges, fragment by fragment."""

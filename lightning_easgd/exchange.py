@@ -175,6 +175,17 @@ class Exchange:
         moved = self._frozen_at_set_up.differing(sample(self._frozen))
         return not self.begun and (bool(moved) or self.swap.differs())
 
+    def module_changed(self) -> bool:
+        """Whether user code replaced, added or tied parts of the module before training."""
+        structure = self.center.structure
+        return structure is not None and not structure.is_of(self.center.module)
+
+    def follow_module(self) -> None:
+        """Take part with the parameters and buffers that the module has now, before training."""
+        self.center.rebuild()
+        if self._gradients is not None:
+            self._gradients.follow(self.center.module.parameters())
+
     def start_clock(self, step: int) -> None:
         """Begin to train after ``step`` optimizer steps, equal on all workers."""
         self._start_clock(step)
@@ -184,6 +195,7 @@ class Exchange:
         if not self.begun:
             self.begun = self._starts = True
             self.center.read_module()
+        self.center.structure = None  # which keeps what was replaced later
         self.writes.begin()
 
     def before_batch(self) -> None:
@@ -391,8 +403,20 @@ class Exchange:
             return
         if latest:
             self.drain()
+        self.writes.look_at_modes()
         with self.swap.showing(which, in_flight=not latest, during=during):
             yield
+
+    def before_save(self) -> None:
+        """A checkpoint is made: warn of what hooks wrote that will not be in it."""
+        if self.begun and not (self._starts or self.swap.shows_center):
+            self.writes.before_save()
+
+    def after_dump(self, checkpoint: dict[str, Any]) -> Any:
+        """The checkpoint that was made, without what shares memory with what is swapped."""
+        if self.swap.shows_center:
+            self.writes.after_dump(checkpoint)
+        return self.swap.copied(checkpoint)
 
     def finish(self, *, exchange: bool) -> bool:
         """End training: a last exchange if wanted, then the module holds the center everywhere.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_easgd.storage import as_bytes
+from lightning_easgd.storage import as_bytes, byte_chunks
 
 _CHUNK = 2**18
 
@@ -35,10 +35,10 @@ def _digest(node: Any, digest: Any) -> int:
     if isinstance(node, Tensor):
         dense = node.detach().to_dense() if node.layout != torch.strided else node.detach()
         dense = dense.dequantize() if dense.is_quantized else dense
-        values = as_bytes(dense.cpu())
         digest.update(f"tensor {node.dtype} {tuple(node.shape)};".encode())
-        digest.update(values.numpy().data)
-        return values.nbytes
+        for chunk in byte_chunks(dense):
+            digest.update(chunk)
+        return int(dense.nbytes)
     if isinstance(node, Mapping):
         digest.update(f"mapping {len(node)};".encode())
         return sum(_digest(key, digest) + _digest(value, digest) for key, value in node.items())

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -109,6 +109,10 @@ class GradientAverage:
         """Begin to train; all members are equal."""
         self._alone = self.island.size == 1
         self._current = set(range(self.island.size))  # places of those that took every step
+
+    def follow(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Average the gradients of these parameters instead, from before the first step on."""
+        self._parameters = list(parameters)
 
     def resume(self, clock: int, *, goes_on: bool) -> None:
         """Begin to train where a checkpoint ended; raises as :meth:`average`.

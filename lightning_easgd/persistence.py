@@ -168,7 +168,12 @@ class PersistentStrategy(CollectiveStrategy):
                 " with, or begin with fresh ones at its weights: module.load_state_dict(...) and"
                 " fit without ckpt_path."
             ) from error
-        own, exchange = self._own_values(), self._exchange
+        exchange = self._exchange
+        if self._resumed is not None and exchange is not None and exchange.module_changed():
+            # A hook put other parameters in the place of those that had been restored.
+            super().load_model_state_dict(checkpoint, strict=False)
+            exchange.follow_module()
+        own = self._own_values()
         if self._resumed is None or own is None or exchange is None:
             return
         self._resumed.restore(exchange, own)

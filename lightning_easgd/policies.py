@@ -194,6 +194,8 @@ def _require_use(module: nn.Module, policies: Policies, places: Sequence[Place])
         names = [n for n in sorted(buffers | frozen) if fnmatchcase(n, pattern)]
         applied = [p for p in places if p.policy == policy and fnmatchcase(p.name, pattern)]
         given = f"buffers={{{pattern!r}: {policy!r}}}"
+        if pattern == "*" and policy != "recompute":
+            continue  # a default, also for a module without buffers
         if names and (applied or policy == "local"):
             continue
         if names:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_left, insort
+from collections.abc import Iterator
 from enum import Enum
 from typing import Generic, TypeVar
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 Item = TypeVar("Item")
 
+_CHUNK = 2**22
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -136,7 +138,8 @@ def digest(tensor: Tensor) -> str:
     found = hashlib.sha256()
     for part in components(tensor.detach()):
         found.update(f"{part.dtype} {tuple(part.shape)};".encode())
-        found.update(as_bytes(part).cpu().numpy().data)
+        for chunk in byte_chunks(part):
+            found.update(chunk)
     return found.hexdigest()
 
 
@@ -146,6 +149,15 @@ def as_bytes(tensor: Tensor) -> Tensor:
     if values.numel() == 1:  # its strides may be anything
         values = values.clone(memory_format=torch.contiguous_format)
     return values.view(-1).view(torch.uint8)
+
+
+def byte_chunks(tensor: Tensor) -> Iterator[memoryview]:
+    """The values of a plain tensor, some megabytes at a time.
+
+    They are copied: a storage that NumPy has seen can never be resized again, as modules may do.
+    """
+    for chunk in torch.split(as_bytes(tensor), _CHUNK):
+        yield torch.empty(chunk.shape, dtype=chunk.dtype).copy_(chunk).numpy().data
 
 
 def as_integers(tensor: Tensor) -> Tensor:

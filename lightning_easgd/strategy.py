@@ -41,6 +41,7 @@ from lightning_easgd.communication import (
     WorkerGroup,
     leave_all_groups,
     make_equal_,
+    require_equal,
     start_equal_,
 )
 from lightning_easgd.exchange import ElasticPoint
@@ -339,7 +340,7 @@ class EASGDStrategy(PersistentStrategy):
             self._set_up_exchange(trainer)
             self._hooks.around_validation(self._validating)
             assert self._exchange is not None
-            self._hooks.around_dump(self._saving, self._exchange.swap.copied)
+            self._hooks.around_dump(self._saving, self._exchange.after_dump)
 
     @override
     def configure_ddp(self) -> None:
@@ -389,9 +390,13 @@ class EASGDStrategy(PersistentStrategy):
         trainer = self.lightning_module.trainer
         data = batches_per_epoch(trainer), may_skip_batches(trainer), may_skip_steps(trainer)
         length, written = astuple(expected_training(trainer)), self._exchange.was_written()
-        mine = trainer.global_step, data, length, written
-        steps, told, expected, wrote = zip(*self._group.gather(mine), strict=True)
-        if any(wrote):
+        changed = self._resumed is None and self._exchange.module_changed()
+        mine = trainer.global_step, data, length, written, changed
+        steps, told, expected, wrote, replaced = zip(*self._group.gather(mine), strict=True)
+        if any(replaced):
+            require_equal(self._group, self.lightning_module, self.options.lines())
+            self._exchange.follow_module()
+        if any(wrote) or any(replaced):
             self._begin_equal()
         lengths = [Training(*each) for each in expected]
         self.options.rules.schedules.begin(Training.of_all(lengths))
@@ -519,6 +524,7 @@ class EASGDStrategy(PersistentStrategy):
         exchange = self._exchange
 
         def averaged() -> Any:
+            exchange.writes.before_closure()
             loss = closure()
             exchange.writes.before_step()
             exchange.average_gradients()  # before they are unscaled and clipped
@@ -551,6 +557,8 @@ class EASGDStrategy(PersistentStrategy):
     @contextmanager
     def _saving(self) -> Iterator[None]:
         self._enter("saving a checkpoint")
+        assert self._exchange is not None
+        self._exchange.before_save()
         self._meet_if_training(Place.SAVE)
         assert self._exchange is not None
         with self._exchange.showing(latest=not self._alone, during="a checkpoint"):

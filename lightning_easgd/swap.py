@@ -26,6 +26,9 @@ from lightning_easgd.flat import FlatVector, as_real
 from lightning_easgd.segments import Fragment, put_together_like
 from lightning_easgd.storage import as_integers, compact, is_plain
 
+_ROUNDING = 64
+"""By how many units in the last place of the largest weight moving there and back changes one."""
+
 
 @dataclass(frozen=True)
 class Aside:
@@ -36,7 +39,7 @@ class Aside:
     weights: list[tuple[Fragment, FlatVector]]
     """The worker's elastic parameters."""
     averaged: dict[str, Tensor]
-    """The worker's buffers that the center has, too."""
+    """The worker's buffers that the center has, too, and what belongs to them."""
     shown: dict[str, Tensor]
     """The center's."""
     others: dict[str, Tensor]
@@ -72,7 +75,7 @@ class Swap:
         for fragment, vector in vectors:
             vector.read_(fragment.tensors())
         statistics = self._center.statistics_now()
-        averaged = _copies(statistics)
+        averaged = _copies(statistics | self._center.statistics.counters())
         others = _copies({n: b for n, b in self._buffers().items() if n not in averaged})
         self._aside = Aside(which, vectors, averaged, {}, others)
         try:
@@ -150,7 +153,9 @@ class Swap:
         kept = _kept(module)
         found |= {name: b.detach() for name, b in module.named_buffers() if name in kept}
         if (aside := self._aside) is not None:
-            weights = (pair for f, vector in aside.weights for pair in f.values(vector))
+            values = (pair for f, vector in aside.weights for pair in f.values(vector))
+            there = dict(module.named_parameters())  # others may have been registered since
+            weights = ((p, view) for p, view in values if there.get(p.name) is p.whole)
             undone = aside.others if any(True for _ in self._written(aside)) else {}
             mine = put_together_like(weights) | aside.averaged | undone
             found |= {name: tensor for name, tensor in mine.items() if name in found}
@@ -165,10 +170,12 @@ class Swap:
         for fragment, _ in aside.weights:
             for piece, view in fragment.values(getattr(fragment, aside.which)):
                 mine = as_real(piece.tensor)
-                if not same_bits(mine, view.to(mine.device, mine.dtype)):
+                shown = view.to(mine.device, mine.dtype)
+                if not (same_bits(mine, shown) or _is_rounded(mine, shown)):
                     yield piece.name
+        moved = self._center.statistics.moved_by_forward()
         for name, buffer in self._center.statistics_now().items():
-            if name in aside.shown and not same_bits(buffer, aside.shown[name]):
+            if name in aside.shown.keys() - moved and not same_bits(buffer, aside.shown[name]):
                 yield name
 
 
@@ -195,6 +202,12 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     pair = one, other.to(one.device)
     one, other = (as_real(tensor.resolve_conj().resolve_neg()) for tensor in pair)
     return torch.equal(as_integers(one), as_integers(other))
+
+
+def _is_rounded(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors differ as little as one that was moved there and back."""
+    largest = torch.maximum(one.abs().max(), other.abs().max())
+    return bool(((one - other).abs() <= _ROUNDING * torch.finfo(one.dtype).eps * largest).all())
 
 
 def put_(target: Tensor, value: Tensor) -> None:

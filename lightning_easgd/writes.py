@@ -2,16 +2,18 @@
 
 [Note: windows] What a step leaves is what the next one must find. This is checked where it costs
 little: from a step with an exchange, from the first batch's hooks and from the end of an epoch, up
-to the next step. A few elements of each parameter are kept, and compared at the next exchange, so
-that no device is awaited for it. Of very many parameters only some are looked at, and others the
-next time.
+to the next step, and in the training step that this one asks for. A few elements of each parameter
+are kept, and compared at the next exchange, so that no device is awaited for it. Of very many
+parameters only some are looked at, and others the next time. What is frozen, and what no optimizer
+steps, is compared after 1, 2, 4, 8, ... exchanges.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +27,8 @@ from lightning_easgd.storage import is_plain
 _AT_A_TIME = 512
 """Parameters in one look."""
 _LOOKS_FOR_COPIES = 3
+_ROUGH = 2.0**-7
+"""The most that a lower precision changes, of the largest element of a tensor."""
 _COPIES = 16
 """Parameters of an optimizer that are compared with what it keeps."""
 
@@ -69,11 +73,15 @@ class Writes:
         self._closed: list[tuple[Named, Sample, Sample]] = []
         self._epoch: tuple[int, Named, Sample] | None = None
         self._frozen: tuple[Named, Sample] | None = None
+        self._unstepped: tuple[Named, Sample] | None = None
+        self._goes_on = False
 
     def begin(self) -> None:
         """Training begins: what is frozen now should stay as it is."""
         named = list(self._center.module.named_parameters())
         self._frozen = self._look([(name, p) for name, p in named if not p.requires_grad])
+        stepped = self._stepped()
+        self._unstepped = self._look([(n, p) for n, p in self._elastic() if id(p) not in stepped])
         self._open = self._look(self._elastic())
 
     def forget(self) -> None:
@@ -94,6 +102,7 @@ class Writes:
             self._tell("no exchange", _names(named, before.differing(sample(_tensors(named)))))
         self._epoch = None
         self._judge()
+        self._tell("unknown", self._center.unknown())
         if self._open is None:
             self._open = self._look(self._elastic())
 
@@ -103,9 +112,16 @@ class Writes:
             named, before = self._open
             self._closed.append((named, before, sample(_tensors(named))))
             self._open = None
+            self._goes_on = True
+
+    def before_closure(self) -> None:
+        """The training step begins that an optimizer step asked for; it is looked at, too."""
+        if self._goes_on:
+            self._open = self._look(self._elastic())
 
     def before_exchange(self, *, exchanges: bool) -> None:
         """The optimizer has stepped; ``exchanges``: whether an exchange writes to weights now."""
+        self._goes_on = False
         self._written_back += [copy for copy in self._copies if copy.is_equal][:1]
         self._copies = []
         if exchanges and self._looks < _LOOKS_FOR_COPIES:
@@ -121,6 +137,8 @@ class Writes:
         self._exchanges += 1
         if self._exchanges & (self._exchanges - 1) == 0:
             self.look_at_frozen()
+            self.look_at_unstepped()
+            self._tell("unknown", self._center.unknown())
 
     def look_at_frozen(self) -> None:
         """Warn of parameters without gradients that moved, and are no matter of an exchange."""
@@ -130,7 +148,42 @@ class Writes:
             averaged = self._center.statistics_now()
             shared = {_memory(p) for p in self._center.swapped_tensors()}
             alone = [named[n] for n in moved if _memory(named[n][1]) not in shared]
+            alone = [(n, p) for n, p in alone if not self._center.statistics.is_chosen(n)]
             self._tell("frozen", [n for n, p in alone if n not in averaged and not p.requires_grad])
+
+    def look_at_unstepped(self) -> None:
+        """Warn of parameters that moved, and which no optimizer has."""
+        if self._unstepped is not None:
+            named, before = self._unstepped
+            stepped = self._stepped()
+            changed = [named[number] for number in before.moved(sample(_tensors(named)))]
+            self._tell("written", [name for name, p in changed if id(p) not in stepped])
+
+    def _stepped(self) -> set[int]:
+        """Identities of the parameters that an optimizer steps."""
+        groups = (group for optimizer in self._optimizers() for group in optimizer.param_groups)
+        return {id(parameter) for group in groups for parameter in group["params"]}
+
+    def before_save(self) -> None:
+        """A checkpoint is made of the center, while the module holds the worker."""
+        if self._open is not None:
+            named, before = self._open
+            self._tell("saved", _names(named, before.differing(sample(_tensors(named)))))
+
+    def after_dump(self, checkpoint: Mapping[str, Any]) -> None:
+        """Warn of what hooks put into a checkpoint in the place of the center, which is shown."""
+        saved = checkpoint.get("state_dict")
+        if isinstance(saved, Mapping) and "dumped" not in self._said:
+            pairs = ((name, p.detach(), saved.get(name)) for name, p in self._elastic())
+            other = [n for n, p, v in pairs if isinstance(v, Tensor) and _is_another(p, v)]
+            self._tell("dumped", other)
+
+    def look_at_modes(self) -> None:
+        """Warn of optimizers that put other weights in the place of those that they train."""
+        for optimizer in self._optimizers():
+            modes = [getattr(optimizer, name, None) for name in ("eval", "train")]
+            if all(map(callable, modes)) and _has_weights(optimizer):
+                self._tell("modes", [type(optimizer).__name__])
 
     def _judge(self) -> None:
         for named, before, after in self._closed:
@@ -159,7 +212,7 @@ class Writes:
             for tensor in tensors:
                 if id(tensor) in elastic:
                     name, parameter = elastic[id(tensor)]
-                    for kept in optimizer.state.get(tensor, {}).values():
+                    for kept in _kept_of(tensor, optimizer):
                         if isinstance(kept, Tensor) and kept.shape == parameter.shape:
                             yield Copy(name, parameter, kept, kind)
                 else:
@@ -195,6 +248,30 @@ _MESSAGES = {
         " or with Trainer(precision='bf16-mixed') or '16-mixed', and give it the module's"
         " parameters themselves."
     ),
+    "saved": (
+        "{names} was written to by a hook after the last step of this worker, and the checkpoint"
+        " that follows has nothing of that: it holds the center. If the hook puts an average of"
+        " weights there, let that of the center be saved and delivered:"
+        " EASGDStrategy(center_average='ema')."
+    ),
+    "dumped": (
+        "The checkpoint's {names} is not the center's: a hook put something else there, of this"
+        " worker. If it is an average that a callback keeps of the weights, it is worker 0's. Let"
+        " that of the center be saved and delivered: EASGDStrategy(center_average='ema')."
+    ),
+    "modes": (
+        "{names} has eval() and train(), which put other weights in the place of those it trains"
+        " (as schedule-free optimizers do), by a state that is each worker's own. Exchanges average"
+        " what is trained. On the center, eval() gives every worker other weights, and these are"
+        " validated. Leave eval() out: the center is an average over the workers, and"
+        " EASGDStrategy(center_average='ema') averages it over time, too."
+    ),
+    "unknown": (
+        "{names} was registered after training began, or is another tensor than before (as after"
+        " load_state_dict(assign=True)). Exchanges do not know it: every worker has its own, and"
+        " that of worker 0 is saved. Register and replace parameters before the first batch; later,"
+        " write into those that are there, as reset_parameters() and copy_() do."
+    ),
     "frozen": (
         "{names} moved without gradients (requires_grad=False). Exchanges leave such parameters"
         " alone: every worker has its own, and those of worker 0 are saved. If they follow the"
@@ -210,6 +287,34 @@ def _tensors(named: Named) -> list[Tensor]:
 
 def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr() if is_plain(tensor) else id(tensor)
+
+
+def _kept_of(parameter: Tensor, optimizer: Optimizer) -> Iterator[object]:
+    """What an optimizer keeps for a parameter, in its state or in attributes of its own."""
+    yield from optimizer.state.get(parameter, {}).values()
+    for value in vars(optimizer).values():
+        if isinstance(value, Mapping):
+            yield value.get(parameter)
+        elif isinstance(value, list):
+            yield from value[:_COPIES]
+
+
+def _has_weights(optimizer: Optimizer) -> bool:
+    """Whether the state of one of its parameters has something like it."""
+    for parameter, state in optimizer.state.items():
+        kept = state.values() if isinstance(state, dict) else ()
+        if any(isinstance(v, Tensor) and v.shape == parameter.shape for v in kept):
+            return True
+    return False
+
+
+def _is_another(parameter: Tensor, value: Tensor) -> bool:
+    """Whether a saved value is another one, not a copy in a lower precision."""
+    alike = value.shape == parameter.shape and value.numel() > 0
+    if not (alike and is_plain(value) and is_plain(parameter)):
+        return False
+    value = value.detach().to(parameter.device, parameter.dtype)
+    return bool(((value - parameter).abs() > _ROUGH * parameter.abs().max()).any())
 
 
 def _names(named: Named, numbers: Sequence[int]) -> list[str]:

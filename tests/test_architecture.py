@@ -11,7 +11,7 @@ ROOT = Path(lightning_easgd.__file__).parent
 
 LAYERS = [
     {"names", "storage"},
-    {"aliases", "fingerprint", "flat", "random_state", "schedules", "telemetry"},
+    {"aliases", "fingerprint", "flat", "random_state", "schedules", "structure", "telemetry"},
     {"groups", "pace", "probe"},
     {"algorithms", "automatic"},
     {"arguments", "segments", "spectral"},

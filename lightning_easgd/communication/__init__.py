@@ -3,7 +3,11 @@
 from lightning_easgd.communication.all_reduce import AllReduce, Level, Payload, PendingSum
 from lightning_easgd.communication.codecs import CODECS, Codec, Int8, TopK, choose_codec
 from lightning_easgd.communication.compressed import CompressedAllReduce
-from lightning_easgd.communication.equal_start import make_equal_, start_equal_
+from lightning_easgd.communication.equal_start import (
+    make_equal_,
+    require_equal,
+    start_equal_,
+)
 from lightning_easgd.communication.group import WorkerGroup, gather, leave_all_groups
 from lightning_easgd.communication.grouped import GroupedAllReduce, make_all_reduce
 from lightning_easgd.communication.header import (
@@ -38,6 +42,7 @@ __all__ = [
     "leave_all_groups",
     "make_all_reduce",
     "make_equal_",
+    "require_equal",
     "start_equal_",
     "verify",
     "verify_places",

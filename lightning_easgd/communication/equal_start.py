@@ -25,11 +25,12 @@ def start_equal_(group: WorkerGroup, module: nn.Module, options: Sequence[str]) 
         ValueError: on every worker, with the first lines that differ.
         ExchangeError: a worker left or did not answer in time.
     """
-    _require_equal(group, module, options)
+    require_equal(group, module, options)
     make_equal_(group, dict(_tensors(module)))
 
 
-def _require_equal(group: WorkerGroup, module: nn.Module, options: Sequence[str]) -> None:
+def require_equal(group: WorkerGroup, module: nn.Module, options: Sequence[str]) -> None:
+    """Compare modules, whatever their values, and options; arguments and errors as before."""
     everybody = group.gather([*options, *_signature(module)])
     for rank, theirs in enumerate(everybody):
         if theirs != everybody[0]:

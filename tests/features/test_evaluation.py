@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from processes import run_workers
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 from toy import Toy, loader, trainer, weights
 
 from lightning_easgd import EASGDStrategy
@@ -193,6 +194,39 @@ def test_an_optimizer_with_modes_is_evaluated_on_the_center() -> None:
         assert unchanged
 
 
+class WithPoints(ScheduleFree):
+    """Is evaluated between what it trains and a state of its own, as schedule-free ones are."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter].setdefault("z", parameter.detach() + 0.3)
+        return loss
+
+    def turn(self, training: bool, offset: float) -> None:
+        weight = 1 - 0.9**offset
+        for parameter, state in self.state.items() if self.training != training else ():
+            parameter.data.lerp_(state["z"], weight)
+        self.training = training
+
+
+def use_points(rank: int) -> Any:
+    module = WithModes()
+    module.make_optimizer = partial(WithPoints, lr=0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        options = {"max_epochs": 3, "num_sanity_val_steps": 0}
+        trainer(2, EASGDStrategy(tau=3), **options).fit(module, loader(rank, 8), loader(0, 1))
+    return [text for w in caught if "worker" in (text := str(w.message))]
+
+
+def test_an_optimizer_whose_modes_mix_in_a_state_of_each_worker_is_said_once() -> None:
+    for (message,) in run_workers(use_points, workers=2):
+        assert message.startswith("'WithPoints' has eval() and train()")
+        assert "Leave eval() out" in message
+
+
 class LowRank(nn.Linear):
     """Merges its adapter into the frozen weight in eval(), and takes it out in train()."""
 
@@ -322,6 +356,48 @@ def test_an_initialisation_by_validation_is_undone_with_its_flag_and_said(way: s
         (message,) = told
         assert "validation, and 'norm.scale' was written to" in message
         assert "'flag.calls', 'flag.done'" in message or "'flag.done', 'flag.calls'" in message
+
+
+class Training(Toy):
+    """Is validated in train(), where normalisations and spectral norms go on to move."""
+
+    def __init__(self) -> None:
+        super().__init__(SGD)
+        torch.manual_seed(0)
+        self.norm = nn.BatchNorm1d(2, momentum=None, dtype=torch.float64)
+        self.layer = spectral_norm(nn.Linear(2, 2, dtype=torch.float64))
+        self.held: list[Any] = []
+
+    def on_validation_model_eval(self) -> None:
+        self.held.append(self.statistics())
+
+    def on_train_epoch_end(self) -> None:
+        self.held.append(self.statistics())
+
+    def statistics(self) -> Any:
+        return self.norm.running_mean.tolist(), int(self.norm.num_batches_tracked)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) + self.layer(self.norm(batch[1])).mean()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.layer(self.norm(batch[1]))
+
+
+def validate_in_train(rank: int) -> Any:
+    module = Training()
+    before: list[Any] = []
+    module.on_train_batch_end = lambda *_: before.append(module.statistics())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        options = {"num_sanity_val_steps": 0}
+        trainer(2, EASGDStrategy(tau=3), **options).fit(module, loader(rank, 4), loader(rank, 2))
+    told = [text for w in caught if "The module held" in (text := str(w.message))]
+    return module.held[-1] == before[-1], module.held[-1][1], told
+
+
+def test_statistics_that_move_in_a_validation_are_no_write() -> None:
+    assert run_workers(validate_in_train, workers=2) == [(True, 4, [])] * 2
 
 
 def count(rank: int) -> Any:

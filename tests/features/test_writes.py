@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -89,6 +90,20 @@ class Masters(torch.optim.SGD):
         return loss
 
 
+class KeptApart(torch.optim.SGD):
+    """The same, in an attribute."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = closure()
+        masters = vars(self).setdefault("masters", {})
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                master = masters.setdefault(parameter, parameter.detach().double().clone())
+                master -= group["lr"] * parameter.grad
+                parameter.data.copy_(master)
+        return loss
+
+
 class LookingAhead(torch.optim.SGD):
     """Goes back to slow weights at every second step: what an exchange does is not undone."""
 
@@ -118,6 +133,64 @@ class Teaching(Toy):
         self.still.data.mul_(3).div_(3)
 
 
+class Chosen(Teaching):
+    """The same, as its user wants it."""
+
+    policies = {"teacher": "local"}  # noqa: RUF012
+
+
+class Saving(Toy):
+    """A hook of the epoch's end puts other weights in for a checkpoint, and takes them out."""
+
+    def __init__(self) -> None:
+        super().__init__(SGD)
+
+    def on_train_epoch_end(self) -> None:
+        kept = self.w.detach().clone()
+        self.w.data.mul_(0.5)
+        self.trainer.save_checkpoint(f"{self.trainer.default_root_dir}/between.ckpt")
+        self.w.data.copy_(kept)
+
+
+class Dumping(Toy):
+    """Puts an average of its worker into checkpoints, or the weights in half precision."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(SGD)
+        self.name, self.mean = name, torch.zeros_like(self.w.data)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.mean.lerp_(self.w.data, 0.1)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["state_dict"]
+        state["w"] = self.mean if self.name == "average" else state["w"].bfloat16()
+
+    def on_train_epoch_end(self) -> None:
+        self.trainer.save_checkpoint(f"{self.trainer.default_root_dir}/{self.name}.ckpt")
+
+
+class Copying(Toy):
+    """A target, which has gradients but no optimizer, becomes the student now and then."""
+
+    def __init__(self) -> None:
+        super().__init__(SGD)
+        self.target = nn.Parameter(self.w.detach().clone())
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 2:
+            self.target.data.copy_(self.w)
+
+
+class InSteps(Toy):
+    """Draws a weight anew in the training step of one epoch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if self.current_epoch == 2 and batch_idx == 0:
+            self.b.data.fill_(1)
+        return super().training_step(batch, batch_idx)
+
+
 class InForward(Toy):
     """The first batch initialises a weight."""
 
@@ -135,22 +208,37 @@ CASES = {
     "the first batch": (partial(InForward, SGD), "'b' was written to outside"),
     "steps in backward": (InBackward, "'w', 'b' moved in an epoch without an optimizer step"),
     "masters": (partial(Toy, partial(Masters, lr=0.1)), "Masters keeps a copy of 'w'"),
+    "masters apart": (partial(Toy, partial(KeptApart, lr=0.1)), "KeptApart keeps a copy of 'w'"),
     "slow weights": (partial(Toy, partial(LookingAhead, lr=0.1)), None),
     "a teacher": (Teaching, "'teacher' moved without gradients"),
+    "a teacher that is to be each worker's own": (Chosen, None),
+    "a target": (Copying, "'target' was written to outside"),
+    "a training step": (partial(InSteps, SGD), "'b' was written to outside"),
+    "an average put into a checkpoint": (
+        partial(Dumping, "average"),
+        "The checkpoint's 'w' is",
+    ),
+    "half precision put into a checkpoint": (partial(Dumping, "half"), None),
+    "weights put in for a checkpoint": (Saving, "'w' was written to by a hook after the last"),
     "nothing": (partial(Toy, SGD), None),
     "momentum": (partial(Toy, partial(SGD, momentum=0.9, nesterov=True)), None),
     "adam": (partial(Toy, partial(torch.optim.AdamW, lr=0.1)), None),
 }
 
 
-def train(rank: int, options: Any, names: list[str]) -> dict[str, list[str]]:
+WAYS_OUT = ["self.optimizers()", "Trainer(", "buffers=", "center_average="]
+
+
+def train(rank: int, options: Any, names: list[str], folder: Path) -> dict[str, list[str]]:
     found = {}
     for name in names:
         module = CASES[name][0]()
         module.validation_step = lambda batch, batch_idx: None
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            fitting = trainer(2, EASGDStrategy(**options), max_epochs=4)
+            policies = getattr(module, "policies", "average")
+            strategy = EASGDStrategy(**options, buffers=policies)
+            fitting = trainer(2, strategy, max_epochs=4, default_root_dir=folder)
             fitting.fit(module, loader(rank, 5), loader(0, 1))
         ours = [w for w in caught if issubclass(w.category, UserWarning)]
         texts = [str(w.message) for w in ours]
@@ -163,8 +251,10 @@ def train(rank: int, options: Any, names: list[str]) -> dict[str, list[str]]:
     [{"tau": 3}, {"tau": 1}, {"tau": 3, "algorithm": "local_sgd"}, {"tau": 4, "fragments": 2}],
     ids=str,
 )
-def test_writes_outside_of_steps_are_said_once_with_name_and_way_out(options: Any) -> None:
-    for found in run_workers(train, options, list(CASES), workers=2, timeout=150):
+def test_writes_outside_of_steps_are_said_once_with_name_and_way_out(
+    options: Any, tmp_path: Path
+) -> None:
+    for found in run_workers(train, options, list(CASES), tmp_path, workers=2, timeout=150):
         for name, told in found.items():
             expected = CASES[name][1]
             if expected is None:
@@ -172,7 +262,7 @@ def test_writes_outside_of_steps_are_said_once_with_name_and_way_out(options: An
             else:
                 (message,) = told
                 assert message.startswith(expected), name
-                assert any(way in message for way in ("self.optimizers()", "Trainer(", "buffers="))
+                assert any(way in message for way in WAYS_OUT)
 
 
 def train_uneven(rank: int) -> list[str]:
