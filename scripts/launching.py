@@ -65,6 +65,7 @@ def run_workers(command: Sequence[str], *, workers: int, nodes: int, logs: Path)
     try:
         with ExitStack() as files:
             lifeline = files.enter_context(Lifeline())
+            files.callback(_end, processes)  # while the lifeline tells them that this process lives
             for rank in range(workers):
                 log = files.enter_context(_log(logs, rank).open("wb")) if rank else None
                 ranks = _ranks(rank, workers, int(shared["NODE_RANK"]))
@@ -80,7 +81,6 @@ def run_workers(command: Sequence[str], *, workers: int, nodes: int, logs: Path)
                 )
             _wait(processes, logs)
     finally:
-        _end(processes)
         signal.signal(signal.SIGTERM, before)
 
 

@@ -91,7 +91,9 @@ def test_a_worker_that_ignores_sigterm_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launching, "_GRACE_SECONDS", 0.5)
+    monkeypatch.setenv("PYTHONPATH", str(SCRIPTS))
     ignore = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+    ignore += "import parting; parting.watch_lifeline()\n"
     # Worker 0 fails once worker 1 has written its number, which it does last.
     fail_late = """
 if rank == "0":
@@ -104,6 +106,7 @@ if rank == "0":
     with pytest.raises(WorkerError, match="worker 0 failed with exit code 3"):
         run_workers([*program(text), str(tmp_path)], workers=2, nodes=1, logs=tmp_path)
     assert alive(tmp_path) == []
+    assert (tmp_path / "worker1.log").read_text() == ""  # its launcher lives, and it knows
 
 
 def test_a_second_ctrl_c_leaves_no_worker_behind(
