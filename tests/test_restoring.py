@@ -268,7 +268,9 @@ def read_alone(rank: int, path: str) -> None:
     module.on_train_batch_start = lambda *_: during.append(
         rank == 1 and strategy.load_checkpoint(path)["epoch"]
     )
+    fitting.fit_loop.max_epochs = 2
     fitting.fit(module, Resumable(rank, STEPS))
+    assert during == [rank == 1 and 1] * STEPS
     assert strategy._resumed is None
 
 

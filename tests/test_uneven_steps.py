@@ -271,7 +271,6 @@ def test_workers_that_cannot_differ_meet_at_the_end_only(stopping: bool) -> None
 def saving(rank: int, folder: Path, every: int, skipped: list[int], by_hand: bool) -> Any:
     module = Manual()
     module.skipped = lambda batch_idx: rank == 1 and batch_idx in skipped
-    saved: list[int] = []
     callbacks: list[Any] = [ModelCheckpoint(folder, "{step}", every_n_train_steps=every)]
     if by_hand:
         callbacks = []
@@ -279,7 +278,6 @@ def saving(rank: int, folder: Path, every: int, skipped: list[int], by_hand: boo
         def on_train_batch_end(outputs: Any, batch: Any, batch_idx: int) -> None:
             if batch_idx % every == every - 1:
                 fitting.save_checkpoint(folder / "by hand.ckpt")
-                saved.append(batch_idx)
 
         module.on_train_batch_end = on_train_batch_end
     options = {"callbacks": callbacks, "enable_checkpointing": not by_hand}
