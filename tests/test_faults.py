@@ -62,10 +62,8 @@ def stop() -> None:
 @pytest.mark.parametrize("who", [0, 2])
 @pytest.mark.parametrize("what", [fail, kill, stop])
 def test_the_others_end_with_an_error_that_names_the_missing(who: int, what: Any) -> None:
-    began = time.monotonic()
     with Workers(disturbed, who, 6, what, 1.5, workers=3) as group:
         ended = group.collect(40, without=who)
-    assert time.monotonic() - began < 35
     for outcome in ended:
         assert outcome.error == "ExchangeError", outcome
         assert "step 4" in outcome.message or "step 8" in outcome.message
@@ -245,7 +243,7 @@ def test_a_process_whose_peer_stopped_leaves_the_interpreter(tmp_path: Path) -> 
         for rank in range(2)
     ]
     try:
-        _, errors = workers[0].communicate(timeout=60)
+        _, errors = workers[0].communicate(timeout=150)
     finally:
         for worker in workers:
             worker.kill()

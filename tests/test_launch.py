@@ -69,7 +69,7 @@ def test_launchers_train_the_same_center(prefix: list[str], strategy: str, tmp_p
         [sys.executable, *prefix, str(script), strategy, str(result)],
         env=os.environ | {"PYTHONPATH": here, "OMP_NUM_THREADS": "1"},
         check=True,
-        timeout=120,
+        timeout=170,
         capture_output=True,
     )
     found = json.loads(result.read_text())
@@ -116,7 +116,7 @@ def test_a_rule_that_holds_ordinary_objects_is_the_same_on_all_workers(
     ended = subprocess.run(
         [sys.executable, str(script), start_method],
         env=os.environ | environment,
-        timeout=120,
+        timeout=170,
         capture_output=True,
         text=True,
     )
@@ -204,7 +204,7 @@ def test_telemetry_comes_back_from_worker_0(strategy: str, tmp_path: Path) -> No
         [sys.executable, str(script), strategy, *map(str, paths)],
         env=os.environ | {"PYTHONPATH": f"{here}:{here.parent}", "OMP_NUM_THREADS": "1"},
         check=True,
-        timeout=120,
+        timeout=170,
         capture_output=True,
     )
     inside, after = (json.loads(path.read_text()) for path in paths)
@@ -239,7 +239,7 @@ def test_a_notebook_is_told_the_name_that_works_there(tmp_path: Path) -> None:
     ended = subprocess.run(
         [sys.executable, "-i", str(script)],
         check=True,
-        timeout=120,
+        timeout=170,
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
@@ -276,7 +276,7 @@ def test_the_other_package_says_which_import_to_change(before: list[str], tmp_pa
     ended = subprocess.run(
         [sys.executable, str(script), *before],
         check=True,
-        timeout=120,
+        timeout=170,
         capture_output=True,
         text=True,
     )
@@ -290,7 +290,7 @@ def test_the_other_package_says_which_import_to_change(before: list[str], tmp_pa
 def test_this_package_does_not_import_the_other() -> None:
     code = "import sys, lightning_easgd; print('pytorch_lightning' in sys.modules)"
     ended = subprocess.run(
-        [sys.executable, "-c", code], check=True, timeout=60, capture_output=True, text=True
+        [sys.executable, "-c", code], check=True, timeout=170, capture_output=True, text=True
     )
     assert ended.stdout.strip() == "False"
 
