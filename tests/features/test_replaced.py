@@ -177,7 +177,10 @@ def change_later(rank: int, how: str) -> Any:
 
 @pytest.mark.parametrize(
     ("how", "names"),
-    [("replaced", "'second.weight', 'second.bias'"), ("assigned", "'w', 'b', 'first.weight', ...")],
+    [
+        ("replaced", "'second.weight', 'second.bias'"),
+        ("assigned", "'w', 'b', 'first.weight' and 3 more"),
+    ],
 )
 def test_what_is_replaced_while_training_is_said_once_with_its_name(how: str, names: str) -> None:
     for (message,) in run_workers(change_later, how, workers=2):
