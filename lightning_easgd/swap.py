@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from lightning_easgd.aliases import Aliases
 from lightning_easgd.center import Center, Shown
 from lightning_easgd.flat import FlatVector, as_real
+from lightning_easgd.names import dotted, listed
 from lightning_easgd.segments import Fragment, put_together_like
 from lightning_easgd.storage import as_integers, compact, is_plain
 
@@ -226,7 +227,7 @@ def _copies(named: dict[str, Tensor]) -> dict[str, Tensor]:
 def _kept(module: nn.Module) -> set[str]:
     """Names of the buffers that a state dict has."""
     return {
-        f"{prefix}.{key}" if prefix else key
+        dotted(prefix, key)
         for prefix, part in module.named_modules()
         for key in part._buffers.keys() - part._non_persistent_buffers_set
     }
@@ -251,13 +252,12 @@ def _put_back(module: nn.Module, before: dict[str, Tensor]) -> list[str]:
 
 
 def _tell(during: str, written: list[str], undone: list[str]) -> None:
-    listed = ", ".join(f"'{name}'" for name in list(dict.fromkeys(written))[:3])
-    others = ", ".join(f"'{name}'" for name in undone[:3])
-    too = f" So is what was written to other buffers ({others})." if undone else ""
+    too = f" So is what was written to other buffers ({listed(undone)})." if undone else ""
     warnings.warn(
-        f"The module held the center for {during}, and {listed} was written to. That is undone, for"
-        f" the worker goes on with weights of its own.{too} What is initialised from the first data"
-        " is so again, in training. Write to weights before training begins, or in training; with"
-        " EASGDStrategy(evaluate_on='worker') validation may write to those of the worker.",
+        f"The module held the center for {during}, and {listed(written)} was written to. That is"
+        f" undone, because the worker goes on with weights of its own.{too} What the first data"
+        " initialises happens again in training. Write to weights before training begins, or in"
+        " training; with EASGDStrategy(evaluate_on='worker') validation may write to those of the"
+        " worker.",
         stacklevel=2,
     )
