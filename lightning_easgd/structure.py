@@ -18,19 +18,18 @@ class Structure:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        parts, parameters = list(module.named_modules()), list(module.named_parameters())
-        self._alive = parts, parameters  # so that no identity is given away anew
-        self._parts = [(name, id(part)) for name, part in parts]
-        self._parameters = [
-            (name, id(p), storage_of(p), p.shape, p.dtype) for name, p in parameters
-        ]
-        self._buffers = [(name, b.shape, b.dtype) for name, b in module.named_buffers()]
+        # Kept alive, so that no identity is given away anew.
+        self._alive = list(module.named_modules()), list(module.named_parameters())
+        self._seen = _see(module)
 
     def is_of(self, module: nn.Module) -> bool:
         """Whether the module still has it."""
-        now = Structure(module)
-        return (
-            self._parts == now._parts
-            and self._parameters == now._parameters
-            and self._buffers == now._buffers
-        )
+        return self._seen == _see(module)
+
+
+def _see(module: nn.Module) -> tuple[object, ...]:
+    return (
+        [(name, id(part)) for name, part in module.named_modules()],
+        [(name, id(p), storage_of(p), p.shape, p.dtype) for name, p in module.named_parameters()],
+        [(name, b.shape, b.dtype) for name, b in module.named_buffers()],
+    )
