@@ -142,15 +142,15 @@ class Statistics:
             _tell_missing(place, shape)
         return None
 
-    def contribute(self, healthy: bool) -> list[Tensor]:
-        """This worker's part of the sum, as flat tensors."""
+    def contribute(self, healthy: bool, *, last: bool = False) -> list[Tensor]:
+        """This worker's part of the sum, as flat tensors; ``last``: its own stay as they are."""
         if not self:
             return []
         if healthy:
             for part in self.total.parts:
                 part.fill_(math.nan)
             self._read(self.total)
-            self._mend()
+            self._mend(last=last)
         for (place, *_), _, mine, center in self._parts():
             if healthy and (place.policy == "average" or self._rank == 0):
                 _subtract_(mine, center)
@@ -175,7 +175,7 @@ class Statistics:
         present = zip(self._present(), vector.views, strict=True)
         vector.read_([view if now is None else now for now, view in present])
 
-    def _mend(self) -> None:
+    def _mend(self, *, last: bool) -> None:
         """Give up normalisations that overflowed, as where a scaler skips the step."""
         if not any(bool(_overflowed(mine, center).any()) for *_, mine, center in self._parts()):
             return
@@ -187,8 +187,9 @@ class Statistics:
         }
         for place, mine, center in views:
             if place.owner in mended and (buffer := place.now()) is not None:
-                buffer.copy_(center)
                 mine.copy_(center)
+                if not last:
+                    buffer.copy_(center)
 
     def apply(self, healthy: Sequence[bool]) -> None:
         """Take over the sum that arrived; ``healthy`` says which workers contributed."""

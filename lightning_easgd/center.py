@@ -181,21 +181,25 @@ class Center:
         elastic = _fragments(self.segments[: self.joined])
         return sum(fragment.center.checksum() for fragment in elastic) % 2**63
 
-    def shared_state(self) -> dict[str, Any]:
+    def shared_state(self, *, at_the_end: bool = False) -> dict[str, Any]:
         """What the state dict does not tell of the center, for a checkpoint.
 
         The segments by the names of their parameters, how many joined, the values whose own
         precision in the module is lower than the center's, what the update rule keeps, and the
         center itself where its running average is delivered.
+
+        Args:
+            at_the_end: whether the state dict will be newer; then all values are there.
         """
-        values = self.pieces("delivered")
-        exact = [(p, view) for p, view in values if as_real(p.whole.detach()).dtype != view.dtype]
+        pieces = self.pieces("delivered")
+        exact = [(p, v) for p, v in pieces if at_the_end or as_real(p.tensor).dtype != v.dtype]
         return {
             "segments": [segment.names for segment in self.segments],
             "joined": self.joined,
             "exact": put_together(exact),
             "outer": {f.name: f.outer for f in _fragments(self.segments) if any(f.outer)},
             "averaged": None if self._averaging is None else self.values(),
+            "at_the_end": at_the_end,
         }
 
     def load_values(self, values: Mapping[str, Tensor]) -> None:
@@ -250,7 +254,7 @@ class Center:
         self.load_values(averaged["center"])
         if self.group is not None:
             self._tie(self.group)
-        if averaged["center"]:
+        if averaged["center"] or state.get("at_the_end"):
             self.overwrite_worker()
 
     def provide_vectors(self, *, in_flight: bool) -> list[tuple[Fragment, FlatVector]]:

@@ -97,15 +97,16 @@ class Contribution:
         Args:
             clock: the step of the exchange.
             turn: statistics travel with the first.
-            last: whether the differences travel as they are.
+            last: whether the differences travel as they are, and the worker stays as it is.
 
         Returns:
             What the worker is owed by :func:`pull_worker`, and what it adds to the sums.
         """
         pull = self._scale(clock, last) if self.healthy else self._leave_out()
-        statistics = self._center.statistics.contribute(self.healthy) if turn == 0 else []
-        payload = Payload(self._totals(), statistics)
-        if not self.healthy:
+        statistics = self._center.statistics
+        contributed = statistics.contribute(self.healthy, last=last) if turn == 0 else []
+        payload = Payload(self._totals(), contributed)
+        if not self.healthy and not last:
             self._optimizers.forget(self._center.parameters())
             self._center.overwrite_worker()
         self._telemetry.exchanges += 1
@@ -174,6 +175,7 @@ class Contribution:
             self._round_(self._totals().values())
         if self._rule.restarts:
             self._telemetry.alpha = 1 - self._rule.mixing
+        if self._rule.restarts or last:  # after the last exchange no worker goes on
             return []
         return [(fragment, fragment.copy_of_total()) for fragment in self.fragments]
 

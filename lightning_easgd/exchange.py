@@ -19,6 +19,7 @@ twice, since what it gives to the center it loses itself. When all stand still t
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ from lightning_easgd.algorithms import EASGD, Rule, elastic
 from lightning_easgd.center import Center, Shown
 from lightning_easgd.communication import AllReduce, Place, Stop, verify_places
 from lightning_easgd.contribution import Contribution, Pull, Weights, pull_worker
+from lightning_easgd.ending import BeforeTheEnd, weights_owed
 from lightning_easgd.gradients import GradientAverage
 from lightning_easgd.level import GroupLevel
 from lightning_easgd.optimizers import LocalOptimizers
@@ -112,7 +114,7 @@ class Exchange:
         self._levels = Levels(levels, telemetry)
         self._groups = [[list(ranks) for ranks in level] for level in groups]
         self._averaged = False
-        self._finished = False
+        self._before_the_end: BeforeTheEnd | None = None
         self._last_header_left = False
         self.clock = 0
         """Optimizer steps taken; equal on all workers at every exchange."""
@@ -245,8 +247,12 @@ class Exchange:
 
     @property
     def stopped_together(self) -> bool:
-        """Whether all workers end their training with this step, or have ended it."""
-        return self.stopping.by_exception or self._finished
+        """Whether all workers end their training with this step."""
+        return self.stopping.by_exception
+
+    @property
+    def _finished(self) -> bool:
+        return self._before_the_end is not None
 
     @property
     def stop_askers(self) -> list[int]:
@@ -421,6 +427,7 @@ class Exchange:
     def finish(self, *, exchange: bool) -> bool:
         """End training: a last exchange if wanted, then the module holds the center everywhere.
 
+        What is saved from then on is what training goes on from; see [Note: after the end].
         Waits for all workers. Parameters that wait to join are let in first, so that nothing of
         theirs is lost. Does nothing a second time.
 
@@ -429,8 +436,11 @@ class Exchange:
         """
         if self._finished or not self.begun:
             return True
+        before = self._keep()
         if not self.meet(Place.FIT_END):
             return False
+        if self.clock != before.shared["clock"]:  # others trained on meanwhile
+            before = self._keep()
         self._last_header_left = True
         if exchange:
             self._levels.finish(self.clock)
@@ -442,10 +452,19 @@ class Exchange:
             else:
                 self._transit.give_back(self.clock)
             self.drain()
-        self._finished = True
         self.stopping = self._transit.stop_agreed
-        self.center.write("delivered")
+        self.swap.swap_in("delivered")
+        self.swap.replace(before.owed)
+        self._before_the_end = before
         return True
+
+    def _keep(self) -> BeforeTheEnd:
+        """What a last exchange would change of what a checkpoint holds."""
+        self.drain()
+        shared, own = self._shared_state(at_the_end=True), self._own_state()
+        shared["outer"] = copy.deepcopy(shared["outer"])
+        own["held_back"] = copy.deepcopy(own["held_back"])
+        return BeforeTheEnd(shared, own, weights_owed(self.center, self._transit.owed))
 
     def center_state_dict(
         self, module: nn.Module, *, latest: bool = True, delivered: bool = False
@@ -463,9 +482,14 @@ class Exchange:
 
     def shared_state(self) -> dict[str, Any]:
         """What all workers hold alike, for a checkpoint. Nothing may be in flight."""
-        assert self._transit.is_empty
+        if self._before_the_end is not None:
+            return self._before_the_end.shared
         if not self.begun:
             self.center.read_module()
+        return self._shared_state()
+
+    def _shared_state(self, *, at_the_end: bool = False) -> dict[str, Any]:
+        assert self._transit.is_empty
         return {
             "begun": self.begun,
             "clock": self.clock,
@@ -480,11 +504,14 @@ class Exchange:
             "groups": self._groups,
             "tied": bool(self._levels),
             "agreement": self._agreement.shared_state(),
-            **self.center.shared_state(),
+            **self.center.shared_state(at_the_end=at_the_end),
         }
 
     def own_state(self) -> dict[str, Any]:
         """What this worker alone knows beside its weights, for a checkpoint."""
+        return self._own_state() if self._before_the_end is None else self._before_the_end.own
+
+    def _own_state(self) -> dict[str, Any]:
         return {
             "look_ahead": self._optimizers.look_ahead_state(),
             "telemetry": self.telemetry.counters(),
@@ -551,14 +578,14 @@ class Exchange:
     def read_module(self) -> None:
         """Start again from the module's weights, which are equal on all workers."""
         self.drain()
-        self.swap.release()
         self.writes.forget()
         self.center.read_module()
         self._reopen()
 
     def _reopen(self) -> None:
         # The learning-rate finder ends a training of its own before the one that it was called in.
-        self._finished = self._last_header_left = False
+        self.swap.release()
+        self._before_the_end, self._last_header_left = None, False
         self._transit.owed = None
         self._agreement.forget()
         if not self._transit.stop_agreed.by_exception:

@@ -339,6 +339,7 @@ class EASGDStrategy(PersistentStrategy):
         if fitting:
             self._set_up_exchange(trainer)
             self._hooks.around_validation(self._validating)
+            self._hooks.before_end(self._finish)
             assert self._exchange is not None
             self._hooks.around_dump(self._saving, self._exchange.after_dump)
 
@@ -564,13 +565,17 @@ class EASGDStrategy(PersistentStrategy):
         with self._exchange.showing(latest=not self._alone, during="a checkpoint"):
             yield
 
-    @override
-    def on_train_end(self) -> None:
+    def _finish(self) -> None:
+        """What fit delivers is in the module before the first hook of the end."""
         self._enter("at the end of training")
         assert self._exchange is not None
-        assert self._signals is not None
-        finished = self._exchange.finish(exchange=self.options.final_exchange)
-        if not (finished and self._exchange.stopping is Stop.PREEMPTED):  # nothing is left to do
+        if not self._exchange.finish(exchange=self.options.final_exchange):
+            self._stop()
+
+    @override
+    def on_train_end(self) -> None:
+        assert self._exchange is not None
+        if self._exchange.stopping is not Stop.PREEMPTED:  # after which nothing is left to do
             self._stop()
 
     @override

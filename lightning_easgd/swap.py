@@ -12,7 +12,7 @@ the weights that it speaks of. So if the center's weights were written to, all b
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -106,6 +106,13 @@ class Swap:
         if written and during and not self._warned:
             self._warned = True
             _tell(during, written, undone)
+
+    def replace(self, weights: Iterable[tuple[Fragment, FlatVector]]) -> None:
+        """Let the worker that is set aside have other weights of these fragments."""
+        assert self._aside is not None
+        aside = {id(fragment): vector for fragment, vector in self._aside.weights}
+        for fragment, vector in weights:
+            torch._foreach_copy_(aside[id(fragment)].parts, vector.parts)
 
     def release(self) -> None:
         """Let the module keep what it holds; the worker that was set aside is gone."""

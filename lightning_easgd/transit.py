@@ -55,6 +55,8 @@ class InFlight:
     fragments: list[Fragment]
     payload: Payload
     pending: PendingSum
+    last: bool = False
+    """Whether no worker goes on after it."""
     moves: bool = True
     """Whether the rule moves the center; else what arrives is only added to it."""
     restarts: bool = False
@@ -141,7 +143,7 @@ class Transit:
         self.go_on()
         self.contribution.take_differences(self.turn)
         pull, payload = self.contribution.give(clock, self.turn, last=last)
-        restarts = self._agreement.drops.take()
+        restarts = self._agreement.drops.take() and not last
         flight = self._start(clock, Place.TRAINING, payload, last=last)
         self._in_flight = replace(flight, restarts=restarts)
         self._take_turns(clock)
@@ -219,7 +221,9 @@ class Transit:
         self._count_bytes(*self.all_reduce.header_bytes)
         self._count_bytes(*self.all_reduce.sum_bytes(payload, last=last))
         segments, fragments = len(self._center.segments), self.contribution.fragments
-        self._in_flight = InFlight(clock, self.turn, segments, fragments, payload, pending)
+        self._in_flight = InFlight(
+            clock, self.turn, segments, fragments, payload, pending, last=last
+        )
         return self._in_flight
 
     def _header(self, clock: int, place: Place, compare: bool) -> Header:
@@ -345,5 +349,5 @@ class Transit:
                 fragment.follow_center()
             else:
                 elastic.move_center_(center, total)
-            if rule.restarts and not rule.delay:
+            if rule.restarts and not (rule.delay or flight.last):
                 fragment.restart(rule.mixing)

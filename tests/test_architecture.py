@@ -18,7 +18,7 @@ LAYERS = [
     {"policies"},
     {"buffers", "communication", "optimizers", "tying"},
     {"center"},
-    {"consensus", "drops", "leadership", "rates", "swap", "writes"},
+    {"consensus", "drops", "ending", "leadership", "rates", "swap", "writes"},
     {"agreement", "contribution", "gradients"},
     {"transit"},
     {"level"},

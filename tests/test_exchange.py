@@ -44,7 +44,7 @@ class WithNorm(Toy):
 def final_bits(rank: int, make: Any, options: dict[str, Any]) -> Any:
     torch.manual_seed(0)
     module, seen = WithNorm(make), {}
-    module.on_train_end = lambda: seen.update(
+    module.on_train_epoch_end = lambda: seen.update(
         {k: v.clone().numpy() for k, v in module.state_dict().items()}
     )
     trainer(2, EASGDStrategy(**options)).fit(module, loader(rank, 13, torch.float32))
@@ -232,7 +232,7 @@ def overflowing(rank: int) -> Any:
 
     module.register_buffer("mask", torch.tensor([0.0, float("-inf")]))
     module.on_train_batch_start = on_train_batch_start
-    module.on_train_end = lambda: seen.update({"own": module.norm.running_var.numpy().copy()})
+    module.on_train_epoch_end = lambda: seen.update({"own": module.norm.running_var.numpy().copy()})
     trainer(2, EASGDStrategy(tau=2)).fit(module, loader(rank, 8, torch.float32))
     return seen["own"], {k: v.numpy() for k, v in module.state_dict().items()}
 

@@ -41,12 +41,12 @@ def resumed(rank: int, folder: Path, step: int | None, counts: list[int]) -> Any
         if rank in (0, 5) and module.trainer.global_step == 9:
             module.w.data[0, 0] = float("nan")
 
-    def on_train_end() -> None:
+    def on_train_epoch_end() -> None:
         own.update(bits(weights(module)))
-        levels.extend(map(bits, middles(strategy)))
+        levels[:] = map(bits, middles(strategy))
 
     module.on_train_batch_end = on_train_batch_end
-    module.on_train_end = on_train_end
+    module.on_train_epoch_end = on_train_epoch_end
     even = len(set(counts)) == 1
     every = {"every_n_train_steps": 5} if even else {"every_n_epochs": 1}
     saving = ModelCheckpoint(folder, "{step}", save_top_k=-1, **every)

@@ -47,7 +47,7 @@ def fit(rank: int, workers: int, make: Any, options: dict[str, Any], setup: dict
             return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
         module.configure_optimizers = with_schedule
-    module.on_train_end = lambda: seen.update(weights(module))
+    module.on_train_epoch_end = lambda: seen.update(weights(module))
     fitting = trainer(
         workers, EASGDStrategy(**options), accumulate_grad_batches=setup.get("accumulate", 1)
     )

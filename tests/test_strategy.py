@@ -226,7 +226,7 @@ def train_norm(rank: int, policy: str) -> Any:
     torch.manual_seed(rank)  # only worker 0's initial weights may count
     module, strategy = Norm(), EASGDStrategy(tau=2, buffers=policy)
     own = {}
-    module.on_train_end = lambda: own.update(arrays(module.state_dict()))
+    module.on_train_epoch_end = lambda: own.update(arrays(module.state_dict()))
     trainer(2, strategy).fit(module, loader(rank, 5, torch.float32))
     return own, arrays(module.state_dict()), module.scratch.item(), strategy._exchange
 

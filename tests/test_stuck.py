@@ -42,7 +42,7 @@ def stuck(rank: int, place: str, counts: list[int]) -> None:
     module, sleep = Toy(SGD), partial(time.sleep, 1000)
     data = loader(rank, counts[rank])
     if place == "fit end":
-        module.on_train_end = sleep if rank == 1 else (lambda: None)
+        module.on_train_epoch_end = sleep if rank == 1 else (lambda: None)
     elif rank == 1:
         at_step(module, int(place), sleep)
     trainer(len(counts), EASGDStrategy(tau=4, exchange_timeout=2)).fit(module, data)

@@ -40,7 +40,7 @@ class Half(Noisy):
 def resumed(rank: int, folder: Path, step: int | None, half: bool = False) -> Any:
     torch.manual_seed(rank)
     module, own = Half() if half else Noisy(ADAMW), {}
-    module.on_train_end = lambda: own.update(bits(weights(module)))
+    module.on_train_epoch_end = lambda: own.update(bits(weights(module)))
     saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=5, save_top_k=-1)
     strategy = EASGDStrategy(**TREE)
     fitting = trainer(4, strategy, max_epochs=3, enable_checkpointing=True, callbacks=[saving])

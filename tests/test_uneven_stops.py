@@ -129,17 +129,17 @@ def late(rank: int, reached: Any) -> Any:
     """SIGTERM to worker 0 while it waits at the end, and no exchange is left to say so."""
     module = Toy(SGD)
     if rank == 1:
-        module.on_train_end = reached.wait
+        module.on_train_epoch_end = reached.wait
     else:
 
-        def on_train_end() -> None:
+        def on_train_epoch_end() -> None:
             def strike() -> None:
                 os.kill(os.getpid(), signal.SIGTERM)
                 reached.set()
 
             threading.Timer(0.5, strike).start()
 
-        module.on_train_end = on_train_end
+        module.on_train_epoch_end = on_train_epoch_end
     return ended(trainer(2, EASGDStrategy(tau=4, final_exchange=False)), module, loader(rank, 6))
 
 

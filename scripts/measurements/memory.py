@@ -47,7 +47,7 @@ SAVE_AT = 9
 
 
 class Memory(pl.Callback):
-    """The largest resident memory in each step and in a save, sampled every half a millisecond.
+    """The largest resident memory in each step, in a save and at the end, every half a millisecond.
 
     Args:
         checkpoint: what is saved after batch ``SAVE_AT``.
@@ -57,7 +57,7 @@ class Memory(pl.Callback):
         self.checkpoint = checkpoint
         self.peaks: list[int] = []
         self.after: list[int] = []
-        self.saving = 0
+        self.saving = self.ending = 0
         self._peak, self._running = 0, True
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
@@ -86,8 +86,13 @@ class Memory(pl.Callback):
             trainer.save_checkpoint(self.checkpoint)
             self.saving = self._peak - self.after[-1]
 
-    def on_train_end(self, *args: Any) -> None:
+    def on_train_epoch_end(self, *args: Any) -> None:
+        """After the last step."""
+        self._peak = self.resident()
+
+    def on_fit_end(self, *args: Any) -> None:
         """Stop sampling."""
+        self.ending = self._peak
         self._running = False
         self._thread.join()
 
@@ -127,6 +132,8 @@ def memory(millions: int, workers: int, compression: str | None) -> None:
     print("  each plus one bucket of", f"{25 * 2**20 / copy:.3f}")
     saving = [found[name]["saving"] / copy for name in ("easgd", "single")]
     print(f"  while saving a checkpoint   {saving[0]:.3f}, on one device {saving[1]:.3f}")
+    ending = found["easgd"]["ending"] - found["single"]["ending"]
+    print(f"  at the end of training      {ending / copy:.3f}")
 
 
 def memory_worker(
@@ -139,7 +146,8 @@ def memory_worker(
     loader = DataLoader(Endless(torch.zeros(1)), batch_size=None)
     fit(Large(numel), loader, strategy, watch, steps=13, devices=1 if alone else workers)
     rank = os.environ["LOCAL_RANK"]
-    seen = {"after": watch.after, "peaks": watch.peaks, "saving": watch.saving}
+    seen = {"after": watch.after, "peaks": watch.peaks}
+    seen |= {"saving": watch.saving, "ending": watch.ending}
     Path(folder, f"{rank}.json").write_text(json.dumps(seen))
 
 

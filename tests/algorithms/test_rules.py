@@ -192,12 +192,12 @@ def with_hooks(module: Slope, strategy: EASGDStrategy, given_up: torch.Tensor) -
     def on_train_batch_start(batch: Any, batch_idx: int) -> None:
         strategy.optimizers[0].param_groups[0]["lr"] = RATES[batch_idx]
 
-    def on_train_end() -> None:
+    def on_train_epoch_end() -> None:
         module.end = module.more.detach().clone()
         if isinstance(strategy.options.codec, TopK):  # at the end, workers take back what they hold
             module.end += held_back(strategy)
 
-    for hook in (on_train_start, on_train_batch_start, on_train_end):
+    for hook in (on_train_start, on_train_batch_start, on_train_epoch_end):
         setattr(module, hook.__name__, hook)
 
 
