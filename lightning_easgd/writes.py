@@ -81,7 +81,9 @@ class Writes:
         named = list(self._center.module.named_parameters())
         self._frozen = self._look([(name, p) for name, p in named if not p.requires_grad])
         stepped = self._stepped()
-        self._unstepped = self._look([(n, p) for n, p in self._elastic() if id(p) not in stepped])
+        self._unstepped = self._look(
+            [(n, p) for n, p in self._elastic() if _memory(p) not in stepped]
+        )
         self._open = self._look(self._elastic())
 
     def forget(self) -> None:
@@ -157,12 +159,12 @@ class Writes:
             named, before = self._unstepped
             stepped = self._stepped()
             changed = [named[number] for number in before.moved(sample(_tensors(named)))]
-            self._tell("written", [name for name, p in changed if id(p) not in stepped])
+            self._tell("written", [name for name, p in changed if _memory(p) not in stepped])
 
     def _stepped(self) -> set[int]:
-        """Identities of the parameters that an optimizer steps."""
+        """Where the parameters lie that an optimizer steps, by whichever of their names."""
         groups = (group for optimizer in self._optimizers() for group in optimizer.param_groups)
-        return {id(parameter) for group in groups for parameter in group["params"]}
+        return {_memory(parameter) for group in groups for parameter in group["params"]}
 
     def before_save(self) -> None:
         """A checkpoint is made of the center, while the module holds the worker."""
