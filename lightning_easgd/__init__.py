@@ -25,9 +25,8 @@ from lightning_easgd.algorithms import (
     Rule,
     SlowMo,
 )
-from lightning_easgd.callbacks import EASGDMonitor
 from lightning_easgd.communication import Codec, ExchangeError, Int8, TopK
-from lightning_easgd.contribution import NonFiniteError
+from lightning_easgd.exchange.contribution import NonFiniteError
 from lightning_easgd.groups import Groups
 from lightning_easgd.schedules import (
     AdaptivePeriod,
@@ -39,7 +38,8 @@ from lightning_easgd.schedules import (
     Schedule,
     Steps,
 )
-from lightning_easgd.strategy import EASGDStrategy
+from lightning_easgd.strategy.monitor import EASGDMonitor
+from lightning_easgd.strategy.strategy import EASGDStrategy
 from lightning_easgd.telemetry import Telemetry
 
 __all__ = [

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_easgd.schedules import Period, Schedule, Strength, is_number
+from lightning_easgd.schedules import Period, Schedule, Strength
+from lightning_easgd.schedules.checks import is_number
 
 Members = int | Literal["node"] | Sequence[Sequence[int]]
 

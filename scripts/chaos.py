@@ -35,8 +35,8 @@ import torch
 from disk import SmallDisk
 from struck import Struck
 
-from lightning_easgd.checkpoint_io import AtomicCheckpointIO
-from lightning_easgd.restoring import Restorer
+from lightning_easgd.checkpoint.restoring import Restorer
+from lightning_easgd.strategy.checkpoint_io import AtomicCheckpointIO
 
 _SIGNALS = {"KILL": 4, "TERM": 3, "INT": 3, "STOP": 1}
 """What strikes, and how often; who waits for one that is stopped takes seconds to be sure."""

@@ -17,7 +17,7 @@ from test_gradients import ADAMW
 from toy import Resumable, Toy, bits, loader, trainer, weights
 
 from lightning_easgd import EASGDStrategy
-from lightning_easgd.communication import liveness, store_thread
+from lightning_easgd.communication import heartbeat, store_thread
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 
@@ -67,9 +67,9 @@ def stop_alone(options: dict[str, Any]) -> list[int]:
 
 def signs_of_life_come_often(monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes seconds on a real network takes about a second here, in forked workers."""
-    monkeypatch.setattr(liveness, "_PERIOD_SECONDS", 0.3)
-    monkeypatch.setattr(liveness, "_PATIENCE_SECONDS", 1.5)
-    monkeypatch.setattr(liveness, "_ANSWER_SECONDS", 1.5)
+    monkeypatch.setattr(heartbeat, "_PERIOD_SECONDS", 0.3)
+    monkeypatch.setattr(heartbeat, "_PATIENCE_SECONDS", 1.5)
+    monkeypatch.setattr(heartbeat, "_ANSWER_SECONDS", 1.5)
     monkeypatch.setattr(store_thread, "_ANSWER_SECONDS", 1.5)
     monkeypatch.setattr(store_thread, "_SILENCE_SECONDS", 1.5)
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from toy import Toy, loader, trainer
 
 from lightning_easgd import EASGDStrategy
-from lightning_easgd.buffers import Statistics
-from lightning_easgd.flat import Memory
+from lightning_easgd.center.flat import Memory
+from lightning_easgd.center.statistics import Statistics
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 CPU = Memory(torch.device("cpu"))

@@ -23,9 +23,9 @@ from torch.utils.data import DataLoader
 from toy import Batches, Resumable, Toy, trainer, weights
 
 from lightning_easgd import EASGDStrategy
-from lightning_easgd.checkpoint_files import workers_folder
-from lightning_easgd.checkpoint_io import AtomicCheckpointIO
-from lightning_easgd.fingerprint import fingerprint
+from lightning_easgd.checkpoint.digest import fingerprint
+from lightning_easgd.checkpoint.files import workers_folder
+from lightning_easgd.strategy.checkpoint_io import AtomicCheckpointIO
 
 # Most resumed runs here save nothing themselves.
 pytestmark = [

@@ -24,7 +24,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from processes import run_workers
 
 from lightning_easgd import EASGDStrategy
-from lightning_easgd.checkpoint_io import AtomicCheckpointIO, OrderedWrites, Write
+from lightning_easgd.checkpoint.ordered_writes import OrderedWrites, Write
+from lightning_easgd.strategy.checkpoint_io import AtomicCheckpointIO
 
 LARGE = 2**20
 

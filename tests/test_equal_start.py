@@ -15,7 +15,7 @@ from torch import Tensor
 from toy import Toy, loader, trainer
 
 from lightning_easgd import EASGDStrategy
-from lightning_easgd.storage import digest, overlaps_itself
+from lightning_easgd.center.storage import digest, overlaps_itself
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 

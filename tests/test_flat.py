@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_easgd.flat import FlatLayout, FlatVector, Memory, bucket_slices
+from lightning_easgd.center.flat import FlatLayout, FlatVector, Memory, bucket_slices
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,7 @@ from toy import Toy, loader, trainer, weights
 
 from lightning_easgd import EASGDStrategy, LeaderSGD
 from lightning_easgd.communication import Header, Place, Stop
-from lightning_easgd.leadership import Leadership
+from lightning_easgd.exchange.leadership import Leadership
 
 SGD = partial(torch.optim.SGD, lr=0.05)
 

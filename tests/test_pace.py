@@ -14,9 +14,9 @@ from test_reference import OPTIMIZERS
 from toy import Resumable, Toy, loader, trainer, weights
 
 from lightning_easgd import EASGDStrategy
-from lightning_easgd.automatic import AutomaticPeriod
-from lightning_easgd.pace import Pace
+from lightning_easgd.exchange.timing import Pace
 from lightning_easgd.schedules import Durations, Observation, Period
+from lightning_easgd.schedules.automatic import AutomaticPeriod
 
 
 class Simulated:

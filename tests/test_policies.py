@@ -19,10 +19,10 @@ from torch.nn.utils.spectral_norm import spectral_norm as hooked_spectral_norm
 from toy import Toy, loader, trainer
 
 from lightning_easgd import EASGDStrategy
-from lightning_easgd.buffers import Statistics
-from lightning_easgd.flat import Memory
-from lightning_easgd.policies import Policies
-from lightning_easgd.spectral import leading_vectors
+from lightning_easgd.center.flat import Memory
+from lightning_easgd.center.policies import Policies
+from lightning_easgd.center.spectral import leading_vectors
+from lightning_easgd.center.statistics import Statistics
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 CPU = Memory(torch.device("cpu"))

@@ -15,7 +15,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from processes import run_workers
 from saving import train
 
-from lightning_easgd.checkpoint_io import AtomicCheckpointIO
+from lightning_easgd.strategy.checkpoint_io import AtomicCheckpointIO
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),

@@ -19,7 +19,7 @@ from processes import run_workers
 from toy import Resumable, Toy, trainer, weights
 
 from lightning_easgd import EASGDStrategy
-from lightning_easgd.checkpoint import CheckpointError
+from lightning_easgd.checkpoint.worker_checkpoints import CheckpointError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),

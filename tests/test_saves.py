@@ -21,8 +21,8 @@ from processes import run_workers
 from saving import SGD, STEPS, files, require_whole, save_of, train
 from toy import Toy
 
-from lightning_easgd.checkpoint_files import remove_debris, remove_saves, worker_file
-from lightning_easgd.checkpoint_io import AtomicCheckpointIO
+from lightning_easgd.checkpoint.files import remove_debris, remove_saves, worker_file
+from lightning_easgd.strategy.checkpoint_io import AtomicCheckpointIO
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_easgd.flat import FlatVector, Memory, as_real, without_collection
-from lightning_easgd.optimizers import LocalOptimizers
-from lightning_easgd.segments import Fragment, Piece, Segment, cut
+from lightning_easgd.center.flat import FlatVector, Memory, as_real, without_collection
+from lightning_easgd.center.fragments import Fragment, Piece, Segment, cut
+from lightning_easgd.exchange.optimizers import LocalOptimizers
 
 SHAPES = st.lists(st.lists(st.integers(0, 5), max_size=3).map(tuple), min_size=1, max_size=8)
 

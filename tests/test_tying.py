@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from toy import bits, loader, trainer
 
 from lightning_easgd import DiLoCo, EASGDStrategy, Groups, policies, tying
-from lightning_easgd.storage import Shares, seen_from, shares
-from lightning_easgd.tying import Ties
+from lightning_easgd.center.storage import Shares, seen_from, shares
+from lightning_easgd.center.tying import Ties
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 NESTEROV = partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True)

@@ -19,7 +19,7 @@ from toy import Batches, Toy, batches, initial_weights, loader, trainer, weights
 
 from lightning_easgd import EASGDStrategy
 from lightning_easgd.communication import Place
-from lightning_easgd.exchange import Exchange
+from lightning_easgd.exchange.exchange import Exchange
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory"),

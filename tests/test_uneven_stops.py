@@ -18,7 +18,7 @@ from toy import Resumable, Toy, loader, trainer, weights
 
 from lightning_easgd import EASGDStrategy
 from lightning_easgd.communication import Place
-from lightning_easgd.exchange import Exchange
+from lightning_easgd.exchange.exchange import Exchange
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 

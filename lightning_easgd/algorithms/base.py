@@ -20,7 +20,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_easgd.schedules import Rate, Schedule, is_number
+from lightning_easgd.schedules import Rate, Schedule
+from lightning_easgd.schedules.checks import is_number
 
 
 class Rule(ABC):

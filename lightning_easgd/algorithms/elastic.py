@@ -35,7 +35,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_easgd.algorithms.base import Rule, momentum_of, require_momentum
-from lightning_easgd.schedules import is_number
+from lightning_easgd.schedules.checks import is_number
 
 
 class EASGD(Rule):

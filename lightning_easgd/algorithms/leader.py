@@ -11,7 +11,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_easgd.algorithms.base import Rule
-from lightning_easgd.schedules import Rate, Schedule, is_number
+from lightning_easgd.schedules import Rate, Schedule
+from lightning_easgd.schedules.checks import is_number
 
 
 class LeaderSGD(Rule):

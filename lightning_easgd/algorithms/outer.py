@@ -19,7 +19,8 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_easgd.algorithms.base import Rule, momentum_of, require_momentum
-from lightning_easgd.schedules import Constant, Rate, as_schedule, is_number
+from lightning_easgd.schedules import Constant, Rate, as_schedule
+from lightning_easgd.schedules.checks import is_number
 
 
 class SlowMo(Rule):

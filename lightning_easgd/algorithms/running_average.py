@@ -23,7 +23,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_easgd.schedules import is_number
+from lightning_easgd.schedules.checks import is_number
 
 Kind = Literal["polyak", "ema"]
 

@@ -3,13 +3,6 @@
 from lightning_easgd.communication.all_reduce import AllReduce, Level, Payload, PendingSum
 from lightning_easgd.communication.codecs import CODECS, Codec, Int8, TopK, choose_codec
 from lightning_easgd.communication.compressed import CompressedAllReduce
-from lightning_easgd.communication.equal_start import (
-    make_equal_,
-    require_equal,
-    start_equal_,
-)
-from lightning_easgd.communication.group import WorkerGroup, gather, leave_all_groups
-from lightning_easgd.communication.grouped import GroupedAllReduce, make_all_reduce
 from lightning_easgd.communication.header import (
     ExchangeError,
     Header,
@@ -18,7 +11,14 @@ from lightning_easgd.communication.header import (
     verify,
     verify_places,
 )
-from lightning_easgd.communication.island import Island
+from lightning_easgd.communication.hierarchical import GroupedAllReduce, make_all_reduce
+from lightning_easgd.communication.subgroup import Island
+from lightning_easgd.communication.sync_module import (
+    make_equal_,
+    require_equal,
+    start_equal_,
+)
+from lightning_easgd.communication.workers import WorkerGroup, gather, leave_all_groups
 
 __all__ = [
     "CODECS",

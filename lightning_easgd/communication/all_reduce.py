@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_easgd.communication.group import Work, WorkerGroup
+from lightning_easgd.center.flat import bucket_slices
 from lightning_easgd.communication.header import Header
-from lightning_easgd.communication.island import Island
-from lightning_easgd.flat import bucket_slices
+from lightning_easgd.communication.subgroup import Island
+from lightning_easgd.communication.workers import Work, WorkerGroup
 
 HEADER_BYTES = 8 * len(Header.__dataclass_fields__)
 """Of one worker's header."""

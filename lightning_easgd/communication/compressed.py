@@ -24,11 +24,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_easgd.center.flat import bucket_slices
 from lightning_easgd.communication.all_reduce import AllReduce, Level, Payload, PendingSum
 from lightning_easgd.communication.background import Background
 from lightning_easgd.communication.codecs import Codec, waiting_time
-from lightning_easgd.communication.group import WorkerGroup
-from lightning_easgd.flat import bucket_slices
+from lightning_easgd.communication.workers import WorkerGroup
 
 # Its name since torch 2.14, which warns of the old one.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

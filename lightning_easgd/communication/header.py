@@ -95,7 +95,7 @@ class Header:
     wait_microseconds: int
     """Time the worker has stood still for exchanges so far."""
     step_microseconds: int = 0
-    """A step of the worker; this and the following as in pace.py."""
+    """A step of the worker; this and the following as in timing.py."""
     exchange_microseconds: int = 0
     """An exchange, from its start to its arrival."""
     cost_microseconds: int = 0

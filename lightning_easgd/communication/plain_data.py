@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_easgd.center.storage import as_bytes
 from lightning_easgd.communication.header import ExchangeError
-from lightning_easgd.storage import as_bytes
 
 MOST_BYTES = 2**24
 """Of a small message, one of a worker about itself."""

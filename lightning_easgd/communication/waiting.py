@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from lightning_easgd.communication.liveness import Liveness
+from lightning_easgd.communication.heartbeat import Liveness
 
 _LOOK_SECONDS = 0.25
 _GRACE_SECONDS = 1.5

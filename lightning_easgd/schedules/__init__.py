@@ -13,8 +13,8 @@ from lightning_easgd.schedules.base import (
     Schedule,
     Schedules,
     Training,
-    is_number,
 )
+from lightning_easgd.schedules.checks import is_number
 from lightning_easgd.schedules.period import Period
 from lightning_easgd.schedules.plain import (
     Anneal,

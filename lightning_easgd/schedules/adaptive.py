@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 from typing_extensions import override
 
-from lightning_easgd.schedules.base import Observation, Schedule, is_number
+from lightning_easgd.schedules.base import Observation, Schedule
+from lightning_easgd.schedules.checks import is_number
 
 _GAIN = 0.25
 _STEADY = 0.75

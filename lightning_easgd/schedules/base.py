@@ -7,17 +7,10 @@ headers, so that all schedules see the same and say the same, however late the s
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
-from typing import Any, ClassVar, TypeGuard
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """Whether ``value`` is a finite real number (Python's, NumPy's), and not a bool."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from lightning_easgd.schedules.base import Rate, Schedule, is_number
+from lightning_easgd.schedules.base import Rate, Schedule
+from lightning_easgd.schedules.checks import is_number
 from lightning_easgd.schedules.plain import Constant, as_schedule
 
 

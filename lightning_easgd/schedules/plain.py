@@ -11,7 +11,8 @@ from typing import ClassVar
 
 from typing_extensions import override
 
-from lightning_easgd.schedules.base import Rate, Schedule, Training, is_number
+from lightning_easgd.schedules.base import Rate, Schedule, Training
+from lightning_easgd.schedules.checks import is_number
 
 Check = Callable[[object], float]
 """Returns an allowed value as a number; raises ValueError for others."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from lightning_easgd.schedules.base import Rate, is_number
+from lightning_easgd.schedules.base import Rate
+from lightning_easgd.schedules.checks import is_number
 from lightning_easgd.schedules.plain import as_schedule
 
 Kind = Literal["beta", "alpha", "rho"]

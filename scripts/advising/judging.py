@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from lightning_easgd.automatic import smallest_period
 from lightning_easgd.schedules import Durations
+from lightning_easgd.schedules.automatic import smallest_period
 
 WORTH = 1.05
 """The least speed-up over DDP for which another algorithm is advised."""

@@ -21,9 +21,9 @@ from omegaconf import DictConfig
 
 from advising.judging import Exchanges, Measured, Trial, together
 from lightning_easgd import EASGDStrategy
-from lightning_easgd.automatic import TAU_MAX, TAU_MIN
 from lightning_easgd.communication import gather
 from lightning_easgd.schedules import Durations
+from lightning_easgd.schedules.automatic import TAU_MAX, TAU_MIN
 from lightning_easgd.workloads import experiment
 
 NEVER = 10**9

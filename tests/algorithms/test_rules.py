@@ -35,7 +35,7 @@ from lightning_easgd import (
     TopK,
 )
 from lightning_easgd.algorithms import RULES, elastic
-from lightning_easgd.flat import FlatVector
+from lightning_easgd.center.flat import FlatVector
 
 
 def averaged(rank: int, strategy: Any, make: Any) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lightning_easgd import AdaptivePeriod, ConsensusTarget
 from lightning_easgd.communication import Header, Place, Stop
-from lightning_easgd.consensus import Consensus
+from lightning_easgd.exchange.consensus import Consensus
 from lightning_easgd.schedules import Observation, Schedules
 
 HEADER = Header(0, 0, 0, Place.TRAINING, Stop.NO, False, 0, 0)

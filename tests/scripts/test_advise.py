@@ -19,8 +19,8 @@ from advising.report import command, table
 from emulation import EmulatedHosts
 from processes import processes_of, run_script
 
-from lightning_easgd.automatic import AutomaticPeriod, smallest_period
 from lightning_easgd.schedules import Durations, Observation
+from lightning_easgd.schedules.automatic import AutomaticPeriod, smallest_period
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "advise.py"
 REASON = emulation.unavailable()

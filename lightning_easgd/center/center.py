@@ -1,0 +1,372 @@
+"""WHERE the shared weights live: the center and its statistics.
+
+[Note: two copies] The center and the sum in flight are the only model-sized buffers that outlive a
+step. While nothing is in flight the second one is free, so it keeps the worker's own weights when
+the module holds the center; see swap.py. With several fragments it holds the one that is in flight,
+and is made larger for as long as the module holds the center.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_easgd.algorithms import CenterAverage
+from lightning_easgd.center.flat import FlatVector, Memory, as_real
+from lightning_easgd.center.fragments import Fragment, Piece, Segment, put_together
+from lightning_easgd.center.policies import Buffers, Policies
+from lightning_easgd.center.statistics import Statistics
+from lightning_easgd.center.structure import Structure
+from lightning_easgd.center.tying import Ties
+
+Shown = Literal["center", "delivered"]
+"""What a module is given: the center, or its running average if there is one."""
+
+
+class Center:
+    """The center of one module: elastic parameters in segments, and statistics.
+
+    A parameter is elastic once it has been seen with ``requires_grad``. One that is unfrozen later
+    gets a segment of its own, whose center is its frozen value; the segment joins the exchanges
+    when all workers have announced it. Parameters frozen again stay in the exchange.
+
+    Args:
+        module: whose parameters and buffers are equal on all workers.
+        buffers: what becomes of buffers.
+        rank: this worker's number.
+        turns: into how many fragments parameters are cut; each is exchanged in its turn.
+        offload: whether the center lies in host memory, wherever the parameters are.
+        averaging: which running average of the center the module shows, and is saved and delivered;
+            None: the center itself. Statistics are the center's either way.
+        group: the center of this worker's group, of the same module, which takes part in exchanges
+            in the worker's place; None: the worker itself does.
+
+    Raises:
+        ValueError: the module has no parameter to train, cannot be cut into so many fragments, or
+            parameters share a part of their memory, or a pattern for buffers names none.
+        TypeError: a parameter cannot be averaged.
+        RuntimeError: there is no memory left where the center shall lie.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        buffers: Buffers | Policies,
+        rank: int,
+        turns: int = 1,
+        offload: bool = False,
+        averaging: CenterAverage | None = None,
+        group: Center | None = None,
+    ) -> None:
+        self.module = module
+        self.group = group
+        self.turns = turns
+        self._averaging = averaging
+        self._statistics_of = buffers, rank
+        self._offload = offload
+        self._begin()
+
+    def rebuild(self) -> None:
+        """Begin anew with the parameters and buffers of the module now; raises as at first."""
+        if self.group is not None:
+            self.group.rebuild()
+        self._begin()
+
+    def _begin(self) -> None:
+        module, turns = self.module, self.turns
+        self.segments: list[Segment] = []
+        self.joined = 0
+        self.ties = Ties()
+        self.structure: Structure | None = Structure(module)
+        """Of the module, until training begins."""
+        self._dormant = list(module.named_parameters())
+        if not any(parameter.requires_grad for _, parameter in self._dormant):
+            raise ValueError(
+                f"{type(module).__name__} has no parameter with requires_grad=True, so there is"
+                " nothing to average. Create the parameters in __init__ or configure_model, or"
+                " unfreeze one."
+            )
+        self._memory = _memory(self._dormant[0][1].device, self._offload)
+        self._sums: dict[torch.dtype, Tensor] = {}
+        self._summed: list[Fragment] = []
+        self.statistics = Statistics(module, *self._statistics_of, self._memory)
+        self.adopt_unfrozen()
+        self.join(len(self.segments))
+        if (found := len(self.segments[0].fragments)) < turns:
+            raise ValueError(
+                f"fragments={turns} is too many: the trained parameters of"
+                f" {type(module).__name__} can be cut into at most {found}, along their first"
+                f" dimension. Allowed: 1 to {found}."
+            )
+
+    def adopt_unfrozen(self) -> bool:
+        """Give parameters that were unfrozen since the last call a segment; whether there were any.
+
+        Must be called before they take their first step: their value is then the same on every
+        worker.
+        """
+        if not any(parameter.requires_grad for _, parameter in self._dormant):
+            return False
+        named = self.ties.add((n, p) for n, p in self._dormant if p.requires_grad)
+        self.statistics.refuse_trained(name for name, _ in named)
+        self._dormant = [(n, p) for n, p in self._dormant if not p.requires_grad]
+        if not named:
+            return False
+        self.segments.append(self._segment(named))
+        if self.group is not None:
+            self.group.adopt_unfrozen()
+            self._tie(self.group)
+        return True
+
+    def unknown(self) -> list[str]:
+        """Names of parameters that are trained, and were registered after training began."""
+        named = [pair for segment in self.segments for pair in segment.named]
+        known = {id(p) for _, p in (*named, *self.ties.twins(), *self._dormant)}
+        trained = ((n, p) for n, p in self.module.named_parameters() if p.requires_grad)
+        return [name for name, parameter in trained if id(parameter) not in known]
+
+    def _tie(self, group: Center) -> None:
+        """Let the group's center take part in exchanges, fragment by fragment."""
+        pairs = zip(_fragments(self.segments), _fragments(group.segments), strict=True)
+        for mine, theirs in pairs:
+            mine.group = theirs.center
+
+    def _segment(self, named: Sequence[tuple[str, nn.Parameter]]) -> Segment:
+        return Segment(named, self.turns, self._memory, self._averaging)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self._memory.device
+
+    def join(self, segments: int) -> None:
+        """Let the first ``segments`` segments take part in exchanges from now on."""
+        self.joined = segments
+
+    def open(self, turn: int) -> list[Fragment]:
+        """The fragments that are exchanged in this turn, with memory for their sums.
+
+        Nothing may be in flight.
+        """
+        fragments = self.fragments(turn, self.joined)
+        self._provide_sums(fragments)
+        return fragments
+
+    def fragments(self, turn: int, joined: int) -> list[Fragment]:
+        """Those of the first ``joined`` segments that are exchanged in this turn."""
+        return [
+            segment.fragments[turn]
+            for segment in self.segments[:joined]
+            if turn < len(segment.fragments)
+        ]
+
+    def fingerprint(self, segments: int, turn: int = 0) -> int:
+        """A hash of the first ``segments`` segments' names and shapes and the turn, in 56 bits."""
+        value = turn
+        for fragment in _fragments(self.segments[:segments]):
+            value = (value * 1_000_003 + fragment.layout.fingerprint) % 2**56
+        return value
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All that take part in exchanges."""
+        firsts = [p for segment in self.segments[: self.joined] for _, p in segment.named]
+        return firsts + self.ties.twins_of(firsts)
+
+    def checksum(self) -> int:
+        """A sum over the bits of all elastic center values, within 63 bits."""
+        elastic = _fragments(self.segments[: self.joined])
+        return sum(fragment.center.checksum() for fragment in elastic) % 2**63
+
+    def shared_state(self, *, at_the_end: bool = False) -> dict[str, Any]:
+        """What the state dict does not tell of the center, for a checkpoint.
+
+        The segments by the names of their parameters, how many joined, the values whose own
+        precision in the module is lower than the center's, what the update rule keeps, and the
+        center itself where its running average is delivered.
+
+        Args:
+            at_the_end: whether the state dict will be newer; then all values are there.
+        """
+        pieces = self.pieces("delivered")
+        exact = [(p, v) for p, v in pieces if at_the_end or as_real(p.tensor).dtype != v.dtype]
+        return {
+            "segments": [segment.names for segment in self.segments],
+            "joined": self.joined,
+            "exact": put_together(exact),
+            "outer": {f.name: f.outer for f in _fragments(self.segments) if any(f.outer)},
+            "averaged": None if self._averaging is None else self.values(),
+            "at_the_end": at_the_end,
+        }
+
+    def load_values(self, values: Mapping[str, Tensor]) -> None:
+        """Put values into the center, by the names of its parameters; the rest stays."""
+        for fragment in _fragments(self.segments):
+            for piece, view in fragment.values(fragment.center):
+                if piece.name in values:
+                    view.copy_(piece.of(values[piece.name]))
+
+    def values(self) -> dict[str, Any]:
+        """The center, by the names of its parameters, and how often each fragment has moved.
+
+        The fragments of a segment go by the name of its first parameter.
+        """
+        pieces = [each for f in _fragments(self.segments) for each in f.values(f.center)]
+        moves = {s.names[0]: [fragment.moves for fragment in s.fragments] for s in self.segments}
+        return {"center": put_together(pieces), "moves": moves}
+
+    def load_outer(self, outer: Mapping[str, list[dict[str, Any]]]) -> bool:
+        """Give the update rule what it kept; whether all of it was of fragments there are."""
+        here = {fragment.name: fragment for fragment in _fragments(self.segments)}
+        for name in outer.keys() & here.keys():
+            here[name].load_outer(outer[name])
+        return outer.keys() <= here.keys()
+
+    def load_shared_state(self, state: Mapping[str, Any]) -> None:
+        """Form the segments of :meth:`shared_state` again; the module holds what was delivered.
+
+        Then it holds the center, and so does the group's.
+        """
+        if self.group is not None:
+            self.group.load_shared_state(state)
+        named = dict(self._dormant) | dict(self.ties.twins())
+        for segment in self.segments:
+            named |= segment.named
+        self.ties = Ties()
+        groups = [
+            self.ties.add((n, named.pop(n)) for n in names if n in named)
+            for names in state["segments"]
+        ]
+        self.segments = [self._segment(group) for group in groups if group]
+        self._dormant = list(named.items())
+        self.join(min(state["joined"], len(self.segments)))
+        self.adopt_unfrozen()
+        self.read_module()
+        for piece, view in self.pieces("center"):
+            if piece.name in state["exact"]:
+                view.copy_(piece.of(state["exact"][piece.name]))
+        averaged = state.get("averaged") or {"center": {}, "moves": {}}
+        for segment in self.segments:
+            segment.resume_average(averaged["moves"].get(segment.names[0], [0]))
+        self.load_values(averaged["center"])
+        if self.group is not None:
+            self._tie(self.group)
+        if averaged["center"] or state.get("at_the_end"):
+            self.overwrite_worker()
+
+    def provide_vectors(self, *, in_flight: bool) -> list[tuple[Fragment, FlatVector]]:
+        """Memory for all of the worker's elastic parameters: that of the sums, if it is free.
+
+        Args:
+            in_flight: whether it is not.
+        """
+        fragments = list(_fragments(self.segments))
+        if in_flight:
+            return [(fragment, fragment.center.clone()) for fragment in fragments]
+        self._provide_sums(fragments)
+        return [(fragment, fragment.total) for fragment in fragments]
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """All parameters and the statistics, by what they are called in messages."""
+        parameters = dict(self.module.named_parameters())
+        buffers = self.statistics_now().items()
+        return {f"parameter '{name}'": p for name, p in parameters.items()} | {
+            f"buffer '{name}'": b for name, b in buffers if name not in parameters
+        }
+
+    def swapped_tensors(self) -> list[Tensor]:
+        """What of the module :meth:`write` writes to."""
+        weights = [piece.whole for f in _fragments(self.segments) for piece in f.pieces]
+        return [*weights, *self.statistics_now().values()]
+
+    def release_sums(self) -> None:
+        """Let go of memory that is larger than exchanges need."""
+        if self.turns > 1:
+            for fragment in self._summed:
+                fragment.total = None
+            self._sums, self._summed = {}, []
+
+    def write(self, which: Shown) -> None:
+        """Make the module's weights and statistics those of the center or of what is delivered."""
+        for fragment in _fragments(self.segments):
+            getattr(fragment, which).write_to(fragment.tensors())
+        self.statistics.load_center()
+
+    def statistics_now(self) -> dict[str, Tensor]:
+        """What the module has now of what the statistics are of, by name."""
+        return self.statistics.tensors()
+
+    def overwrite_worker(self) -> None:
+        """Make the module's weights and statistics those of the center, to go on from there.
+
+        Those of the group's center too, if there is one.
+        """
+        self.write("center")
+        if self.group is not None:
+            self.group.read_module()
+
+    def restart_worker(self) -> None:
+        """Let the weights that take part in exchanges go on from the center, without momentum."""
+        for fragment in _fragments(self.segments[: self.joined]):
+            fragment.center.write_to(fragment.tensors())
+            fragment.forget_memory()
+
+    def read_module(self, *, statistics: bool = True) -> None:
+        """Make the module's weights, equal on all workers, those of the center.
+
+        Args:
+            statistics: whether its statistics, too.
+        """
+        for fragment in _fragments(self.segments):
+            fragment.center.read_(fragment.tensors())
+            fragment.forget()
+        if statistics:
+            self.statistics.read_center()
+        if self.group is not None:
+            self.group.read_module()
+
+    def _provide_sums(self, fragments: list[Fragment]) -> None:
+        """Give these fragments, and no others, memory for their sums."""
+        if fragments == self._summed:
+            return
+        sizes: dict[torch.dtype, int] = {}
+        for fragment in fragments:
+            for dtype, size in fragment.layout.sizes.items():
+                sizes[dtype] = sizes.get(dtype, 0) + size
+        for fragment in self._summed:
+            fragment.total = None
+        if any(size > self._capacity(dtype) for dtype, size in sizes.items()):
+            self._sums = {}  # let go of the smaller ones first
+            self._sums = self._memory.allocate(sizes)
+        ends = dict.fromkeys(sizes, 0)
+        for fragment in fragments:
+            buffers = {}
+            for dtype, size in fragment.layout.sizes.items():
+                buffers[dtype] = self._sums[dtype][ends[dtype] : ends[dtype] + size]
+                ends[dtype] += size
+            fragment.total = FlatVector(fragment.layout, buffers)
+        self._summed = fragments
+
+    def _capacity(self, dtype: torch.dtype) -> int:
+        return self._sums[dtype].numel() if dtype in self._sums else -1
+
+    def pieces(self, which: Shown) -> Iterator[tuple[Piece, Tensor]]:
+        """What the center or what is delivered holds for each piece."""
+        for fragment in _fragments(self.segments):
+            yield from fragment.values(getattr(fragment, which))
+        if self.statistics:
+            yield from self.statistics.values(self.statistics.center)
+
+
+def _fragments(segments: Iterable[Segment]) -> Iterator[Fragment]:
+    for segment in segments:
+        yield from segment.fragments
+
+
+def _memory(device: torch.device, offload: bool) -> Memory:
+    if not offload:
+        return Memory(device)
+    return Memory(torch.device("cpu"), pinned=device.type != "cpu")

@@ -1,0 +1,332 @@
+"""How the workers go on from a checkpoint: all from the same, and each with its own state.
+
+[Note: agreement] Lightning resolves ``ckpt_path="last"`` and reads the file on each worker by
+itself. A worker whose machine does not see the folder, or sees another file, would go on without
+the others. So all of them first say what they found; an error is everybody's.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_easgd.checkpoint.digest import fingerprint
+from lightning_easgd.checkpoint.files import ENTRY, Storage, is_save_id, worker_file
+from lightning_easgd.checkpoint.own_values import OwnValues
+from lightning_easgd.checkpoint.random_state import restore_random_state
+from lightning_easgd.checkpoint.worker_checkpoints import (
+    FORMAT,
+    CheckpointError,
+    Gather,
+    digest_of_main,
+    listing,
+)
+from lightning_easgd.communication.foreign import escape, quote
+from lightning_easgd.exchange.exchange import Exchange
+
+_VERSION = "pytorch-lightning_version"
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What a checkpoint holds for this worker besides what Lightning restores."""
+
+    path: str
+    """Of the main file."""
+    shared: dict[str, Any]
+    """The entry of the main file."""
+    own: dict[str, Any] | None
+    """The worker's own file; None where it starts at the center."""
+    problems: dict[int, str]
+    """Why workers that should have had a file start at the center, by rank."""
+
+    def restore(self, exchange: Exchange, values: OwnValues) -> None:
+        """Give the exchange, and the module that holds the center, back what was saved of them.
+
+        Args:
+            exchange: of this worker.
+            values: of this worker's module.
+        """
+        exchange.load_state(self.shared["exchange"], self.own and self.own["exchange"])
+        if self.own is not None:
+            values.write(self.own["weights"])
+
+    def restore_random_state(self) -> None:
+        """Go on with the random numbers that would have come next."""
+        if self.own is not None:
+            restore_random_state(self.own["random"])
+
+    def warnings(self) -> list[str]:
+        """Which workers should have had a file and start at the center; a line each."""
+        return [
+            f"Worker {rank} starts at the center, with fresh optimizers: {quote(problem)}."
+            for rank, problem in self.problems.items()
+        ]
+
+    def note(self, workers: int) -> str:
+        """How ``workers`` workers go on with what was saved, in a line."""
+        before = self.shared["workers"]
+        if before == workers or len(self.problems) == workers:
+            kept = workers - len(self.problems)
+            return f"{kept} of {workers} worker(s) go on with their own state."
+        rest = "the others start at the center" if workers > before else "the rest is dropped"
+        return (
+            f"{workers} worker(s) resume what {before} trained: the first {min(before, workers)}"
+            f" keep their own state, {rest}; alpha is that of {workers} worker(s)."
+        )
+
+
+def agree_on_path(path: str | None, gather: Gather, *, looked_in: Sequence[str] = ()) -> None:
+    """Make sure that all workers have a checkpoint to go on from, or none.
+
+    Args:
+        path: of this worker; None where it found none.
+        gather: collects a plain value of every worker, by rank.
+        looked_in: folders, if it found none.
+
+    Raises:
+        CheckpointError: on all workers, with what each found where.
+    """
+    said = gather([platform.node(), path, list(looked_in)])
+    found = {rank: place for rank, (_, place, _) in enumerate(said) if place}
+    if not found or len(found) == len(said):
+        return
+    texts = [
+        f"worker {rank} on {escape(host)} found {escape(place or ' in '.join(['none', *folders]))}"
+        for rank, (host, place, folders) in enumerate(said)
+    ]
+    folders = sorted({escape(os.path.dirname(place)) or "." for place in found.values()})
+    raise CheckpointError(
+        f"Not all workers found a checkpoint to go on from: {'; '.join(texts)}. All machines must"
+        f" see the folder {', '.join(folders)}: save to a network file system, or copy it to the"
+        " same place on each machine. Or start anew on all with ckpt_path=None."
+    )
+
+
+class Restorer:
+    """Reads a checkpoint on all workers.
+
+    Args:
+        storage: how files are read, on this worker.
+        rank: this worker.
+        gather: collects a plain value (as JSON has) of every worker on every worker, by rank.
+    """
+
+    def __init__(self, storage: Storage, *, rank: int, gather: Gather) -> None:
+        self._storage = storage
+        self._rank = rank
+        self._gather = gather
+
+    def read(
+        self, path: str, read: Callable[[], Any], *, weights_only: bool | None, own: bool = True
+    ) -> Found:
+        """Read the main file and this worker's own state; all must call it.
+
+        Args:
+            path: of the main file.
+            read: reads it.
+            weights_only: as the user asked for the main file.
+            own: whether the worker's own state is wanted.
+
+        Raises:
+            CheckpointError: on all workers, if one cannot read the main file, or it is damaged, of
+                another layout, or not the same for all.
+        """
+        found, error = Found(path, {}, None, None, None), None
+        try:
+            checkpoint, entry = _read_main(path, read)
+            mine, problem = None, None
+            if entry is not None and own:
+                mine, problem = self._load_own(entry, path, weights_only)
+            found = Found(path, checkpoint, entry, mine, problem)
+        except CheckpointError as raised:
+            error = raised
+        save = found.entry["save"] if found.entry is not None else None
+        step = found.checkpoint.get("global_step")
+        step = step if isinstance(step, int) else None
+        text = None if error is None else str(error)
+        said = self._gather(
+            [platform.node(), text, f"{path} (save {save}, step {step})", save, step]
+        )
+        _require_readable(path, said, error)
+        return found
+
+    def resume(
+        self,
+        found: Found,
+        *,
+        strict: bool,
+        groups: Sequence[Sequence[Sequence[int]]] = (),
+        tied: bool = False,
+    ) -> Resumed | None:
+        """Put this worker's own state in the place of worker 0's; all must call it.
+
+        Args:
+            found: by :meth:`read`; its checkpoint becomes what this worker restores.
+            strict: whether a worker that cannot have its own state is an error.
+            groups: ranks of all groups, level by level from the outermost inward; those of one of
+                the innermost go on together or not at all.
+            tied: whether each has a center of its own.
+
+        Returns:
+            None for a checkpoint without workers' states, written by another strategy.
+
+        Raises:
+            CheckpointError: on all workers, with ``strict``, if the state of one is missing or
+                damaged.
+        """
+        entry, own = found.entry, found.own
+        if entry is None:
+            return None
+        everybody = enumerate(self._gather(found.problem))
+        problems = {rank: text for rank, text in everybody if text}
+        before = entry["exchange"].get("groups", []), entry["exchange"].get("tied", False)
+        changed = before != (list(groups), tied)
+        problems |= _problems_of_groups(groups[-1] if groups else [], problems, changed=changed)
+        own = None if self._rank in problems else own
+        if problems and strict:
+            raise CheckpointError(
+                f"Not all workers have their own state in {found.path}: {listing(problems)}. Leave"
+                " strict_resume at False to start those at the center."
+            )
+        if own is None:
+            _start_afresh(found.checkpoint)
+        else:
+            found.checkpoint.update(own.pop("checkpoint", {}))
+        return Resumed(found.path, dict(entry), own, problems)
+
+    def _load_own(
+        self, entry: Mapping[str, Any], path: str, weights_only: bool | None
+    ) -> tuple[dict[str, Any] | None, str | None]:
+        if self._rank >= entry["workers"]:
+            return None, None
+        if "own" in entry:  # it was one worker
+            return dict(entry["own"]), None
+        # A link (ModelCheckpoint's save_last="link") points to a main file with another name.
+        target = os.path.realpath(path) if os.path.islink(path) else path
+        file = worker_file(target, entry["save"], self._rank)
+        try:
+            content = self._storage.load_checkpoint(file, weights_only=weights_only)
+            if (content["save"], content["worker"]) != (entry["save"], self._rank):
+                of = f"worker {content['worker']} in save {content['save']}"
+                return None, f"{file} is that of {of}, not of {self._rank} in {entry['save']}"
+            if list(fingerprint(content)) != list(entry["parts"][self._rank]):
+                return None, f"{file} was altered since it was written"
+        except FileNotFoundError as missing:
+            return None, f"{missing}".rstrip(".")
+        except Exception as broken:  # whatever a storage raises on a damaged file
+            return None, f"{file} cannot be read ({_reason(broken)})"
+        return content, None
+
+
+@dataclass(frozen=True)
+class Found:
+    """What this worker read of a checkpoint."""
+
+    path: str
+    checkpoint: dict[str, Any]
+    entry: Mapping[str, Any] | None
+    own: dict[str, Any] | None
+    problem: str | None
+    """Why the worker has no state of its own where it should have."""
+
+
+def _read_main(path: str, read: Callable[[], Any]) -> tuple[dict[str, Any], Any]:
+    """The main file's content without our entry, and the entry; None if there is none."""
+    try:
+        checkpoint = read()
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is not there ({error})") from error
+    except Exception as error:  # whatever a storage raises on a damaged file
+        raise CheckpointError(
+            f"{path} cannot be read ({_reason(error)}). It is damaged, cut short or no checkpoint;"
+            " resume from another one, or remove it to start anew"
+        ) from error
+    if not isinstance(checkpoint, dict) or _VERSION not in checkpoint:
+        held = list(checkpoint)[:5] if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        raise CheckpointError(
+            f"{path} is no checkpoint of Lightning's: it holds {held} and no '{_VERSION}'. Load"
+            " weights alone with module.load_state_dict before fit"
+        )
+    entry = checkpoint.pop(ENTRY, None)
+    if entry is not None:
+        _require_sound(path, checkpoint, entry)
+    return checkpoint, entry
+
+
+def _require_sound(path: str, checkpoint: Mapping[str, Any], entry: Any) -> None:
+    way_out = (
+        "resume from another checkpoint, or remove the entry"
+        f" '{ENTRY}' from this one to start all workers at its weights"
+    )
+    layout = entry.get("format") if isinstance(entry, Mapping) else None
+    if layout != FORMAT:
+        raise CheckpointError(
+            f"{path} has layout {layout}, this version of lightning-easgd reads {FORMAT}. Use the"
+            f" version that wrote it; {way_out}"
+        )
+    if not is_save_id(entry.get("save")):
+        raise CheckpointError(
+            f"{path} names its save {str(entry.get('save'))[:80]!r}, which is no id of a save (12"
+            f" hexadecimal digits). It is damaged or was made up; {way_out}"
+        )
+    if digest_of_main(checkpoint, entry) != entry.get("digest"):
+        raise CheckpointError(
+            f"{path} is damaged: its weights, optimizer states or the entry '{ENTRY}' are not those"
+            f" that were written. If they were changed on purpose, remove the entry; {way_out}"
+        )
+
+
+def _require_readable(path: str, said: Sequence[Any], mine: CheckpointError | None) -> None:
+    failed = {rank: text for rank, (_, text, *_) in enumerate(said) if text is not None}
+    if failed:
+        if len(failed) == len(said) and len(set(failed.values())) == 1:
+            raise CheckpointError(f"{mine}.") from mine
+        who = "; ".join(
+            f"worker {rank} on {escape(said[rank][0])}: {quote(text)}"
+            for rank, text in failed.items()
+        )
+        raise CheckpointError(f"Not all workers can read the checkpoint {path}: {who}.") from mine
+    if len({(save, step) for *_, save, step in said}) > 1:
+        who = "; ".join(
+            f"worker {rank} on {escape(host)} read {escape(what)}"
+            for rank, (host, _, what, *_) in enumerate(said)
+        )
+        raise CheckpointError(
+            f"The workers read different checkpoints: {who}. Let all machines see the"
+            " same folder, or copy the newest checkpoint, with its folder, to each."
+        )
+
+
+def _problems_of_groups(
+    groups: Sequence[Sequence[int]], problems: Mapping[int, str], *, changed: bool
+) -> dict[int, str]:
+    """Workers that may not go on with their own state, since the others of their group cannot."""
+    if changed:
+        return dict.fromkeys((rank for ranks in groups for rank in ranks), "groups have changed")
+    return {
+        rank: f"worker {sick[0]} of its group does, since {problems[sick[0]]}"
+        for ranks in groups
+        if (sick := [rank for rank in ranks if rank in problems])
+        for rank in ranks
+        if rank not in problems
+    }
+
+
+def _reason(error: BaseException) -> str:
+    """An error in a line; torch's about what it does not unpickle have many."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    text = f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+    if type(error).__name__ == "UnpicklingError":
+        text += " (fit(..., weights_only=False) unpickles anything, for whoever trusts the file)"
+    return text
+
+
+def _start_afresh(checkpoint: dict[str, Any]) -> None:
+    """Keep worker 0's learning rates and progress, but none of its moments."""
+    checkpoint["optimizer_states"] = [
+        {**state, "state": {}} for state in checkpoint.get("optimizer_states", [])
+    ]

@@ -1,0 +1,177 @@
+"""One level of a tree: the link between a party, and the center of a group that it is in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lightning_easgd.algorithms import EASGD
+from lightning_easgd.center.center import Center
+from lightning_easgd.communication import AllReduce, Place
+from lightning_easgd.exchange.agreement import Agreement
+from lightning_easgd.exchange.contribution import Contribution, Pull
+from lightning_easgd.exchange.moving_rates import MovingRates
+from lightning_easgd.exchange.optimizers import LocalOptimizers
+from lightning_easgd.exchange.transit import Transit
+from lightning_easgd.groups import Groups
+from lightning_easgd.schedules import Schedules
+from lightning_easgd.telemetry import Telemetry
+
+
+class GroupLevel:
+    """The elastic link between one worker, or the center of its group inside, and a group's center.
+
+    Args:
+        center: of the group.
+        all_reduce: how sums travel between the members.
+        groups: period and strength.
+        sizes: how many parties each of the groups has.
+        inside: the level whose center takes part here; None: the worker itself does.
+        optimizers: the worker's own.
+        from_iterate: whether x is the paper's iterate where a parameter is its look-ahead point.
+
+    Raises:
+        ValueError: on all workers, if the strength is unstable in one of the groups.
+    """
+
+    def __init__(
+        self,
+        center: Center,
+        all_reduce: AllReduce,
+        groups: Groups,
+        *,
+        sizes: Sequence[int],
+        inside: GroupLevel | None,
+        optimizers: LocalOptimizers,
+        from_iterate: bool,
+    ) -> None:
+        self.telemetry = Telemetry()
+        self._center = center
+        self._all_reduce = all_reduce
+        self._inside = inside
+        self._period = groups.period
+        speaks = all_reduce.party == 0
+        rates = {size: _rates(groups, optimizers, size, speaks=speaks) for size in sizes}
+        rule = EASGD()
+        contribution = Contribution(
+            center,
+            optimizers,
+            rule=rule,
+            weights=rates[len(all_reduce.parties)].at,
+            telemetry=self.telemetry,
+            reckon_=lambda differences, last: None,
+            round_=all_reduce.round_,
+            agree=self._agree,
+            from_iterate=from_iterate and inside is None,
+        )
+        self._transit = Transit(
+            center,
+            all_reduce,
+            contribution,
+            rule=rule,
+            telemetry=self.telemetry,
+            agreement=Agreement(rule, optimizers, all_reduce.parties),
+            schedules=Schedules({}),
+        )
+        self.set_clock(0)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether a party had finite weights at the latest exchange that has arrived."""
+        return self._transit.anybody_healthy
+
+    def _agree(self, healthy: bool, checksum: Callable[[], int]) -> bool:
+        """Whether a group inside takes part: members know it alike, from its own exchanges."""
+        return healthy and (self._inside is None or self._inside.healthy)
+
+    def set_clock(self, clock: int) -> None:
+        """An exchange began at this step, or training does after so many steps."""
+        _, self.next_due = self._period.after(clock)
+
+    def catch_up(self, clock: int) -> None:
+        """All workers go on after ``clock`` steps; those of the group took perhaps fewer."""
+        _, due = self._period.after(max(0, clock - 1))
+        self.next_due = max(self.next_due, due)
+
+    def begin(self, clock: int, *, last: bool = False) -> Pull:
+        """Send the party's difference off; it is owed the returned pull. Nothing is under way."""
+        pull = self._transit.begin(clock, last=last)
+        self.set_clock(clock)
+        return pull
+
+    def land(self) -> None:
+        """Wait for what is under way, if anything, and move the group's center.
+
+        Raises:
+            ExchangeError: it failed, or the members are out of step.
+        """
+        self._transit.land()
+
+    def stand_still(self, clock: int, place: Place) -> int | None:
+        """Wait until a member begins an exchange, at the step returned, or all stand still.
+
+        Raises:
+            ExchangeError: as for :meth:`land`.
+        """
+        self.land()
+        self.announce(clock, place)
+        headers = self._transit.headers()
+        training = [header.clock for header in headers if header.place is Place.TRAINING]
+        if training:
+            return training[0]
+        self.land()
+        return None
+
+    def announce(self, clock: int, place: Place) -> None:
+        """Say that this worker stands still. Nothing is under way."""
+        # Members that train have their center pulled before their headers leave; here it is later.
+        self._transit.stand_still(clock, place, compare=False)
+
+    def answer(self, clock: int) -> Pull:
+        """Take part in the exchange that members began, when all have said so; as :meth:`begin`."""
+        self._transit.headers()
+        # Once more: the group's center may have been pulled since the header left.
+        self._transit.contribution.take_differences(0)
+        pull = self._transit.answer(clock)
+        self.set_clock(clock)
+        return pull
+
+    def state(self) -> dict[str, Any]:
+        """What the members share, for a checkpoint."""
+        return {"healthy": self.healthy, "joined": self._center.joined, **self._center.values()}
+
+    def restore(self, saved: Mapping[str, Any] | None) -> None:
+        """Go on with what members saved; all of them must call it.
+
+        A member that has nothing starts at the center that others have. If none has, all stay at
+        the center above.
+
+        Args:
+            saved: of :meth:`state`; None if this worker has nothing.
+
+        Raises:
+            ExchangeError: a member left or did not come in time.
+        """
+        island, what = self._all_reduce.within, "Resuming"
+        assert island is not None
+        having = [bool(has) for (has,) in island.gather([saved is not None], what)]
+        if not any(having):
+            return
+        state = saved
+        if not all(having):
+            elements = sum(p.numel() for s in self._center.segments for _, p in s.named)
+            state, _ = island.broadcast(saved, having.index(True), what, elements=elements)
+        assert state is not None
+        self._transit.anybody_healthy = state["healthy"]
+        self._center.join(min(state["joined"], len(self._center.segments)))
+        self._center.load_values(state["center"])
+        if saved is None:
+            self._center.overwrite_worker()
+
+
+def _rates(groups: Groups, optimizers: LocalOptimizers, size: int, *, speaks: bool) -> MovingRates:
+    try:
+        return MovingRates(groups.strength, optimizers, workers=size, speaks=speaks)
+    except ValueError as error:
+        parties = " group(s)" if groups.inside else ""
+        raise ValueError(f"Inside a group of {size}{parties}, with {groups}: {error}") from error

@@ -1,0 +1,144 @@
+"""The lower levels of a tree: workers, and groups of them, tied to centers of groups.
+
+[Note: levels] Each level is synchronous EASGD between parties and a center. On top the center is c,
+and a party is the center g of one of the outermost groups; in a group, parties are the centers of
+the groups inside it, and in one of the innermost its workers x. Where several levels exchange at a
+step, the uppermost goes first: g is pulled towards c at once, and then x and g pull at each other::
+
+    e = α' (g - c) ;  g <- g - e ;  c <- c + Σ_groups e       every τ' steps
+    d = α (x - g)  ;  x <- x - d ;  g <- g + Σ_members d      every τ steps, τ | τ'
+
+The pull on g needs nobody else, so c is first read at the next exchange of the upper level, and g
+at the next of the lower one, and both sums travel behind the steps in between with the same bits.
+One after the other is a product of symmetric maps. Each has no eigenvalue outside (-1, 1] if its
+own α < 2/(p+1), with the p of that level, and then the product is stable too. (All levels at once
+would need the sum of their strengths to be small.) Every exchange keeps Σ x + Σ g + c.
+
+[Note: headers first] Who stands still in a group learns from its headers of exchanges that members
+began further up. It sends its headers for all of these before it waits for those of others: who
+stands still in another group learns of them only when all headers of a level in between are there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from lightning_easgd.communication import Place
+from lightning_easgd.exchange.contribution import Pull, pull_worker
+from lightning_easgd.exchange.level import GroupLevel
+from lightning_easgd.telemetry import Telemetry
+
+
+class Levels:
+    """All levels of groups with centers of their own; there may be none.
+
+    Args:
+        levels: of this worker, from the outermost inward.
+        telemetry: where costs are counted.
+    """
+
+    def __init__(self, levels: Sequence[GroupLevel], telemetry: Telemetry) -> None:
+        self._levels = list(levels)
+        self._telemetry = telemetry
+        telemetry.bytes_of_groups = [0 for _ in levels]
+
+    def __bool__(self) -> bool:
+        return bool(self._levels)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the outermost center, if there is one, takes part in exchanges above."""
+        return not self._levels or self._levels[0].healthy
+
+    def set_clock(self, clock: int) -> None:
+        """Training begins after so many steps."""
+        for level in self._levels:
+            level.set_clock(clock)
+
+    def catch_up(self, clock: int) -> None:
+        """All workers go on after ``clock`` steps, of which this one took perhaps fewer."""
+        for level in self._levels:
+            level.catch_up(clock)
+
+    def begin_due(self, clock: int, pull: Pull) -> Pull:
+        """Begin what is due at this step, level by level; see [Note: levels].
+
+        Args:
+            clock: steps taken.
+            pull: what the outermost center is owed.
+
+        Returns:
+            What the worker is owed.
+        """
+        self.land(clock)
+        for level in self._due(clock, self._levels):
+            pull_worker(pull)
+            pull = level.begin(clock)
+        return pull
+
+    def accompany(
+        self,
+        clock: int,
+        place: Place,
+        announce: Callable[[int, Place], bool],
+        answer: Callable[[int], Pull],
+    ) -> Iterator[int]:
+        """Answer the exchanges of members that still train, until none does.
+
+        See [Note: headers first].
+
+        Args:
+            clock: steps taken.
+            place: where this worker stands still.
+            announce: says so where all workers exchange, if they do at a step; whether they do.
+            answer: takes part there, then; what the outermost center is owed.
+
+        Yields:
+            The step of each, when it is answered.
+
+        Raises:
+            ExchangeError: an exchange failed, or members are out of step.
+        """
+        for number, level in reversed(list(enumerate(self._levels))):
+            while (begun := level.stand_still(clock, place)) is not None:
+                clock = begun
+                above = self._due(clock, self._levels[:number])
+                for upper in above:
+                    upper.land()
+                for_all = announce(clock, place)
+                for upper in above:
+                    upper.announce(clock, place)
+                pull = answer(clock) if for_all else []
+                for answering in [*above, level]:
+                    pull_worker(pull)
+                    pull = answering.answer(clock)
+                pull_worker(pull)
+                yield clock
+
+    def land(self, due: float = math.inf) -> None:
+        """Wait for what is under way where an exchange is due by then; as of GroupLevel."""
+        for number, level in enumerate(self._levels):
+            if level.next_due <= due:
+                level.land()
+                self._telemetry.take_over(level.telemetry, number)
+
+    def finish(self, clock: int) -> None:
+        """Let all that workers have reach the outermost center, where it is at the end."""
+        for level in reversed(self._levels):
+            level.begin(clock, last=True)
+            level.land()
+
+    def state(self) -> list[dict[str, Any]]:
+        """What the members of this worker's groups share, for a checkpoint."""
+        return [level.state() for level in self._levels]
+
+    def restore(self, saved: Sequence[Mapping[str, Any]] | None) -> None:
+        """The inverse of :meth:`state`, on all workers; None: this one has nothing."""
+        for number, level in enumerate(self._levels):
+            level.restore(saved[number] if saved else None)
+
+    @staticmethod
+    def _due(clock: int, levels: Sequence[GroupLevel]) -> list[GroupLevel]:
+        return [level for level in levels if clock >= level.next_due]

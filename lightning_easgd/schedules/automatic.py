@@ -1,0 +1,186 @@
+"""The period that is found by measuring: the smallest τ behind which an exchange hides.
+
+What an exchange costs is a small difference of long times that vary, so τ is chosen again as more
+of them are known. It falls to half at most at a time: one that is too small costs time, and one
+that is too large for a while costs little.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+from typing_extensions import override
+
+from lightning_easgd.schedules.base import Durations, Observation, Schedule
+from lightning_easgd.schedules.checks import is_number
+
+TAU_MIN, TAU_MAX = 1, 64
+"""Where the period is looked for by default: what the paper tried (section 5)."""
+
+ENOUGH_ROUNDS = 16
+"""After which what was measured of them is worth a choice."""
+
+_FIRST_TAU = 10
+_ALLOWED_COST = 0.02
+_CHANGE = 0.25
+_FIRST_ROUNDS, _MORE = 3, 4
+
+
+class AutomaticPeriod(Schedule):
+    """The smallest τ at which an exchange hides behind training, as far as one can.
+
+    The sums arrive within τ steps, and what cannot hide takes at most 2 % of the time. It is chosen
+    from what all workers measured, by all alike: the slowest worker's step, and the exchange as the
+    last to begin it sees it. It is chosen again when either changes by more than a quarter.
+
+    Args:
+        tau_min: the smallest τ allowed.
+        tau_max: the largest τ allowed.
+        fragments: parts of the model, one of which is exchanged every τ / fragments steps.
+        log: told what was chosen, and why.
+
+    Raises:
+        ValueError: the bounds are no whole numbers, or no multiple of ``fragments`` lies within.
+    """
+
+    of: ClassVar[tuple[str, ...]] = ("tau",)
+
+    def __init__(
+        self,
+        tau_min: int = TAU_MIN,
+        tau_max: int = TAU_MAX,
+        fragments: int = 1,
+        *,
+        log: Callable[[str], None] = print,
+    ) -> None:
+        self._fragments = fragments
+        self._bounds = _bounds(tau_min, tau_max, fragments)
+        self._log = log
+        self._chosen_for = Durations()
+        self._rounds = 0
+        self._tau = self._allowed(_FIRST_TAU / fragments)
+
+    @override
+    def __repr__(self) -> str:
+        return f"auto, from {self._bounds[0]} to {self._bounds[1]}"
+
+    @property
+    @override
+    def bounds(self) -> tuple[float, float]:
+        return self._bounds
+
+    @override
+    def at(self, step: int) -> float:
+        return self._tau
+
+    @override
+    def observe(self, seen: Observation) -> bool:
+        known = [durations for durations in seen.durations if durations.step and durations.exchange]
+        if not known:
+            return False
+        self._rounds += 1
+        found = Durations(
+            step=max(durations.step for durations in known),
+            exchange=min(durations.exchange for durations in known),
+            cost=max(0, sum(durations.cost for durations in known) // len(known)),
+        )
+        if _are_worth_a_choice(self._rounds):
+            self._choose(found)
+        changed = self._rounds > ENOUGH_ROUNDS and self._changed(found)
+        if changed:
+            self._rounds = 0
+        return changed
+
+    @override
+    def state(self) -> dict[str, Any]:
+        return {"tau": self._tau, "rounds": self._rounds, "chosen_for": vars(self._chosen_for)}
+
+    @override
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self._tau = self._allowed(state["tau"] / self._fragments)
+        self._rounds = state["rounds"]
+        self._chosen_for = Durations(**state["chosen_for"])
+
+    def _changed(self, found: Durations) -> bool:
+        before = self._chosen_for
+        longer = abs(found.exchange - before.exchange)
+        return (
+            abs(found.step - before.step) > _CHANGE * before.step
+            # An exchange that is much shorter than a step may be even shorter.
+            or longer > _CHANGE * max(before.exchange, before.step)
+        )
+
+    def _choose(self, found: Durations) -> None:
+        free = smallest_period(found, self._fragments, self._bounds)
+        tau = max(free, self._allowed(self._tau / self._fragments / 2))
+        if tau != self._tau or self._chosen_for == Durations():
+            self._log(self._reason(tau, free, found))
+        self._tau, self._chosen_for = tau, found
+
+    def _allowed(self, steps_between: float) -> int:
+        return _nearest_period(steps_between, self._fragments, self._bounds)
+
+    def _reason(self, tau: int, free: int, found: Durations) -> str:
+        behind, rarely = _steps_between(found)
+        hidden = tau // self._fragments >= behind
+        return (
+            f"tau=auto: {self._tau} -> {tau}. A step takes {found.step / 1e3:.1f} ms and an"
+            f" exchange {found.exchange / 1e3:.1f} ms, which hides behind {behind} step(s); it"
+            f" lengthens them by {found.cost / 1e3:.1f} ms, which is {_ALLOWED_COST:.0%} of"
+            f" {rarely}."
+            + ("" if hidden else f" Exchanges do not hide: tau_max={tau} is smaller.")
+            + (f" It falls to {free} by halves." if free < tau else "")
+        )
+
+
+def smallest_period(found: Durations, fragments: int, bounds: tuple[int, int]) -> int:
+    """The smallest τ at which an exchange hides behind training, as far as one can.
+
+    Args:
+        found: what a step and an exchange take.
+        fragments: parts of the model, one of which is exchanged every τ / fragments steps.
+        bounds: the smallest and the largest τ allowed.
+
+    Raises:
+        ValueError: no multiple of ``fragments`` lies within the bounds.
+    """
+    return _nearest_period(max(_steps_between(found)), fragments, _bounds(*bounds, fragments))
+
+
+def _steps_between(found: Durations) -> tuple[int, int]:
+    """Behind how many steps an exchange hides, and of how many its cost is small."""
+    behind = max(1, math.ceil(found.exchange / found.step))
+    return behind, math.ceil(found.cost / (_ALLOWED_COST * found.step))
+
+
+def _nearest_period(steps_between: float, fragments: int, bounds: tuple[int, int]) -> int:
+    least, most = bounds
+    return min(max(fragments * math.ceil(steps_between), least), most)
+
+
+def _are_worth_a_choice(rounds: int) -> bool:
+    """After the first few, and whenever four times as many have said what an exchange costs."""
+    while rounds > ENOUGH_ROUNDS and rounds % _MORE == 0:
+        rounds //= _MORE
+    return rounds in (_FIRST_ROUNDS, ENOUGH_ROUNDS)
+
+
+def _bounds(tau_min: object, tau_max: object, fragments: int) -> tuple[int, int]:
+    for name, value in {"tau_min": tau_min, "tau_max": tau_max}.items():
+        if not (is_number(value) and value >= 1 and value == int(value)):
+            raise ValueError(
+                f"{name}={value!r} is not allowed. Allowed: a whole number of optimizer steps, at"
+                " least 1."
+            )
+    assert is_number(tau_min)
+    assert is_number(tau_max)
+    least = fragments * math.ceil(tau_min / fragments)
+    most = fragments * math.floor(tau_max / fragments)
+    if most < least:
+        raise ValueError(
+            f"tau_min={tau_min} and tau_max={tau_max} leave no period that is a multiple of"
+            f" fragments={fragments}. Raise tau_max, or lower tau_min or fragments."
+        )
+    return least, most

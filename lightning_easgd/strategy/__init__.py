@@ -1,0 +1,1 @@
+"""All that imports Lightning: the strategy, and what stands between it and the exchange."""

@@ -1,0 +1,153 @@
+"""Puts the parts of an exchange together, as the options have it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import lightning.pytorch as pl
+
+from lightning_easgd.center.center import Center
+from lightning_easgd.communication import Island, WorkerGroup, make_all_reduce
+from lightning_easgd.exchange.exchange import Exchange
+from lightning_easgd.exchange.gradient_averaging import GradientAverage
+from lightning_easgd.exchange.level import GroupLevel
+from lightning_easgd.exchange.optimizers import LocalOptimizers
+from lightning_easgd.strategy.options import Options
+from lightning_easgd.strategy.replica import replica_of
+from lightning_easgd.strategy.unsupported import refuse_own_losses
+from lightning_easgd.telemetry import Telemetry
+
+
+def make_center(module: pl.LightningModule, options: Options, rank: int) -> Center:
+    """The center of a worker's module, which is equal on all workers, and those of its groups.
+
+    Raises:
+        ValueError: the module has no parameter to train, or cannot be cut into so many fragments.
+    """
+    group: Center | None = None
+    for _ in options.tied.levels if options.tied else []:
+        group = Center(module, buffers="local", rank=rank, group=group)
+    return Center(
+        module,
+        buffers=options.buffers,
+        rank=rank,
+        turns=options.rules.period.fragments,
+        offload=options.offload,
+        averaging=options.averaging,
+        group=group,
+    )
+
+
+def make_exchange(
+    center: Center,
+    group: WorkerGroup,
+    options: Options,
+    *,
+    groups: Sequence[Sequence[Sequence[int]]],
+    trainer: pl.Trainer,
+    telemetry: Telemetry,
+) -> Exchange:
+    """The link between this worker and the others; all of them must call it.
+
+    Args:
+        center: of this worker's module.
+        group: all workers.
+        options: equal on all of them.
+        groups: the ranks of every group, level by level from the outermost inward; none if every
+            worker takes part by itself.
+        trainer: with the optimizers.
+        telemetry: where costs are counted.
+
+    Raises:
+        ValueError: the strength is unstable for this number of workers, or an optimizer cannot be
+            used where gradients are averaged.
+        ExchangeError: a worker left or did not come in time.
+    """
+    rules = options.rules
+    optimizers = LocalOptimizers(lambda: trainer.strategy.optimizers)
+    islands = [Island(group, ranks, options.bucket_bytes) for ranks in groups]
+    levels: list[GroupLevel] = []
+    gradients = None
+    if options.tied is not None:
+        levels = _make_levels(center, group, options, islands, optimizers)
+    elif islands or rules.algorithm.warm_up:
+        everybody = [list(range(group.size))]
+        refuse_own_losses(trainer.strategy.optimizers)
+        gradients = GradientAverage(
+            islands[0] if islands else Island(group, everybody, options.bucket_bytes),
+            list(trainer.lightning_module.parameters()),
+            replica=replica_of(trainer, center, optimizers),
+            telemetry=telemetry,
+            until=rules.algorithm.warm_up or None,
+            inside=bool(islands),
+        )
+    all_reduce = make_all_reduce(
+        group,
+        options.bucket_bytes,
+        options.codec,
+        feedback=rules.algorithm.restarts,
+        island=islands[0] if islands else None,
+        agrees=not levels,
+    )
+    trained = [p for p in trainer.lightning_module.parameters() if p.requires_grad]
+    telemetry.ddp_bytes_per_step = all_reduce.ring_bytes(trained)
+    return Exchange(
+        center,
+        all_reduce,
+        optimizers=optimizers,
+        rules=rules,
+        telemetry=telemetry,
+        gradients=gradients,
+        levels=levels,
+        groups=groups,
+    )
+
+
+def _make_levels(
+    center: Center,
+    group: WorkerGroup,
+    options: Options,
+    islands: Sequence[Island],
+    optimizers: LocalOptimizers,
+) -> list[GroupLevel]:
+    """Those of groups with centers of their own, from the outermost inward."""
+    assert options.tied is not None
+    levels: list[GroupLevel] = []
+    for depth in reversed(range(len(islands))):
+        inside = islands[depth + 1] if levels else None
+        all_reduce = make_all_reduce(
+            group,
+            options.bucket_bytes,
+            None,
+            feedback=False,
+            island=inside,
+            within=islands[depth],
+            agrees=False,
+        )
+        level = GroupLevel(
+            _center_of(center, depth),
+            all_reduce,
+            options.tied.levels[depth],
+            sizes=_sizes(islands[depth], inside),
+            inside=levels[0] if levels else None,
+            optimizers=optimizers,
+            from_iterate=options.rules.elastic_point == "iterate",
+        )
+        levels.insert(0, level)
+    return levels
+
+
+def _center_of(center: Center, depth: int) -> Center:
+    """That of this worker's group, 0 being the outermost."""
+    for _ in range(depth + 1):
+        assert center.group is not None
+        center = center.group
+    return center
+
+
+def _sizes(island: Island, inside: Island | None) -> list[int]:
+    """How many parties each island has: islands inside, or workers."""
+    if inside is None:
+        return [len(ranks) for ranks in island.islands]
+    firsts = [ranks[0] for ranks in inside.islands]
+    return [sum(rank in ranks for rank in firsts) for ranks in island.islands]

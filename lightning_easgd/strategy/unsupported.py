@@ -1,0 +1,197 @@
+"""What of Lightning cannot work under elastic averaging, and what a trainer's data tells of it."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.data import sized_len
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+from torch.utils.data import (
+    DataLoader,
+    IterableDataset,
+    default_collate,
+    default_convert,
+)
+
+from lightning_easgd.schedules import Training
+from lightning_easgd.strategy.lightning_internals import (
+    is_interactive,
+    takes_iterator,
+    train_loaders,
+    validates_by_clock,
+)
+
+
+def refuse_devices(devices: Iterable[object]) -> None:
+    """Refuse devices whose memory the sums cannot travel from.
+
+    Raises:
+        MisconfigurationException: with what was given and what is allowed.
+    """
+    found = {d.type if isinstance(d, torch.device) else f"{d!r} (no torch.device)" for d in devices}
+    if not found <= {"cpu", "cuda"}:
+        raise MisconfigurationException(
+            f"EASGDStrategy got devices of type {sorted(found)}; it averages over gloo (cpu)"
+            " or nccl (cuda). Set Trainer(accelerator='cpu'), or Trainer(accelerator='gpu')"
+            " on NVIDIA or ROCm GPUs. An Accelerator of your own must make torch.device objects of"
+            " type cpu or cuda."
+        )
+
+
+def refuse_in_notebooks(name: str) -> None:
+    """Refuse workers that are scripts of their own, where there is no script.
+
+    Args:
+        name: of the strategy, as registered.
+
+    Raises:
+        MisconfigurationException: Lightning would, but it would name DDP's strategy.
+    """
+    if is_interactive():
+        raise MisconfigurationException(
+            f"`Trainer(strategy={name!r})` is not compatible with an interactive environment. Run"
+            " your code as a script, or choose a notebook-compatible strategy:"
+            f" `Trainer(strategy='{name}_notebook')`, or EASGDStrategy(..., start_method='fork')."
+            " In case you are spawning processes yourself, make sure to include the Trainer"
+            " creation inside the worker function."
+        )
+
+
+def refuse_features(trainer: pl.Trainer, *, sync_batchnorm: bool) -> None:
+    """Refuse what couples all workers at every step, or puts something else in the center's place.
+
+    Raises:
+        MisconfigurationException: with the reason, and what to do instead.
+    """
+    if sync_batchnorm:
+        raise MisconfigurationException(
+            "Trainer(sync_batchnorm=True) makes all workers wait for each other at every step,"
+            " which EASGD exists to avoid. Remove it; EASGDStrategy(buffers='average') averages"
+            " the statistics."
+        )
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
+            raise MisconfigurationException(
+                f"{type(callback).__name__} averages one worker's weights and puts the result"
+                " where EASGD delivers the center. Remove it: the center is an average already;"
+                " EASGDStrategy(center_average='ema') averages it over time, too."
+            )
+        if isinstance(callback, ModelPruning):
+            raise MisconfigurationException(
+                "ModelPruning prunes the weights of each worker, in other places, and so none"
+                " of the center, which EASGD delivers. Remove it, and prune after fit."
+            )
+    if validates_by_clock(trainer) and trainer.world_size > 1:
+        raise MisconfigurationException(
+            "Trainer(val_check_interval=<a time>) makes every worker validate by its own clock,"
+            " hence at another step than the others. Give a number of batches."
+        )
+    module = trainer.lightning_module
+    _refuse_synchronized_statistics(module, trainer.world_size)
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    if lazy := [name for name, tensor in tensors if is_lazy(tensor)]:
+        raise MisconfigurationException(
+            f"The lazy layers with {lazy} have no shapes yet, so there is nothing to average."
+            " Pass them an example input in configure_model."
+        )
+
+
+def _refuse_synchronized_statistics(module: nn.Module, workers: int) -> None:
+    found = [name for name, part in module.named_modules() if isinstance(part, nn.SyncBatchNorm)]
+    if found and workers > 1:
+        raise MisconfigurationException(
+            f"The nn.SyncBatchNorm layers {found} make all workers wait for each other at every"
+            " step, which EASGD exists to avoid. Use nn.BatchNorm1d, 2d or 3d, or convert back with"
+            " lightning.pytorch.plugins.TorchSyncBatchNorm().revert(module);"
+            " EASGDStrategy(buffers='average') averages the statistics."
+        )
+
+
+def refuse_own_losses(optimizers: Iterable[Optimizer]) -> None:
+    """Refuse optimizers that a worker's own loss steers, where gradients are averaged.
+
+    Raises:
+        MisconfigurationException: there is one.
+    """
+    if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers):
+        raise MisconfigurationException(
+            "LBFGS decides by the loss of its own worker how often it evaluates gradients, so that"
+            " workers cannot average them. Use another optimizer, or leave groups and post-local"
+            " SGD out."
+        )
+
+
+def batches_per_epoch(trainer: pl.Trainer) -> int | None:
+    """Batches of every training epoch of this worker; None where they cannot be relied upon."""
+    unknown = any(
+        sized_len(loader) is None or isinstance(getattr(loader, "dataset", None), IterableDataset)
+        for loader in train_loaders(trainer)
+    )
+    reloaded = trainer.reload_dataloaders_every_n_epochs > 0  # type: ignore[attr-defined]
+    return None if unknown or reloaded else int(trainer.num_training_batches)
+
+
+def may_skip_steps(trainer: pl.Trainer) -> bool:
+    """Whether workers may take different numbers of optimizer steps for as many batches.
+
+    Where the module decides by itself when to step, it may decide by its own data.
+    """
+    module = trainer.lightning_module
+    return not module.automatic_optimization or is_overridden("optimizer_step", module)
+
+
+def may_skip_batches(trainer: pl.Trainer) -> bool:
+    """Whether workers may train on different numbers of batches, whatever their loaders' lengths.
+
+    The module may end an epoch or draw batches by itself. A sampler of the user's own may have
+    fewer than it says, and a batch of the user's making may be None, which Lightning leaves out.
+    """
+    module, datamodule = trainer.lightning_module, trainer.datamodule  # type: ignore[attr-defined]
+    moves = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+    return (
+        (is_overridden("on_train_batch_start", module) and _may_end_epoch(module))
+        or takes_iterator(trainer)
+        or any(is_overridden(name, owner) for name in moves for owner in (module, datamodule))
+        or not all(_is_plain(loader) for loader in train_loaders(trainer))
+    )
+
+
+def _may_end_epoch(module: pl.LightningModule) -> bool:
+    """Whether ``on_train_batch_start``, which many override, may return -1, which few do."""
+    code = getattr(inspect.unwrap(module.on_train_batch_start), "__code__", None)
+    return code is None or "super" in code.co_names or -1 in code.co_consts
+
+
+def _is_plain(loader: object) -> bool:
+    """Whether nothing of the user's own decides how many batches a DataLoader has."""
+    if not isinstance(loader, DataLoader):
+        return True  # it has said how many
+    parts = [part for part in (loader.sampler, loader.batch_sampler) if part is not None]
+    stock = all(type(part).__module__.startswith("torch.utils.data") for part in parts)
+    return stock and loader.collate_fn in (default_collate, default_convert)
+
+
+def expected_training(trainer: pl.Trainer) -> Training:
+    """How long training is going to take, as this worker knows it; its data must be set up.
+
+    Under manual optimization only ``max_steps`` tells, which counts the steps of all optimizers.
+    """
+    try:
+        automatic = trainer.lightning_module.automatic_optimization
+        steps = trainer.estimated_stepping_batches if automatic else trainer.max_steps
+    except MisconfigurationException:  # the accumulation of gradients changes
+        automatic, steps = False, trainer.max_steps
+    end = int(steps) if 0 < steps < math.inf else None
+    batches = batches_per_epoch(trainer)
+    if not automatic or batches is None:
+        return Training(end)
+    return Training(end, math.ceil(batches / trainer.accumulate_grad_batches))
