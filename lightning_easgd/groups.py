@@ -34,8 +34,8 @@ class Groups:
         members: a number of workers that each group has, "node", or lists of ranks. Inside other
             groups, a number and "node" part each of these by itself.
         tau: period inside a group, in optimizer steps; that of the level above is a multiple.
-        beta: β inside, in (0, 2), for as many parties as the group has: workers, or groups.
-        alpha: α inside, in [0, 2/(parties + 1)).
+        beta: β inside, in (0, 2), for as many participants as the group has: workers, or groups.
+        alpha: α inside, in [0, 2/(participants + 1)).
         rho: ρ inside; α is ηρ. At most one of beta, alpha and rho is given; none: β = 0.9.
         inside: smaller groups, each wholly within one of these; None: workers.
 

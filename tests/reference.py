@@ -455,17 +455,17 @@ def tree(
     """EASGD at several levels: the center, the centers of all groups, and the workers' iterates.
 
     ``levels`` has the groups from the outermost inward, and ``inside`` for each level τ, and α by
-    the number of parties in a group and the parameter's name. Who has no batch left, or None, takes
-    part in exchanges while a member of the group trains; the outermost centers always do. A worker
-    that is sick at a step starts again at its group's center; if all parties of a group are, it
-    does so with all inside it, at the center above, with the next exchange there.
+    the number of participants in a group and the parameter's name. Who has no batch left, or None,
+    takes part in exchanges while a member of the group trains; the outermost centers always do. A
+    worker that is sick at a step starts again at its group's center; if all participants of a group
+    are, it does so with all inside it, at the center above, with the next exchange there.
     """
     everybody = range(len(batches))
     groups = [[list(everybody)], *levels, [[rank] for rank in everybody]]
     states = [[dict(start) for _ in level] for level in groups]
     ill = [[False for _ in level] for level in groups]
     periods = [tau, *(period for period, _ in inside)]
-    rates = [lambda parties, name: alpha, *(rate for _, rate in inside)]
+    rates = [lambda participants, name: alpha, *(rate for _, rate in inside)]
     velocity = {k: 0.0 * start[k] for k in start}
     steps = max(len(own) for own in batches) // accumulate
 
@@ -477,27 +477,30 @@ def tree(
         return [i for i, members in enumerate(groups[depth]) if set(members) <= set(ranks)]
 
     def exchange(depth: int, t: int) -> dict[int, State]:
-        """What is owed to the parties, which are one level further down."""
+        """What is owed to the participants, which are one level further down."""
         pulls = {}
         for i, ranks in enumerate(groups[depth]):
             if depth and t < steps and not any(micro(rank, t) for rank in ranks):
                 continue
-            center, parties = states[depth][i], within(depth + 1, ranks)
+            center, participants = states[depth][i], within(depth + 1, ranks)
             if depth + 1 == len(periods):
-                for rank in parties:
+                for rank in participants:
                     ill[-1][rank] = (rank, t) in sick
-            for party in parties:
-                if ill[depth + 1][party]:
+            for participant in participants:
+                if ill[depth + 1][participant]:
                     for below in range(depth + 1, len(groups)):
-                        for j in within(below, groups[depth + 1][party]):
+                        for j in within(below, groups[depth + 1][participant]):
                             states[below][j] = dict(center)
-            well = [party for party in parties if not ill[depth + 1][party]]
+            well = [participant for participant in participants if not ill[depth + 1][participant]]
             ill[depth][i] = not well
             for k in center:
-                rate = rates[depth](len(parties), k)
-                moves = {party: rate * (states[depth + 1][party][k] - center[k]) for party in well}
-                for party, move in moves.items():
-                    pulls.setdefault(party, {})[k] = move
+                rate = rates[depth](len(participants), k)
+                moves = {
+                    participant: rate * (states[depth + 1][participant][k] - center[k])
+                    for participant in well
+                }
+                for participant, move in moves.items():
+                    pulls.setdefault(participant, {})[k] = move
                 moved = sum(moves.values())
                 if not depth:
                     velocity[k] = moved = center_momentum * velocity[k] + moved
@@ -505,8 +508,10 @@ def tree(
         return pulls
 
     def pull(depth: int, pulls: dict[int, State]) -> None:
-        for party, moves in pulls.items():
-            states[depth][party] = {k: states[depth][party][k] - moves[k] for k in moves}
+        for participant, moves in pulls.items():
+            states[depth][participant] = {
+                k: states[depth][participant][k] - moves[k] for k in moves
+            }
 
     for t in range(steps):
         owed: dict[int, State] = {}

@@ -188,7 +188,7 @@ def drifted(rank: int) -> None:
 
     def on_train_batch_end(outputs: Any, batch: Any, batch_idx: int) -> None:
         if rank == 1 and batch_idx == 0:
-            strategy._center.segments[0].fragments[0].center.parts[0][0] += 1e-9
+            strategy._center.cohorts[0].fragments[0].center.parts[0][0] += 1e-9
 
     module.on_train_batch_end = on_train_batch_end
     trainer(2, strategy).fit(module, loader(rank, 20))

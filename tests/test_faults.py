@@ -148,7 +148,7 @@ def in_set_up(rank: int, who: int, what: Any) -> None:
     finally:
         left = [each.name for each in threading.enumerate()]
         # The store of a worker that is stopped never answers the thread that asked it.
-        assert (who, what) == (0, stop) or "easgd-liveness" not in left
+        assert (who, what) == (0, stop) or "easgd-heartbeat" not in left
 
 
 @pytest.mark.parametrize("who", [0, 2])

@@ -13,14 +13,14 @@ from processes import run_workers
 from toy import Toy, loader, trainer, weights
 
 from lightning_easgd import EASGDStrategy, LeaderSGD
-from lightning_easgd.communication import Header, Place, Stop
+from lightning_easgd.communication import Header, Phase, Stop
 from lightning_easgd.exchange.leadership import Leadership
 
 SGD = partial(torch.optim.SGD, lr=0.05)
 
 
 def said(*losses: float) -> list[Header]:
-    return [Header(0, 0, 0, Place.TRAINING, Stop.NO, False, 0, 0, loss=loss) for loss in losses]
+    return [Header(0, 0, 0, Phase.TRAINING, Stop.NO, False, 0, 0, loss=loss) for loss in losses]
 
 
 @pytest.mark.parametrize(

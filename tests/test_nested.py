@@ -148,10 +148,10 @@ def trained() -> list[dict[str, Any]]:
 
 def rate(groups: Groups) -> Callable[[int, str], float]:
     if groups.rho is not None:
-        return lambda parties, name: groups.rho * LR
+        return lambda participants, name: groups.rho * LR
     if groups.alpha is not None:
-        return lambda parties, name: groups.alpha
-    return lambda parties, name: (groups.beta or 0.9) / parties
+        return lambda participants, name: groups.alpha
+    return lambda participants, name: (groups.beta or 0.9) / participants
 
 
 def expected(case: Case) -> Any:

@@ -14,7 +14,7 @@ from test_reference import OPTIMIZERS
 from toy import Resumable, Toy, loader, trainer, weights
 
 from lightning_easgd import EASGDStrategy
-from lightning_easgd.exchange.timing import Pace
+from lightning_easgd.exchange.timing import StepTimer
 from lightning_easgd.schedules import Durations, Observation, Period
 from lightning_easgd.schedules.automatic import AutomaticPeriod
 
@@ -41,7 +41,7 @@ class Simulated:
         automatic = AutomaticPeriod(log=self.said.append, **bounds)
         self.period = Period(automatic, bounds.get("fragments", 1))
         self.now = self.used = self.waited = 0.0
-        self.pace = Pace(lambda: self.now, lambda: self.used)
+        self.timer = StepTimer(lambda: self.now, lambda: self.used)
         self.arrival = 0.0
 
     def train(self, steps: int) -> int:
@@ -52,20 +52,20 @@ class Simulated:
                 late = max(0.0, self.arrival - self.now)
                 self.now += late
                 self.waited += late
-                self.pace.wait(late)
-                self.pace.arrive()
-                if self.period.schedule.observe(Observation([self.pace.durations()])):
-                    self.pace.restart()
+                self.timer.wait(late)
+                self.timer.arrive()
+                if self.period.schedule.observe(Observation([self.timer.durations()])):
+                    self.timer.restart()
                 tau, due = self.period.after(clock)
                 self.now += self.cost
                 self.used += self.cost
-                self.pace.exchange()
+                self.timer.exchange()
                 self.arrival = self.now + self.exchange
             self.now += self.crowded if self.now < self.arrival else 0.0
             step = self.step * max(0.5, self.random.gauss(1.0, self.vary))
             self.now += step
             self.used += step
-            self.pace.step(lambda: self.now >= self.arrival)
+            self.timer.step(lambda: self.now >= self.arrival)
         return tau
 
 
@@ -138,7 +138,7 @@ def test_stalls_and_pauses_do_not_count() -> None:
     assert worker.train(200) == 4
     for _ in range(20):
         worker.now += 60
-        worker.pace.interrupt()
+        worker.timer.interrupt()
         worker.train(30)
     assert worker.train(100) == 4
 

@@ -23,7 +23,7 @@ from torch.distributed import distributed_c10d
 from toy import Toy, loader, trainer
 
 from lightning_easgd import EASGDStrategy
-from lightning_easgd.communication import Island, WorkerGroup, gather, plain_data
+from lightning_easgd.communication import Subgroup, WorkerGroup, gather, plain_data
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 _LISTENS = "0A"
@@ -75,7 +75,9 @@ def of_workers(rank: int) -> None:
 
 def in_a_group(rank: int) -> None:
     def catch_up(group: WorkerGroup) -> None:
-        Island(group, [[0, 1]], 2**20).broadcast({"w": torch.ones(2)}, 1, "Catching up", elements=2)
+        Subgroup(group, [[0, 1]], 2**20).broadcast(
+            {"w": torch.ones(2)}, 1, "Catching up", elements=2
+        )
 
     between_two(rank, catch_up)
 
@@ -104,11 +106,11 @@ def greedy(rank: int) -> None:
     """Worker 1 names a size for which no memory must be taken."""
 
     def restore(group: WorkerGroup) -> None:
-        island = Island(group, [[0, 1]], 2**20)
-        original = island.gather
+        subgroup = Subgroup(group, [[0, 1]], 2**20)
+        original = subgroup.gather
         if rank == 1:
-            island.gather = lambda mine, *args, **kwargs: original([2**50], *args, **kwargs)
-        island.broadcast([rank], 1, "Catching up", elements=1000)
+            subgroup.gather = lambda mine, *args, **kwargs: original([2**50], *args, **kwargs)
+        subgroup.broadcast([rank], 1, "Catching up", elements=1000)
 
     between_two(rank, restore)
 
@@ -228,12 +230,12 @@ def slandered(rank: int) -> str:
 
     def on_train_batch_start(batch: Any, batch_idx: int) -> None:
         if rank == 1 and batch_idx == 3:
-            name = strategy._group._liveness._store._name
+            name = strategy._group._heartbeat._store._name
             store = dist.PrefixStore(name, distributed_c10d._get_default_store().clone())
             for key in ("process/1", "sign/1"):
                 store.set(key, b"[" * 10**6)
             store.set("ended/1", b"\xff\x1b[2J\n" * 10**5)
-            store.set("verdict", b'\x1b[2J\n" Worker 0 was killed. \xff' + 10**6 * b"x")
+            store.set("diagnosis", b'\x1b[2J\n" Worker 0 was killed. \xff' + 10**6 * b"x")
             time.sleep(20)
 
     module.on_train_batch_start = on_train_batch_start

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_easgd.center.flat import FlatVector, Memory, as_real, without_collection
-from lightning_easgd.center.fragments import Fragment, Piece, Segment, cut
+from lightning_easgd.center.fragments import Fragment, ParameterCohort, ParameterSlice, cut
 from lightning_easgd.exchange.optimizers import LocalOptimizers
 
 SHAPES = st.lists(st.lists(st.integers(0, 5), max_size=3).map(tuple), min_size=1, max_size=8)
@@ -58,13 +58,15 @@ def test_a_large_vector_is_cut_into_equal_parts() -> None:
 def test_pieces_of_any_memory_format_are_views() -> None:
     weight = nn.Parameter(torch.randn(6, 3, 2, 2).to(memory_format=torch.channels_last))
     turned = nn.Parameter(torch.randn(4, 5).T)
-    segment = Segment([("weight", weight), ("turned", turned)], 3, Memory(torch.device("cpu")))
+    cohort = ParameterCohort(
+        [("weight", weight), ("turned", turned)], 3, Memory(torch.device("cpu"))
+    )
     before = [weight.detach().clone(), turned.detach().clone()]
-    for fragment in segment.fragments:
+    for fragment in cohort.fragments:
         fragment.center.subtract_from(fragment.tensors())
     assert not weight.any()
     assert not turned.any()
-    for fragment in segment.fragments:
+    for fragment in cohort.fragments:
         fragment.center.write_to(fragment.tensors())
     assert torch.equal(weight, before[0])
     assert torch.equal(turned, before[1])
@@ -74,7 +76,7 @@ def test_pieces_of_any_memory_format_are_views() -> None:
 def test_the_difference_from_a_start_is_zero_where_nothing_was_trained(dtype: torch.dtype) -> None:
     """The center in the parameters' own precision is where a restart began them."""
     named = [("turned", nn.Parameter(torch.randn(4, 5, dtype=dtype).T))]
-    (fragment,) = Segment(named, 1, Memory(torch.device("cpu"))).fragments
+    (fragment,) = ParameterCohort(named, 1, Memory(torch.device("cpu"))).fragments
     fragment.center.parts[0].mul_(1 + 1e-4)
     room = torch.empty_like(fragment.center.parts[0])
     fragment.total = FlatVector(fragment.layout, {torch.float32: room})
@@ -89,7 +91,7 @@ def test_the_difference_from_a_start_is_zero_where_nothing_was_trained(dtype: to
 
 def test_a_piece_follows_a_parameter_whose_memory_was_replaced() -> None:
     parameter = nn.Parameter(torch.zeros(4))
-    piece = Piece("p", parameter, slice(1, 3))
+    piece = ParameterSlice("p", parameter, slice(1, 3))
     parameter.data = torch.ones(4)
     assert piece.tensor.tolist() == [1.0, 1.0]
     assert str(piece) == "p[1:3]"
@@ -113,7 +115,7 @@ def small(tensors: int, dtype: torch.dtype = torch.float32) -> tuple[list[nn.Par
     shapes = [(4,), (2, 3), (), (0, 3)]
     made = [nn.Parameter(torch.randn(shapes[i % 4], dtype=dtype)) for i in range(tensors)]
     named = [(f"p{i}", parameter) for i, parameter in enumerate(made)]
-    (fragment,) = Segment(named, 1, Memory(torch.device("cpu"))).fragments
+    (fragment,) = ParameterCohort(named, 1, Memory(torch.device("cpu"))).fragments
     room = {part.dtype: torch.empty_like(part) for part in fragment.center.parts}
     fragment.total = FlatVector(fragment.layout, room)
     fragment.center.parts[0].add_(torch.randn_like(fragment.center.parts[0]))

@@ -442,7 +442,7 @@ def train_with(rank: int, options: dict[str, Any], half: bool) -> Any:
     module, seen = Toy(SGD, dtype=torch.float32), []
     strategy = EASGDStrategy(tau=2)
     module.on_train_batch_end = lambda *_: seen.append(
-        strategy._center.segments[0].fragments[0].center.parts
+        strategy._center.cohorts[0].fragments[0].center.parts
     )
     trainer(2, strategy, **options).fit(module, loader(rank, 8, dtype))
     return weights(module), module.w.dtype, [part.dtype for part in seen[0]], strategy.telemetry

@@ -192,15 +192,15 @@ def fit_later(rank: int, first: str, validates: bool, folder: Path) -> Any:
         options = {"max_epochs": epochs, "callbacks": [saver], "enable_checkpointing": True}
         fitting = trainer(2, strategy, **options)
         seen: list[int] = []
-        module.on_train_end = lambda: seen.append(len(strategy._center.segments))
+        module.on_train_end = lambda: seen.append(len(strategy._center.cohorts))
         data = [loader(rank, 7, torch.float32), loader(0, 1, torch.float32)]
         fitting.fit(module, *data[: 1 + validates], ckpt_path=path)
         return arrays(module), seen[0]
 
-    whole, segments = go(None, 3)
+    whole, cohorts = go(None, 3)
     go(None, 2)
     resumed, _ = go(folder / "of 2 from True" / "last.ckpt", 3)
-    return whole, resumed, segments
+    return whole, resumed, cohorts
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
@@ -211,8 +211,8 @@ def test_a_second_name_that_is_unfrozen_later_adds_nothing(
 ) -> None:
     """Nor does it where the module holds the center when it is saved."""
     results = run_workers(fit_later, first, validates, tmp_path, workers=2)
-    for whole, resumed, segments in results:
-        assert segments == 1
+    for whole, resumed, cohorts in results:
+        assert cohorts == 1
         assert bits(whole) == bits(resumed) == bits(results[0][0])
         np.testing.assert_array_equal(whole["w"], whole["twin"].T)
 

@@ -18,7 +18,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 from toy import Batches, Toy, batches, initial_weights, loader, trainer, weights
 
 from lightning_easgd import EASGDStrategy
-from lightning_easgd.communication import Place
+from lightning_easgd.communication import Phase
 from lightning_easgd.exchange.exchange import Exchange
 
 pytestmark = [
@@ -206,8 +206,8 @@ def test_who_takes_fewer_steps_answers_at_validations_and_epoch_ends(
         meetings = list(range(1, BATCHES + 1))
     center = expected(WAYS[way][2], 2, meetings)
     for got, _, places in results:
-        assert places.count(Place.EPOCH_END) == 2
-        assert places.count(Place.VALIDATION) == (0 if way in EARLY else 2)
+        assert places.count(Phase.EPOCH_END) == 2
+        assert places.count(Phase.VALIDATION) == (0 if way in EARLY else 2)
         for key, value in got.items():
             np.testing.assert_allclose(value, center[key], rtol=1e-9, atol=1e-11)
     assert results[0][1] == results[1][1]
@@ -265,7 +265,7 @@ def plain(rank: int, stopping: bool) -> Any:
 
 @pytest.mark.parametrize("stopping", [False, True])
 def test_workers_that_cannot_differ_meet_at_the_end_only(stopping: bool) -> None:
-    assert run_workers(plain, stopping, workers=2) == [[Place.FIT_END]] * 2
+    assert run_workers(plain, stopping, workers=2) == [[Phase.FIT_END]] * 2
 
 
 def saving(rank: int, folder: Path, every: int, skipped: list[int], by_hand: bool) -> Any:

@@ -17,7 +17,7 @@ from processes import run_workers
 from toy import Resumable, Toy, loader, trainer, weights
 
 from lightning_easgd import EASGDStrategy
-from lightning_easgd.communication import Place
+from lightning_easgd.communication import Phase
 from lightning_easgd.exchange.exchange import Exchange
 
 SGD = partial(torch.optim.SGD, lr=0.1)
@@ -209,7 +209,7 @@ def after_finder(rank: int, folder: Path) -> Any:
     os.chdir(folder)
     module = Toy(SGD)
     module.lr = 0.1
-    places: list[Place] = []
+    places: list[Phase] = []
     meet = Exchange.meet
     finder = LearningRateFinder(num_training_steps=4, early_stop_threshold=None)
     fitting = trainer(2, EASGDStrategy(tau=2), callbacks=[finder])
@@ -243,4 +243,4 @@ def test_a_search_that_stops_early_does_not_stop_the_training_after_it(tmp_path:
 def test_signals_are_passed_on_after_the_learning_rate_finder(tmp_path: Path) -> None:
     results = run_workers(after_finder, tmp_path, workers=2, timeout=40)
     assert [result[:2] for result in results] == [("SIGTERMException", 9)] * 2
-    assert results[1][2] == [Place.STOP]
+    assert results[1][2] == [Phase.STOP]

@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_easgd.algorithms.base import Rule, momentum_of, require_momentum
-from lightning_easgd.schedules import Rate
+from lightning_easgd.schedules import ScalarOrSchedule
 from lightning_easgd.schedules.checks import is_number
 
 
@@ -114,7 +114,7 @@ class MDownpour(Downpour):
 
     @override
     def objection(
-        self, *, tau: Rate | Literal["auto"], fragments: int, compression: object
+        self, *, tau: ScalarOrSchedule | Literal["auto"], fragments: int, compression: object
     ) -> str | None:
         if tau == 1:
             return None

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_easgd.schedules import Rate, Schedule
+from lightning_easgd.schedules import ScalarOrSchedule, Schedule
 from lightning_easgd.schedules.checks import is_number
 
 
@@ -93,7 +93,7 @@ class Rule(ABC):
         return not self.restarts or self.delay > 0
 
     def objection(
-        self, *, tau: Rate | Literal["auto"], fragments: int, compression: object
+        self, *, tau: ScalarOrSchedule | Literal["auto"], fragments: int, compression: object
     ) -> str | None:
         """Why the rule is not itself under these options of the strategy, and what is allowed.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_easgd.algorithms.base import Rule
-from lightning_easgd.schedules import Rate, Schedule
+from lightning_easgd.schedules import ScalarOrSchedule, Schedule
 from lightning_easgd.schedules.checks import is_number
 
 
@@ -56,7 +56,7 @@ class LeaderSGD(Rule):
 
     @override
     def objection(
-        self, *, tau: Rate | Literal["auto"], fragments: int, compression: object
+        self, *, tau: ScalarOrSchedule | Literal["auto"], fragments: int, compression: object
     ) -> str | None:
         if isinstance(tau, Schedule) and tau.reads_variance:
             return (

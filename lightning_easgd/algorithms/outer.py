@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_easgd.algorithms.base import Rule, momentum_of, require_momentum
-from lightning_easgd.schedules import Constant, Rate, as_schedule
+from lightning_easgd.schedules import Constant, ScalarOrSchedule, as_schedule
 from lightning_easgd.schedules.checks import is_number
 
 
@@ -44,7 +44,7 @@ class SlowMo(Rule):
         ValueError: one is out of its stable range.
     """
 
-    def __init__(self, outer_lr: Rate = 1.0, outer_momentum: float = 0.5) -> None:
+    def __init__(self, outer_lr: ScalarOrSchedule = 1.0, outer_momentum: float = 0.5) -> None:
         self.outer_momentum = require_momentum("outer_momentum", outer_momentum)
         self.outer_lr = _require_rate("outer_lr", outer_lr, 2 * (1 + self.outer_momentum))
 
@@ -70,7 +70,7 @@ class BMUF(Rule):
         ValueError: one is out of its stable range.
     """
 
-    def __init__(self, block_lr: Rate = 1.0, block_momentum: float = 0.875) -> None:
+    def __init__(self, block_lr: ScalarOrSchedule = 1.0, block_momentum: float = 0.875) -> None:
         self.block_momentum = require_momentum("block_momentum", block_momentum)
         self.block_lr = _require_rate("block_lr", block_lr, 2 * (1 + self.block_momentum))
 
@@ -120,7 +120,7 @@ class DiLoCo(Rule):
 
     def __init__(
         self,
-        outer_lr: Rate = 0.7,
+        outer_lr: ScalarOrSchedule = 0.7,
         outer_momentum: float | None = None,
         *,
         delay: int = 0,
@@ -153,7 +153,7 @@ class DiLoCo(Rule):
 
     @override
     def objection(
-        self, *, tau: Rate | Literal["auto"], fragments: int, compression: object
+        self, *, tau: ScalarOrSchedule | Literal["auto"], fragments: int, compression: object
     ) -> str | None:
         pause = tau // fragments if is_number(tau) else 0
         if self.delay <= pause:
@@ -200,7 +200,7 @@ def _require_mixing(mixing: object) -> float:
     )
 
 
-def _require_rate(name: str, rate: Rate, bound: float) -> Any:
+def _require_rate(name: str, rate: ScalarOrSchedule, bound: float) -> Any:
     """A number, or a schedule that stays in (0, ``bound``); a number wherever move_ reads it."""
 
     def check(value: object) -> float:

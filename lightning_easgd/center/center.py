@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_easgd.algorithms import CenterAverage
 from lightning_easgd.center.flat import FlatVector, Memory, as_real
-from lightning_easgd.center.fragments import Fragment, Piece, Segment, put_together
+from lightning_easgd.center.fragments import Fragment, ParameterCohort, ParameterSlice, put_together
 from lightning_easgd.center.policies import Buffers, Policies
 from lightning_easgd.center.statistics import Statistics
 from lightning_easgd.center.structure import Structure
@@ -27,10 +27,10 @@ Shown = Literal["center", "delivered"]
 
 
 class Center:
-    """The center of one module: elastic parameters in segments, and statistics.
+    """The center of one module: elastic parameters in cohorts, and statistics.
 
     A parameter is elastic once it has been seen with ``requires_grad``. One that is unfrozen later
-    gets a segment of its own, whose center is its frozen value; the segment joins the exchanges
+    gets a cohort of its own, whose center is its frozen value; the cohort joins the exchanges
     when all workers have announced it. Parameters frozen again stay in the exchange.
 
     Args:
@@ -78,7 +78,7 @@ class Center:
 
     def _begin(self) -> None:
         module, turns = self.module, self.turns
-        self.segments: list[Segment] = []
+        self.cohorts: list[ParameterCohort] = []
         self.joined = 0
         self.ties = Ties()
         self.structure: Structure | None = Structure(module)
@@ -95,8 +95,8 @@ class Center:
         self._summed: list[Fragment] = []
         self.statistics = Statistics(module, *self._statistics_of, self._memory)
         self.adopt_unfrozen()
-        self.join(len(self.segments))
-        if (found := len(self.segments[0].fragments)) < turns:
+        self.join(len(self.cohorts))
+        if (found := len(self.cohorts[0].fragments)) < turns:
             raise ValueError(
                 f"fragments={turns} is too many: the trained parameters of"
                 f" {type(module).__name__} can be cut into at most {found}, along their first"
@@ -104,7 +104,7 @@ class Center:
             )
 
     def adopt_unfrozen(self) -> bool:
-        """Give parameters that were unfrozen since the last call a segment; whether there were any.
+        """Give parameters that were unfrozen since the last call a cohort; whether there were any.
 
         Must be called before they take their first step: their value is then the same on every
         worker.
@@ -116,7 +116,7 @@ class Center:
         self._dormant = [(n, p) for n, p in self._dormant if not p.requires_grad]
         if not named:
             return False
-        self.segments.append(self._segment(named))
+        self.cohorts.append(self._cohort(named))
         if self.group is not None:
             self.group.adopt_unfrozen()
             self._tie(self.group)
@@ -124,28 +124,28 @@ class Center:
 
     def unknown(self) -> list[str]:
         """Names of parameters that are trained, and were registered after training began."""
-        named = [pair for segment in self.segments for pair in segment.named]
+        named = [pair for cohort in self.cohorts for pair in cohort.named]
         known = {id(p) for _, p in (*named, *self.ties.twins(), *self._dormant)}
         trained = ((n, p) for n, p in self.module.named_parameters() if p.requires_grad)
         return [name for name, parameter in trained if id(parameter) not in known]
 
     def _tie(self, group: Center) -> None:
         """Let the group's center take part in exchanges, fragment by fragment."""
-        pairs = zip(_fragments(self.segments), _fragments(group.segments), strict=True)
+        pairs = zip(_fragments(self.cohorts), _fragments(group.cohorts), strict=True)
         for mine, theirs in pairs:
             mine.group = theirs.center
 
-    def _segment(self, named: Sequence[tuple[str, nn.Parameter]]) -> Segment:
-        return Segment(named, self.turns, self._memory, self._averaging)
+    def _cohort(self, named: Sequence[tuple[str, nn.Parameter]]) -> ParameterCohort:
+        return ParameterCohort(named, self.turns, self._memory, self._averaging)
 
     @property
     def device(self) -> torch.device:
         """Where it lies."""
         return self._memory.device
 
-    def join(self, segments: int) -> None:
-        """Let the first ``segments`` segments take part in exchanges from now on."""
-        self.joined = segments
+    def join(self, cohorts: int) -> None:
+        """Let the first ``cohorts`` cohorts take part in exchanges from now on."""
+        self.joined = cohorts
 
     def open(self, turn: int) -> list[Fragment]:
         """The fragments that are exchanged in this turn, with memory for their sums.
@@ -157,34 +157,34 @@ class Center:
         return fragments
 
     def fragments(self, turn: int, joined: int) -> list[Fragment]:
-        """Those of the first ``joined`` segments that are exchanged in this turn."""
+        """Those of the first ``joined`` cohorts that are exchanged in this turn."""
         return [
-            segment.fragments[turn]
-            for segment in self.segments[:joined]
-            if turn < len(segment.fragments)
+            cohort.fragments[turn]
+            for cohort in self.cohorts[:joined]
+            if turn < len(cohort.fragments)
         ]
 
-    def fingerprint(self, segments: int, turn: int = 0) -> int:
-        """A hash of the first ``segments`` segments' names and shapes and the turn, in 56 bits."""
+    def fingerprint(self, cohorts: int, turn: int = 0) -> int:
+        """A hash of the first ``cohorts`` cohorts' names and shapes and the turn, in 56 bits."""
         value = turn
-        for fragment in _fragments(self.segments[:segments]):
+        for fragment in _fragments(self.cohorts[:cohorts]):
             value = (value * 1_000_003 + fragment.layout.fingerprint) % 2**56
         return value
 
     def parameters(self) -> list[nn.Parameter]:
         """All that take part in exchanges."""
-        firsts = [p for segment in self.segments[: self.joined] for _, p in segment.named]
+        firsts = [p for cohort in self.cohorts[: self.joined] for _, p in cohort.named]
         return firsts + self.ties.twins_of(firsts)
 
     def checksum(self) -> int:
         """A sum over the bits of all elastic center values, within 63 bits."""
-        elastic = _fragments(self.segments[: self.joined])
+        elastic = _fragments(self.cohorts[: self.joined])
         return sum(fragment.center.checksum() for fragment in elastic) % 2**63
 
     def shared_state(self, *, at_the_end: bool = False) -> dict[str, Any]:
         """What the state dict does not tell of the center, for a checkpoint.
 
-        The segments by the names of their parameters, how many joined, the values whose own
+        The cohorts by the names of their parameters, how many joined, the values whose own
         precision in the module is lower than the center's, what the update rule keeps, and the
         center itself where its running average is delivered.
 
@@ -194,17 +194,17 @@ class Center:
         pieces = self.pieces("delivered")
         exact = [(p, v) for p, v in pieces if at_the_end or as_real(p.tensor).dtype != v.dtype]
         return {
-            "segments": [segment.names for segment in self.segments],
+            "cohorts": [cohort.names for cohort in self.cohorts],
             "joined": self.joined,
             "exact": put_together(exact),
-            "outer": {f.name: f.outer for f in _fragments(self.segments) if any(f.outer)},
+            "outer": {f.name: f.outer for f in _fragments(self.cohorts) if any(f.outer)},
             "averaged": None if self._averaging is None else self.values(),
             "at_the_end": at_the_end,
         }
 
     def load_values(self, values: Mapping[str, Tensor]) -> None:
         """Put values into the center, by the names of its parameters; the rest stays."""
-        for fragment in _fragments(self.segments):
+        for fragment in _fragments(self.cohorts):
             for piece, view in fragment.values(fragment.center):
                 if piece.name in values:
                     view.copy_(piece.of(values[piece.name]))
@@ -212,45 +212,45 @@ class Center:
     def values(self) -> dict[str, Any]:
         """The center, by the names of its parameters, and how often each fragment has moved.
 
-        The fragments of a segment go by the name of its first parameter.
+        The fragments of a cohort go by the name of its first parameter.
         """
-        pieces = [each for f in _fragments(self.segments) for each in f.values(f.center)]
-        moves = {s.names[0]: [fragment.moves for fragment in s.fragments] for s in self.segments}
+        pieces = [each for f in _fragments(self.cohorts) for each in f.values(f.center)]
+        moves = {s.names[0]: [fragment.moves for fragment in s.fragments] for s in self.cohorts}
         return {"center": put_together(pieces), "moves": moves}
 
     def load_outer(self, outer: Mapping[str, list[dict[str, Any]]]) -> bool:
         """Give the update rule what it kept; whether all of it was of fragments there are."""
-        here = {fragment.name: fragment for fragment in _fragments(self.segments)}
+        here = {fragment.name: fragment for fragment in _fragments(self.cohorts)}
         for name in outer.keys() & here.keys():
             here[name].load_outer(outer[name])
         return outer.keys() <= here.keys()
 
     def load_shared_state(self, state: Mapping[str, Any]) -> None:
-        """Form the segments of :meth:`shared_state` again; the module holds what was delivered.
+        """Form the cohorts of :meth:`shared_state` again; the module holds what was delivered.
 
         Then it holds the center, and so does the group's.
         """
         if self.group is not None:
             self.group.load_shared_state(state)
         named = dict(self._dormant) | dict(self.ties.twins())
-        for segment in self.segments:
-            named |= segment.named
+        for cohort in self.cohorts:
+            named |= cohort.named
         self.ties = Ties()
         groups = [
             self.ties.add((n, named.pop(n)) for n in names if n in named)
-            for names in state["segments"]
+            for names in state["cohorts"]
         ]
-        self.segments = [self._segment(group) for group in groups if group]
+        self.cohorts = [self._cohort(group) for group in groups if group]
         self._dormant = list(named.items())
-        self.join(min(state["joined"], len(self.segments)))
+        self.join(min(state["joined"], len(self.cohorts)))
         self.adopt_unfrozen()
         self.read_module()
         for piece, view in self.pieces("center"):
             if piece.name in state["exact"]:
                 view.copy_(piece.of(state["exact"][piece.name]))
         averaged = state.get("averaged") or {"center": {}, "moves": {}}
-        for segment in self.segments:
-            segment.resume_average(averaged["moves"].get(segment.names[0], [0]))
+        for cohort in self.cohorts:
+            cohort.resume_average(averaged["moves"].get(cohort.names[0], [0]))
         self.load_values(averaged["center"])
         if self.group is not None:
             self._tie(self.group)
@@ -263,7 +263,7 @@ class Center:
         Args:
             in_flight: whether it is not.
         """
-        fragments = list(_fragments(self.segments))
+        fragments = list(_fragments(self.cohorts))
         if in_flight:
             return [(fragment, fragment.center.clone()) for fragment in fragments]
         self._provide_sums(fragments)
@@ -279,7 +279,7 @@ class Center:
 
     def swapped_tensors(self) -> list[Tensor]:
         """What of the module :meth:`write` writes to."""
-        weights = [piece.whole for f in _fragments(self.segments) for piece in f.pieces]
+        weights = [piece.whole for f in _fragments(self.cohorts) for piece in f.pieces]
         return [*weights, *self.statistics_now().values()]
 
     def release_sums(self) -> None:
@@ -291,7 +291,7 @@ class Center:
 
     def write(self, which: Shown) -> None:
         """Make the module's weights and statistics those of the center or of what is delivered."""
-        for fragment in _fragments(self.segments):
+        for fragment in _fragments(self.cohorts):
             getattr(fragment, which).write_to(fragment.tensors())
         self.statistics.load_center()
 
@@ -310,7 +310,7 @@ class Center:
 
     def restart_worker(self) -> None:
         """Let the weights that take part in exchanges go on from the center, without momentum."""
-        for fragment in _fragments(self.segments[: self.joined]):
+        for fragment in _fragments(self.cohorts[: self.joined]):
             fragment.center.write_to(fragment.tensors())
             fragment.forget_memory()
 
@@ -320,7 +320,7 @@ class Center:
         Args:
             statistics: whether its statistics, too.
         """
-        for fragment in _fragments(self.segments):
+        for fragment in _fragments(self.cohorts):
             fragment.center.read_(fragment.tensors())
             fragment.forget()
         if statistics:
@@ -353,17 +353,17 @@ class Center:
     def _capacity(self, dtype: torch.dtype) -> int:
         return self._sums[dtype].numel() if dtype in self._sums else -1
 
-    def pieces(self, which: Shown) -> Iterator[tuple[Piece, Tensor]]:
+    def pieces(self, which: Shown) -> Iterator[tuple[ParameterSlice, Tensor]]:
         """What the center or what is delivered holds for each piece."""
-        for fragment in _fragments(self.segments):
+        for fragment in _fragments(self.cohorts):
             yield from fragment.values(getattr(fragment, which))
         if self.statistics:
             yield from self.statistics.values(self.statistics.center)
 
 
-def _fragments(segments: Iterable[Segment]) -> Iterator[Fragment]:
-    for segment in segments:
-        yield from segment.fragments
+def _fragments(cohorts: Iterable[ParameterCohort]) -> Iterator[Fragment]:
+    for cohort in cohorts:
+        yield from cohort.fragments
 
 
 def _memory(device: torch.device, offload: bool) -> Memory:

@@ -25,7 +25,7 @@ _SMALL = 4096
 
 
 @dataclass(frozen=True)
-class Piece:
+class ParameterSlice:
     """A parameter (or buffer), or some of its rows."""
 
     name: str
@@ -58,7 +58,10 @@ class Fragment:
     """
 
     def __init__(
-        self, pieces: Sequence[Piece], memory: Memory, averaging: CenterAverage | None = None
+        self,
+        pieces: Sequence[ParameterSlice],
+        memory: Memory,
+        averaging: CenterAverage | None = None,
     ) -> None:
         self.pieces = pieces
         self.layout = FlatLayout((str(piece), piece.tensor) for piece in pieces)
@@ -174,12 +177,12 @@ class Fragment:
     def _has_small_tensors(self) -> bool:
         return sum(self.layout.sizes.values()) < _SMALL * len(self.pieces)
 
-    def values(self, vector: FlatVector) -> Iterator[tuple[Piece, Tensor]]:
+    def values(self, vector: FlatVector) -> Iterator[tuple[ParameterSlice, Tensor]]:
         """Each piece with its values in the center or the sum."""
         return zip(self.pieces, vector.views, strict=True)
 
 
-class Segment:
+class ParameterCohort:
     """Parameters that joined the elastic set together.
 
     Args:
@@ -216,7 +219,7 @@ class Segment:
             fragment.begin_average(count)
 
 
-def cut(named: Sequence[tuple[str, nn.Parameter]], fragments: int) -> list[list[Piece]]:
+def cut(named: Sequence[tuple[str, nn.Parameter]], fragments: int) -> list[list[ParameterSlice]]:
     """Cut parameters into fragments of about equal size, in order; no row is in two.
 
     Args:
@@ -256,7 +259,7 @@ def _rows(parameter: Tensor) -> tuple[int, int]:
 
 def _pieces(
     named: Sequence[tuple[str, nn.Parameter]], start: int, stop: int, *, last: bool
-) -> list[Piece]:
+) -> list[ParameterSlice]:
     """What lies between two places; empty parameters are in the fragment that follows them."""
     pieces, begin = [], 0
     for name, parameter in named:
@@ -264,17 +267,17 @@ def _pieces(
         end = begin + rows * size
         if not size:
             if start <= begin and (begin < stop or last):
-                pieces.append(Piece(name, parameter))
+                pieces.append(ParameterSlice(name, parameter))
         elif start <= begin and end <= stop:
-            pieces.append(Piece(name, parameter))
+            pieces.append(ParameterSlice(name, parameter))
         elif begin < stop and start < end:
             first, behind = max(start - begin, 0) // size, min(stop - begin, rows * size) // size
-            pieces.append(Piece(name, parameter, slice(first, behind)))
+            pieces.append(ParameterSlice(name, parameter, slice(first, behind)))
         begin = end
     return pieces
 
 
-def put_together(values: Iterable[tuple[Piece, Tensor]]) -> dict[str, Tensor]:
+def put_together(values: Iterable[tuple[ParameterSlice, Tensor]]) -> dict[str, Tensor]:
     """Tensors of pieces' values, whole and in the values' own precision, by name."""
     wholes: dict[str, Tensor] = {}
     for piece, view in values:
@@ -284,7 +287,7 @@ def put_together(values: Iterable[tuple[Piece, Tensor]]) -> dict[str, Tensor]:
     return wholes
 
 
-def put_together_like(values: Iterable[tuple[Piece, Tensor]]) -> dict[str, Tensor]:
+def put_together_like(values: Iterable[tuple[ParameterSlice, Tensor]]) -> dict[str, Tensor]:
     """The same as the module has them: in their precision, and complex if they are."""
     wholes: dict[str, Tensor] = {}
     for piece, view in values:

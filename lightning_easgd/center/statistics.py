@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_easgd.center.flat import FLAT_DTYPE, FlatLayout, FlatVector, Memory, as_real
-from lightning_easgd.center.fragments import Piece
+from lightning_easgd.center.fragments import ParameterSlice
 from lightning_easgd.center.names import listed
 from lightning_easgd.center.policies import Buffers, Place, Policies, find_places
 from lightning_easgd.center.spectral import spectral_norms
@@ -215,12 +215,12 @@ class Statistics:
         if self:
             self._read(self.center)
 
-    def values(self, vector: FlatVector) -> Iterator[tuple[Piece, Tensor]]:
+    def values(self, vector: FlatVector) -> Iterator[tuple[ParameterSlice, Tensor]]:
         """Each buffer with its values in the center or the sum."""
         for place, now, view in zip(self._places, self._present(), vector.views, strict=True):
             whole = place.found()
             if now is not None and whole is not None:
-                yield Piece(place.name, whole), view
+                yield ParameterSlice(place.name, whole), view
 
     def load_center(self) -> None:
         """Overwrite the module's buffers by the center's; its weights are there already."""

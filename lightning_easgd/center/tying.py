@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_easgd.center.fragments import Piece
+from lightning_easgd.center.fragments import ParameterSlice
 from lightning_easgd.center.storage import (
     Neighbours,
     Shares,
@@ -30,7 +30,7 @@ Named = tuple[str, nn.Parameter]
 
 
 @dataclass(frozen=True)
-class Twin(Piece):
+class Twin(ParameterSlice):
     """A piece of a parameter, whose values lie in memory as another parameter has them."""
 
     first: Tensor | None = None
@@ -110,7 +110,9 @@ class Ties:
                 found[first] = max(known)
         return found
 
-    def points(self, points: Iterable[tuple[Piece, Tensor]]) -> Iterator[tuple[Piece, Tensor]]:
+    def points(
+        self, points: Iterable[tuple[ParameterSlice, Tensor]]
+    ) -> Iterator[tuple[ParameterSlice, Tensor]]:
         """The twins of pieces, with the values of these."""
         for piece, point in points if self._twins else ():
             for name, twin in self._twins.get(id(piece.whole), ()):

@@ -92,7 +92,7 @@ class OwnValues:
                 _load_added(owner, prefix, _moved_to(values["added"][prefix], device))
 
     def _elastic(self) -> set[str]:
-        return {name for segment in self._center.segments for name in segment.names}
+        return {name for cohort in self._center.cohorts for name in cohort.names}
 
     def _checksums(self) -> dict[str, Any]:
         """Of whatever is not elastic, by name."""

@@ -6,13 +6,13 @@ from lightning_easgd.communication.compressed import CompressedAllReduce
 from lightning_easgd.communication.header import (
     ExchangeError,
     Header,
-    Place,
+    Phase,
     Stop,
     verify,
-    verify_places,
+    verify_phases,
 )
 from lightning_easgd.communication.hierarchical import GroupedAllReduce, make_all_reduce
-from lightning_easgd.communication.subgroup import Island
+from lightning_easgd.communication.subgroup import Subgroup
 from lightning_easgd.communication.sync_module import (
     make_equal_,
     require_equal,
@@ -29,12 +29,12 @@ __all__ = [
     "GroupedAllReduce",
     "Header",
     "Int8",
-    "Island",
     "Level",
     "Payload",
     "PendingSum",
-    "Place",
+    "Phase",
     "Stop",
+    "Subgroup",
     "TopK",
     "WorkerGroup",
     "choose_codec",
@@ -45,5 +45,5 @@ __all__ = [
     "require_equal",
     "start_equal_",
     "verify",
-    "verify_places",
+    "verify_phases",
 ]

@@ -1,4 +1,4 @@
-"""Sums over all workers, or those of an island, that travel while training goes on."""
+"""Sums over all workers, or those of a subgroup, that travel while training goes on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_easgd.center.flat import bucket_slices
 from lightning_easgd.communication.header import Header
-from lightning_easgd.communication.subgroup import Island
+from lightning_easgd.communication.subgroup import Subgroup
 from lightning_easgd.communication.workers import Work, WorkerGroup
 
 HEADER_BYTES = 8 * len(Header.__dataclass_fields__)
@@ -105,7 +105,7 @@ class AllReduce:
         bucket_bytes: the most that one all-reduce carries, in bytes.
         level: the workers that sum.
         control: tells the headers; None: this only joins exchanges that others begin.
-        within: the island whose members take part, which nothing else may go through; None: all
+        within: the subgroup whose members take part, which nothing else may go through; None: all
             workers do.
         groups: ranks of workers that take part in sums as one; none if each does by itself.
     """
@@ -120,23 +120,23 @@ class AllReduce:
         *,
         level: Level,
         control: dist.ProcessGroup | None = None,
-        within: Island | None = None,
+        within: Subgroup | None = None,
         groups: Sequence[Sequence[int]] = (),
     ) -> None:
         self.group = group
         self.bucket_bytes = bucket_bytes
         self.within = within
-        """The island whose members take part, unless all workers do."""
+        """The subgroup whose members take part, unless all workers do."""
         self.level = level
         self._control = control
         self.ranks = within.ranks if within else list(range(group.size))
         """Of the workers whose headers are gathered, in the order of the headers."""
-        self.parties = _places(self.ranks, groups or [[rank] for rank in self.ranks])
+        self.participants = _places(self.ranks, groups or [[rank] for rank in self.ranks])
         """Workers that take part in sums as one, or each by itself, as places in :attr:`ranks`."""
         place = self.ranks.index(group.rank)
-        self.party = next(i for i, places in enumerate(self.parties) if place in places)
-        """The number, in :attr:`parties`, of that with this worker."""
-        self.senders = [places[0] for places in self.parties]
+        self.participant = next(i for i, places in enumerate(self.participants) if place in places)
+        """The number, in :attr:`participants`, of that with this worker."""
+        self.senders = [places[0] for places in self.participants]
         """The places of the workers whose differences are summed."""
 
     def start(
@@ -186,7 +186,7 @@ class AllReduce:
     def hold_back(self, payload: Payload, *, last: bool = False) -> None:
         """Hold back what :meth:`join` would if workers reckon with it, and send nothing."""
 
-    def round_(self, differences: Iterable[Tensor]) -> None:
+    def quantize_(self, differences: Iterable[Tensor]) -> None:
         """Replace differences by what is sent of them, where the rest is not held back."""
 
     def agree(self, healthy: bool, checksum: Callable[[], int]) -> bool:

@@ -171,7 +171,7 @@ class CompressedAllReduce(AllReduce):
         """Whether workers are pulled and hold much back, as :meth:`waits` has measured."""
         return self._pulls and self._codec.feedback and (self._waits or 1.0) > _MUCH
 
-    def round_(self, differences: Iterable[Tensor]) -> None:
+    def quantize_(self, differences: Iterable[Tensor]) -> None:
         """Replace differences by what is sent of them, where the rest is not held back."""
         if not self._feedback:
             for tensor in differences:

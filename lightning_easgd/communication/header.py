@@ -44,7 +44,7 @@ class Stop(IntEnum):
         return self > Stop.TIME
 
 
-class Place(IntEnum):
+class Phase(IntEnum):
     """Where a worker is when it sends a header."""
 
     TRAINING = 0
@@ -71,7 +71,7 @@ class Place(IntEnum):
     def words(self) -> str:
         """For messages."""
         name = self.name.lower().replace("_", " ")
-        return f"collective ({name})" if Place.BARRIER <= self <= Place.GATHERING else name
+        return f"collective ({name})" if Phase.BARRIER <= self <= Phase.GATHERING else name
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Header:
     """Hash of the names and shapes of the parameters in this exchange."""
     announced: int
     """The same, with parameters that were unfrozen since and join with the next exchange."""
-    place: Place
+    phase: Phase
     """Whether the worker begins an exchange, or stands still and answers those of others."""
     stop: Stop
     """Why the worker was asked to stop."""
@@ -139,7 +139,7 @@ _KINDS: dict[str, Callable[[int], Any]] = {
     "int": int,
     "bool": bool,
     "float": _float,
-    "Place": Place,
+    "Phase": Phase,
     "Stop": Stop,
 }
 """What a field is made of its 64 bits by, by the name of its type."""
@@ -156,7 +156,7 @@ def verify(headers: Sequence[Header], ranks: Sequence[int] | None = None) -> Non
         ExchangeError: they did not; the message says which worker holds what.
     """
     named = _named(headers, ranks)
-    steps = {who: h.clock for who, h in named.items() if h.place is Place.TRAINING}
+    steps = {who: h.clock for who, h in named.items() if h.phase is Phase.TRAINING}
     if len(set(steps.values())) > 1:
         listing = ", ".join(f"{who} at step {step}" for who, step in steps.items())
         raise ExchangeError(
@@ -183,16 +183,16 @@ def verify(headers: Sequence[Header], ranks: Sequence[int] | None = None) -> Non
     )
 
 
-def verify_places(headers: Sequence[Header]) -> None:
+def verify_phases(headers: Sequence[Header]) -> None:
     """Check that all workers, which stand still, can go on.
 
     Raises:
         ExchangeError: on all of them, if some wait for the others to validate or to decide
             something with them; the message says who stands where.
     """
-    if not {header.place for header in headers} <= {Place.EPOCH_END, Place.FIT_END}:
+    if not {header.phase for header in headers} <= {Phase.EPOCH_END, Phase.FIT_END}:
         _same(
-            {who: h.place.words for who, h in _named(headers).items()},
+            {who: h.phase.words for who, h in _named(headers).items()},
             "Workers wait for each other at different places",
             f"They have taken {[h.clock for h in headers]} steps. With different numbers of batches"
             " or steps, validate and save at the end of epochs, end by max_epochs, and give every"

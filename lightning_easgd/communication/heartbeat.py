@@ -6,8 +6,8 @@ while all goes well. A worker that waits for others does: one that gives no sign
 or cut off; one that gives signs and stands still is stuck; one that ended with an error has said
 so.
 
-[Note: verdict] The first worker that finds out who is missing publishes it, and the threads of all
-look for that with every sign. So all end soon after the first and know what it knew, though the
+[Note: diagnosis] The first worker that finds out who is missing publishes it, and the threads of
+all look for that with every sign. So all end soon after the first and know what it knew, though the
 store may end with it.
 
 [Note: who is gone] A worker that is late may only have been stopped for a while. So nobody is taken
@@ -32,11 +32,11 @@ _PATIENCE_SECONDS = 3.5
 """How long signs are looked for before somebody is said to give none."""
 _ANSWER_SECONDS = 5.0
 _POLL_SECONDS = 0.05
-_VERDICT = "verdict"
-_LONGEST_REASON, _LONGEST_VERDICT = 2000, 1500
+_DIAGNOSIS = "diagnosis"
+_LONGEST_REASON, _LONGEST_DIAGNOSIS = 2000, 1500
 
 
-class Liveness:
+class Heartbeat:
     """This worker's sign of life, and a view of the others'; running from construction on.
 
     Args:
@@ -48,7 +48,7 @@ class Liveness:
     def __init__(self, rank: int, workers: int, name: str) -> None:
         self.progress = Progress()
         """Of this worker."""
-        self.verdict = ""
+        self.diagnosis = ""
         """What the first worker whose wait failed found out; empty while all goes well."""
         self._rank = rank
         self._others = [other for other in range(workers) if other != rank]
@@ -73,9 +73,9 @@ class Liveness:
             alone: whether they know nothing of it; they are told at once, and then end too.
         """
         reason = reason[:_LONGEST_REASON]
-        if alone and not self.verdict:
+        if alone and not self.diagnosis:
             self._publish(f"Worker {self._rank} ended with {quote(reason)}.")
-        if self.verdict and self._rank == 0 and self._store.is_worker_0s:
+        if self.diagnosis and self._rank == 0 and self._store.is_worker_0s:
             self._wait_for_readers()  # only worker 0 may take the store with it
         self._store.ask(lambda store: store.set(f"ended/{self._rank}", reason))
         self._store.stop()
@@ -93,10 +93,10 @@ class Liveness:
             self.look_on()
             time.sleep(_POLL_SECONDS)
         self._store.ask(self._look)  # who is gone may have said why
-        if not self.verdict:
+        if not self.diagnosis:
             states = {other: self._state(other) for other in self._others}
             self._publish(self._explain(states, timeout))
-        return self.verdict
+        return self.diagnosis
 
     def look_on(self) -> None:
         """Have the signs of the others read from now on, for some seconds."""
@@ -124,7 +124,7 @@ class Liveness:
 
     def trouble(self) -> bool:
         """Whether a worker is known to be gone, or one has found out who is."""
-        if self.verdict or self._store.is_gone:
+        if self.diagnosis or self._store.is_gone:
             return True
         left = {other: self._ended.get(other, "") for other in self._others}
         return any(
@@ -162,10 +162,10 @@ class Liveness:
         how = "ended" if self._store.is_gone else "cannot be reached"
         return f"{holder} {how}, and with it who else is there is unknown."
 
-    def _publish(self, verdict: str) -> None:
+    def _publish(self, diagnosis: str) -> None:
         """Make it everybody's, unless another worker was first; then that one's is taken."""
-        self._store.ask(lambda store: self._hear(store, verdict))
-        self.verdict = self.verdict or verdict
+        self._store.ask(lambda store: self._hear(store, diagnosis))
+        self.diagnosis = self.diagnosis or diagnosis
 
     def _wait_for_readers(self) -> None:
         deadline = time.monotonic() + _ANSWER_SECONDS
@@ -190,12 +190,14 @@ class Liveness:
         if now < self._looks_until:
             self._look(store)
 
-    def _hear(self, store: Store, verdict: str = "") -> None:
-        """Read the verdict, and publish one if there is none."""
-        found = store.compare_set(_VERDICT, "", verdict)
-        if found and not self.verdict:
-            mine = found.decode(errors="replace") == verdict
-            self.verdict = verdict if mine else f"A worker said: {quote(found, _LONGEST_VERDICT)}."
+    def _hear(self, store: Store, diagnosis: str = "") -> None:
+        """Read the diagnosis, and publish one if there is none."""
+        found = store.compare_set(_DIAGNOSIS, "", diagnosis)
+        if found and not self.diagnosis:
+            mine = found.decode(errors="replace") == diagnosis
+            self.diagnosis = (
+                diagnosis if mine else f"A worker said: {quote(found, _LONGEST_DIAGNOSIS)}."
+            )
             store.set(f"read/{self._rank}", "")
 
     def _look(self, store: Store) -> None:

@@ -29,7 +29,7 @@ from lightning_easgd.communication.background import Background
 from lightning_easgd.communication.codecs import Codec
 from lightning_easgd.communication.compressed import CompressedAllReduce
 from lightning_easgd.communication.header import ExchangeError
-from lightning_easgd.communication.subgroup import Island
+from lightning_easgd.communication.subgroup import Subgroup
 from lightning_easgd.communication.workers import Work, WorkerGroup
 
 _AGREED = 2
@@ -42,9 +42,9 @@ class GroupedAllReduce(AllReduce):
     Args:
         group: all workers.
         bucket_bytes: the most that one collective carries, in bytes.
-        island: the group of this worker, among all groups.
+        subgroup: the group of this worker, among all groups.
         between: makes what sums over the first members of the groups, given them.
-        within: the larger island whose groups take part, and which holds them whole; None: all
+        within: the larger subgroup whose groups take part, and which holds them whole; None: all
             groups do.
         agrees: whether members tell each other, before an exchange, what they bring.
 
@@ -57,14 +57,14 @@ class GroupedAllReduce(AllReduce):
         group: WorkerGroup,
         bucket_bytes: int,
         *,
-        island: Island,
+        subgroup: Subgroup,
         between: Callable[[Level], AllReduce],
-        within: Island | None = None,
+        within: Subgroup | None = None,
         agrees: bool = True,
     ) -> None:
-        parts = within.islands if within else [list(range(group.size))]
-        groups = [_inside(part, island.islands) for part in parts]
-        mine = next(found for found in groups if island.ranks in found)
+        parts = within.subgroups if within else [list(range(group.size))]
+        groups = [_inside(part, subgroup.subgroups) for part in parts]
+        mine = next(found for found in groups if subgroup.ranks in found)
         super().__init__(
             group,
             bucket_bytes,
@@ -73,15 +73,15 @@ class GroupedAllReduce(AllReduce):
             within=within,
             groups=mine,
         )
-        self._island = island
-        self._agrees = agrees and island.size > 1
-        self._leads = island.place == 0
+        self._subgroup = subgroup
+        self._agrees = agrees and subgroup.size > 1
+        self._leads = subgroup.place == 0
         senders = [[ranks[0] for ranks in found] for found in groups]
         firsts = group.split(senders, group.backend)
-        data = group.split(island.islands, group.backend)
-        inside = Level(island.place, island.size, data)
+        data = group.split(subgroup.subgroups, group.backend)
+        inside = Level(subgroup.place, subgroup.size, data)
         self._inside = AllReduce(group, bucket_bytes, level=inside)
-        self._between = between(Level(self.party, len(mine), firsts))
+        self._between = between(Level(self.participant, len(mine), firsts))
         self.holds_back = self._between.holds_back
 
     @override
@@ -100,10 +100,10 @@ class GroupedAllReduce(AllReduce):
         if not self._agrees:
             return healthy
         mine = [healthy, checksum() if healthy else 0]
-        said = self._island.gather(mine, "An agreement inside a group")
+        said = self._subgroup.gather(mine, "An agreement inside a group")
         if not all(well for well, _ in said):
             return False
-        _require_equal(self._island.ranks, [bits for _, bits in said])
+        _require_equal(self._subgroup.ranks, [bits for _, bits in said])
         return True
 
     @override
@@ -120,8 +120,8 @@ class GroupedAllReduce(AllReduce):
         self._between.reckon_(differences, weight)
 
     @override
-    def round_(self, differences: Iterable[Tensor]) -> None:
-        self._between.round_(differences)
+    def quantize_(self, differences: Iterable[Tensor]) -> None:
+        self._between.quantize_(differences)
 
     @override
     def state(self) -> dict[str, Any]:
@@ -131,7 +131,7 @@ class GroupedAllReduce(AllReduce):
     def load_state(self, state: Any) -> None:
         if self.reckons:
             # Members are pulled alike only by what all of them hold back.
-            said = self._island.gather([bool(state.get("accounts"))], "Resuming")
+            said = self._subgroup.gather([bool(state.get("accounts"))], "Resuming")
             state = state if all(has for (has,) in said) else {}
         self._between.load_state(state)
 
@@ -139,14 +139,14 @@ class GroupedAllReduce(AllReduce):
     @override
     def header_bytes(self) -> tuple[int, int]:
         total, _ = super().header_bytes
-        agreed = self._island.gather_bytes(_AGREED) if self._agrees else 0
-        return total + agreed, HEADER_BYTES * (self._island.size - 1) + agreed
+        agreed = self._subgroup.gather_bytes(_AGREED) if self._agrees else 0
+        return total + agreed, HEADER_BYTES * (self._subgroup.size - 1) + agreed
 
     @override
     def sum_bytes(self, payload: Payload, *, last: bool = False) -> tuple[int, int]:
         tensors = [*payload.differences.values(), *payload.statistics]
-        inside = self._island.ring_bytes(payload.statistics)
-        inside += self._island.broadcast_bytes(sum(tensor.nbytes for tensor in tensors))
+        inside = self._subgroup.ring_bytes(payload.statistics)
+        inside += self._subgroup.broadcast_bytes(sum(tensor.nbytes for tensor in tensors))
         between, _ = self._between.sum_bytes(payload, last=last) if self._leads else (0, 0)
         return between + inside, inside
 
@@ -159,7 +159,7 @@ class GroupedAllReduce(AllReduce):
         if self._leads:
             _finish(self._between.sum(statistics))
         group = self._inside.level.data
-        source = self._island.ranks[0]
+        source = self._subgroup.ranks[0]
         _finish(
             dist.broadcast(tensor[bucket], source, group=group, async_op=True)
             for tensor in [*payload.differences.values(), *statistics]
@@ -173,8 +173,8 @@ def make_all_reduce(
     codec: Codec | None,
     *,
     feedback: bool,
-    island: Island | None,
-    within: Island | None = None,
+    subgroup: Subgroup | None,
+    within: Subgroup | None = None,
     agrees: bool = True,
 ) -> AllReduce:
     """What sums the differences of workers, or of groups of workers.
@@ -184,8 +184,8 @@ def make_all_reduce(
         bucket_bytes: the most that one collective carries, uncompressed.
         codec: how differences are written; None: as they are.
         feedback: whether a worker keeps what encoding lost in any case, as where workers restart.
-        island: the group of this worker; None: every worker takes part by itself.
-        within: the island in which sums are made; None: among all workers.
+        subgroup: the group of this worker; None: every worker takes part by itself.
+        within: the subgroup in which sums are made; None: among all workers.
         agrees: as of GroupedAllReduce.
     """
 
@@ -196,11 +196,11 @@ def make_all_reduce(
             group, bucket_bytes, codec, feedback=feedback, level=level, control=control
         )
 
-    if island is not None:
+    if subgroup is not None:
         return GroupedAllReduce(
             group,
             bucket_bytes,
-            island=island,
+            subgroup=subgroup,
             between=summing,
             within=within,
             agrees=agrees,
@@ -213,8 +213,8 @@ def make_all_reduce(
     return summing(Level(group.rank, group.size, data), control)
 
 
-def _level_of(island: Island) -> Level:
-    return Level(island.place, island.size, island.data)
+def _level_of(subgroup: Subgroup) -> Level:
+    return Level(subgroup.place, subgroup.size, subgroup.data)
 
 
 def _finish(works: Iterable[Work | None]) -> None:

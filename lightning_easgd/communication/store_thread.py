@@ -73,7 +73,7 @@ class StoreThread:
         """Whether the store has ended, with the worker or launcher that held it."""
         self.is_worker_0s = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         """Whether worker 0 holds the store; else torchrun does."""
-        self._thread = threading.Thread(target=self._run, name="easgd-liveness", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="easgd-heartbeat", daemon=True)
         self._thread.start()
 
     @property

@@ -1,8 +1,8 @@
 """Workers that a fast network joins: what they sum at every step, and what they agree on.
 
-[Note: islands] An island is a group of workers that train in lockstep; nobody in it goes on without
-the others. Its process groups carry nothing else, so that they never wait for a sum between islands
-that is on its way meanwhile.
+[Note: subgroups] A subgroup is a group of workers that train in lockstep; nobody in it goes on
+without the others. Its process groups carry nothing else, so that they never wait for a sum between
+subgroups that is on its way meanwhile.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from lightning_easgd.communication import plain_data
 from lightning_easgd.communication.workers import WorkerGroup
 
 
-class Island:
-    """The workers of one island. All workers must make theirs, at the same time.
+class Subgroup:
+    """The workers of one subgroup. All workers must make theirs, at the same time.
 
     Args:
         group: all workers.
-        islands: the ranks of every island, in ascending order; every worker is in one.
+        subgroups: the ranks of every subgroup, in ascending order; every worker is in one.
         bucket_bytes: the most that one all-reduce carries, in bytes.
 
     Raises:
@@ -32,20 +32,20 @@ class Island:
     """
 
     def __init__(
-        self, group: WorkerGroup, islands: Sequence[Sequence[int]], bucket_bytes: int
+        self, group: WorkerGroup, subgroups: Sequence[Sequence[int]], bucket_bytes: int
     ) -> None:
-        self.islands = [list(ranks) for ranks in islands]
-        """The ranks of every island, this one included."""
-        self.ranks = next(ranks for ranks in self.islands if group.rank in ranks)
+        self.subgroups = [list(ranks) for ranks in subgroups]
+        """The ranks of every subgroup, this one included."""
+        self.ranks = next(ranks for ranks in self.subgroups if group.rank in ranks)
         self.size = len(self.ranks)
         self.place = self.ranks.index(group.rank)
         """Of this worker in :attr:`ranks`."""
         self._group = group
         self._bucket_bytes = bucket_bytes
-        self.control = group.split(islands, "gloo")
+        self.control = group.split(subgroups, "gloo")
         """The members, for what they tell each other."""
         backend = dist.get_backend()
-        self.data = group.split(islands, backend)
+        self.data = group.split(subgroups, backend)
         """The members, for sums."""
         self._polls = backend == "gloo"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from lightning_easgd.communication.heartbeat import Liveness
+from lightning_easgd.communication.heartbeat import Heartbeat
 
 _LOOK_SECONDS = 0.25
 _GRACE_SECONDS = 1.5
@@ -17,13 +17,13 @@ class Watch:
     """One wait for others: :meth:`check` raises when it has taken too long.
 
     Args:
-        liveness: of this worker.
+        heartbeat: of this worker.
         timeout: in seconds.
         patiently: whether to wait on as long as another worker gets on.
     """
 
-    def __init__(self, liveness: Liveness, timeout: float, *, patiently: bool) -> None:
-        self._liveness, self._timeout, self._patiently = liveness, timeout, patiently
+    def __init__(self, heartbeat: Heartbeat, timeout: float, *, patiently: bool) -> None:
+        self._heartbeat, self._timeout, self._patiently = heartbeat, timeout, patiently
         self._quiet = min(_LOOK_SECONDS, timeout / 4)
         self._last, self._next_look = time.monotonic(), 0.0
         self._trouble_since: float | None = None
@@ -39,17 +39,17 @@ class Watch:
         now = time.monotonic()
         gap, self._last = now - self._last, now
         if gap > _LONGEST_POLL_SECONDS:
-            self._liveness.leave_out(gap)
+            self._heartbeat.leave_out(gap)
             gap = 0.0
         self.waited += gap
         if self.waited >= self._quiet and now >= self._next_look:
             self._next_look = now + _LOOK_SECONDS
-            self._liveness.look_on()
+            self._heartbeat.look_on()
             self._look_for_trouble()
             self._look_at_the_clock()
 
     def _look_for_trouble(self) -> None:
-        if not self._liveness.trouble():
+        if not self._heartbeat.trouble():
             self._trouble_since = None
         elif self._trouble_since is None:
             self._trouble_since = self.waited
@@ -57,7 +57,7 @@ class Watch:
             raise TimeoutError("another worker gave up or is gone")
 
     def _look_at_the_clock(self) -> None:
-        stood = min(self.waited, self._liveness.idle()) if self._patiently else self.waited
-        if stood > self._timeout and self._liveness.has_looked():
+        stood = min(self.waited, self._heartbeat.idle()) if self._patiently else self.waited
+        if stood > self._timeout and self._heartbeat.has_looked():
             how = "nobody got on" if self._patiently else "not completed"
             raise TimeoutError(f"{how} within {self._timeout:g} s")

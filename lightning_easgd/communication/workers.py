@@ -24,7 +24,7 @@ from torch.distributed import distributed_c10d
 from lightning_easgd.communication import plain_data
 from lightning_easgd.communication.background import Background
 from lightning_easgd.communication.header import ExchangeError
-from lightning_easgd.communication.heartbeat import Liveness
+from lightning_easgd.communication.heartbeat import Heartbeat
 from lightning_easgd.communication.store_thread import close_connections
 from lightning_easgd.communication.waiting import Watch
 
@@ -64,15 +64,15 @@ class WorkerGroup:
         self._made: list[dist.ProcessGroup] = []
         self._lightnings_timeout = lightnings_timeout
         self._timeout = lightnings_timeout.total_seconds()
-        self._liveness = Liveness(self.rank, self.size, f"workers-{next(_numbers)}")
-        self.progress = self._liveness.progress
+        self._heartbeat = Heartbeat(self.rank, self.size, f"workers-{next(_numbers)}")
+        self.progress = self._heartbeat.progress
         """Of this worker, which the others are told."""
         try:
             self.everybody = self._meet()
             """For what all workers do at the same time; over gloo."""
-            self._liveness.meet()
+            self._heartbeat.meet()
         except BaseException as error:
-            self._liveness.stop(f"{type(error).__name__}: {error}", alone=True)
+            self._heartbeat.stop(f"{type(error).__name__}: {error}", alone=True)
             raise
         self._timeout = timeout.total_seconds()
         # What is watched ends first, with names.
@@ -148,7 +148,7 @@ class WorkerGroup:
         """Add who is missing to an error of torch's, out of a collective that is not watched."""
         gloos = type(error) is RuntimeError and "gloo" in str(error)
         if gloos or isinstance(error, dist.DistError):
-            error.args = (f"{error} {self._liveness.diagnose(self._timeout)}",)
+            error.args = (f"{error} {self._heartbeat.diagnose(self._timeout)}",)
 
     def wait(
         self, work: Work | None, what: str, *, poll: bool = True, patiently: bool = False
@@ -173,7 +173,7 @@ class WorkerGroup:
             work.wait()
         except (RuntimeError, OSError) as error:
             raise ExchangeError(
-                f"{what} could not be completed. {self._liveness.diagnose(self._timeout)} Look for"
+                f"{what} could not be completed. {self._heartbeat.diagnose(self._timeout)} Look for"
                 f" their errors first; then resume from the last checkpoint. ({error})"
             ) from error
         finally:
@@ -183,7 +183,7 @@ class WorkerGroup:
         """Return when it is completed; polled, so that signals (Ctrl-C among them) are seen."""
         if work.is_completed():
             return
-        watch = Watch(self._liveness, self._timeout, patiently=patiently)
+        watch = Watch(self._heartbeat, self._timeout, patiently=patiently)
         while not work.is_completed():
             watch.check()
             time.sleep(min(_SLOWEST_POLL_SECONDS, max(_POLL_SECONDS, watch.waited / 50)))
@@ -198,7 +198,7 @@ class WorkerGroup:
         What is in flight may never end, and destroying its group would wait for it, so the groups
         are kept for as long as the process lives, the shutdown of the interpreter included.
         """
-        self._liveness.stop(reason, alone=alone)
+        self._heartbeat.stop(reason, alone=alone)
         self._abandoned = True
         for group in [self.everybody, *self._made]:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
@@ -207,7 +207,7 @@ class WorkerGroup:
         """Leave the groups, unless they were abandoned; else nothing may be in flight."""
         _set_default_timeout(self._lightnings_timeout)
         if not self._abandoned:
-            self._liveness.stop()
+            self._heartbeat.stop()
             for group in self._made:
                 dist.destroy_process_group(group)
 

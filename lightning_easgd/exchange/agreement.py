@@ -18,14 +18,14 @@ class Agreement:
     Args:
         rule: says what.
         optimizers: the worker's own.
-        parties: ranks of workers that take part in exchanges as one.
+        participants: ranks of workers that take part in exchanges as one.
     """
 
     def __init__(
-        self, rule: Rule, optimizers: LocalOptimizers, parties: Sequence[Sequence[int]]
+        self, rule: Rule, optimizers: LocalOptimizers, participants: Sequence[Sequence[int]]
     ) -> None:
         self.drops = LearningRateDrops(rule.lr_drop, optimizers)
-        self.leadership = Leadership(rule.loss_smoothing, parties)
+        self.leadership = Leadership(rule.loss_smoothing, participants)
 
     def forget(self) -> None:
         """Begin as if there had been no exchange yet."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_easgd.algorithms import Rule, elastic
 from lightning_easgd.center.center import Center
 from lightning_easgd.center.flat import FlatVector
-from lightning_easgd.center.fragments import Fragment, Piece
+from lightning_easgd.center.fragments import Fragment, ParameterSlice
 from lightning_easgd.communication import Payload
 from lightning_easgd.exchange.optimizers import LocalOptimizers
 from lightning_easgd.telemetry import Telemetry
@@ -20,7 +20,7 @@ from lightning_easgd.telemetry import Telemetry
 Pull = list[tuple[Fragment, FlatVector]]
 """What a worker loses: α (x - c) of each fragment."""
 
-Weights = Callable[[int], tuple[dict[int, float], float]]
+RateFunction = Callable[[int], tuple[dict[int, float], float]]
 """The multiples of x - c that a worker adds at a step, as of MovingRates.at."""
 
 
@@ -39,7 +39,7 @@ class Contribution:
         telemetry: where exchanges and distances are recorded.
         reckon_: adds to differences by name, in place, what follows from what is held back of them;
             the last exchange holds nothing back, which it is told.
-        round_: makes differences, in place, what is sent of them.
+        quantize_: makes differences, in place, what is sent of them.
         agree: as of AllReduce: whether workers that take part as one all have finite differences.
         from_iterate: whether x is the paper's iterate where a parameter is its look-ahead point.
     """
@@ -49,11 +49,11 @@ class Contribution:
         center: Center,
         optimizers: LocalOptimizers,
         rule: Rule,
-        weights: Weights,
+        weights: RateFunction,
         *,
         telemetry: Telemetry,
         reckon_: Callable[[Mapping[str, Tensor], bool], None],
-        round_: Callable[[Iterable[Tensor]], None],
+        quantize_: Callable[[Iterable[Tensor]], None],
         agree: Callable[[bool, Callable[[], int]], bool],
         from_iterate: bool,
     ) -> None:
@@ -63,7 +63,7 @@ class Contribution:
         self._weights = weights
         self._telemetry = telemetry
         self._reckon_ = reckon_
-        self._round_ = round_
+        self._quantize_ = quantize_
         self._agree = agree
         self._from_iterate = from_iterate
         self._rates: list[list[float]] = []
@@ -139,7 +139,7 @@ class Contribution:
         self._leave_out()
         return Payload(self._totals())
 
-    def _points(self) -> Iterator[tuple[Piece, Tensor]]:
+    def _points(self) -> Iterator[tuple[ParameterSlice, Tensor]]:
         for fragment in self.fragments:
             yield from fragment.values(fragment.total)
 
@@ -172,7 +172,7 @@ class Contribution:
             else:
                 elastic.scale_(fragment.total.views, rates)
         if not last:
-            self._round_(self._totals().values())
+            self._quantize_(self._totals().values())
         if self._rule.restarts:
             self._telemetry.alpha = 1 - self._rule.mixing
         if self._rule.restarts or last:  # after the last exchange no worker goes on
@@ -201,14 +201,14 @@ def pull_worker(pull: Pull) -> None:
 
 
 def report_non_finite(
-    clock: int, healthy: Mapping[int, bool], *, speaks: bool, all_of_them: bool = True
+    clock: int, healthy: Mapping[int, bool], *, reports: bool, all_of_them: bool = True
 ) -> None:
     """Warn of workers whose weights were not finite at an exchange, if this worker does for all.
 
     Args:
         clock: the step of the exchange.
         healthy: whether they were, by rank.
-        speaks: whether this worker warns.
+        reports: whether this worker warns.
         all_of_them: whether there are no other workers.
 
     Raises:
@@ -221,7 +221,7 @@ def report_non_finite(
             " the center holds the last finite weights. Lower the learning rate, clip gradients"
             " or check the data."
         )
-    if sick and speaks:
+    if sick and reports:
         warnings.warn(
             f"At step {clock} the weights of worker(s) {sick} were NaN or infinite. Their"
             " differences were left out of the exchange, and they restarted from the center"

@@ -32,9 +32,9 @@ from torch.optim import Optimizer
 from lightning_easgd.algorithms import EASGD, Rule, elastic
 from lightning_easgd.center.center import Center, Shown
 from lightning_easgd.center.swap import Swap
-from lightning_easgd.communication import AllReduce, Place, Stop, verify_places
+from lightning_easgd.communication import AllReduce, Phase, Stop, verify_phases
 from lightning_easgd.exchange.agreement import Agreement
-from lightning_easgd.exchange.contribution import Contribution, Pull, Weights, pull_worker
+from lightning_easgd.exchange.contribution import Contribution, Pull, RateFunction, pull_worker
 from lightning_easgd.exchange.ending import BeforeTheEnd, weights_owed
 from lightning_easgd.exchange.gradient_averaging import GradientAverage
 from lightning_easgd.exchange.level import GroupLevel
@@ -51,7 +51,7 @@ ElasticPoint = Literal["iterate", "parameter"]
 
 
 @dataclass(frozen=True)
-class Rules:
+class ExchangePolicy:
     """When to exchange, how strongly, from which point of the worker, and what happens then.
 
     Under an algorithm whose workers restart there is no strength, no overlap and no such point.
@@ -97,7 +97,7 @@ class Exchange:
         all_reduce: AllReduce,
         *,
         optimizers: LocalOptimizers,
-        rules: Rules,
+        rules: ExchangePolicy,
         telemetry: Telemetry,
         gradients: GradientAverage | None = None,
         levels: Sequence[GroupLevel] = (),
@@ -121,9 +121,9 @@ class Exchange:
         self.begun = False
         """Whether training has; before that, the module is the center, whatever it holds."""
         self._restarts = rules.algorithm.restarts
-        self._speaks = all_reduce.group.rank == 0
+        self._reports = all_reduce.group.rank == 0
         self._progress = all_reduce.group.progress
-        self._agreement = Agreement(rules.algorithm, optimizers, all_reduce.parties)
+        self._agreement = Agreement(rules.algorithm, optimizers, all_reduce.participants)
         contribution = Contribution(
             center,
             optimizers,
@@ -131,7 +131,7 @@ class Exchange:
             weights=self._weights(all_reduce),
             telemetry=telemetry,
             reckon_=self._reckoning(all_reduce),
-            round_=all_reduce.round_,
+            quantize_=all_reduce.quantize_,
             agree=self._agree,
             from_iterate=rules.elastic_point == "iterate" and not levels,
         )
@@ -150,22 +150,24 @@ class Exchange:
         self._frozen = [p for p in center.module.parameters() if not p.requires_grad]
         self._frozen_at_set_up = sample(self._frozen)
 
-    def _weights(self, all_reduce: AllReduce) -> Weights:
+    def _weights(self, all_reduce: AllReduce) -> RateFunction:
         rule, leadership = self._rules.algorithm, self._agreement.leadership
-        party, workers = all_reduce.party, len(all_reduce.parties)
+        participant, workers = all_reduce.participant, len(all_reduce.participants)
         if rule.loss_smoothing is not None:
-            return lambda step: ({}, float(leadership.leader == party))
+            return lambda step: ({}, float(leadership.leader == participant))
         if rule.restarts:
             return lambda step: ({}, rule.share(workers))
         strength, optimizers = self._rules.strength, self._optimizers
         waits = all_reduce.waits(self.center.device)
         bound = stable_below(workers, momentum=rule.center_momentum, waits=waits)
-        rates = MovingRates(strength, optimizers, workers=workers, speaks=self._speaks, bound=bound)
+        rates = MovingRates(
+            strength, optimizers, workers=workers, reports=self._reports, bound=bound
+        )
         return rates.at
 
     def _reckoning(self, all_reduce: AllReduce) -> Callable[[Mapping[str, Tensor], bool], None]:
         momentum = self._rules.algorithm.center_momentum
-        gamma = elastic.residual_weight(len(all_reduce.parties), momentum)
+        gamma = elastic.residual_weight(len(all_reduce.participants), momentum)
         return lambda differences, last: all_reduce.reckon_(differences, 1.0 if last else -gamma)
 
     def _agree(self, healthy: bool, checksum: Callable[[], int]) -> bool:
@@ -290,7 +292,7 @@ class Exchange:
             self.clock += 1
             self._progress.take_step(self.clock)
             self.telemetry.steps += 1
-            self._transit.pace.step(self._transit.arrived)
+            self._transit.timer.step(self._transit.arrived)
         if self._restarts:
             self._transit.go_on(self.clock)
             self._begin_due()
@@ -321,16 +323,16 @@ class Exchange:
             NonFiniteError: no worker had finite weights; the center stays as it was.
         """
         self._land()
-        self._transit.pace.interrupt()  # whoever needs the center has something to do with it
+        self._transit.timer.interrupt()  # whoever needs the center has something to do with it
 
-    def meet(self, place: Place) -> bool:
+    def meet(self, phase: Phase) -> bool:
         """Stand still until all workers do, answering the exchanges of those that still train.
 
         The clocks are then set to the latest. A worker at the end of its fit stays until all are,
         however long they train. Who leaves because all stop, leaves from here, and so together.
 
         Args:
-            place: where this worker stands still; not in training.
+            phase: where this worker stands still; not in training.
 
         Returns:
             False if all stop; :attr:`stopping` says why.
@@ -343,13 +345,13 @@ class Exchange:
             if self._gradients is not None:
                 self._transit.go_on()  # before weights of others are taken over
                 self._gradients.accompany()
-            self._accompany_members(place)
+            self._accompany_members(phase)
             self.drain()
             self.stopping = self._transit.stop_agreed
             self.center.adopt_unfrozen()
-            self._transit.stand_still(self.clock, place)
+            self._transit.stand_still(self.clock, phase)
             headers = self._transit.headers()
-            training = [header.clock for header in headers if header.place is Place.TRAINING]
+            training = [header.clock for header in headers if header.phase is Phase.TRAINING]
             if training:
                 self._set_clock(training[0])
                 pull_worker(self._transit.answer(self.clock))
@@ -361,26 +363,26 @@ class Exchange:
             self._levels.catch_up(self.clock)
             if self.stopping.by_exception:
                 return False
-            verify_places(headers)
-            if place is not Place.FIT_END or all(h.place is place for h in headers):
+            verify_phases(headers)
+            if phase is not Phase.FIT_END or all(h.phase is phase for h in headers):
                 return True
 
-    def _accompany_members(self, place: Place) -> None:
+    def _accompany_members(self, phase: Phase) -> None:
         """Answer the exchanges of members of groups that still train, until none does."""
         if self._levels:
             self.center.adopt_unfrozen()
-        for clock in self._levels.accompany(self.clock, place, self._announce, self._answer):
+        for clock in self._levels.accompany(self.clock, phase, self._announce, self._answer):
             self.clock = clock
             if not self._rules.overlap:
                 self._land()
 
-    def _announce(self, clock: int, place: Place) -> bool:
+    def _announce(self, clock: int, phase: Phase) -> bool:
         """Say that this worker stands still, if all workers exchange at this step; whether so."""
         if clock < self._next_due:
             return False
         self._transit.land()
         self.stopping = self._transit.stop_agreed
-        self._transit.stand_still(clock, place)
+        self._transit.stand_still(clock, phase)
         self._set_clock(clock)
         return True
 
@@ -437,7 +439,7 @@ class Exchange:
         if self._finished or not self.begun:
             return True
         before = self._keep()
-        if not self.meet(Place.FIT_END):
+        if not self.meet(Phase.FIT_END):
             return False
         if self.clock != before.shared["clock"]:  # others trained on meanwhile
             before = self._keep()
@@ -567,7 +569,7 @@ class Exchange:
         known = shared.get("algorithm") == kind
         if known:
             known = self.center.load_outer(outer)
-        if outer and not known and self._speaks:
+        if outer and not known and self._reports:
             warnings.warn(
                 "The center's momentum starts afresh: the checkpoint holds that of"
                 f" {shared['algorithm']}, by fragment, and this is {kind} in {self.center.turns}"

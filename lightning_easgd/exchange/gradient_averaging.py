@@ -1,4 +1,4 @@
-"""Gradients that are averaged over the workers of an island at every step.
+"""Gradients that are averaged over the workers of a subgroup at every step.
 
 [Note: averaged gradients] Members begin equal and take equal steps, so they stay equal bit for bit,
 though each draws its own batches and random numbers. Gradients are averaged where DDP has them
@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from lightning_easgd.center.flat import FlatLayout, FlatVector, Memory
-from lightning_easgd.communication import ExchangeError, Island
+from lightning_easgd.communication import ExchangeError, Subgroup
 from lightning_easgd.telemetry import Telemetry
 
 _BITS = 62
@@ -74,10 +74,10 @@ class Replica:
 
 
 class GradientAverage:
-    """Averages gradients over the members of an island.
+    """Averages gradients over the members of a subgroup.
 
     Args:
-        island: its members hold equal weights and optimizers.
+        subgroup: its members hold equal weights and optimizers.
         parameters: all of the module, in the order that members share.
         replica: of this worker.
         telemetry: where bytes are counted.
@@ -87,7 +87,7 @@ class GradientAverage:
 
     def __init__(
         self,
-        island: Island,
+        subgroup: Subgroup,
         parameters: Sequence[nn.Parameter],
         *,
         replica: Replica,
@@ -95,7 +95,7 @@ class GradientAverage:
         until: int | None = None,
         inside: bool = True,
     ) -> None:
-        self.island = island
+        self.subgroup = subgroup
         self._parameters = list(parameters)
         self._replica = replica
         self._telemetry = telemetry
@@ -107,8 +107,8 @@ class GradientAverage:
 
     def start(self) -> None:
         """Begin to train; all members are equal."""
-        self._alone = self.island.size == 1
-        self._current = set(range(self.island.size))  # places of those that took every step
+        self._alone = self.subgroup.size == 1
+        self._current = set(range(self.subgroup.size))  # places of those that took every step
 
     def follow(self, parameters: Iterable[nn.Parameter]) -> None:
         """Average the gradients of these parameters instead, from before the first step on."""
@@ -125,7 +125,7 @@ class GradientAverage:
         self.start()
         if self._alone or self._parts_at(clock):
             return
-        said = self.island.gather([goes_on], "Resuming")
+        said = self.subgroup.gather([goes_on], "Resuming")
         if going := {place for place, (has_state,) in enumerate(said) if has_state}:
             self._current = going
             self._catch_up()
@@ -176,14 +176,14 @@ class GradientAverage:
     def _meet(self, mine: Word) -> list[Word]:
         numbers, still = mine.pack(len(self._parameters)), mine.event is Event.STILL
         what = f"What a group does together at step {mine.clock}"
-        said = self.island.gather(numbers, what, patiently=still)
-        self._count(self.island.gather_bytes(len(numbers)))
+        said = self.subgroup.gather(numbers, what, patiently=still)
+        self._count(self.subgroup.gather_bytes(len(numbers)))
         words = [Word.unpack(numbers) for numbers in said]
         training = {place for place, word in enumerate(words) if word.event is not Event.STILL}
         if len({(words[place].event, words[place].clock) for place in training}) > 1:
             listing = "; ".join(
                 f"worker {rank}: {word.event.name.lower()} at step {word.clock}"
-                for rank, word in zip(self.island.ranks, words, strict=True)
+                for rank, word in zip(self.subgroup.ranks, words, strict=True)
             )
             raise ExchangeError(
                 f"Workers whose gradients are averaged do different things ({listing}). Let all of"
@@ -197,17 +197,17 @@ class GradientAverage:
 
     def _catch_up(self) -> None:
         """Make members that did not take every step equal to one that did."""
-        if len(self._current) == self.island.size:
+        if len(self._current) == self.subgroup.size:
             return
         source = min(self._current)
-        mine = self._replica.read() if self.island.place == source else None
+        mine = self._replica.read() if self.subgroup.place == source else None
         what = "Making the workers of a group equal"
         elements = sum(parameter.numel() for parameter in self._parameters)
-        state, size = self.island.broadcast(mine, source, what, elements=elements)
-        self._count(self.island.broadcast_bytes(size))
-        if self.island.place not in self._current:
+        state, size = self.subgroup.broadcast(mine, source, what, elements=elements)
+        self._count(self.subgroup.broadcast_bytes(size))
+        if self.subgroup.place not in self._current:
             self._replica.write(state)
-        self._current = set(range(self.island.size))
+        self._current = set(range(self.subgroup.size))
 
     def _sum(self, words: Sequence[Word]) -> None:
         training = [word for word in words if word.event is Event.GRADIENTS]
@@ -216,15 +216,15 @@ class GradientAverage:
             return
         parameters = [p for place, p in enumerate(self._parameters) if used >> place & 1]
         vector = self._flat(used, parameters)
-        takes_part = words[self.island.place].event is Event.GRADIENTS
+        takes_part = words[self.subgroup.place].event is Event.GRADIENTS
         if takes_part:
             gradients = [_gradient(parameter) for parameter in parameters]
             vector.read_(gradients)
             torch._foreach_div_(vector.parts, len(training))
         else:
             vector.zero_()
-        self.island.sum_(vector.parts, f"The averaging of gradients at step {training[0].clock}")
-        self._count(self.island.ring_bytes(vector.parts))
+        self.subgroup.sum_(vector.parts, f"The averaging of gradients at step {training[0].clock}")
+        self._count(self.subgroup.ring_bytes(vector.parts))
         if takes_part:
             vector.write_to(gradients)
 

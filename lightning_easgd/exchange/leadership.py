@@ -20,19 +20,19 @@ class Leadership:
 
     Args:
         smoothing: s of the running mean l <- s l + (1 - s) loss, in [0, 1); None: nobody leads.
-        parties: ranks of workers that take part in exchanges, and lead, as one: each by itself, or
-            those of a group, whose loss is the mean over its members.
+        participants: ranks of workers that take part in exchanges, and lead, as one: each by
+            itself, or those of a group, whose loss is the mean over its members.
     """
 
-    def __init__(self, smoothing: float | None, parties: Sequence[Sequence[int]]) -> None:
+    def __init__(self, smoothing: float | None, participants: Sequence[Sequence[int]]) -> None:
         self._smoothing = smoothing
-        self._parties = parties
+        self._participants = participants
         self.forget()
 
     def forget(self) -> None:
-        """Begin as if there had been no step yet; the first party leads."""
+        """Begin as if there had been no step yet; the first participant leads."""
         self.leader = 0
-        """The number of the party that leads."""
+        """The number of the participant that leads."""
         self._running: Tensor | None = None
 
     def observe(self, output: object) -> bool:
@@ -62,8 +62,12 @@ class Leadership:
             return
         known = [header.loss if math.isfinite(header.loss) else math.inf for header in headers]
         ranking = [
-            (sum(known[rank] for rank in ranks) / len(ranks), party != self.leader, party)
-            for party, ranks in enumerate(self._parties)
+            (
+                sum(known[rank] for rank in ranks) / len(ranks),
+                participant != self.leader,
+                participant,
+            )
+            for participant, ranks in enumerate(self._participants)
         ]
         self.leader = min(ranking)[-1]
 
@@ -78,6 +82,6 @@ class Leadership:
     def load_state(self, shared: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         """The inverse of :meth:`shared_state` and :meth:`own_state`, as far as they are there."""
         self.forget()
-        self.leader = shared.get("leader", 0) % len(self._parties)
+        self.leader = shared.get("leader", 0) % len(self._participants)
         if own.get("loss") is not None:
             self._running = torch.tensor(own["loss"], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""One level of a tree: the link between a party, and the center of a group that it is in."""
+"""One level of a tree: the link between a participant, and the center of a group that it is in."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning_easgd.algorithms import EASGD
 from lightning_easgd.center.center import Center
-from lightning_easgd.communication import AllReduce, Place
+from lightning_easgd.communication import AllReduce, Phase
 from lightning_easgd.exchange.agreement import Agreement
 from lightning_easgd.exchange.contribution import Contribution, Pull
 from lightning_easgd.exchange.moving_rates import MovingRates
@@ -25,7 +25,7 @@ class GroupLevel:
         center: of the group.
         all_reduce: how sums travel between the members.
         groups: period and strength.
-        sizes: how many parties each of the groups has.
+        sizes: how many participants each of the groups has.
         inside: the level whose center takes part here; None: the worker itself does.
         optimizers: the worker's own.
         from_iterate: whether x is the paper's iterate where a parameter is its look-ahead point.
@@ -50,17 +50,17 @@ class GroupLevel:
         self._all_reduce = all_reduce
         self._inside = inside
         self._period = groups.period
-        speaks = all_reduce.party == 0
-        rates = {size: _rates(groups, optimizers, size, speaks=speaks) for size in sizes}
+        reports = all_reduce.participant == 0
+        rates = {size: _rates(groups, optimizers, size, reports=reports) for size in sizes}
         rule = EASGD()
         contribution = Contribution(
             center,
             optimizers,
             rule=rule,
-            weights=rates[len(all_reduce.parties)].at,
+            weights=rates[len(all_reduce.participants)].at,
             telemetry=self.telemetry,
             reckon_=lambda differences, last: None,
-            round_=all_reduce.round_,
+            quantize_=all_reduce.quantize_,
             agree=self._agree,
             from_iterate=from_iterate and inside is None,
         )
@@ -70,14 +70,14 @@ class GroupLevel:
             contribution,
             rule=rule,
             telemetry=self.telemetry,
-            agreement=Agreement(rule, optimizers, all_reduce.parties),
+            agreement=Agreement(rule, optimizers, all_reduce.participants),
             schedules=Schedules({}),
         )
         self.set_clock(0)
 
     @property
     def healthy(self) -> bool:
-        """Whether a party had finite weights at the latest exchange that has arrived."""
+        """Whether a participant had finite weights at the latest exchange that has arrived."""
         return self._transit.anybody_healthy
 
     def _agree(self, healthy: bool, checksum: Callable[[], int]) -> bool:
@@ -94,7 +94,7 @@ class GroupLevel:
         self.next_due = max(self.next_due, due)
 
     def begin(self, clock: int, *, last: bool = False) -> Pull:
-        """Send the party's difference off; it is owed the returned pull. Nothing is under way."""
+        """Send the participant's difference off, and return the pull that it is owed."""
         pull = self._transit.begin(clock, last=last)
         self.set_clock(clock)
         return pull
@@ -107,25 +107,25 @@ class GroupLevel:
         """
         self._transit.land()
 
-    def stand_still(self, clock: int, place: Place) -> int | None:
+    def stand_still(self, clock: int, phase: Phase) -> int | None:
         """Wait until a member begins an exchange, at the step returned, or all stand still.
 
         Raises:
             ExchangeError: as for :meth:`land`.
         """
         self.land()
-        self.announce(clock, place)
+        self.announce(clock, phase)
         headers = self._transit.headers()
-        training = [header.clock for header in headers if header.place is Place.TRAINING]
+        training = [header.clock for header in headers if header.phase is Phase.TRAINING]
         if training:
             return training[0]
         self.land()
         return None
 
-    def announce(self, clock: int, place: Place) -> None:
+    def announce(self, clock: int, phase: Phase) -> None:
         """Say that this worker stands still. Nothing is under way."""
         # Members that train have their center pulled before their headers leave; here it is later.
-        self._transit.stand_still(clock, place, compare=False)
+        self._transit.stand_still(clock, phase, compare=False)
 
     def answer(self, clock: int) -> Pull:
         """Take part in the exchange that members began, when all have said so; as :meth:`begin`."""
@@ -152,26 +152,28 @@ class GroupLevel:
         Raises:
             ExchangeError: a member left or did not come in time.
         """
-        island, what = self._all_reduce.within, "Resuming"
-        assert island is not None
-        having = [bool(has) for (has,) in island.gather([saved is not None], what)]
+        subgroup, what = self._all_reduce.within, "Resuming"
+        assert subgroup is not None
+        having = [bool(has) for (has,) in subgroup.gather([saved is not None], what)]
         if not any(having):
             return
         state = saved
         if not all(having):
-            elements = sum(p.numel() for s in self._center.segments for _, p in s.named)
-            state, _ = island.broadcast(saved, having.index(True), what, elements=elements)
+            elements = sum(p.numel() for s in self._center.cohorts for _, p in s.named)
+            state, _ = subgroup.broadcast(saved, having.index(True), what, elements=elements)
         assert state is not None
         self._transit.anybody_healthy = state["healthy"]
-        self._center.join(min(state["joined"], len(self._center.segments)))
+        self._center.join(min(state["joined"], len(self._center.cohorts)))
         self._center.load_values(state["center"])
         if saved is None:
             self._center.overwrite_worker()
 
 
-def _rates(groups: Groups, optimizers: LocalOptimizers, size: int, *, speaks: bool) -> MovingRates:
+def _rates(groups: Groups, optimizers: LocalOptimizers, size: int, *, reports: bool) -> MovingRates:
     try:
-        return MovingRates(groups.strength, optimizers, workers=size, speaks=speaks)
+        return MovingRates(groups.strength, optimizers, workers=size, reports=reports)
     except ValueError as error:
-        parties = " group(s)" if groups.inside else ""
-        raise ValueError(f"Inside a group of {size}{parties}, with {groups}: {error}") from error
+        participants = " group(s)" if groups.inside else ""
+        raise ValueError(
+            f"Inside a group of {size}{participants}, with {groups}: {error}"
+        ) from error

@@ -65,7 +65,7 @@ class MovingRates:
         strength: the one of β, α and ρ that is set.
         optimizers: the worker's own, for the learning rates η in α = ηρ.
         workers: the number of workers, p.
-        speaks: whether this worker warns for all.
+        reports: whether this worker warns for all.
         bound: where α is stable; None: as without a codec.
 
     Raises:
@@ -78,7 +78,7 @@ class MovingRates:
         optimizers: LocalOptimizers,
         *,
         workers: int,
-        speaks: bool,
+        reports: bool,
         bound: Bound | None = None,
     ) -> None:
         self._strength = strength
@@ -86,7 +86,7 @@ class MovingRates:
         self._workers = workers
         self._why = bound or Bound(elastic.stability_bound(workers))
         self._bound = self._why.value
-        self._speaks = speaks
+        self._reports = reports
         self._limits = {"alpha": self._bound, "beta": self._bound * workers}
         if strength.kind in self._limits:
             strength.schedule.limit(_HELD_BELOW_EDGE * self._limits[strength.kind])
@@ -112,14 +112,14 @@ class MovingRates:
         if alpha < self._bound:
             return alpha
         held = _HELD_BELOW_EDGE * self._bound
-        if self._speaks:
+        if self._reports:
             warnings.warn(
                 f"At step {step} the moving rate alpha reached {alpha:.4g}, but {self._workers}"
                 f" workers are stable only below {self._why.why} = {self._bound:.4g}. It is held at"
                 f" {held:.4g} wherever the schedule exceeds that.",
                 stacklevel=2,
             )
-        self._speaks = False
+        self._reports = False
         return held
 
     def _require_stability(self) -> None:

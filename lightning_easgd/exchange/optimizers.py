@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_easgd.algorithms import elastic
 from lightning_easgd.center.flat import as_reals, without_collection
-from lightning_easgd.center.fragments import Piece
+from lightning_easgd.center.fragments import ParameterSlice
 
 
 class LocalOptimizers:
@@ -50,7 +50,7 @@ class LocalOptimizers:
         self._made_with = {(number, group): (lr, delta) for number, group, lr, delta in state}
 
     @without_collection()
-    def undo_look_ahead_(self, points: Iterable[tuple[Piece, Tensor]]) -> None:
+    def undo_look_ahead_(self, points: Iterable[tuple[ParameterSlice, Tensor]]) -> None:
         """Turn stored look-ahead points y = x + δv into the paper's iterates x, in place.
 
         Args:

@@ -203,7 +203,7 @@ class Writes:
         return named, sample(_tensors(named))
 
     def _elastic(self) -> Named:
-        return [pair for segment in self._center.segments for pair in segment.named]
+        return [pair for cohort in self._center.cohorts for pair in cohort.named]
 
     def _kept(self) -> Iterator[Copy]:
         """What optimizers keep in the form of parameters."""

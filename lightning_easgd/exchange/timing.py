@@ -55,7 +55,7 @@ class Total:
             self.processors += step.processors
 
 
-class Pace:
+class StepTimer:
     """Measures the steps and exchanges of one worker.
 
     A round is an exchange and the steps up to the next one.

@@ -29,14 +29,14 @@ from lightning_easgd.communication import (
     Header,
     Payload,
     PendingSum,
-    Place,
+    Phase,
     Stop,
     verify,
 )
 from lightning_easgd.exchange.agreement import Agreement
 from lightning_easgd.exchange.consensus import Consensus
 from lightning_easgd.exchange.contribution import Contribution, Pull, report_non_finite
-from lightning_easgd.exchange.timing import Pace
+from lightning_easgd.exchange.timing import StepTimer
 from lightning_easgd.schedules import Schedules
 from lightning_easgd.telemetry import Telemetry
 
@@ -49,8 +49,8 @@ class InFlight:
 
     clock: int
     turn: int
-    """Which fragment of each segment it is of."""
-    segments: int
+    """Which fragment of each cohort it is of."""
+    cohorts: int
     """Segments known when it was started, those that join after it included."""
     fragments: list[Fragment]
     payload: Payload
@@ -90,14 +90,14 @@ class Transit:
         self.all_reduce = all_reduce
         self.contribution = contribution
         self._agreement = agreement
-        self.pace = Pace()
+        self.timer = StepTimer()
         self.consensus = Consensus(center.turns)
         self.turn = 0
         """Which fragment the next exchange is of."""
         self.exchanged: tuple[int, int] | None = None
-        """When the latest exchange began, and how many segments were in it."""
+        """When the latest exchange began, and how many cohorts were in it."""
         self.owed: tuple[int, int, int] | None = None
-        """When the worker goes on from the center, in which turn and how many segments."""
+        """When the worker goes on from the center, in which turn and how many cohorts."""
         self.stop_requested = Stop.NO
         """Why this worker was asked to stop."""
         self.stop_agreed = Stop.NO
@@ -144,23 +144,23 @@ class Transit:
         self.contribution.take_differences(self.turn)
         pull, payload = self.contribution.give(clock, self.turn, last=last)
         restarts = self._agreement.drops.take() and not last
-        flight = self._start(clock, Place.TRAINING, payload, last=last)
+        flight = self._start(clock, Phase.TRAINING, payload, last=last)
         self._in_flight = replace(flight, restarts=restarts)
         self._take_turns(clock)
-        self.pace.exchange()
+        self.timer.exchange()
         return pull
 
-    def stand_still(self, clock: int, place: Place, *, compare: bool = True) -> None:
+    def stand_still(self, clock: int, phase: Phase, *, compare: bool = True) -> None:
         """Send a header without an exchange; :meth:`headers` has those of all.
 
         Args:
             clock: steps taken.
-            place: where this worker stands still.
+            phase: where this worker stands still.
             compare: whether the center here is that of the others now.
         """
         self.go_on()
         self.contribution.take_differences(self.turn)
-        self._start(clock, place, Payload(), compare=compare)
+        self._start(clock, phase, Payload(), compare=compare)
 
     def headers(self) -> list[Header]:
         """Of all, where this worker stands still; waits for them as long as it takes.
@@ -186,7 +186,7 @@ class Transit:
         """Let what is held back of the fragment whose turn it is go to the center."""
         held = self.all_reduce.holds_back
         payload = self.contribution.nothing(self.turn) if held else Payload()
-        flight = self._start(clock, Place.FIT_END, payload, last=True)
+        flight = self._start(clock, Phase.FIT_END, payload, last=True)
         self._in_flight = replace(flight, moves=False)
         self._take_turns(clock)
 
@@ -203,41 +203,41 @@ class Transit:
         headers = self._await_headers(flight)
         with self._waiting():
             flight.pending.wait()
-        self.pace.arrive()
+        self.timer.arrive()
         self._in_flight = None
         self._apply(flight, headers)
 
     def _start(
         self,
         clock: int,
-        place: Place,
+        phase: Phase,
         payload: Payload,
         *,
         last: bool = False,
         compare: bool = True,
     ) -> InFlight:
-        header = self._header(clock, place, compare)
+        header = self._header(clock, phase, compare)
         pending = self.all_reduce.start(payload, header, last=last)
         self._count_bytes(*self.all_reduce.header_bytes)
         self._count_bytes(*self.all_reduce.sum_bytes(payload, last=last))
-        segments, fragments = len(self._center.segments), self.contribution.fragments
+        cohorts, fragments = len(self._center.cohorts), self.contribution.fragments
         self._in_flight = InFlight(
-            clock, self.turn, segments, fragments, payload, pending, last=last
+            clock, self.turn, cohorts, fragments, payload, pending, last=last
         )
         return self._in_flight
 
-    def _header(self, clock: int, place: Place, compare: bool) -> Header:
-        check = compare and (self._count % _CHECKSUM_EVERY == 0 or place is Place.FIT_END)
+    def _header(self, clock: int, phase: Phase, compare: bool) -> Header:
+        check = compare and (self._count % _CHECKSUM_EVERY == 0 or phase is Phase.FIT_END)
         self._count += 1
-        measured = self.pace.durations()
+        measured = self.timer.durations()
         self._telemetry.step_seconds = 1e-6 * measured.step
         self._telemetry.exchange_seconds = 1e-6 * measured.exchange
         self._telemetry.exchange_cost_seconds = 1e-6 * measured.cost
         return Header(
             clock=clock,
             fingerprint=self._center.fingerprint(self._center.joined, self.turn),
-            announced=self._center.fingerprint(len(self._center.segments)),
-            place=place,
+            announced=self._center.fingerprint(len(self._center.cohorts)),
+            phase=phase,
             stop=self.stop_requested,
             non_finite=not self.contribution.healthy,
             checksum=self._center.checksum() if check else 0,
@@ -281,7 +281,7 @@ class Transit:
             raise
         waited = time.perf_counter() - began
         self._telemetry.wait_seconds += waited
-        self.pace.wait(waited)
+        self.timer.wait(waited)
 
     @torch.no_grad()
     def _apply(self, flight: InFlight, headers: Sequence[Header]) -> None:
@@ -298,7 +298,7 @@ class Transit:
                 self._take_in(flight, healthy, senders, told)
         if flight.restarts:
             self._center.restart_worker()
-        self._center.join(flight.segments)
+        self._center.join(flight.cohorts)
 
     def _hear_stops(self, stops: Sequence[Stop]) -> None:
         if (why := max(stops)) > self.stop_agreed:
@@ -319,7 +319,7 @@ class Transit:
             self._center.statistics.apply(healthy)
         # Only now: the center moves as all knew when the exchange began.
         if flight.moves and self._schedules.observe(self.consensus.note(flight.turn, told, mean)):
-            self.pace.restart()
+            self.timer.restart()
 
     def _report_non_finite(self, clock: int, healthy: Sequence[bool]) -> None:
         self.anybody_healthy = any(healthy)
@@ -327,7 +327,7 @@ class Transit:
         report_non_finite(
             clock,
             dict(zip(ranks, healthy, strict=True)),
-            speaks=group.rank == ranks[0],
+            reports=group.rank == ranks[0],
             all_of_them=len(ranks) == group.size,
         )
 

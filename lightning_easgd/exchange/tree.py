@@ -1,9 +1,10 @@
 """The lower levels of a tree: workers, and groups of them, tied to centers of groups.
 
-[Note: levels] Each level is synchronous EASGD between parties and a center. On top the center is c,
-and a party is the center g of one of the outermost groups; in a group, parties are the centers of
-the groups inside it, and in one of the innermost its workers x. Where several levels exchange at a
-step, the uppermost goes first: g is pulled towards c at once, and then x and g pull at each other::
+[Note: levels] Each level is synchronous EASGD between participants and a center. On top the center
+is c, and a participant is the center g of one of the outermost groups; in a group, participants are
+the centers of the groups inside it, and in one of the innermost its workers x. Where several levels
+exchange at a step, the uppermost goes first: g is pulled towards c at once, and then x and g pull
+at each other::
 
     e = α' (g - c) ;  g <- g - e ;  c <- c + Σ_groups e       every τ' steps
     d = α (x - g)  ;  x <- x - d ;  g <- g + Σ_members d      every τ steps, τ | τ'
@@ -25,7 +26,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from lightning_easgd.communication import Place
+from lightning_easgd.communication import Phase
 from lightning_easgd.exchange.contribution import Pull, pull_worker
 from lightning_easgd.exchange.level import GroupLevel
 from lightning_easgd.telemetry import Telemetry
@@ -81,8 +82,8 @@ class Levels:
     def accompany(
         self,
         clock: int,
-        place: Place,
-        announce: Callable[[int, Place], bool],
+        phase: Phase,
+        announce: Callable[[int, Phase], bool],
         answer: Callable[[int], Pull],
     ) -> Iterator[int]:
         """Answer the exchanges of members that still train, until none does.
@@ -91,7 +92,7 @@ class Levels:
 
         Args:
             clock: steps taken.
-            place: where this worker stands still.
+            phase: where this worker stands still.
             announce: says so where all workers exchange, if they do at a step; whether they do.
             answer: takes part there, then; what the outermost center is owed.
 
@@ -102,14 +103,14 @@ class Levels:
             ExchangeError: an exchange failed, or members are out of step.
         """
         for number, level in reversed(list(enumerate(self._levels))):
-            while (begun := level.stand_still(clock, place)) is not None:
+            while (begun := level.stand_still(clock, phase)) is not None:
                 clock = begun
                 above = self._due(clock, self._levels[:number])
                 for upper in above:
                     upper.land()
-                for_all = announce(clock, place)
+                for_all = announce(clock, phase)
                 for upper in above:
-                    upper.announce(clock, place)
+                    upper.announce(clock, phase)
                 pull = answer(clock) if for_all else []
                 for answering in [*above, level]:
                     pull_worker(pull)

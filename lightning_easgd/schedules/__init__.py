@@ -9,10 +9,10 @@ from lightning_easgd.schedules.adaptive import AdaptivePeriod, ConsensusTarget
 from lightning_easgd.schedules.base import (
     Durations,
     Observation,
-    Rate,
+    ScalarOrSchedule,
     Schedule,
     Schedules,
-    Training,
+    TrainingLength,
 )
 from lightning_easgd.schedules.checks import is_number
 from lightning_easgd.schedules.period import Period
@@ -38,12 +38,12 @@ __all__ = [
     "Linear",
     "Observation",
     "Period",
-    "Rate",
+    "ScalarOrSchedule",
     "Schedule",
     "Schedules",
     "Steps",
     "Strength",
-    "Training",
+    "TrainingLength",
     "as_schedule",
     "is_number",
 ]

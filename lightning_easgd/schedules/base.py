@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingLength:
     """How long training is expected to take, in optimizer steps; equal on all workers."""
 
     steps: int | None = None
@@ -23,7 +23,7 @@ class Training:
     """Of an epoch; None if epochs differ, or have no known end."""
 
     @classmethod
-    def of_all(cls, workers: Sequence[Training]) -> Training:
+    def of_all(cls, workers: Sequence[TrainingLength]) -> TrainingLength:
         """As the worker that takes most steps knows it; of none, if one does not know."""
         return cls(
             _most([worker.steps for worker in workers]),
@@ -90,7 +90,7 @@ class Schedule(ABC):
     def at(self, step: int) -> float:
         """The value after ``step`` optimizer steps; changes nothing."""
 
-    def begin(self, training: Training) -> None:  # noqa: B027
+    def begin(self, training: TrainingLength) -> None:  # noqa: B027
         """Learn how long training takes; before its first step, and again when it resumes.
 
         Raises:
@@ -122,7 +122,7 @@ class Schedule(ABC):
         return f"{type(self).__name__}({text})"
 
 
-Rate = float | Callable[[int], float] | Schedule
+ScalarOrSchedule = float | Callable[[int], float] | Schedule
 """What sets a parameter: a number, a callable of the optimizer step, or a schedule."""
 
 
@@ -141,7 +141,7 @@ class Schedules:
         """Whether one reads the variance across workers."""
         return any(schedule.reads_variance for schedule in self._named.values())
 
-    def begin(self, training: Training) -> None:
+    def begin(self, training: TrainingLength) -> None:
         """As of Schedule."""
         for schedule in self._named.values():
             schedule.begin(training)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from lightning_easgd.schedules.base import Rate, Schedule
+from lightning_easgd.schedules.base import ScalarOrSchedule, Schedule
 from lightning_easgd.schedules.checks import is_number
 from lightning_easgd.schedules.plain import Constant, as_schedule
 
@@ -24,7 +24,7 @@ class Period:
             construction, or when a callable returns it), or a schedule's are out of range.
     """
 
-    def __init__(self, tau: Rate, fragments: int = 1) -> None:
+    def __init__(self, tau: ScalarOrSchedule, fragments: int = 1) -> None:
         self.fragments = fragments
         self._rounds = isinstance(tau, Schedule)
         check = self._require_bound if self._rounds else self._require_whole

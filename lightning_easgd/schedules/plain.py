@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from typing_extensions import override
 
-from lightning_easgd.schedules.base import Rate, Schedule, Training
+from lightning_easgd.schedules.base import ScalarOrSchedule, Schedule, TrainingLength
 from lightning_easgd.schedules.checks import is_number
 
 Check = Callable[[object], float]
@@ -59,7 +59,7 @@ class Function(Schedule):
         return "callable"
 
 
-def as_schedule(name: str, value: Rate, check: Check) -> Schedule:
+def as_schedule(name: str, value: ScalarOrSchedule, check: Check) -> Schedule:
     """The schedule that ``value`` is or means; a copy, so that no two runs share what one learns.
 
     Args:
@@ -129,7 +129,7 @@ class Ramp(Schedule):
         return min(self.start, self.stop), max(self.start, self.stop)
 
     @override
-    def begin(self, training: Training) -> None:
+    def begin(self, training: TrainingLength) -> None:
         if self.fraction is not None:
             self._length = self.fraction * _known_end(self, training)
 
@@ -234,7 +234,7 @@ class Steps(Schedule):
         return min(self.values), max(self.values)
 
     @override
-    def begin(self, training: Training) -> None:
+    def begin(self, training: TrainingLength) -> None:
         if self.fractions:
             end = _known_end(self, training)
             self._edges = tuple(fraction * end for fraction in self.fractions)
@@ -285,7 +285,7 @@ class Anneal(Schedule):
         return self.start, self.stop
 
     @override
-    def begin(self, training: Training) -> None:
+    def begin(self, training: TrainingLength) -> None:
         if self.batches is not None:
             return
         if training.epoch_steps is None:
@@ -303,7 +303,7 @@ class Anneal(Schedule):
         return min(self.start * math.exp(growth), self.stop)
 
 
-def _known_end(schedule: Schedule, training: Training) -> int:
+def _known_end(schedule: Schedule, training: TrainingLength) -> int:
     if training.steps is None:
         raise ValueError(
             f"{schedule} takes a fraction of training, and this training has no known end: it has"

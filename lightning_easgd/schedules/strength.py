@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from lightning_easgd.schedules.base import Rate
+from lightning_easgd.schedules.base import ScalarOrSchedule
 from lightning_easgd.schedules.checks import is_number
 from lightning_easgd.schedules.plain import as_schedule
 
@@ -27,18 +27,24 @@ class Strength:
         ValueError: the value is out of range.
     """
 
-    def __init__(self, kind: Kind, value: Rate) -> None:
+    def __init__(self, kind: Kind, value: ScalarOrSchedule) -> None:
         self.kind = kind
         self.schedule = as_schedule(kind, value, self._require)
 
     @classmethod
-    def choose(cls, *, beta: Rate | None, alpha: Rate | None, rho: Rate | None) -> Strength:
+    def choose(
+        cls,
+        *,
+        beta: ScalarOrSchedule | None,
+        alpha: ScalarOrSchedule | None,
+        rho: ScalarOrSchedule | None,
+    ) -> Strength:
         """The one that is given; β = 0.9 if none is.
 
         Raises:
             ValueError: more than one is given, or a value is out of range.
         """
-        given: dict[Kind, Rate] = {}
+        given: dict[Kind, ScalarOrSchedule] = {}
         if beta is not None:
             given["beta"] = beta
         if alpha is not None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import lightning.pytorch as pl
 
 from lightning_easgd.center.center import Center
-from lightning_easgd.communication import Island, WorkerGroup, make_all_reduce
+from lightning_easgd.communication import Subgroup, WorkerGroup, make_all_reduce
 from lightning_easgd.exchange.exchange import Exchange
 from lightning_easgd.exchange.gradient_averaging import GradientAverage
 from lightning_easgd.exchange.level import GroupLevel
@@ -65,28 +65,28 @@ def make_exchange(
     """
     rules = options.rules
     optimizers = LocalOptimizers(lambda: trainer.strategy.optimizers)
-    islands = [Island(group, ranks, options.bucket_bytes) for ranks in groups]
+    subgroups = [Subgroup(group, ranks, options.bucket_bytes) for ranks in groups]
     levels: list[GroupLevel] = []
     gradients = None
     if options.tied is not None:
-        levels = _make_levels(center, group, options, islands, optimizers)
-    elif islands or rules.algorithm.warm_up:
+        levels = _make_levels(center, group, options, subgroups, optimizers)
+    elif subgroups or rules.algorithm.warm_up:
         everybody = [list(range(group.size))]
         refuse_own_losses(trainer.strategy.optimizers)
         gradients = GradientAverage(
-            islands[0] if islands else Island(group, everybody, options.bucket_bytes),
+            subgroups[0] if subgroups else Subgroup(group, everybody, options.bucket_bytes),
             list(trainer.lightning_module.parameters()),
             replica=replica_of(trainer, center, optimizers),
             telemetry=telemetry,
             until=rules.algorithm.warm_up or None,
-            inside=bool(islands),
+            inside=bool(subgroups),
         )
     all_reduce = make_all_reduce(
         group,
         options.bucket_bytes,
         options.codec,
         feedback=rules.algorithm.restarts,
-        island=islands[0] if islands else None,
+        subgroup=subgroups[0] if subgroups else None,
         agrees=not levels,
     )
     trained = [p for p in trainer.lightning_module.parameters() if p.requires_grad]
@@ -107,28 +107,28 @@ def _make_levels(
     center: Center,
     group: WorkerGroup,
     options: Options,
-    islands: Sequence[Island],
+    subgroups: Sequence[Subgroup],
     optimizers: LocalOptimizers,
 ) -> list[GroupLevel]:
     """Those of groups with centers of their own, from the outermost inward."""
     assert options.tied is not None
     levels: list[GroupLevel] = []
-    for depth in reversed(range(len(islands))):
-        inside = islands[depth + 1] if levels else None
+    for depth in reversed(range(len(subgroups))):
+        inside = subgroups[depth + 1] if levels else None
         all_reduce = make_all_reduce(
             group,
             options.bucket_bytes,
             None,
             feedback=False,
-            island=inside,
-            within=islands[depth],
+            subgroup=inside,
+            within=subgroups[depth],
             agrees=False,
         )
         level = GroupLevel(
             _center_of(center, depth),
             all_reduce,
             options.tied.levels[depth],
-            sizes=_sizes(islands[depth], inside),
+            sizes=_sizes(subgroups[depth], inside),
             inside=levels[0] if levels else None,
             optimizers=optimizers,
             from_iterate=options.rules.elastic_point == "iterate",
@@ -145,9 +145,9 @@ def _center_of(center: Center, depth: int) -> Center:
     return center
 
 
-def _sizes(island: Island, inside: Island | None) -> list[int]:
-    """How many parties each island has: islands inside, or workers."""
+def _sizes(subgroup: Subgroup, inside: Subgroup | None) -> list[int]:
+    """How many participants each subgroup has: subgroups inside, or workers."""
     if inside is None:
-        return [len(ranks) for ranks in island.islands]
-    firsts = [ranks[0] for ranks in inside.islands]
-    return [sum(rank in ranks for rank in firsts) for ranks in island.islands]
+        return [len(ranks) for ranks in subgroup.subgroups]
+    firsts = [ranks[0] for ranks in inside.subgroups]
+    return [sum(rank in ranks for rank in firsts) for ranks in subgroup.subgroups]

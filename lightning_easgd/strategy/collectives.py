@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_easgd.communication import Place, WorkerGroup, gather, monitored
+from lightning_easgd.communication import Phase, WorkerGroup, gather, monitored
 from lightning_easgd.exchange.exchange import Exchange
 from lightning_easgd.groups import arrange_levels
 from lightning_easgd.strategy.options import Options
@@ -41,7 +41,7 @@ class CollectiveStrategy(DDPStrategy):
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         # Who saved has met the others before, and the checkpoint counts no header that follows it.
         met = args == (_AFTER_A_SAVE,)
-        if (not self._alone) if met else self._gathered(Place.BARRIER):
+        if (not self._alone) if met else self._gathered(Phase.BARRIER):
             if self._group is None:
                 super().barrier(*args, **kwargs)
             else:
@@ -49,7 +49,7 @@ class CollectiveStrategy(DDPStrategy):
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        if not self._gathered(Place.BROADCAST):
+        if not self._gathered(Phase.BROADCAST):
             return obj
         if self._group is None:
             return super().broadcast(obj, src)
@@ -57,7 +57,7 @@ class CollectiveStrategy(DDPStrategy):
 
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        gathered = self._gathered(Place.COLLECTIVE)
+        gathered = self._gathered(Phase.COLLECTIVE)
         return super().reduce_boolean_decision(decision, all) if gathered else decision
 
     @override
@@ -68,7 +68,7 @@ class CollectiveStrategy(DDPStrategy):
             return super().reduce(tensor, group, reduce_op)
         if not isinstance(tensor, Tensor):
             return tensor
-        self._gathered(Place.REDUCTION)
+        self._gathered(Phase.REDUCTION)
         return monitored.reduce_(self._group, tensor, reduce_op, self._place("reduction"))
 
     @override
@@ -77,7 +77,7 @@ class CollectiveStrategy(DDPStrategy):
             return tensor[None]
         # It may be differentiated, which the group's collectives are not made for.
         if self._group is not None and monitored.is_default(group):
-            self._gathered(Place.GATHERING)
+            self._gathered(Phase.GATHERING)
             monitored.barrier(self._group, self._place("gathering"))
         return super().all_gather(tensor, group, sync_grads)
 
@@ -96,11 +96,11 @@ class CollectiveStrategy(DDPStrategy):
         groups = self.options.groups
         return arrange_levels(groups, self._collect(self.node_rank) if groups else [])
 
-    def _gathered(self, place: Place) -> bool:
+    def _gathered(self, phase: Phase) -> bool:
         """Whether all workers are here for a collective of Lightning's; none is if not.
 
         Args:
-            place: which collective.
+            phase: which collective.
         """
         return not self._alone
 

@@ -17,9 +17,9 @@ from lightning_easgd.algorithms import (
 )
 from lightning_easgd.center.policies import Buffers, Policies
 from lightning_easgd.communication import Codec, choose_codec
-from lightning_easgd.exchange.exchange import ElasticPoint, Rules
+from lightning_easgd.exchange.exchange import ElasticPoint, ExchangePolicy
 from lightning_easgd.groups import Groups, Members, require_groups
-from lightning_easgd.schedules import Rate, Strength
+from lightning_easgd.schedules import ScalarOrSchedule, Strength
 from lightning_easgd.schedules.checks import require_bools, require_choice, require_count
 from lightning_easgd.strategy.validation import (
     choose_overlap,
@@ -37,7 +37,7 @@ _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 class Options:
     """Everything that the workers must have in common for their exchanges."""
 
-    rules: Rules
+    rules: ExchangePolicy
     groups: Members | Groups | None
     """Who forms a group; None: every worker takes part in exchanges by itself."""
     codec: Codec | None
@@ -53,10 +53,10 @@ class Options:
         cls,
         *,
         algorithm: str | Rule,
-        tau: Rate | Literal["auto"] | None,
-        beta: Rate | None,
-        alpha: Rate | None,
-        rho: Rate | None,
+        tau: ScalarOrSchedule | Literal["auto"] | None,
+        beta: ScalarOrSchedule | None,
+        alpha: ScalarOrSchedule | None,
+        rho: ScalarOrSchedule | None,
         overlap: bool | None,
         buffers: Buffers,
         elastic_point: ElasticPoint | None,
@@ -111,7 +111,7 @@ class Options:
         codec = choose_codec(compression)
         refuse_partial_sums(period, codec, partial=codec is not None and codec.block is None)
         return cls(
-            rules=Rules(
+            rules=ExchangePolicy(
                 period,
                 Strength.choose(**strength),
                 overlap=overlap,

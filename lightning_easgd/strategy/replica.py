@@ -22,7 +22,7 @@ def replica_of(trainer: pl.Trainer, center: Center, optimizers: LocalOptimizers)
     module, strategy = trainer.lightning_module, trainer.strategy
 
     def read() -> dict[str, Any]:
-        named = (pair for segment in center.segments for pair in segment.named)
+        named = (pair for cohort in center.cohorts for pair in cohort.named)
         return {
             "weights": {name: parameter.detach() for name, parameter in named},
             "optimizers": [optimizer.state_dict() for optimizer in strategy.optimizers],

@@ -30,7 +30,7 @@ from lightning_easgd.center.policies import Buffers
 from lightning_easgd.center.swap import leaving_eval
 from lightning_easgd.communication import (
     Codec,
-    Place,
+    Phase,
     Stop,
     WorkerGroup,
     leave_all_groups,
@@ -40,7 +40,7 @@ from lightning_easgd.communication import (
 )
 from lightning_easgd.exchange.exchange import ElasticPoint
 from lightning_easgd.groups import Groups, Members
-from lightning_easgd.schedules import Rate, Training
+from lightning_easgd.schedules import ScalarOrSchedule, TrainingLength
 from lightning_easgd.schedules.checks import (
     require_bools,
     require_choice,
@@ -171,10 +171,10 @@ class EASGDStrategy(PersistentStrategy):
         self,
         *,
         algorithm: str | Rule = "easgd",
-        tau: Rate | Literal["auto"] | None = None,
-        beta: Rate | None = None,
-        alpha: Rate | None = None,
-        rho: Rate | None = None,
+        tau: ScalarOrSchedule | Literal["auto"] | None = None,
+        beta: ScalarOrSchedule | None = None,
+        alpha: ScalarOrSchedule | None = None,
+        rho: ScalarOrSchedule | None = None,
         overlap: bool | None = None,
         evaluate_on: EvaluateOn = "center",
         buffers: Buffers = "average",
@@ -399,8 +399,8 @@ class EASGDStrategy(PersistentStrategy):
             self._exchange.follow_module()
         if any(wrote) or any(replaced):
             self._begin_equal()
-        lengths = [Training(*each) for each in expected]
-        self.options.rules.schedules.begin(Training.of_all(lengths))
+        lengths = [TrainingLength(*each) for each in expected]
+        self.options.rules.schedules.begin(TrainingLength.of_all(lengths))
         if self._resumed is None:
             self._exchange.start_clock(max(steps))
         else:
@@ -434,7 +434,7 @@ class EASGDStrategy(PersistentStrategy):
         self._enter(_BETWEEN_BATCHES)
         # Between exchanges nobody waits for anybody, but whoever leaves, leaves with all others.
         if self._exchange is not None and self._exchange.stopping.by_exception:
-            self._meet(Place.STOP)
+            self._meet(Phase.STOP)
 
     def _after_batch(self) -> None:
         self._enter(_BETWEEN_BATCHES)
@@ -447,19 +447,19 @@ class EASGDStrategy(PersistentStrategy):
 
     def _before_epoch_end(self) -> None:
         assert self._exchange is not None
-        self._meet_if_uneven(Place.EPOCH_END)
+        self._meet_if_uneven(Phase.EPOCH_END)
         self._exchange.writes.end_epoch(self._exchange.clock)
 
-    def _meet_if_uneven(self, place: Place) -> None:
-        self._enter(f"at {place.name.lower().replace('_', ' ')}")
+    def _meet_if_uneven(self, phase: Phase) -> None:
+        self._enter(f"at {phase.name.lower().replace('_', ' ')}")
         if self._uneven:
-            self._meet(place)
+            self._meet(phase)
 
-    def _meet(self, place: Place) -> None:
+    def _meet(self, phase: Phase) -> None:
         """Wait for workers that have more batches than this one, answering their exchanges."""
         assert self._exchange is not None
         assert self._signals is not None
-        self._exchange.meet(place)
+        self._exchange.meet(phase)
         self._stop()
 
     def _stop(self) -> None:
@@ -468,17 +468,17 @@ class EASGDStrategy(PersistentStrategy):
         self._signals.stop(self._exchange.stopping, self._exchange.stop_askers)
 
     @override
-    def _gathered(self, place: Place) -> bool:
+    def _gathered(self, phase: Phase) -> bool:
         # Metrics may be reduced at every batch: there, batches that differ end in a late error.
-        every_batch = place in (Place.REDUCTION, Place.GATHERING)
+        every_batch = phase in (Phase.REDUCTION, Phase.GATHERING)
         if self._uneven_steps or not every_batch:
-            self._meet_if_training(place)
-        return super()._gathered(place)
+            self._meet_if_training(phase)
+        return super()._gathered(phase)
 
-    def _meet_if_training(self, place: Place) -> None:
+    def _meet_if_training(self, phase: Phase) -> None:
         trains = self._exchange is not None and self._exchange.trains
         if trains and not self._interrupted:  # who left together is together
-            self._meet_if_uneven(place)
+            self._meet_if_uneven(phase)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -547,7 +547,7 @@ class EASGDStrategy(PersistentStrategy):
         assert self._exchange is not None
         assert self.lightning_module is not None
         if self._exchange.begun:
-            self._meet_if_uneven(Place.VALIDATION)
+            self._meet_if_uneven(Phase.VALIDATION)
         with ExitStack() as stack:
             if self._evaluate_on == "center":
                 stack.enter_context(self._exchange.showing(during="validation"))
@@ -560,7 +560,7 @@ class EASGDStrategy(PersistentStrategy):
         self._enter("saving a checkpoint")
         assert self._exchange is not None
         self._exchange.before_save()
-        self._meet_if_training(Place.SAVE)
+        self._meet_if_training(Phase.SAVE)
         assert self._exchange is not None
         with self._exchange.showing(latest=not self._alone, during="a checkpoint"):
             yield

@@ -22,7 +22,7 @@ from torch.utils.data import (
     default_convert,
 )
 
-from lightning_easgd.schedules import Training
+from lightning_easgd.schedules import TrainingLength
 from lightning_easgd.strategy.lightning_internals import (
     is_interactive,
     takes_iterator,
@@ -180,7 +180,7 @@ def _is_plain(loader: object) -> bool:
     return stock and loader.collate_fn in (default_collate, default_convert)
 
 
-def expected_training(trainer: pl.Trainer) -> Training:
+def expected_training(trainer: pl.Trainer) -> TrainingLength:
     """How long training is going to take, as this worker knows it; its data must be set up.
 
     Under manual optimization only ``max_steps`` tells, which counts the steps of all optimizers.
@@ -193,5 +193,5 @@ def expected_training(trainer: pl.Trainer) -> Training:
     end = int(steps) if 0 < steps < math.inf else None
     batches = batches_per_epoch(trainer)
     if not automatic or batches is None:
-        return Training(end)
-    return Training(end, math.ceil(batches / trainer.accumulate_grad_batches))
+        return TrainingLength(end)
+    return TrainingLength(end, math.ceil(batches / trainer.accumulate_grad_batches))

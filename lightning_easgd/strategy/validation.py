@@ -7,7 +7,7 @@ from typing import Literal
 
 from lightning_easgd.algorithms import EASGD, Rule
 from lightning_easgd.groups import Groups
-from lightning_easgd.schedules import Period, Rate
+from lightning_easgd.schedules import Period, ScalarOrSchedule
 from lightning_easgd.schedules.automatic import TAU_MAX, TAU_MIN, AutomaticPeriod
 from lightning_easgd.schedules.checks import is_number, require_bools
 
@@ -30,7 +30,7 @@ _GRADIENT_REDUCTION = {
 
 
 def choose_period(
-    tau: Rate | Literal["auto"],
+    tau: ScalarOrSchedule | Literal["auto"],
     bounds: tuple[int | None, int | None],
     fragments: int,
     *,

@@ -19,7 +19,7 @@ from lightning_easgd import CenterAverage, Rule
 from lightning_easgd.algorithms import AVERAGED, RULES, choose_average
 from lightning_easgd.center.center import Center
 from lightning_easgd.communication import AllReduce, Level, WorkerGroup, leave_all_groups
-from lightning_easgd.exchange.exchange import Exchange, Rules
+from lightning_easgd.exchange.exchange import Exchange, ExchangePolicy
 from lightning_easgd.exchange.optimizers import LocalOptimizers
 from lightning_easgd.schedules import Period, Strength
 from lightning_easgd.telemetry import Telemetry
@@ -159,7 +159,7 @@ def exchange_of(
         Center(module, buffers="average", rank=0, averaging=average),
         NoWire(group, 25 * 2**20, level=Level(group.rank, group.size, None)),
         optimizers=LocalOptimizers(lambda: [optimizer]),
-        rules=Rules(Period(1), Strength("beta", 0.9), not rule.restarts, point, rule),
+        rules=ExchangePolicy(Period(1), Strength("beta", 0.9), not rule.restarts, point, rule),
         telemetry=Telemetry(),
     )
 

@@ -167,7 +167,7 @@ def held_back(strategy: EASGDStrategy) -> torch.Tensor:
     strategy._exchange.drain()
     accounts = strategy._exchange._transit.all_reduce.state()["accounts"]
     held = torch.zeros(700, dtype=torch.float64)
-    for fragment in strategy._center.segments[0].fragments:
+    for fragment in strategy._center.cohorts[0].fragments:
         saved = accounts[f"{fragment.name}, torch.float64"]["unsent"]
         vector = FlatVector(fragment.layout, {torch.float64: saved})
         for piece, view in fragment.values(vector):
@@ -256,7 +256,7 @@ def resting(rank: int) -> Any:
         def rest(batch: Any, batch_idx: int, strategy: Any = strategy, seen: Any = seen) -> None:
             if batch_idx >= 8:
                 strategy.optimizers[0].param_groups[0]["lr"] = 0.0
-                parts = strategy._center.segments[0].fragments[0].center.parts
+                parts = strategy._center.cohorts[0].fragments[0].center.parts
                 seen.append([part.clone().numpy() for part in parts])
 
         module.on_train_batch_start = rest

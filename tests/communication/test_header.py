@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from lightning_easgd.communication import ExchangeError, Header, Place, Stop, verify, verify_places
+from lightning_easgd.communication import ExchangeError, Header, Phase, Stop, verify, verify_phases
 
 HEADER = Header(
     clock=2**40,
     fingerprint=2**56 - 1,
     announced=7,
-    place=Place.TRAINING,
+    phase=Phase.TRAINING,
     stop=Stop.TERMINATED,
     non_finite=False,
     checksum=2**63 - 1,
@@ -27,21 +27,21 @@ def test_what_may_differ_between_workers():
 
 
 def test_workers_that_stand_still_may_be_at_other_steps_and_places():
-    verify([HEADER, replace(HEADER, place=Place.EPOCH_END, clock=3, checksum=0)])
-    verify([HEADER, *(replace(HEADER, place=place, clock=3) for place in list(Place)[1:])])
-    verify([replace(HEADER, place=place, clock=3) for place in (Place.EPOCH_END, Place.FIT_END)])
+    verify([HEADER, replace(HEADER, phase=Phase.EPOCH_END, clock=3, checksum=0)])
+    verify([HEADER, *(replace(HEADER, phase=phase, clock=3) for phase in list(Phase)[1:])])
+    verify([replace(HEADER, phase=phase, clock=3) for phase in (Phase.EPOCH_END, Phase.FIT_END)])
 
 
-@pytest.mark.parametrize("place", [Place.VALIDATION, Place.COLLECTIVE, Place.SAVE])
-@pytest.mark.parametrize("other", [Place.EPOCH_END, Place.FIT_END])
-def test_who_waits_for_another_that_stands_elsewhere_is_told(place: Place, other: Place):
-    verify_places([replace(HEADER, place=p) for p in (place, place)])
-    with pytest.raises(ExchangeError, match=f"worker 0: {place.name.lower()}; worker 1: .* end"):
-        verify_places([replace(HEADER, place=p) for p in (place, other)])
+@pytest.mark.parametrize("phase", [Phase.VALIDATION, Phase.COLLECTIVE, Phase.SAVE])
+@pytest.mark.parametrize("other", [Phase.EPOCH_END, Phase.FIT_END])
+def test_who_waits_for_another_that_stands_elsewhere_is_told(phase: Phase, other: Phase):
+    verify_phases([replace(HEADER, phase=p) for p in (phase, phase)])
+    with pytest.raises(ExchangeError, match=f"worker 0: {phase.name.lower()}; worker 1: .* end"):
+        verify_phases([replace(HEADER, phase=p) for p in (phase, other)])
 
 
 def test_who_ended_an_epoch_goes_on_without_who_ended_its_training():
-    verify_places([replace(HEADER, place=p) for p in (Place.EPOCH_END, Place.FIT_END)])
+    verify_phases([replace(HEADER, phase=p) for p in (Phase.EPOCH_END, Phase.FIT_END)])
 
 
 @pytest.mark.parametrize(

@@ -358,7 +358,7 @@ def test_an_initialisation_by_validation_is_undone_with_its_flag_and_said(way: s
         assert "'flag.calls', 'flag.done'" in message or "'flag.done', 'flag.calls'" in message
 
 
-class Training(Toy):
+class TrainingLength(Toy):
     """Is validated in train(), where normalisations and spectral norms go on to move."""
 
     def __init__(self) -> None:
@@ -385,7 +385,7 @@ class Training(Toy):
 
 
 def validate_in_train(rank: int) -> Any:
-    module = Training()
+    module = TrainingLength()
     before: list[Any] = []
     module.on_train_batch_end = lambda *_: before.append(module.statistics())
     with warnings.catch_warnings(record=True) as caught:

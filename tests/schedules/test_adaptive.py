@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_easgd import AdaptivePeriod, ConsensusTarget
-from lightning_easgd.communication import Header, Place, Stop
+from lightning_easgd.communication import Header, Phase, Stop
 from lightning_easgd.exchange.consensus import Consensus
 from lightning_easgd.schedules import Observation, Schedules
 
-HEADER = Header(0, 0, 0, Place.TRAINING, Stop.NO, False, 0, 0)
+HEADER = Header(0, 0, 0, Phase.TRAINING, Stop.NO, False, 0, 0)
 
 
 @given(st.floats(0.0, 1e6), st.floats(0.011, 0.99))

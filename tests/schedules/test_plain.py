@@ -23,7 +23,7 @@ from lightning_easgd import (
     SlowMo,
     Steps,
 )
-from lightning_easgd.schedules import Period, Strength, Training
+from lightning_easgd.schedules import Period, Strength, TrainingLength
 
 FORMS = {
     Linear: lambda a, b, u: (1 - u) * a + u * b,
@@ -51,10 +51,10 @@ def test_ramps_have_their_closed_forms(make: Any, start: float, stop: float, ste
 def test_a_fraction_is_of_the_steps_of_training(make: Any, fraction: float, steps: int, step: int):
     ramp = make(2.0, 5.0, fraction=fraction)
     assert ramp.at(step) == pytest.approx(2.0)  # how long it takes is not known yet
-    ramp.begin(Training(steps))
+    ramp.begin(TrainingLength(steps))
     u = min(1.0, step / (fraction * steps))
     assert ramp.at(step) == pytest.approx(FORMS[make](2.0, 5.0, u), rel=1e-9)
-    ramp.begin(Training(2 * steps))  # resumed for longer
+    ramp.begin(TrainingLength(2 * steps))  # resumed for longer
     u = min(1.0, step / (fraction * 2 * steps))
     assert ramp.at(step) == pytest.approx(FORMS[make](2.0, 5.0, u), rel=1e-9)
 
@@ -69,14 +69,14 @@ def test_steps_hold_each_value_from_its_edge_on(edges: list[int], step: int):
     assert Steps(values, steps=edges).at(step) == expected
     parts = Steps(values, fractions=[edge / 128 for edge in edges])
     assert parts.at(step) == values[0]
-    parts.begin(Training(128))
+    parts.begin(TrainingLength(128))
     assert parts.at(step) == expected
 
 
 def test_annealing_is_parles_product():
     anneal = Anneal(0.5, 10.0)
     assert anneal.at(1000) == 0.5
-    anneal.begin(Training(None, epoch_steps=7))
+    anneal.begin(TrainingLength(None, epoch_steps=7))
     rho = 0.5
     for step in range(2000):
         if step and step % 25 == 0:
@@ -96,12 +96,14 @@ def test_annealing_is_parles_product():
 )
 def test_a_training_without_an_end_is_refused(schedule: Any, message: str):
     with pytest.raises(ValueError, match=message):
-        schedule.begin(Training.of_all([Training(5, 5), Training(None, None)]))
-    schedule.begin(Training.of_all([Training(5, 5), Training(4, 4)]))
+        schedule.begin(TrainingLength.of_all([TrainingLength(5, 5), TrainingLength(None, None)]))
+    schedule.begin(TrainingLength.of_all([TrainingLength(5, 5), TrainingLength(4, 4)]))
 
 
 def test_the_worker_with_most_steps_says_when_training_ends():
-    assert Training.of_all([Training(5, None), Training(9, 3)]) == Training(9, None)
+    assert TrainingLength.of_all([TrainingLength(5, None), TrainingLength(9, 3)]) == TrainingLength(
+        9, None
+    )
 
 
 @pytest.mark.parametrize("fragments", [1, 3])
