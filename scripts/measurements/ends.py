@@ -73,7 +73,7 @@ class Contender:
     @property
     def kept(self) -> float:
         """What it keeps from one exchange to the next besides the center and the sum, in copies."""
-        fragments = [f for s in self.exchange.center.segments for f in s.fragments]
+        fragments = [f for c in self.exchange.center.cohorts for f in c.fragments]
         tensors = [v for f in fragments for part in f.outer for v in part.values()]
         tensors += [p for f in fragments if f.delivered is not f.center for p in f.delivered.parts]
         return sum(tensor.numel() for tensor in tensors if tensor.dim()) / self.parameters
