@@ -24,8 +24,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from processes import run_workers
 
 from lightning_easgd import EASGDStrategy
-from lightning_easgd.checkpoint.ordered_writes import OrderedWrites, Write
-from lightning_easgd.strategy.checkpoint_io import AtomicCheckpointIO
+from lightning_easgd.checkpoint.ordered_writes import Write
+from lightning_easgd.strategy.checkpoint_io import AtomicCheckpointIO, ordered_writes
 
 LARGE = 2**20
 
@@ -199,7 +199,7 @@ def test_a_plugin_whose_writes_are_ordered_is_copied_without_the_order(
     copied: Any, tmp_path: Path
 ) -> None:
     plugin, seen = AsyncCheckpointIO(AtomicCheckpointIO()), []
-    writes = OrderedWrites(plugin)
+    writes = ordered_writes(plugin)
     twin = copied(plugin)
     assert type(twin.checkpoint_io) is AtomicCheckpointIO
     twin.save_checkpoint({"value": 1}, tmp_path / "twin")

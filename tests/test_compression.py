@@ -67,6 +67,9 @@ class Apart(Toy):
         super().__init__(partial(torch.optim.SGD, lr=0.0))
         self.more = torch.nn.Parameter(torch.zeros(700, dtype=torch.float64))
 
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.make_optimizer(list(self.parameters()))
+
     def part(self) -> None:
         torch.manual_seed(self.global_rank)
         with torch.no_grad():

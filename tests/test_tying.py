@@ -15,7 +15,8 @@ from processes import run_workers
 from torch import Tensor, nn
 from toy import bits, loader, trainer
 
-from lightning_easgd import DiLoCo, EASGDStrategy, Groups, policies, tying
+from lightning_easgd import DiLoCo, EASGDStrategy, Groups
+from lightning_easgd.center import policies, tying
 from lightning_easgd.center.storage import Shares, seen_from, shares
 from lightning_easgd.center.tying import Ties
 
