@@ -147,8 +147,8 @@ def in_set_up(rank: int, who: int, what: Any) -> None:
         trainer(3, strategy).fit(module, loader(rank, STEPS))
     finally:
         left = [each.name for each in threading.enumerate()]
-        # The store of a worker that is stopped never answers the thread that asked it.
-        assert (who, what) == (0, stop) or "easgd-heartbeat" not in left
+        # Worker 0 takes the store with it: no thread that still connects to it can be ended.
+        assert who == 0 or "easgd-heartbeat" not in left
 
 
 @pytest.mark.parametrize("who", [0, 2])
