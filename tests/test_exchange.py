@@ -16,9 +16,10 @@ import torch.distributed as dist
 from lightning.pytorch.loggers.logger import DummyLogger
 from processes import run_workers
 from torch.distributed import distributed_c10d
-from toy import Toy, loader, trainer, weights
+from toy import Toy, bits, loader, trainer, weights
 
 from lightning_easgd import EASGDMonitor, EASGDStrategy
+from lightning_easgd.exchange.outside_writes import OutsideWrites
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 NESTEROV = partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True)
@@ -169,6 +170,31 @@ def ahead(rank: int, reached: Any) -> int:
 def test_a_worker_may_run_a_whole_period_ahead_of_the_slowest() -> None:
     """The sum of the exchange at step 5 is first needed at step 10."""
     assert run_workers(ahead, multiprocessing.get_context("fork").Event(), workers=2) == [1, 1]
+
+
+def ends_by_error(rank: int, in_the_step: bool) -> dict[str, bytes]:
+    """The worker's weights after an error that comes in its third step, or right behind it."""
+    module, strategy, steps = Toy(SGD), EASGDStrategy(tau=1), 0
+
+    def fail(*_: Any, **__: Any) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            raise RuntimeError("on purpose")
+
+    owner, name = (
+        (OutsideWrites, "before_exchange") if in_the_step else (module, "on_train_batch_end")
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, fail)
+        with pytest.raises(RuntimeError, match="on purpose"):
+            trainer(1, strategy).fit(module, loader(rank, 5))
+    return bits(weights(module))
+
+
+def test_what_was_sent_is_taken_even_if_a_look_at_the_weights_fails() -> None:
+    inside, behind = (run_workers(ends_by_error, way, workers=1) for way in (True, False))
+    assert inside == behind
 
 
 def out_of_step(rank: int) -> None:

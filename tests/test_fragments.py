@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from processes import run_workers
 from test_exchange import final_bits
 from test_reference import LR, OPTIMIZERS, compare
-from toy import Resumable, Toy, loader, trainer, weights
+from toy import Resumable, Toy, bits, loader, trainer, weights
 
 from lightning_easgd import EASGDStrategy
 
@@ -186,6 +186,24 @@ def test_a_poisoned_worker_restarts_whole_from_the_center() -> None:
     for name, value in first.items():
         assert np.isfinite(value).all()
         np.testing.assert_array_equal(value, second[name])
+
+
+def looked_at(rank: int, looks: bool) -> dict[str, bytes]:
+    """Someone looks at the center in every step and awaits nothing, as an alone worker does."""
+    module, strategy = Toy(OPTIMIZERS["nesterov"]), EASGDStrategy(tau=4, fragments=2)
+
+    def on_train_batch_end(*_: Any) -> None:
+        if looks:
+            strategy._exchange.center_state_dict(module, latest=False)
+
+    module.on_train_batch_end = on_train_batch_end
+    trainer(2, strategy).fit(module, loader(rank, STEPS))
+    return bits(weights(module))
+
+
+def test_who_looks_at_the_center_takes_no_memory_from_the_sum_in_flight() -> None:
+    looked, unseen = (run_workers(looked_at, looks, workers=2) for looks in (True, False))
+    assert looked == unseen
 
 
 @pytest.mark.parametrize(

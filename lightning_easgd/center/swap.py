@@ -45,6 +45,8 @@ class Aside:
     """The center's."""
     others: dict[str, Tensor]
     """All other buffers."""
+    in_flight: bool
+    """Whether the weights lie in memory of their own, as a sum was perhaps in flight."""
 
 
 class Swap:
@@ -78,7 +80,7 @@ class Swap:
         statistics = self._center.statistics_now()
         averaged = _copies(statistics | self._center.statistics.counters())
         others = _copies({n: b for n, b in self._buffers().items() if n not in averaged})
-        self._aside = Aside(which, vectors, averaged, {}, others)
+        self._aside = Aside(which, vectors, averaged, {}, others, in_flight)
         try:
             self._center.write(which)
             self._aside = replace(self._aside, shown=_copies(self._center.statistics_now()))
@@ -116,7 +118,7 @@ class Swap:
 
     def release(self) -> None:
         """Let the module keep what it holds; the worker that was set aside is gone."""
-        if self._aside is not None:
+        if self._aside is not None and not self._aside.in_flight:
             self._center.release_sums()
         self._aside = None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -13,15 +13,13 @@ from lightning_easgd.algorithms import Rule, elastic
 from lightning_easgd.center.center import Center
 from lightning_easgd.center.flat import FlatVector
 from lightning_easgd.center.fragments import Fragment, ParameterSlice
-from lightning_easgd.communication import Payload
+from lightning_easgd.communication import AllReduce, Payload
+from lightning_easgd.exchange.moving_rates import RateFunction
 from lightning_easgd.exchange.optimizers import LocalOptimizers
 from lightning_easgd.telemetry import Telemetry
 
 Pull = list[tuple[Fragment, FlatVector]]
 """What a worker loses: α (x - c) of each fragment."""
-
-RateFunction = Callable[[int], tuple[dict[int, float], float]]
-"""The multiples of x - c that a worker adds at a step, as of MovingRates.at."""
 
 
 class NonFiniteError(RuntimeError):
@@ -33,38 +31,35 @@ class Contribution:
 
     Args:
         center: of this worker's module.
+        all_reduce: how sums travel between the workers.
         optimizers: the worker's own.
         rule: what becomes of the worker.
-        weights: with which multiple it takes part.
+        rates: with which multiple it takes part.
         telemetry: where exchanges and distances are recorded.
-        reckon_: adds to differences by name, in place, what follows from what is held back of them;
-            the last exchange holds nothing back, which it is told.
-        quantize_: makes differences, in place, what is sent of them.
-        agree: as of AllReduce: whether workers that take part as one all have finite differences.
+        may_take_part: whether what takes part in the worker's place, if anything does, can.
         from_iterate: whether x is the paper's iterate where a parameter is its look-ahead point.
     """
 
     def __init__(
         self,
         center: Center,
+        all_reduce: AllReduce,
+        *,
         optimizers: LocalOptimizers,
         rule: Rule,
-        weights: RateFunction,
-        *,
+        rates: RateFunction,
         telemetry: Telemetry,
-        reckon_: Callable[[Mapping[str, Tensor], bool], None],
-        quantize_: Callable[[Iterable[Tensor]], None],
-        agree: Callable[[bool, Callable[[], int]], bool],
+        may_take_part: Callable[[], bool],
         from_iterate: bool,
     ) -> None:
         self._center = center
+        self._all_reduce = all_reduce
         self._optimizers = optimizers
         self._rule = rule
-        self._weights = weights
+        self._rates_at = rates
         self._telemetry = telemetry
-        self._reckon_ = reckon_
-        self._quantize_ = quantize_
-        self._agree = agree
+        self._may_take_part = may_take_part
+        self._gamma = elastic.residual_weight(len(all_reduce.participants), rule.center_momentum)
         self._from_iterate = from_iterate
         self._rates: list[list[float]] = []
         self.distance = 0.0
@@ -148,7 +143,8 @@ class Contribution:
         self.size = math.hypot(*(fragment.center.norm() for fragment in self.fragments))
         finite = math.isfinite(self.distance)
         finite = finite or all(f.total.is_finite() for f in self.fragments)
-        self.healthy = self._agree(finite, self._checksum)
+        healthy = finite and self._may_take_part()
+        self.healthy = self._all_reduce.agree(healthy, self._checksum)
 
     def _checksum(self) -> int:
         return sum(fragment.total.checksum() for fragment in self.fragments) % 2**63
@@ -156,8 +152,8 @@ class Contribution:
     def _scale(self, clock: int, last: bool) -> Pull:
         """Turn x - c into what is sent of it; a copy of α (x - c) is the worker's own pull."""
         if not self._rule.restarts:
-            self._reckon_(self._totals(), last)
-        alphas, default = self._weights(clock)
+            self._all_reduce.reckon_(self._totals(), 1.0 if last else -self._gamma)
+        alphas, default = self._rates_at(clock)
         alphas = self._center.ties.strongest(alphas)
         self._telemetry.alpha = max([*alphas.values(), default])
         self._rates = [
@@ -172,7 +168,7 @@ class Contribution:
             else:
                 elastic.scale_(fragment.total.views, rates)
         if not last:
-            self._quantize_(self._totals().values())
+            self._all_reduce.quantize_(self._totals().values())
         if self._rule.restarts:
             self._telemetry.alpha = 1 - self._rule.mixing
         if self._rule.restarts or last:  # after the last exchange no worker goes on

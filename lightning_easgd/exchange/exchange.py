@@ -10,67 +10,37 @@ that makes τ | t, and is awaited there. Before the next step it would be too la
 are accumulated, and under manual optimization, they would belong to weights that are gone. So the
 center is always as new as the latest exchange, and a last one is made only of what has been trained
 since.
-
-[Note: standing still] Workers may have different numbers of batches. One that has no step to take
-sends a header that says so, reads those of the others, and takes part in the exchange if one of
-them began one: like a worker whose gradients are zero, it is pulled and pulls. Nothing is counted
-twice, since what it gives to the center it loses itself. When all stand still they go on together.
 """
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from lightning_easgd.algorithms import EASGD, Rule, elastic
 from lightning_easgd.center.center import Center, Shown
 from lightning_easgd.center.swap import Swap
-from lightning_easgd.communication import AllReduce, Phase, Stop, verify_phases
+from lightning_easgd.communication import AllReduce, Phase, Stop
 from lightning_easgd.exchange.agreement import Agreement
-from lightning_easgd.exchange.contribution import Contribution, Pull, RateFunction, pull_worker
-from lightning_easgd.exchange.ending import BeforeTheEnd, weights_owed
+from lightning_easgd.exchange.clock import Clock
+from lightning_easgd.exchange.contribution import Contribution, Pull, pull_worker
+from lightning_easgd.exchange.ending import BeforeTheEnd
 from lightning_easgd.exchange.gradient_averaging import GradientAverage
 from lightning_easgd.exchange.level import GroupLevel
-from lightning_easgd.exchange.moving_rates import MovingRates, stable_below
+from lightning_easgd.exchange.moving_rates import rates_of
 from lightning_easgd.exchange.optimizers import LocalOptimizers
-from lightning_easgd.exchange.outside_writes import Writes
-from lightning_easgd.exchange.probe import sample
+from lightning_easgd.exchange.outside_writes import OutsideWrites
+from lightning_easgd.exchange.policy import ExchangePolicy
+from lightning_easgd.exchange.rendezvous import Lockstep, Rendezvous
+from lightning_easgd.exchange.saved_state import SavedState
+from lightning_easgd.exchange.stops import Stops
 from lightning_easgd.exchange.transit import Transit
 from lightning_easgd.exchange.tree import Levels
-from lightning_easgd.schedules import Period, Schedules, Strength
 from lightning_easgd.telemetry import Telemetry
-
-ElasticPoint = Literal["iterate", "parameter"]
-
-
-@dataclass(frozen=True)
-class ExchangePolicy:
-    """When to exchange, how strongly, from which point of the worker, and what happens then.
-
-    Under an algorithm whose workers restart there is no strength, no overlap and no such point.
-    """
-
-    period: Period
-    strength: Strength
-    overlap: bool = True
-    elastic_point: ElasticPoint = "iterate"
-    algorithm: Rule = field(default_factory=EASGD)
-
-    @property
-    def schedules(self) -> Schedules:
-        """Whatever follows training."""
-        named = {f"algorithm.{name}": s for name, s in self.algorithm.schedules.items()}
-        named["tau"] = self.period.schedule
-        if not self.algorithm.restarts:
-            named[self.strength.kind] = self.strength.schedule
-        return Schedules(named)
 
 
 class Exchange:
@@ -106,33 +76,29 @@ class Exchange:
         self.center = center
         self.swap = Swap(center)
         self.telemetry = telemetry
-        self.stopping = Stop.NO
-        """Why training ends with this step, on every worker."""
+        self.writes = OutsideWrites(center, optimizers.current)
         self._optimizers = optimizers
         self._rules = rules
         self._gradients = gradients
-        self._levels = Levels(levels, telemetry)
-        self._groups = [[list(ranks) for ranks in level] for level in groups]
-        self._averaged = False
-        self._before_the_end: BeforeTheEnd | None = None
-        self._last_header_left = False
-        self.clock = 0
-        """Optimizer steps taken; equal on all workers at every exchange."""
-        self.begun = False
-        """Whether training has; before that, the module is the center, whatever it holds."""
         self._restarts = rules.algorithm.restarts
-        self._reports = all_reduce.group.rank == 0
         self._progress = all_reduce.group.progress
+        self._clock = Clock(rules.period, telemetry)
+        self._stops = Stops()
         self._agreement = Agreement(rules.algorithm, optimizers, all_reduce.participants)
         contribution = Contribution(
             center,
-            optimizers,
+            all_reduce,
+            optimizers=optimizers,
             rule=rules.algorithm,
-            weights=self._weights(all_reduce),
+            rates=rates_of(
+                rules,
+                all_reduce,
+                optimizers,
+                leadership=self._agreement.leadership,
+                device=center.device,
+            ),
             telemetry=telemetry,
-            reckon_=self._reckoning(all_reduce),
-            quantize_=all_reduce.quantize_,
-            agree=self._agree,
+            may_take_part=lambda: not levels or levels[0].healthy,
             from_iterate=rules.elastic_point == "iterate" and not levels,
         )
         self._transit = Transit(
@@ -142,42 +108,45 @@ class Exchange:
             rule=rules.algorithm,
             telemetry=telemetry,
             agreement=self._agreement,
+            stops=self._stops,
             schedules=rules.schedules,
         )
-        self.writes = Writes(center, optimizers.current)
-        self._start_clock(0)
-        self._starts = False
-        self._frozen = [p for p in center.module.parameters() if not p.requires_grad]
-        self._frozen_at_set_up = sample(self._frozen)
-
-    def _weights(self, all_reduce: AllReduce) -> RateFunction:
-        rule, leadership = self._rules.algorithm, self._agreement.leadership
-        participant, workers = all_reduce.participant, len(all_reduce.participants)
-        if rule.loss_smoothing is not None:
-            return lambda step: ({}, float(leadership.leader == participant))
-        if rule.restarts:
-            return lambda step: ({}, rule.share(workers))
-        strength, optimizers = self._rules.strength, self._optimizers
-        waits = all_reduce.waits(self.center.device)
-        bound = stable_below(workers, momentum=rule.center_momentum, waits=waits)
-        rates = MovingRates(
-            strength, optimizers, workers=workers, reports=self._reports, bound=bound
+        self._levels = Levels(self._transit, levels, telemetry)
+        self._rendezvous: Rendezvous = Lockstep(
+            self._levels,
+            clock=self._clock,
+            center=center,
+            stops=self._stops,
+            gradients=gradients,
+            overlap=rules.overlap,
         )
-        return rates.at
+        self._saved = SavedState(
+            center,
+            self._clock,
+            self._levels,
+            rules,
+            self._agreement,
+            optimizers,
+            telemetry,
+            groups,
+        )
+        self._averaged = self._starts = False
+        self._before_the_end: BeforeTheEnd | None = None
+        self._start_clock(0)
 
-    def _reckoning(self, all_reduce: AllReduce) -> Callable[[Mapping[str, Tensor], bool], None]:
-        momentum = self._rules.algorithm.center_momentum
-        gamma = elastic.residual_weight(len(all_reduce.participants), momentum)
-        return lambda differences, last: all_reduce.reckon_(differences, 1.0 if last else -gamma)
+    @property
+    def clock(self) -> int:
+        """Optimizer steps taken; equal on all workers at every exchange."""
+        return self._clock.steps
 
-    def _agree(self, healthy: bool, checksum: Callable[[], int]) -> bool:
-        """Whether this worker, or what takes part in its place, does so with finite differences."""
-        return self._transit.all_reduce.agree(healthy and self._levels.healthy, checksum)
+    @property
+    def begun(self) -> bool:
+        """Whether training has; before that, the module is the center, whatever it holds."""
+        return self._clock.begun
 
     def was_written(self) -> bool:
         """Whether user code wrote to weights since the workers were made equal, before training."""
-        moved = self._frozen_at_set_up.differing(sample(self._frozen))
-        return not self.begun and (bool(moved) or self.swap.differs())
+        return not self.begun and (self.writes.wrote_to_frozen() or self.swap.differs())
 
     def module_changed(self) -> bool:
         """Whether user code replaced, added or tied parts of the module before training."""
@@ -197,7 +166,7 @@ class Exchange:
 
     def _begin(self) -> None:
         if not self.begun:
-            self.begun = self._starts = True
+            self._clock.begun = self._starts = True
             self.center.read_module()
         self.center.structure = None  # which keeps what was replaced later
         self.writes.begin()
@@ -214,11 +183,10 @@ class Exchange:
 
     def _start_clock(self, step: int) -> None:
         self._reopen()
-        self._transit.turn = 0
-        self._transit.exchanged = None
+        self._transit.start_training()
         if self._gradients is not None:
             self._gradients.start()
-        self._set_clock(step)
+        self._clock.set(step)
         self._levels.set_clock(step)
 
     def resume(self, *, goes_on: bool) -> None:
@@ -235,36 +203,23 @@ class Exchange:
         self._begin()  # behind it, for a worker may have taken over the weights of another
 
     def request_stop(self, why: Stop) -> bool:
-        """Ask all workers to stop at the same step. Signal-safe.
-
-        They do within two periods; three if this worker stands still, whose header has left.
-
-        Returns:
-            False if no header will leave that could say so.
-        """
-        if self._last_header_left:
-            return why is Stop.PREEMPTED  # there is nothing left to be saved and gone on with
-        self._transit.stop_requested = max(self._transit.stop_requested, why)
-        return True
+        """Ask all workers to stop at the same step; as of Rendezvous."""
+        return self._rendezvous.request_stop(why)
 
     @property
-    def stopped_together(self) -> bool:
-        """Whether all workers end their training with this step."""
-        return self.stopping.by_exception
-
-    @property
-    def _finished(self) -> bool:
-        return self._before_the_end is not None
+    def stopping(self) -> Stop:
+        """Why training ends with this step, on every worker."""
+        return self._stops.stopping
 
     @property
     def stop_askers(self) -> list[int]:
         """Ranks of the workers that were asked to stop, when :attr:`stopping` tells why."""
-        return self._transit.stop_askers
+        return self._stops.askers
 
     @property
     def trains(self) -> bool:
         """Whether the module holds the worker, which may take another step."""
-        return not (self._finished or self.swap.shows_center)
+        return self._before_the_end is None and not self.swap.shows_center
 
     def observe_loss(self, output: object) -> bool:
         """A training step has returned ``output``; whether that has a loss if one is needed."""
@@ -280,19 +235,18 @@ class Exchange:
         self.writes.before_step()
         self.center.adopt_unfrozen()
         exchanges = self.telemetry.exchanges
-        due = self.clock + self._restarts >= self._next_due
+        due = self.clock + self._restarts >= self._clock.next_due
         pull = [] if self._restarts else self._begin_due()
         try:
-            yield
+            try:
+                yield
+            finally:
+                self._averaged = False
+                self._optimizers.after_step(optimizer)
+                self.writes.before_exchange(exchanges=due)
         finally:
-            self._averaged = False
-            self._optimizers.after_step(optimizer)
-            self.writes.before_exchange(exchanges=due)
             pull_worker(pull)
-            self.clock += 1
-            self._progress.take_step(self.clock)
-            self.telemetry.steps += 1
-            self._transit.timer.step(self._transit.arrived)
+            self._count_step()
         if self._restarts:
             self._transit.go_on(self.clock)
             self._begin_due()
@@ -300,6 +254,12 @@ class Exchange:
             self.drain()
         if self.telemetry.exchanges > exchanges:
             self.writes.after_exchange()
+
+    def _count_step(self) -> None:
+        self._clock.steps += 1
+        self._progress.take_step(self.clock)
+        self.telemetry.steps += 1
+        self._transit.timer.step(self._transit.arrived)
 
     def average_gradients(self, *, anew: bool = False) -> None:
         """Average the gradients of this step with those of other workers, if that is wanted.
@@ -322,74 +282,16 @@ class Exchange:
             ExchangeError: it failed, or the workers are out of step; the center stays as it was.
             NonFiniteError: no worker had finite weights; the center stays as it was.
         """
-        self._land()
-        self._transit.timer.interrupt()  # whoever needs the center has something to do with it
+        self._levels.drain()
 
     def meet(self, phase: Phase) -> bool:
-        """Stand still until all workers do, answering the exchanges of those that still train.
-
-        The clocks are then set to the latest. A worker at the end of its fit stays until all are,
-        however long they train. Who leaves because all stop, leaves from here, and so together.
-
-        Args:
-            phase: where this worker stands still; not in training.
-
-        Returns:
-            False if all stop; :attr:`stopping` says why.
+        """Stand still where others may, too; as of Rendezvous.
 
         Raises:
             ExchangeError: as for :meth:`drain`.
         """
         self.writes.forget()
-        while True:
-            if self._gradients is not None:
-                self._transit.go_on()  # before weights of others are taken over
-                self._gradients.accompany()
-            self._accompany_members(phase)
-            self.drain()
-            self.stopping = self._transit.stop_agreed
-            self.center.adopt_unfrozen()
-            self._transit.stand_still(self.clock, phase)
-            headers = self._transit.headers()
-            training = [header.clock for header in headers if header.phase is Phase.TRAINING]
-            if training:
-                self._set_clock(training[0])
-                pull_worker(self._transit.answer(self.clock))
-                if not self._rules.overlap or self._transit.restarts_workers:
-                    self._transit.land()  # when workers that train do
-                continue
-            self.drain()
-            self.clock = max(header.clock for header in headers)
-            self._levels.catch_up(self.clock)
-            if self.stopping.by_exception:
-                return False
-            verify_phases(headers)
-            if phase is not Phase.FIT_END or all(h.phase is phase for h in headers):
-                return True
-
-    def _accompany_members(self, phase: Phase) -> None:
-        """Answer the exchanges of members of groups that still train, until none does."""
-        if self._levels:
-            self.center.adopt_unfrozen()
-        for clock in self._levels.accompany(self.clock, phase, self._announce, self._answer):
-            self.clock = clock
-            if not self._rules.overlap:
-                self._land()
-
-    def _announce(self, clock: int, phase: Phase) -> bool:
-        """Say that this worker stands still, if all workers exchange at this step; whether so."""
-        if clock < self._next_due:
-            return False
-        self._transit.land()
-        self.stopping = self._transit.stop_agreed
-        self._transit.stand_still(clock, phase)
-        self._set_clock(clock)
-        return True
-
-    def _answer(self, clock: int) -> Pull:
-        """Take part in the exchange of all workers, when all have said what they do."""
-        self._transit.headers()
-        return self._transit.answer(clock)
+        return self._rendezvous.meet(phase)
 
     @contextmanager
     def showing(
@@ -436,37 +338,22 @@ class Exchange:
         Returns:
             False if all stop before; :attr:`stopping` says why.
         """
-        if self._finished or not self.begun:
+        if self._before_the_end is not None or not self.begun:
             return True
         before = self._keep()
         if not self.meet(Phase.FIT_END):
             return False
         if self.clock != before.shared["clock"]:  # others trained on meanwhile
             before = self._keep()
-        self._last_header_left = True
-        if exchange:
-            self._levels.finish(self.clock)
-        settled = self._restarts and self._transit.exchanged == (self.clock, self.center.joined)
-        for turn in range(self.center.turns):
-            is_new = not (settled and turn == self.center.turns - 1)
-            if exchange and is_new:
-                self._transit.begin(self.clock, last=True)
-            else:
-                self._transit.give_back(self.clock)
-            self.drain()
-        self.stopping = self._transit.stop_agreed
+        self._rendezvous.finish(exchange=exchange)
         self.swap.swap_in("delivered")
         self.swap.replace(before.owed)
         self._before_the_end = before
         return True
 
     def _keep(self) -> BeforeTheEnd:
-        """What a last exchange would change of what a checkpoint holds."""
         self.drain()
-        shared, own = self._shared_state(at_the_end=True), self._own_state()
-        shared["outer"] = copy.deepcopy(shared["outer"])
-        own["held_back"] = copy.deepcopy(own["held_back"])
-        return BeforeTheEnd(shared, own, weights_owed(self.center, self._transit.owed))
+        return self._saved.before_the_end()
 
     def center_state_dict(
         self, module: nn.Module, *, latest: bool = True, delivered: bool = False
@@ -488,39 +375,11 @@ class Exchange:
             return self._before_the_end.shared
         if not self.begun:
             self.center.read_module()
-        return self._shared_state()
-
-    def _shared_state(self, *, at_the_end: bool = False) -> dict[str, Any]:
-        assert self._transit.is_empty
-        return {
-            "begun": self.begun,
-            "clock": self.clock,
-            "tau": self.telemetry.tau,
-            "next_due": self._next_due,
-            "turn": self._transit.turn,
-            "schedules": self._rules.schedules.state(),
-            "consensus": self._transit.consensus.state(),
-            "exchanged": self._transit.exchanged,
-            "owed": self._transit.owed,
-            "algorithm": self._rules.algorithm.kind,
-            "groups": self._groups,
-            "tied": bool(self._levels),
-            "agreement": self._agreement.shared_state(),
-            **self.center.shared_state(at_the_end=at_the_end),
-        }
+        return self._saved.shared()
 
     def own_state(self) -> dict[str, Any]:
         """What this worker alone knows beside its weights, for a checkpoint."""
-        return self._own_state() if self._before_the_end is None else self._before_the_end.own
-
-    def _own_state(self) -> dict[str, Any]:
-        return {
-            "look_ahead": self._optimizers.look_ahead_state(),
-            "telemetry": self.telemetry.counters(),
-            "held_back": self._transit.all_reduce.state(),
-            "agreement": self._agreement.own_state(),
-            "levels": self._levels.state(),
-        }
+        return self._saved.own() if self._before_the_end is None else self._before_the_end.own
 
     def load_state(self, shared: Mapping[str, Any], own: Mapping[str, Any] | None) -> None:
         """Go on from a checkpoint; the module holds what it delivered, and then the center.
@@ -537,45 +396,7 @@ class Exchange:
                 stacklevel=2,
             )
             self.center.write("center")
-        self.center.load_shared_state(shared)
-        self.begun = shared.get("begun", True)
-        self.clock = shared["clock"]
-        self._transit.turn = shared["turn"] % self.center.turns
-        self._transit.exchanged = shared.get("exchanged")
-        if self._rules.algorithm.delay and (owed := shared.get("owed")):
-            due, turn, joined = owed
-            self._transit.owed = due, turn % self.center.turns, joined
-        self._load_outer(shared)
-        self._rules.schedules.load_state(shared.get("schedules", {}))
-        self._transit.consensus.load_state(shared.get("consensus"))
-        if self._rules.period.is_constant:
-            # Perhaps another one now. An exchange that is due at the clock was not begun yet.
-            known = self.clock if self._restarts else max(0, self.clock - 1)
-            self._set_clock(known)
-            self._levels.set_clock(known)
-            self.clock = shared["clock"]
-        else:
-            self.telemetry.tau, self._next_due = shared["tau"], shared["next_due"]
-        if own is not None:
-            self._optimizers.load_look_ahead_state(own["look_ahead"])
-            self.telemetry.load_counters(own["telemetry"])
-        self._transit.all_reduce.load_state((own or {}).get("held_back", {}))
-        self._levels.restore(None if own is None else own.get("levels"))
-        agreed, said = shared.get("agreement", {}), (own or {}).get("agreement", {})
-        self._agreement.load_state(agreed, said)
-
-    def _load_outer(self, shared: Mapping[str, Any]) -> None:
-        outer, kind = shared.get("outer", {}), self._rules.algorithm.kind
-        known = shared.get("algorithm") == kind
-        if known:
-            known = self.center.load_outer(outer)
-        if outer and not known and self._reports:
-            warnings.warn(
-                "The center's momentum starts afresh: the checkpoint holds that of"
-                f" {shared['algorithm']}, by fragment, and this is {kind} in {self.center.turns}"
-                " fragment(s). Keep algorithm and fragments to go on with it.",
-                stacklevel=2,
-            )
+        self._saved.load(shared, own)
 
     def read_module(self) -> None:
         """Start again from the module's weights, which are equal on all workers."""
@@ -587,35 +408,22 @@ class Exchange:
     def _reopen(self) -> None:
         # The learning-rate finder ends a training of its own before the one that it was called in.
         self.swap.release()
-        self._before_the_end, self._last_header_left = None, False
+        self._before_the_end = None
         self._transit.owed = None
         self._agreement.forget()
-        if not self._transit.stop_agreed.by_exception:
-            self._transit.stop_agreed = self.stopping = Stop.NO
-        if not self._transit.stop_requested.by_exception:
-            self._transit.stop_requested = Stop.NO
+        self._rendezvous.reopen()
 
     def _begin_due(self) -> Pull:
-        """Begin what is due at this step, level by level; see [Note: levels]."""
+        """Begin what is due at this step, level by level; see tree.py, [Note: levels]."""
         pull: Pull = []
-        if self.clock >= self._next_due:
+        if self.clock >= self._clock.next_due:
             if self._gradients is not None:
                 self._gradients.before_exchange(self.clock)
-            # Stops at an exchange, not when a header is read, which is not the same step on all
-            # workers.
-            self._land()
-            self.stopping = self._transit.stop_agreed
-            self._set_clock(self.clock)
+            self._levels.land()
+            self._stops.take_effect()
+            self._clock.set(self.clock)
             pull = self._transit.begin(self.clock)
         pull = self._levels.begin_due(self.clock, pull)
         if not self._rules.overlap and not self._transit.restarts_workers:
-            self._land()
+            self._levels.land()
         return pull
-
-    def _land(self) -> None:
-        self._levels.land()
-        self._transit.land()
-
-    def _set_clock(self, clock: int) -> None:
-        self.clock = clock
-        self.telemetry.tau, self._next_due = self._rules.period.after(clock)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_easgd.algorithms import EASGD
@@ -12,6 +12,7 @@ from lightning_easgd.exchange.agreement import Agreement
 from lightning_easgd.exchange.contribution import Contribution, Pull
 from lightning_easgd.exchange.moving_rates import MovingRates
 from lightning_easgd.exchange.optimizers import LocalOptimizers
+from lightning_easgd.exchange.stops import Stops
 from lightning_easgd.exchange.transit import Transit
 from lightning_easgd.groups import Groups
 from lightning_easgd.schedules import Schedules
@@ -48,20 +49,18 @@ class GroupLevel:
         self.telemetry = Telemetry()
         self._center = center
         self._all_reduce = all_reduce
-        self._inside = inside
         self._period = groups.period
         reports = all_reduce.participant == 0
         rates = {size: _rates(groups, optimizers, size, reports=reports) for size in sizes}
         rule = EASGD()
         contribution = Contribution(
             center,
-            optimizers,
+            all_reduce,
+            optimizers=optimizers,
             rule=rule,
-            weights=rates[len(all_reduce.participants)].at,
+            rates=rates[len(all_reduce.participants)].at,
             telemetry=self.telemetry,
-            reckon_=lambda differences, last: None,
-            quantize_=all_reduce.quantize_,
-            agree=self._agree,
+            may_take_part=lambda: inside is None or inside.healthy,
             from_iterate=from_iterate and inside is None,
         )
         self._transit = Transit(
@@ -71,6 +70,7 @@ class GroupLevel:
             rule=rule,
             telemetry=self.telemetry,
             agreement=Agreement(rule, optimizers, all_reduce.participants),
+            stops=Stops(),
             schedules=Schedules({}),
         )
         self.set_clock(0)
@@ -79,10 +79,6 @@ class GroupLevel:
     def healthy(self) -> bool:
         """Whether a participant had finite weights at the latest exchange that has arrived."""
         return self._transit.anybody_healthy
-
-    def _agree(self, healthy: bool, checksum: Callable[[], int]) -> bool:
-        """Whether a group inside takes part: members know it alike, from its own exchanges."""
-        return healthy and (self._inside is None or self._inside.healthy)
 
     def set_clock(self, clock: int) -> None:
         """An exchange began at this step, or training does after so many steps."""

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from lightning_easgd.algorithms import elastic
+from lightning_easgd.communication import AllReduce
+from lightning_easgd.exchange.leadership import Leadership
 from lightning_easgd.exchange.optimizers import LocalOptimizers
+from lightning_easgd.exchange.policy import ExchangePolicy
 from lightning_easgd.schedules import Strength
+
+RateFunction = Callable[[int], tuple[dict[int, float], float]]
+"""The multiples of x - c that a worker adds at a step, as of MovingRates.at."""
 
 _HELD_BELOW_EDGE = 0.99
 _NOT_AT_ONCE = 1.01
@@ -138,3 +147,36 @@ class MovingRates:
             f" {self._bound:.4g}{self._why.where}. Set {kind} below {limits[kind]:.4g}"
             f"{self._why.else_ or _DEFAULT}."
         )
+
+
+def rates_of(
+    policy: ExchangePolicy,
+    all_reduce: AllReduce,
+    optimizers: LocalOptimizers,
+    *,
+    leadership: Leadership,
+    device: torch.device,
+) -> RateFunction:
+    """With which multiples of x - c this worker takes part in the exchanges of all.
+
+    Args:
+        policy: the strength, and the rule that may need none.
+        all_reduce: how sums travel between the workers.
+        optimizers: the worker's own.
+        leadership: which participant leads, under a rule that follows one.
+        device: of the center.
+
+    Raises:
+        ValueError: the strength is unstable for this number of workers.
+    """
+    rule, participant = policy.algorithm, all_reduce.participant
+    workers = len(all_reduce.participants)
+    if rule.loss_smoothing is not None:
+        return lambda step: ({}, float(leadership.leader == participant))
+    if rule.restarts:
+        return lambda step: ({}, rule.share(workers))
+    bound = stable_below(workers, momentum=rule.center_momentum, waits=all_reduce.waits(device))
+    reports = all_reduce.group.rank == 0
+    return MovingRates(
+        policy.strength, optimizers, workers=workers, reports=reports, bound=bound
+    ).at

@@ -52,7 +52,7 @@ class Copy:
         return bool(parameter.any()) and torch.equal(rounded, parameter)
 
 
-class Writes:
+class OutsideWrites:
     """Looks at one worker's weights between steps, and warns once of each kind.
 
     Args:
@@ -75,6 +75,12 @@ class Writes:
         self._frozen: tuple[Named, Sample] | None = None
         self._unstepped: tuple[Named, Sample] | None = None
         self._goes_on = False
+        self._at_set_up = [p for p in center.module.parameters() if not p.requires_grad]
+        self._set_up = sample(self._at_set_up)
+
+    def wrote_to_frozen(self) -> bool:
+        """Whether parameters that were frozen at set-up moved since then."""
+        return bool(self._set_up.differing(sample(self._at_set_up)))
 
     def begin(self) -> None:
         """Training begins: what is frozen now should stay as it is."""

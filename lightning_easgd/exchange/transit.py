@@ -30,12 +30,12 @@ from lightning_easgd.communication import (
     Payload,
     PendingSum,
     Phase,
-    Stop,
     verify,
 )
 from lightning_easgd.exchange.agreement import Agreement
 from lightning_easgd.exchange.consensus import Consensus
 from lightning_easgd.exchange.contribution import Contribution, Pull, report_non_finite
+from lightning_easgd.exchange.stops import Stops
 from lightning_easgd.exchange.timing import StepTimer
 from lightning_easgd.schedules import Schedules
 from lightning_easgd.telemetry import Telemetry
@@ -73,6 +73,7 @@ class Transit:
         rule: how sums move the center.
         telemetry: where costs are counted.
         agreement: what the rule wants to be agreed on.
+        stops: what headers say of stopping.
         schedules: observe what the workers tell of themselves, after every exchange.
     """
 
@@ -85,11 +86,13 @@ class Transit:
         rule: Rule,
         telemetry: Telemetry,
         agreement: Agreement,
+        stops: Stops,
         schedules: Schedules,
     ) -> None:
         self.all_reduce = all_reduce
         self.contribution = contribution
         self._agreement = agreement
+        self._stops = stops
         self.timer = StepTimer()
         self.consensus = Consensus(center.turns)
         self.turn = 0
@@ -98,12 +101,6 @@ class Transit:
         """When the latest exchange began, and how many cohorts were in it."""
         self.owed: tuple[int, int, int] | None = None
         """When the worker goes on from the center, in which turn and how many cohorts."""
-        self.stop_requested = Stop.NO
-        """Why this worker was asked to stop."""
-        self.stop_agreed = Stop.NO
-        """Why all workers stop at the next exchange."""
-        self.stop_askers: list[int] = []
-        """Ranks of the workers that were asked to."""
         self._center = center
         self._rule = rule
         self._telemetry = telemetry
@@ -122,6 +119,19 @@ class Transit:
     def restarts_workers(self) -> bool:
         """Whether workers that are pulled go on from the center that is under way."""
         return self._in_flight is not None and self._in_flight.restarts
+
+    @property
+    def reports(self) -> bool:
+        """Whether this worker speaks for all."""
+        return self.all_reduce.group.rank == 0
+
+    def is_settled(self, clock: int) -> bool:
+        """Whether workers restarted at ``clock`` with all parameters, and have nothing to add."""
+        return self._rule.restarts and self.exchanged == (clock, self._center.joined)
+
+    def start_training(self) -> None:
+        """Begin as if there had been no exchange yet."""
+        self.turn, self.exchanged = 0, None
 
     def arrived(self) -> bool:
         """Whether what is under way has arrived and only waits to be taken in."""
@@ -238,7 +248,7 @@ class Transit:
             fingerprint=self._center.fingerprint(self._center.joined, self.turn),
             announced=self._center.fingerprint(len(self._center.cohorts)),
             phase=phase,
-            stop=self.stop_requested,
+            stop=self._stops.requested,
             non_finite=not self.contribution.healthy,
             checksum=self._center.checksum() if check else 0,
             wait_microseconds=int(1e6 * self._telemetry.wait_seconds),
@@ -285,7 +295,7 @@ class Transit:
 
     @torch.no_grad()
     def _apply(self, flight: InFlight, headers: Sequence[Header]) -> None:
-        self._hear_stops([header.stop for header in headers])
+        self._stops.hear([header.stop for header in headers], self.all_reduce.ranks)
         self._agreement.hear(headers)
         self._telemetry.worker_wait_seconds = [1e-6 * h.wait_microseconds for h in headers]
         if flight.payload:
@@ -299,12 +309,6 @@ class Transit:
         if flight.restarts:
             self._center.restart_worker()
         self._center.join(flight.cohorts)
-
-    def _hear_stops(self, stops: Sequence[Stop]) -> None:
-        if (why := max(stops)) > self.stop_agreed:
-            self.stop_agreed = why
-            told = zip(self.all_reduce.ranks, stops, strict=True)
-            self.stop_askers = [rank for rank, stop in told if stop is why]
 
     def _take_in(
         self,

@@ -29,29 +29,28 @@ from typing import Any
 from lightning_easgd.communication import Phase
 from lightning_easgd.exchange.contribution import Pull, pull_worker
 from lightning_easgd.exchange.level import GroupLevel
+from lightning_easgd.exchange.transit import Transit
 from lightning_easgd.telemetry import Telemetry
 
 
 class Levels:
-    """All levels of groups with centers of their own; there may be none.
+    """The exchange of all workers on top, and those of groups with centers of their own, if any.
 
     Args:
-        levels: of this worker, from the outermost inward.
+        top: of all workers.
+        levels: of this worker's groups, from the outermost inward.
         telemetry: where costs are counted.
     """
 
-    def __init__(self, levels: Sequence[GroupLevel], telemetry: Telemetry) -> None:
+    def __init__(self, top: Transit, levels: Sequence[GroupLevel], telemetry: Telemetry) -> None:
+        self.top = top
         self._levels = list(levels)
         self._telemetry = telemetry
         telemetry.bytes_of_groups = [0 for _ in levels]
 
     def __bool__(self) -> bool:
+        """Whether there are groups with centers of their own."""
         return bool(self._levels)
-
-    @property
-    def healthy(self) -> bool:
-        """Whether the outermost center, if there is one, takes part in exchanges above."""
-        return not self._levels or self._levels[0].healthy
 
     def set_clock(self, clock: int) -> None:
         """Training begins after so many steps."""
@@ -73,7 +72,7 @@ class Levels:
         Returns:
             What the worker is owed.
         """
-        self.land(clock)
+        self._land_groups(clock)
         for level in self._due(clock, self._levels):
             pull_worker(pull)
             pull = level.begin(clock)
@@ -118,8 +117,23 @@ class Levels:
                 pull_worker(pull)
                 yield clock
 
-    def land(self, due: float = math.inf) -> None:
-        """Wait for what is under way where an exchange is due by then; as of GroupLevel."""
+    def drain(self) -> None:
+        """As :meth:`land`, for something else than the next step."""
+        self.land()
+        self.top.timer.interrupt()  # whoever needs the center has something to do with it
+
+    def land(self) -> None:
+        """Wait for all that is under way, and move the centers.
+
+        Raises:
+            ExchangeError: it failed, or workers are out of step; the center stays as it was.
+            NonFiniteError: no worker had finite weights; the center stays as it was.
+        """
+        self._land_groups()
+        self.top.land()
+
+    def _land_groups(self, due: float = math.inf) -> None:
+        """Wait for what is under way in groups where an exchange is due by then."""
         for number, level in enumerate(self._levels):
             if level.next_due <= due:
                 level.land()

@@ -109,7 +109,7 @@ class CollectiveStrategy(DDPStrategy):
         """Whether this worker handles an exception that the others may know nothing of."""
         if self._exchange is None:
             return False
-        return self._interrupted and not self._exchange.stopped_together
+        return self._interrupted and not self._exchange.stopping.by_exception
 
     @property
     def _interrupted(self) -> bool:

@@ -17,7 +17,7 @@ from lightning_easgd.algorithms import (
 )
 from lightning_easgd.center.policies import Buffers, Policies
 from lightning_easgd.communication import Codec, choose_codec
-from lightning_easgd.exchange.exchange import ElasticPoint, ExchangePolicy
+from lightning_easgd.exchange.policy import ElasticPoint, ExchangePolicy
 from lightning_easgd.groups import Groups, Members, require_groups
 from lightning_easgd.schedules import ScalarOrSchedule, Strength
 from lightning_easgd.schedules.checks import require_bools, require_choice, require_count

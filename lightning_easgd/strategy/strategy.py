@@ -38,7 +38,7 @@ from lightning_easgd.communication import (
     require_equal,
     start_equal_,
 )
-from lightning_easgd.exchange.exchange import ElasticPoint
+from lightning_easgd.exchange.policy import ElasticPoint
 from lightning_easgd.groups import Groups, Members
 from lightning_easgd.schedules import ScalarOrSchedule, TrainingLength
 from lightning_easgd.schedules.checks import (
@@ -587,7 +587,7 @@ class EASGDStrategy(PersistentStrategy):
         atexit.unregister(leave_all_groups)
         if self._group is not None:
             self._group.explain(exception)
-            together = self._exchange is not None and self._exchange.stopped_together
+            together = self._exchange is not None and self._exchange.stopping.by_exception
             self._group.abandon(f"{type(exception).__name__}: {exception}", alone=not together)
         super().on_exception(exception)
 

@@ -19,8 +19,9 @@ from lightning_easgd import CenterAverage, Rule
 from lightning_easgd.algorithms import AVERAGED, RULES, choose_average
 from lightning_easgd.center.center import Center
 from lightning_easgd.communication import AllReduce, Level, WorkerGroup, leave_all_groups
-from lightning_easgd.exchange.exchange import Exchange, ExchangePolicy
+from lightning_easgd.exchange.exchange import Exchange
 from lightning_easgd.exchange.optimizers import LocalOptimizers
+from lightning_easgd.exchange.policy import ExchangePolicy
 from lightning_easgd.schedules import Period, Strength
 from lightning_easgd.telemetry import Telemetry
 

@@ -1,0 +1,34 @@
+"""What the user asked of exchanges: when, how strongly, from where, and by which rule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lightning_easgd.algorithms import EASGD, Rule
+from lightning_easgd.schedules import Period, Schedules, Strength
+
+ElasticPoint = Literal["iterate", "parameter"]
+
+
+@dataclass(frozen=True)
+class ExchangePolicy:
+    """When to exchange, how strongly, from which point of the worker, and what happens then.
+
+    Under an algorithm whose workers restart there is no strength, no overlap and no such point.
+    """
+
+    period: Period
+    strength: Strength
+    overlap: bool = True
+    elastic_point: ElasticPoint = "iterate"
+    algorithm: Rule = field(default_factory=EASGD)
+
+    @property
+    def schedules(self) -> Schedules:
+        """Whatever follows training."""
+        named = {f"algorithm.{name}": s for name, s in self.algorithm.schedules.items()}
+        named["tau"] = self.period.schedule
+        if not self.algorithm.restarts:
+            named[self.strength.kind] = self.strength.schedule
+        return Schedules(named)

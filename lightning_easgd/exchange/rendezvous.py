@@ -1,0 +1,194 @@
+"""Who waits for whom where workers stand still, finish and stop.
+
+[Note: standing still] Workers may have different numbers of batches. One that has no step to take
+sends a header that says so, reads those of the others, and takes part in the exchange if one of
+them began one: like a worker whose gradients are zero, it is pulled and pulls. Nothing is counted
+twice, since what it gives to the center it loses itself. When all stand still they go on together.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from lightning_easgd.center.center import Center
+from lightning_easgd.communication import Header, Phase, Stop, verify_phases
+from lightning_easgd.exchange.clock import Clock
+from lightning_easgd.exchange.contribution import Pull, pull_worker
+from lightning_easgd.exchange.gradient_averaging import GradientAverage
+from lightning_easgd.exchange.stops import Stops
+from lightning_easgd.exchange.tree import Levels
+
+
+class Rendezvous(ABC):
+    """Where a worker meets the others, if it does."""
+
+    @abstractmethod
+    def meet(self, phase: Phase) -> bool:
+        """Wait for whom has to be waited for.
+
+        Args:
+            phase: where this worker stands still; not in training.
+
+        Returns:
+            False if all stop.
+        """
+
+    @abstractmethod
+    def finish(self, *, exchange: bool) -> None:
+        """Training has ended: give the center all that it is owed, with a last exchange if wanted.
+
+        All have met at the end before.
+        """
+
+    @abstractmethod
+    def request_stop(self, why: Stop) -> bool:
+        """Ask all to stop with this worker. Signal-safe.
+
+        Returns:
+            False if they cannot be asked any more.
+        """
+
+    @abstractmethod
+    def reopen(self) -> None:
+        """Another training begins."""
+
+
+class Lockstep(Rendezvous):
+    """All workers take the same number of steps, or wait for those that take more.
+
+    Args:
+        levels: what is exchanged with whom.
+        clock: of all workers.
+        center: of this worker's module.
+        stops: what workers agree on.
+        gradients: averages those of this worker with others'; None: nothing does.
+        overlap: whether sums travel while workers train.
+    """
+
+    def __init__(
+        self,
+        levels: Levels,
+        *,
+        clock: Clock,
+        center: Center,
+        stops: Stops,
+        gradients: GradientAverage | None,
+        overlap: bool,
+    ) -> None:
+        self._levels = levels
+        self._link = levels.top
+        self._clock = clock
+        self._center = center
+        self._stops = stops
+        self._gradients = gradients
+        self._overlap = overlap
+        self._last_header_left = False
+
+    def meet(self, phase: Phase) -> bool:
+        """Stand still until all workers do, answering the exchanges of those that still train.
+
+        The clocks are then set to the latest. A worker at the end of its fit stays until all are,
+        however long they train. A worker that leaves because all stop leaves here, and so together.
+
+        Args:
+            phase: where this worker stands still; not in training.
+
+        Returns:
+            False if all stop; Stops tells why.
+
+        Raises:
+            ExchangeError: a worker left, did not come in time, or is out of step.
+            NonFiniteError: no worker had finite weights.
+        """
+        while True:
+            headers = self._stand_still(phase)
+            if headers is None:
+                continue
+            self._levels.drain()
+            self._clock.steps = max(header.clock for header in headers)
+            self._levels.catch_up(self._clock.steps)
+            if self._stops.stopping.by_exception:
+                return False
+            verify_phases(headers)
+            if phase is not Phase.FIT_END or all(h.phase is phase for h in headers):
+                return True
+
+    def _stand_still(self, phase: Phase) -> Sequence[Header] | None:
+        """Headers of workers that all stand still; None if an exchange was answered instead."""
+        if self._gradients is not None:
+            self._link.go_on()  # before weights of others are taken over
+            self._gradients.accompany()
+        self._accompany_members(phase)
+        self._levels.drain()
+        self._stops.take_effect()
+        self._center.adopt_unfrozen()
+        self._link.stand_still(self._clock.steps, phase)
+        headers = self._link.headers()
+        training = [header.clock for header in headers if header.phase is Phase.TRAINING]
+        if not training:
+            return headers
+        self._clock.set(training[0])
+        pull_worker(self._link.answer(self._clock.steps))
+        if not self._overlap or self._link.restarts_workers:
+            self._link.land()  # when workers that train do
+        return None
+
+    def _accompany_members(self, phase: Phase) -> None:
+        """Answer the exchanges of members of groups that still train, until none does."""
+        if self._levels:
+            self._center.adopt_unfrozen()
+        steps = self._clock.steps
+        for clock in self._levels.accompany(steps, phase, self._announce, self._answer):
+            self._clock.steps = clock
+            if not self._overlap:
+                self._levels.land()
+
+    def _announce(self, clock: int, phase: Phase) -> bool:
+        """Say that this worker stands still, if all workers exchange at this step; whether so."""
+        if clock < self._clock.next_due:
+            return False
+        self._link.land()
+        self._stops.take_effect()
+        self._link.stand_still(clock, phase)
+        self._clock.set(clock)
+        return True
+
+    def _answer(self, clock: int) -> Pull:
+        """Take part in the exchange of all workers, when all have said what they do."""
+        self._link.headers()
+        return self._link.answer(clock)
+
+    def finish(self, *, exchange: bool) -> None:
+        """A last exchange of everything if wanted; else what is held back goes to the center."""
+        self._last_header_left = True
+        clock = self._clock.steps
+        if exchange:
+            self._levels.finish(clock)
+        settled = self._link.is_settled(clock)
+        for turn in range(self._center.turns):
+            is_new = not (settled and turn == self._center.turns - 1)
+            if exchange and is_new:
+                self._link.begin(clock, last=True)
+            else:
+                self._link.give_back(clock)
+            self._levels.drain()
+        self._stops.take_effect()
+
+    def request_stop(self, why: Stop) -> bool:
+        """Ask all workers to stop at the same step. Signal-safe.
+
+        They do within two periods; three if this worker stands still, whose header has left.
+
+        Returns:
+            False if no header will leave that could say so.
+        """
+        if self._last_header_left:
+            return why is Stop.PREEMPTED  # there is nothing left to be saved and gone on with
+        self._stops.request(why)
+        return True
+
+    def reopen(self) -> None:
+        """Another training begins, in which headers leave."""
+        self._last_header_left = False
+        self._stops.forget()

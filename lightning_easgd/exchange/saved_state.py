@@ -1,0 +1,122 @@
+"""What a checkpoint holds of exchanges: what all workers share, and what each alone knows."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_easgd.center.center import Center
+from lightning_easgd.exchange.agreement import Agreement
+from lightning_easgd.exchange.clock import Clock
+from lightning_easgd.exchange.ending import BeforeTheEnd, weights_owed
+from lightning_easgd.exchange.optimizers import LocalOptimizers
+from lightning_easgd.exchange.policy import ExchangePolicy
+from lightning_easgd.exchange.tree import Levels
+from lightning_easgd.telemetry import Telemetry
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """Reads the parts of an exchange, and gives them what a checkpoint holds."""
+
+    center: Center
+    clock: Clock
+    levels: Levels
+    policy: ExchangePolicy
+    agreement: Agreement
+    optimizers: LocalOptimizers
+    telemetry: Telemetry
+    groups: Sequence[Sequence[Sequence[int]]]
+    """Ranks of all groups, level by level."""
+
+    def before_the_end(self) -> BeforeTheEnd:
+        """What a last exchange would change of what a checkpoint holds. Nothing is in flight."""
+        shared, own = self.shared(at_the_end=True), self.own()
+        shared["outer"] = copy.deepcopy(shared["outer"])
+        own["held_back"] = copy.deepcopy(own["held_back"])
+        return BeforeTheEnd(shared, own, weights_owed(self.center, self.levels.top.owed))
+
+    def shared(self, *, at_the_end: bool = False) -> dict[str, Any]:
+        """What all workers hold alike. Nothing may be in flight."""
+        top = self.levels.top
+        assert top.is_empty
+        return {
+            "begun": self.clock.begun,
+            "clock": self.clock.steps,
+            "tau": self.telemetry.tau,
+            "next_due": self.clock.next_due,
+            "turn": top.turn,
+            "schedules": self.policy.schedules.state(),
+            "consensus": top.consensus.state(),
+            "exchanged": top.exchanged,
+            "owed": top.owed,
+            "algorithm": self.policy.algorithm.kind,
+            "groups": [[list(ranks) for ranks in level] for level in self.groups],
+            "tied": bool(self.levels),
+            "agreement": self.agreement.shared_state(),
+            **self.center.shared_state(at_the_end=at_the_end),
+        }
+
+    def own(self) -> dict[str, Any]:
+        """What this worker alone knows beside its weights."""
+        return {
+            "look_ahead": self.optimizers.look_ahead_state(),
+            "telemetry": self.telemetry.counters(),
+            "held_back": self.levels.top.all_reduce.state(),
+            "agreement": self.agreement.own_state(),
+            "levels": self.levels.state(),
+        }
+
+    def load(self, shared: Mapping[str, Any], own: Mapping[str, Any] | None) -> None:
+        """Go on from a checkpoint; the module holds what it delivered, and then the center.
+
+        Args:
+            shared: of :meth:`shared`.
+            own: of :meth:`own`; None to start at the center.
+        """
+        top = self.levels.top
+        self.center.load_shared_state(shared)
+        self.clock.begun = shared.get("begun", True)
+        top.turn = shared["turn"] % self.center.turns
+        top.exchanged = shared.get("exchanged")
+        if self.policy.algorithm.delay and (owed := shared.get("owed")):
+            due, turn, joined = owed
+            top.owed = due, turn % self.center.turns, joined
+        self._load_outer(shared)
+        self.policy.schedules.load_state(shared.get("schedules", {}))
+        top.consensus.load_state(shared.get("consensus"))
+        self._load_clock(shared)
+        if own is not None:
+            self.optimizers.load_look_ahead_state(own["look_ahead"])
+            self.telemetry.load_counters(own["telemetry"])
+        top.all_reduce.load_state((own or {}).get("held_back", {}))
+        self.levels.restore(None if own is None else own.get("levels"))
+        agreed, said = shared.get("agreement", {}), (own or {}).get("agreement", {})
+        self.agreement.load_state(agreed, said)
+
+    def _load_clock(self, shared: Mapping[str, Any]) -> None:
+        clock = shared["clock"]
+        if not self.policy.period.is_constant:
+            self.clock.resume(clock, tau=shared["tau"], next_due=shared["next_due"])
+            return
+        # Perhaps another one now. An exchange that is due at the clock was not begun yet.
+        known = clock if self.policy.algorithm.restarts else max(0, clock - 1)
+        self.clock.set(known)
+        self.levels.set_clock(known)
+        self.clock.steps = clock
+
+    def _load_outer(self, shared: Mapping[str, Any]) -> None:
+        outer, kind = shared.get("outer", {}), self.policy.algorithm.kind
+        known = shared.get("algorithm") == kind
+        if known:
+            known = self.center.load_outer(outer)
+        if outer and not known and self.levels.top.reports:
+            warnings.warn(
+                "The center's momentum starts afresh: the checkpoint holds that of"
+                f" {shared['algorithm']}, by fragment, and this is {kind} in {self.center.turns}"
+                " fragment(s). Keep algorithm and fragments to go on with it.",
+                stacklevel=2,
+            )
