@@ -31,6 +31,7 @@ from lightning_easgd.groups import Groups
 from lightning_easgd.schedules import (
     AdaptivePeriod,
     Anneal,
+    Auto,
     ConsensusTarget,
     Cosine,
     Exponential,
@@ -48,6 +49,7 @@ __all__ = [
     "SMA",
     "AdaptivePeriod",
     "Anneal",
+    "Auto",
     "CenterAverage",
     "Codec",
     "ConsensusTarget",

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_easgd.schedules import Period, Schedule, Strength
+from lightning_easgd.schedules import Auto, Period, Schedule, Strength
 from lightning_easgd.schedules.checks import is_number
 
 Members = int | Literal["node"] | Sequence[Sequence[int]]
@@ -63,7 +63,7 @@ class Groups:
             if (
                 callable(value)
                 or isinstance(value, Schedule)
-                or (name == "tau" and value == "auto")
+                or (name == "tau" and Auto.of(value) is not None)
             ):
                 raise ValueError(
                     f"Groups({name}={value!r}) is not possible: inside groups that have centers of"

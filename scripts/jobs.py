@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -82,6 +82,18 @@ def quieten() -> None:
     )
 
 
+def refuse_what_is_gone(arguments: Iterable[str]) -> None:
+    """End the program where a key of earlier configurations is set, with what is written now."""
+    for argument in arguments:
+        key, _, value = argument.lstrip("+~").partition("=")
+        if (bound := {"strategy.tau_min": "min", "strategy.tau_max": "max"}.get(key)) is not None:
+            sys.exit(
+                f"{argument}: there is no such key any more. Write vary=auto"
+                f" strategy.tau.{bound}={value or 'N'} instead, or in a file of your own tau:"
+                f" {{_target_: lightning_easgd.Auto, {bound}: {value or 'N'}}}."
+            )
+
+
 def command_line(main: Callable[[], Any], run: Callable[[DictConfig], Any]) -> None:
     """Be a worker, a job, or a sweep, whose failed jobs are listed at its end.
 
@@ -89,6 +101,7 @@ def command_line(main: Callable[[], Any], run: Callable[[DictConfig], Any]) -> N
         main: what Hydra decorated.
         run: what one worker does.
     """
+    refuse_what_is_gone(sys.argv[1:])
     try:
         if sys.argv[1:2] == [WORKER]:
             _work(run, sys.argv[2])

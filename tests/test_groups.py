@@ -26,6 +26,7 @@ from lightning_easgd import (
     EASGD,
     SMA,
     AdaptivePeriod,
+    Auto,
     ConsensusTarget,
     DiLoCo,
     EASGDStrategy,
@@ -234,7 +235,7 @@ COMBINED: list[dict[str, Any]] = [
     *({"compression": codec, "algorithm": "local_sgd"} for codec in ("bf16", "int8")),
     {"algorithm": "diloco", "buffers": "broadcast", "center_average": "ema"},
     {"center_device": "cpu", "compression": "int8", "buffers": "local"},
-    {"tau": "auto", "tau_max": 8, "evaluate_on": "worker"},
+    {"tau": Auto(max=8), "evaluate_on": "worker"},
     {"tau": AdaptivePeriod(4, sample=2), "alpha": ConsensusTarget(0.02, 0.3)},
 ]
 

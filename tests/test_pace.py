@@ -13,7 +13,7 @@ from processes import run_workers
 from test_reference import OPTIMIZERS
 from toy import Resumable, Toy, loader, trainer, weights
 
-from lightning_easgd import EASGDStrategy
+from lightning_easgd import Auto, EASGDStrategy
 from lightning_easgd.exchange.timing import StepTimer
 from lightning_easgd.schedules import Durations, Observation, Period
 from lightning_easgd.schedules.automatic import AutomaticPeriod
@@ -33,13 +33,15 @@ class Simulated:
         cost: float,
         crowded: float = 0.0,
         vary: float = 0.0,
+        fragments: int = 1,
         **bounds: Any,
     ) -> None:
         self.step, self.exchange, self.cost, self.crowded = step, exchange, cost, crowded
         self.vary, self.random = vary, random.Random(0)
         self.said: list[str] = []
-        automatic = AutomaticPeriod(log=self.said.append, **bounds)
-        self.period = Period(automatic, bounds.get("fragments", 1))
+        within = Auto(**bounds)
+        automatic = AutomaticPeriod(within, fragments=fragments, log=self.said.append)
+        self.period = Period(automatic, fragments)
         self.now = self.used = self.waited = 0.0
         self.timer = StepTimer(lambda: self.now, lambda: self.used)
         self.arrival = 0.0
@@ -123,10 +125,10 @@ def test_it_is_found_again_when_the_network_or_the_model_changes() -> None:
 
 
 def test_the_bounds_hold_and_are_said() -> None:
-    worker = Simulated(0.01, 1.0, 0.0, tau_max=20)
+    worker = Simulated(0.01, 1.0, 0.0, max=20)
     assert worker.train(1000) == 20
-    assert "Exchanges do not hide: tau_max=20" in worker.said[-1]
-    assert Simulated(0.1, 0.01, 0.0, tau_min=3).train(1000) == 3
+    assert "Exchanges do not hide: max=20" in worker.said[-1]
+    assert Simulated(0.1, 0.01, 0.0, min=3).train(1000) == 3
 
 
 def test_with_fragments_each_has_its_part_of_the_period_to_hide() -> None:
@@ -174,12 +176,9 @@ def test_the_slowest_worker_and_the_last_to_begin_count() -> None:
     ("options", "message"),
     [
         ({"tau": "often"}, "tau='often' is not a communication period.*'auto'"),
-        ({"tau": 4, "tau_max": 8}, "tau_max=8 bounds what tau='auto' may choose, but tau=4 is set"),
-        ({"tau": "auto", "overlap": False}, "with overlap=False none does"),
-        ({"tau": "auto", "tau_min": 0}, "tau_min=0 is not allowed"),
-        ({"tau": "auto", "tau_max": 1.5}, "tau_max=1.5 is not allowed"),
-        ({"tau": "auto", "tau_min": 9, "tau_max": 8}, "tau_min=9 and tau_max=8 leave no period"),
-        ({"tau": "auto", "tau_max": 3, "fragments": 4}, "a multiple of fragments=4"),
+        ({"tau": "auto", "overlap": False}, "with overlap=False: .* none does. Set overlap=True"),
+        ({"tau": Auto(max=8), "overlap": False}, r"tau=Auto\(min=1, max=8\) is not possible with"),
+        ({"tau": Auto(max=3), "fragments": 4}, "a multiple of fragments=4"),
     ],
 )
 def test_what_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:
@@ -187,9 +186,27 @@ def test_what_cannot_be_is_refused(options: dict[str, Any], message: str) -> Non
         EASGDStrategy(**options)
 
 
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [
+        ({"min": 0}, "min=0 is not allowed. Allowed: a whole number of optimizer steps"),
+        ({"max": 1.5}, "max=1.5 is not allowed"),
+        ({"min": 9, "max": 8}, r"Auto\(min=9, max=8\) leaves no period"),
+    ],
+)
+def test_bounds_that_cannot_be_are_refused(bounds: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Auto(**bounds)
+
+
+def test_auto_alone_is_the_word() -> None:
+    of = [EASGDStrategy(tau=tau).options.rules.period for tau in ("auto", Auto())]
+    assert [str(period) for period in of] == ["auto, from 1 to 64"] * 2
+
+
 def fit(rank: int, folder: Path, resume: str | None) -> Any:
     module = Toy(OPTIMIZERS["nesterov"])
-    strategy = EASGDStrategy(tau="auto", tau_min=2, tau_max=40)
+    strategy = EASGDStrategy(tau=Auto(min=2, max=40))
     taus: list[int] = []
     module.on_train_batch_end = lambda *_: taus.append(strategy.telemetry.tau)
     saving = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=50, save_top_k=-1)

@@ -678,7 +678,10 @@ def test_bad_set_up_is_an_error_on_every_worker(
         ({"find_unused_parameters": True}, TypeError, "never reduce gradients"),
         ({"static_graph": True}, TypeError, "Remove the argument"),
         ({"model_averaging_period": 4}, TypeError, "never reduce gradients"),
-        ({"taw": 4}, TypeError, "unknown argument taw=4. Its own are tau, beta"),
+        ({"mixed_precision": None}, TypeError, "mixed_precision=None, which configures how DDP"),
+        ({"tau_min": 2}, TypeError, r"tau_min=2, which there is no more. Write tau=Auto\(min=2\)"),
+        ({"tau_max": 8}, TypeError, "tau: {_target_: lightning_easgd.Auto, max: 8}"),
+        ({"taw": 4}, TypeError, "unknown argument taw=4. Its own are algorithm, tau, beta"),
     ],
 )
 def test_bad_arguments_are_refused_at_construction(options: Any, error: Any, message: str) -> None:

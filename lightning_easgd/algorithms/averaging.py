@@ -5,13 +5,13 @@ Letters: p workers, x^i a worker, c the center, m = (1/p) Î£_i x^i their mean, Ï
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_easgd.algorithms.base import Rule, momentum_of, require_momentum
-from lightning_easgd.schedules import ScalarOrSchedule
+from lightning_easgd.schedules import Tau
 from lightning_easgd.schedules.checks import is_number
 
 
@@ -113,9 +113,7 @@ class MDownpour(Downpour):
         self.momentum = require_momentum("momentum", momentum)
 
     @override
-    def objection(
-        self, *, tau: ScalarOrSchedule | Literal["auto"], fragments: int, compression: object
-    ) -> str | None:
+    def objection(self, *, tau: Tau, fragments: int, compression: object) -> str | None:
         if tau == 1:
             return None
         return (

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from lightning_easgd.schedules import ScalarOrSchedule, Schedule
+from lightning_easgd.schedules import Schedule, Tau
 from lightning_easgd.schedules.checks import is_number
 
 
@@ -92,15 +92,13 @@ class Rule(ABC):
         """Whether workers can go on while the sum travels, with the same result."""
         return not self.restarts or self.delay > 0
 
-    def objection(
-        self, *, tau: ScalarOrSchedule | Literal["auto"], fragments: int, compression: object
-    ) -> str | None:
+    def objection(self, *, tau: Tau, fragments: int, compression: object) -> str | None:
         """Why the rule is not itself under these options of the strategy, and what is allowed.
 
         Args:
-            tau: τ as the strategy got it, not checked yet.
+            tau: τ as the strategy got it, valid by itself.
             fragments: into how many parts the model is cut.
-            compression: as the strategy got it, not checked yet.
+            compression: as the strategy got it, valid by itself.
 
         Returns:
             The message of an error; None if the rule can.

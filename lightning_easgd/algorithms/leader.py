@@ -5,13 +5,13 @@ Letters: x^i a worker, L the worker that leads, c the center.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_easgd.algorithms.base import Rule
-from lightning_easgd.schedules import ScalarOrSchedule, Schedule
+from lightning_easgd.schedules import Schedule, Tau
 from lightning_easgd.schedules.checks import is_number
 
 
@@ -55,9 +55,7 @@ class LeaderSGD(Rule):
         self.mixing = 1 - self.pull
 
     @override
-    def objection(
-        self, *, tau: ScalarOrSchedule | Literal["auto"], fragments: int, compression: object
-    ) -> str | None:
+    def objection(self, *, tau: Tau, fragments: int, compression: object) -> str | None:
         if isinstance(tau, Schedule) and tau.reads_variance:
             return (
                 f"tau={tau!r} is not possible with {self}: the sum of an exchange is the leader's"

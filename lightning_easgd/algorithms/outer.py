@@ -11,7 +11,7 @@ and Nesterov's for s < 2 (1 + μ) / (1 + 2μ); workers that do not get as far al
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_easgd.algorithms.base import Rule, momentum_of, require_momentum
-from lightning_easgd.schedules import Constant, ScalarOrSchedule, as_schedule
+from lightning_easgd.schedules import Constant, ScalarOrSchedule, Tau, as_schedule
 from lightning_easgd.schedules.checks import is_number
 
 
@@ -152,9 +152,7 @@ class DiLoCo(Rule):
         return f"DiLoCo by {self.optimizer.__name__}"
 
     @override
-    def objection(
-        self, *, tau: ScalarOrSchedule | Literal["auto"], fragments: int, compression: object
-    ) -> str | None:
+    def objection(self, *, tau: Tau, fragments: int, compression: object) -> str | None:
         pause = tau // fragments if is_number(tau) else 0
         if self.delay <= pause:
             return None

@@ -6,6 +6,7 @@ observe together.
 """
 
 from lightning_easgd.schedules.adaptive import AdaptivePeriod, ConsensusTarget
+from lightning_easgd.schedules.automatic import Auto, Tau
 from lightning_easgd.schedules.base import (
     Durations,
     Observation,
@@ -30,6 +31,7 @@ from lightning_easgd.schedules.strength import Strength
 __all__ = [
     "AdaptivePeriod",
     "Anneal",
+    "Auto",
     "ConsensusTarget",
     "Constant",
     "Cosine",
@@ -43,6 +45,7 @@ __all__ = [
     "Schedules",
     "Steps",
     "Strength",
+    "Tau",
     "TrainingLength",
     "as_schedule",
     "is_number",

@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from typing_extensions import override
 
-from lightning_easgd.schedules.base import Durations, Observation, Schedule
-from lightning_easgd.schedules.checks import is_number
-
-TAU_MIN, TAU_MAX = 1, 64
-"""Where the period is looked for by default: what the paper tried (section 5)."""
+from lightning_easgd.schedules.base import Durations, Observation, ScalarOrSchedule, Schedule
+from lightning_easgd.schedules.checks import require_count
 
 ENOUGH_ROUNDS = 16
 """After which what was measured of them is worth a choice."""
@@ -28,6 +25,55 @@ _CHANGE = 0.25
 _FIRST_ROUNDS, _MORE = 3, 4
 
 
+class Auto:
+    """τ is to be found by measuring: the smallest period behind which an exchange hides.
+
+    ``tau="auto"`` is ``tau=Auto()``. The bounds are by default what the paper tried (section 5).
+
+    Args:
+        min: the smallest τ that may be chosen, in optimizer steps.
+        max: the largest τ that may be chosen, in optimizer steps.
+
+    Raises:
+        ValueError: one is no whole number of at least 1, or ``max`` is below ``min``.
+    """
+
+    def __init__(self, *, min: int = 1, max: int = 64) -> None:
+        self.min = require_count("min", min, "optimizer steps for tau")
+        self.max = require_count("max", max, "optimizer steps for tau")
+        self.within(1)
+
+    def __repr__(self) -> str:
+        """As it is written."""
+        return f"Auto(min={self.min}, max={self.max})"
+
+    @classmethod
+    def of(cls, tau: object) -> Auto | None:
+        """What "auto" stands for; None if τ is set by something else."""
+        if isinstance(tau, Auto):
+            return tau
+        return cls() if isinstance(tau, str) and tau == "auto" else None
+
+    def within(self, fragments: int) -> tuple[int, int]:
+        """The smallest and the largest τ that is a multiple of ``fragments``.
+
+        Raises:
+            ValueError: there is none.
+        """
+        least = fragments * math.ceil(self.min / fragments)
+        most = fragments * (self.max // fragments)
+        if most < least:
+            raise ValueError(
+                f"{self} leaves no period that is a multiple of fragments={fragments}. Raise max,"
+                " or lower min or fragments."
+            )
+        return least, most
+
+
+Tau = ScalarOrSchedule | Auto | Literal["auto"]
+"""What sets the communication period."""
+
+
 class AutomaticPeriod(Schedule):
     """The smallest τ at which an exchange hides behind training, as far as one can.
 
@@ -36,27 +82,25 @@ class AutomaticPeriod(Schedule):
     last to begin it sees it. It is chosen again when either changes by more than a quarter.
 
     Args:
-        tau_min: the smallest τ allowed.
-        tau_max: the largest τ allowed.
+        within: the bounds of τ.
         fragments: parts of the model, one of which is exchanged every τ / fragments steps.
         log: told what was chosen, and why.
 
     Raises:
-        ValueError: the bounds are no whole numbers, or no multiple of ``fragments`` lies within.
+        ValueError: no multiple of ``fragments`` lies within the bounds.
     """
 
     of: ClassVar[tuple[str, ...]] = ("tau",)
 
     def __init__(
         self,
-        tau_min: int = TAU_MIN,
-        tau_max: int = TAU_MAX,
-        fragments: int = 1,
+        within: Auto | None = None,
         *,
+        fragments: int = 1,
         log: Callable[[str], None] = print,
     ) -> None:
         self._fragments = fragments
-        self._bounds = _bounds(tau_min, tau_max, fragments)
+        self._bounds = (within or Auto()).within(fragments)
         self._log = log
         self._chosen_for = Durations()
         self._rounds = 0
@@ -130,7 +174,7 @@ class AutomaticPeriod(Schedule):
             f" exchange {found.exchange / 1e3:.1f} ms, which hides behind {behind} step(s); it"
             f" lengthens them by {found.cost / 1e3:.1f} ms, which is {_ALLOWED_COST:.0%} of"
             f" {rarely}."
-            + ("" if hidden else f" Exchanges do not hide: tau_max={tau} is smaller.")
+            + ("" if hidden else f" Exchanges do not hide: max={tau} is smaller.")
             + (f" It falls to {free} by halves." if free < tau else "")
         )
 
@@ -146,7 +190,9 @@ def smallest_period(found: Durations, fragments: int, bounds: tuple[int, int]) -
     Raises:
         ValueError: no multiple of ``fragments`` lies within the bounds.
     """
-    return _nearest_period(max(_steps_between(found)), fragments, _bounds(*bounds, fragments))
+    least, most = bounds
+    within = Auto(min=least, max=most).within(fragments)
+    return _nearest_period(max(_steps_between(found)), fragments, within)
 
 
 def _steps_between(found: Durations) -> tuple[int, int]:
@@ -165,22 +211,3 @@ def _are_worth_a_choice(rounds: int) -> bool:
     while rounds > ENOUGH_ROUNDS and rounds % _MORE == 0:
         rounds //= _MORE
     return rounds in (_FIRST_ROUNDS, ENOUGH_ROUNDS)
-
-
-def _bounds(tau_min: object, tau_max: object, fragments: int) -> tuple[int, int]:
-    for name, value in {"tau_min": tau_min, "tau_max": tau_max}.items():
-        if not (is_number(value) and value >= 1 and value == int(value)):
-            raise ValueError(
-                f"{name}={value!r} is not allowed. Allowed: a whole number of optimizer steps, at"
-                " least 1."
-            )
-    assert is_number(tau_min)
-    assert is_number(tau_max)
-    least = fragments * math.ceil(tau_min / fragments)
-    most = fragments * math.floor(tau_max / fragments)
-    if most < least:
-        raise ValueError(
-            f"tau_min={tau_min} and tau_max={tau_max} leave no period that is a multiple of"
-            f" fragments={fragments}. Raise tau_max, or lower tau_min or fragments."
-        )
-    return least, most

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from lightning_easgd.algorithms import (
     AVERAGED,
@@ -19,16 +19,10 @@ from lightning_easgd.center.policies import Buffers, Policies
 from lightning_easgd.communication import Codec, choose_codec
 from lightning_easgd.exchange.policy import ElasticPoint, ExchangePolicy
 from lightning_easgd.groups import Groups, Members, require_groups
-from lightning_easgd.schedules import ScalarOrSchedule, Strength
+from lightning_easgd.schedules import Auto, Period, ScalarOrSchedule, Strength, Tau
+from lightning_easgd.schedules.automatic import AutomaticPeriod
 from lightning_easgd.schedules.checks import require_bools, require_choice, require_count
-from lightning_easgd.strategy.validation import (
-    choose_overlap,
-    choose_period,
-    refuse_partial_sums,
-    refuse_with_group_centers,
-    refuse_with_restarts,
-    refuse_with_warm_up,
-)
+from lightning_easgd.strategy.validation import refuse_combinations
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
@@ -53,7 +47,7 @@ class Options:
         cls,
         *,
         algorithm: str | Rule,
-        tau: ScalarOrSchedule | Literal["auto"] | None,
+        tau: Tau | None,
         beta: ScalarOrSchedule | None,
         alpha: ScalarOrSchedule | None,
         rho: ScalarOrSchedule | None,
@@ -62,8 +56,6 @@ class Options:
         elastic_point: ElasticPoint | None,
         final_exchange: bool,
         compression: str | Codec | None,
-        tau_min: int | None,
-        tau_max: int | None,
         fragments: int,
         groups: Members | Groups | None,
         center_device: Literal["cpu"] | None,
@@ -79,41 +71,42 @@ class Options:
         Raises:
             ValueError: one is out of range, or not possible with another one.
         """
+        # Values by themselves come first: what is said of a combination takes them for valid.
         policies = Policies.check(buffers)
         if elastic_point is not None:
             require_choice("elastic_point", elastic_point, get_args(ElasticPoint))
         require_bools(final_exchange=final_exchange)
         require_choice("center_device", center_device, ("cpu", None))
+        bucket_bytes = require_count("bucket_bytes", bucket_bytes, "bytes")
         fragments = require_count("fragments", fragments, "parts of the model")
         groups = groups if isinstance(groups, Groups) else require_groups(groups)
+        averaging, codec = choose_average(center_average), choose_codec(compression)
         rule = choose_rule(algorithm)
+        overlap = rule.overlaps if overlap is None else overlap
+        require_bools(overlap=overlap)
         tau = rule.default_tau if tau is None else tau
-        objection = rule.objection(tau=tau, fragments=fragments, compression=compression)
-        if objection:
-            raise ValueError(objection)
-        strength = {"beta": beta, "alpha": alpha, "rho": rho}
-        refuse_with_restarts(rule, tau=tau, **strength, elastic_point=elastic_point)
-        refuse_with_warm_up(rule, groups=groups)
-        refuse_with_group_centers(
-            groups,
+        auto = Auto.of(tau)
+        measured = auto and AutomaticPeriod(auto, fragments=fragments, log=log)
+        period = Period(measured or cast("ScalarOrSchedule", tau), fragments)
+        strength = Strength.choose(beta=beta, alpha=alpha, rho=rho)
+        refuse_combinations(
             rule,
-            numbers={"tau": tau, "beta": beta, "alpha": alpha},
-            options={
-                "rho": rho,
-                "fragments": None if fragments == 1 else fragments,
-                "compression": compression,
-                "center_device": center_device,
-                "center_average": center_average,
-            },
+            tau=tau,
+            beta=beta,
+            alpha=alpha,
+            rho=rho,
+            overlap=overlap,
+            elastic_point=elastic_point,
+            compression=compression,
+            fragments=fragments,
+            groups=groups,
+            center_device=center_device,
+            center_average=center_average,
         )
-        overlap = choose_overlap(rule, overlap)
-        period = choose_period(tau, (tau_min, tau_max), fragments, overlap=overlap, log=log)
-        codec = choose_codec(compression)
-        refuse_partial_sums(period, codec, partial=codec is not None and codec.block is None)
         return cls(
             rules=ExchangePolicy(
                 period,
-                Strength.choose(**strength),
+                strength,
                 overlap=overlap,
                 elastic_point=elastic_point or ("parameter" if rule.restarts else "iterate"),
                 algorithm=rule,
@@ -121,10 +114,10 @@ class Options:
             groups=groups,
             codec=codec,
             buffers=policies,
-            averaging=choose_average(center_average),
+            averaging=averaging,
             offload=center_device == "cpu",
             final_exchange=final_exchange,
-            bucket_bytes=require_count("bucket_bytes", bucket_bytes, "bytes"),
+            bucket_bytes=bucket_bytes,
         )
 
     @property

@@ -40,7 +40,7 @@ from lightning_easgd.communication import (
 )
 from lightning_easgd.exchange.policy import ElasticPoint
 from lightning_easgd.groups import Groups, Members
-from lightning_easgd.schedules import ScalarOrSchedule, TrainingLength
+from lightning_easgd.schedules import ScalarOrSchedule, Tau, TrainingLength
 from lightning_easgd.schedules.checks import (
     require_bools,
     require_choice,
@@ -103,9 +103,9 @@ class EASGDStrategy(PersistentStrategy):
             "post_local_sgd", "mdownpour", "slowmo", "bmuf", "diloco", "sma", "leader_sgd") or a
             Rule with options of its own.
         tau: communication period τ, in optimizer steps: a whole number, a callable of the
-            optimizer step, a Schedule (see schedules/), or "auto": the smallest at which exchanges
-            hide behind training, found by measuring (see automatic.py). None: 10, or what the rule
-            is limited to.
+            optimizer step, a Schedule (see schedules/), or "auto": the smallest from 1 to 64 at
+            which exchanges hide behind training, found by measuring (see automatic.py). Other
+            bounds are said by Auto(min=, max=). None: 10, or what the rule is limited to.
         beta: β = pα, how far the center moves towards the mean of the p workers, in (0, 2).
         alpha: α, how far a worker moves towards the center, in [0, 2/(p+1)).
         rho: elastic strength ρ; α = ηρ with the current learning rate η of each parameter group. At
@@ -131,8 +131,6 @@ class EASGDStrategy(PersistentStrategy):
         compression: how differences travel: None for full precision, "bf16", "fp16", "int8" (a
             quarter of the bytes), "topk" (the largest hundredth), or a Codec. What is lost on the
             way goes with the next exchange; strengths that are not stable with it are refused.
-        tau_min: the smallest τ that "auto" may choose; None: 1.
-        tau_max: the largest τ that "auto" may choose; None: 64.
         fragments: into how many parts the model is cut, one of which is exchanged every
             tau / fragments steps; every parameter still every ``tau`` steps.
         groups: workers that a fast network joins: a number of workers, "node" for those of each
@@ -171,7 +169,7 @@ class EASGDStrategy(PersistentStrategy):
         self,
         *,
         algorithm: str | Rule = "easgd",
-        tau: ScalarOrSchedule | Literal["auto"] | None = None,
+        tau: Tau | None = None,
         beta: ScalarOrSchedule | None = None,
         alpha: ScalarOrSchedule | None = None,
         rho: ScalarOrSchedule | None = None,
@@ -183,8 +181,6 @@ class EASGDStrategy(PersistentStrategy):
         strict_resume: bool = False,
         exchange_timeout: float | timedelta = timedelta(minutes=5),
         compression: str | Codec | None = None,
-        tau_min: int | None = None,
-        tau_max: int | None = None,
         fragments: int = 1,
         groups: Members | Groups | None = None,
         center_device: Literal["cpu"] | None = None,
@@ -200,7 +196,7 @@ class EASGDStrategy(PersistentStrategy):
         start_method: StartMethod = "popen",
         **unsupported: Any,
     ) -> None:
-        refuse(unsupported)
+        refuse(unsupported, of=type(self))
         require_choice("evaluate_on", evaluate_on, get_args(EvaluateOn))
         require_bools(strict_resume=strict_resume)
         options = Options.check(
@@ -214,8 +210,6 @@ class EASGDStrategy(PersistentStrategy):
             elastic_point=elastic_point,
             final_exchange=final_exchange,
             compression=compression,
-            tau_min=tau_min,
-            tau_max=tau_max,
             fragments=fragments,
             groups=groups,
             center_device=center_device,

@@ -1,208 +1,211 @@
-"""What the strategy's constructor refuses, and why."""
+"""What the strategy's constructor refuses, and why.
+
+[Note: combinations] Options that are not possible together stand in one table, ``REFUSED``, from
+which messages and documents are made. What only a rule knows, the rule says (``Rule.objection``).
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch.strategies import DDPStrategy
+from torch.nn.parallel import DistributedDataParallel
 
 from lightning_easgd.algorithms import EASGD, Rule
+from lightning_easgd.communication import choose_codec
 from lightning_easgd.groups import Groups
-from lightning_easgd.schedules import Period, ScalarOrSchedule
-from lightning_easgd.schedules.automatic import TAU_MAX, TAU_MIN, AutomaticPeriod
-from lightning_easgd.schedules.checks import is_number, require_bools
+from lightning_easgd.schedules import Auto, Schedule
+from lightning_easgd.schedules.checks import is_number
 
-_GRADIENT_REDUCTION = {
-    "broadcast_buffers",
-    "bucket_cap_mb",
-    "check_reduction",
-    "ddp_comm_hook",
-    "ddp_comm_state",
-    "ddp_comm_wrapper",
-    "find_unused_parameters",
-    "gradient_as_bucket_view",
-    "init_sync",
-    "mixed_precision",
-    "model_averaging_period",
-    "process_group",
-    "skip_all_reduce_unused_params",
-    "static_graph",
-}
+_RESTARTS = "a rule whose workers go on from the new center"
+_AT_THE_CENTER = "its workers wait for the new center and go on from there"
+_CENTERS = "Groups(...), which have centers of their own"
+_UNTIED = "it is not made for centers that are tied to another one"
+_OR_MEMBERS = "or groups={groups.members!r}, whose members average their gradients instead"
 
 
-def choose_period(
-    tau: ScalarOrSchedule | Literal["auto"],
-    bounds: tuple[int | None, int | None],
-    fragments: int,
-    *,
-    overlap: bool,
-    log: Callable[[str], None],
-) -> Period:
-    """The communication period.
+@dataclass(frozen=True)
+class Combination:
+    """Values of two options that exclude each other; what is not given has its default.
+
+    Attributes:
+        option: the one to change.
+        values: which of its values, in words.
+        beside: the other option.
+        where: which of its values, in words.
+        excluded: whether a value of ``option`` and one of ``beside`` exclude each other.
+        because: why.
+        instead: what to do; the values of all options stand for their names in braces.
+    """
+
+    option: str
+    values: str
+    beside: str
+    where: str
+    excluded: Callable[[Any, Any], bool]
+    because: str
+    instead: str
+
+    def message(self, options: Mapping[str, Any]) -> str:
+        """The error for these options."""
+        given, beside = options[self.option], options[self.beside]
+        named = beside if self.beside in ("algorithm", "groups") else f"{self.beside}={beside!r}"
+        instead = self.instead.format(**options)
+        return f"{self.option}={given!r} is not possible with {named}: {self.because}. {instead}."
+
+
+def _sends_a_part(compression: Any) -> bool:
+    codec = choose_codec(compression)
+    return codec is not None and codec.block is None
+
+
+REFUSED: tuple[Combination, ...] = (
+    *(
+        Combination(
+            *(name, "any", "algorithm", _RESTARTS),
+            lambda strength, rule: strength is not None and rule.restarts,
+            f"it sets how strongly workers and center pull at each other, but {_AT_THE_CENTER}",
+            "Leave it out, or set algorithm='easgd'",
+        )
+        for name in ("beta", "alpha", "rho")
+    ),
+    Combination(
+        *("elastic_point", "'iterate'", "algorithm", _RESTARTS),
+        lambda point, rule: point == "iterate" and rule.restarts,
+        f"it says from where a worker is pulled, but {_AT_THE_CENTER}",
+        "Leave it out, or set algorithm='easgd'",
+    ),
+    Combination(
+        *("tau", "'auto', Auto(...)", "algorithm", _RESTARTS),
+        lambda tau, rule: Auto.of(tau) is not None and rule.restarts,
+        f"it looks for the period at which exchanges hide behind training, but {_AT_THE_CENTER}",
+        "Give tau a number, or set algorithm='easgd'",
+    ),
+    Combination(
+        *("groups", "any", "algorithm", "a rule with a warm-up"),
+        lambda groups, rule: groups is not None and bool(rule.warm_up),
+        "groups average gradients inside, and this rule those of all workers at first",
+        "Remove groups, or set algorithm='local_sgd' or another one that has no warm-up",
+    ),
+    Combination(
+        *("algorithm", "any but 'easgd'", "groups", _CENTERS),
+        lambda rule, groups: isinstance(groups, Groups) and type(rule) is not EASGD,
+        "centers of groups are tied elastically",
+        f"Set algorithm='easgd', {_OR_MEMBERS}",
+    ),
+    *(
+        Combination(
+            *(name, "any", "groups", _CENTERS),
+            lambda value, groups: isinstance(groups, Groups) and value is not None,
+            _UNTIED,
+            f"Leave {name} out, {_OR_MEMBERS}",
+        )
+        for name in ("rho", "compression", "center_device", "center_average")
+    ),
+    Combination(
+        *("fragments", "more than 1", "groups", _CENTERS),
+        lambda fragments, groups: isinstance(groups, Groups) and fragments > 1,
+        _UNTIED,
+        f"Leave fragments out, {_OR_MEMBERS}",
+    ),
+    *(
+        Combination(
+            *(name, "anything but a number", "groups", _CENTERS),
+            lambda value, groups: (
+                isinstance(groups, Groups) and value is not None and not is_number(value)
+            ),
+            f"where groups have centers of their own, {name} cannot change while training goes on",
+            f"Give it a number, {_OR_MEMBERS}",
+        )
+        for name in ("tau", "beta", "alpha")
+    ),
+    Combination(
+        *("overlap", "True", "algorithm", _RESTARTS),
+        lambda overlap, rule: overlap and not rule.overlaps,
+        f"{_AT_THE_CENTER}, so nothing can be trained while the sum travels",
+        "Remove overlap; under algorithm='easgd' every exchange overlaps exactly",
+    ),
+    Combination(
+        *("tau", "'auto', Auto(...)", "overlap", "False"),
+        lambda tau, overlap: Auto.of(tau) is not None and not overlap,
+        "it looks for the period at which exchanges hide behind training, and so none does",
+        "Set overlap=True (the same bits), or give tau a number",
+    ),
+    Combination(
+        *("tau", "a schedule that reads the variance across workers", "compression", "'topk'"),
+        lambda tau, compression: (
+            isinstance(tau, Schedule) and tau.reads_variance and _sends_a_part(compression)
+        ),
+        "it compares workers with their mean, and only a part of it arrives",
+        "Take compression='int8', 'bf16', 'fp16' or None, or another tau",
+    ),
+)
+"""All that is refused, in the order in which it is looked for."""
+
+
+def refuse_combinations(rule: Rule, **options: Any) -> None:
+    """Refuse options that are not possible together.
 
     Args:
-        tau: a number, a callable of the step, a schedule, or "auto".
-        bounds: ``tau_min`` and ``tau_max``, of what "auto" may choose; None for the default.
-        fragments: parts of the model that are exchanged in turn.
-        overlap: whether exchanges hide behind training.
-        log: told what "auto" chose, and why.
+        rule: for ``algorithm``.
+        **options: all other options that the table and the rule name, each valid by itself.
 
     Raises:
-        ValueError: they are out of range, or contradict each other.
+        ValueError: there are some; the first that are found.
     """
-    if tau != "auto":
-        for name, value in zip(("tau_min", "tau_max"), bounds, strict=True):
-            if value is not None:
-                raise ValueError(
-                    f"{name}={value!r} bounds what tau='auto' may choose, but tau={tau!r} is set."
-                    f" Remove {name}, or set tau='auto'."
-                )
-        return Period(tau, fragments)
-    if not overlap:
-        raise ValueError(
-            "tau='auto' looks for the period at which exchanges hide behind training, and with"
-            " overlap=False none does. Set overlap=True (the same bits), or give tau a number."
-        )
-    least, most = bounds
-    automatic = AutomaticPeriod(
-        TAU_MIN if least is None else least,
-        TAU_MAX if most is None else most,
-        fragments,
-        log=log,
-    )
-    return Period(automatic, fragments)
-
-
-def choose_overlap(rule: Rule, overlap: bool | None) -> bool:
-    """Whether exchanges travel behind training; None: if the rule can.
-
-    Raises:
-        ValueError: it is not True, False or None, or the rule cannot.
-    """
-    if overlap is None:
-        return rule.overlaps
-    require_bools(overlap=overlap)
-    if overlap and not rule.overlaps:
-        raise ValueError(
-            f"overlap=True is not possible with {rule}: its workers go on from the new center, so"
-            " nothing can be trained while the sum travels. Remove overlap; under algorithm='easgd'"
-            " every exchange overlaps exactly."
-        )
-    return overlap
-
-
-def refuse_with_restarts(rule: Rule, **options: object) -> None:
-    """Refuse what has no meaning under a rule whose workers restart at the center.
-
-    Args:
-        rule: if its workers are pulled instead, nothing is refused.
-        **options: tau, beta, alpha, rho and elastic_point, None where they are not given.
-
-    Raises:
-        ValueError: tau is "auto", elastic_point the iterate, or another one is given.
-    """
-    pull = "sets how strongly workers and center pull at each other. Leave it out"
-    reasons = {
-        **dict.fromkeys(("beta", "alpha", "rho"), pull),
-        "elastic_point": "says from where a worker is pulled. Leave it out",
-        "tau": "looks for the period at which exchanges hide behind training. Give tau a number",
-    }
-    for name, value in options.items():
-        allowed = name == "tau" and value != "auto"
-        if rule.restarts and not allowed and value not in (None, "parameter"):
-            raise ValueError(
-                f"{name}={value!r} has no meaning under {rule}, whose workers wait for the new"
-                f" center and go on from there: it {reasons[name]}, or set algorithm='easgd'."
-            )
-
-
-def refuse_with_warm_up(rule: Rule, *, groups: object) -> None:
-    """Refuse groups under a rule that averages the gradients of all workers at first.
-
-    Raises:
-        ValueError: both are given.
-    """
-    if groups is not None and rule.warm_up:
-        raise ValueError(
-            f"groups={groups!r} is not possible with {rule}: groups average gradients inside, and"
-            f" {type(rule).__name__} over all workers at first. Remove groups, or set"
-            " algorithm='local_sgd' or another one that has no warm-up."
-        )
-
-
-def refuse_with_group_centers(
-    groups: object, rule: Rule, *, numbers: Mapping[str, object], options: Mapping[str, object]
-) -> None:
-    """Refuse what is not possible where groups have centers of their own.
-
-    Args:
-        groups: if it is no Groups, nothing is refused.
-        rule: by which the groups' centers exchange.
-        numbers: tau, beta and alpha, None where they are not given.
-        options: what must not be given, None where it is not.
-
-    Raises:
-        ValueError: something is given that is not possible.
-    """
-    if not isinstance(groups, Groups):
-        return
-    way_out = f"or groups={groups.members!r}, whose members average their gradients instead."
-    if type(rule) is not EASGD:
-        raise ValueError(
-            f"algorithm={rule} is not possible with {groups}: centers of groups are tied"
-            f" elastically. Set algorithm='easgd', {way_out}"
-        )
-    for name, value in options.items():
-        if value is not None:
-            raise ValueError(
-                f"{name}={value!r} is not possible with {groups}: it is not made for centers that"
-                f" are tied to another one. Leave {name} out, {way_out}"
-            )
-    for name, value in numbers.items():
-        if value is not None and not is_number(value):
-            raise ValueError(
-                f"{name}={value!r} is not possible with {groups}: where groups have centers of"
-                f" their own, {name} cannot change while training goes on. Give it a number,"
-                f" {way_out}"
-            )
-    if is_number(tau := numbers["tau"]):
+    tau, groups = options["tau"], options["groups"]
+    judged = {name: options[name] for name in ("tau", "fragments", "compression")}
+    if objection := rule.objection(**judged):
+        raise ValueError(objection)
+    options = {"algorithm": rule, **options}
+    for entry in REFUSED:
+        if entry.excluded(options[entry.option], options[entry.beside]):
+            raise ValueError(entry.message(options))
+    if isinstance(groups, Groups):
         groups.require_multiple(tau)
 
 
-def refuse_partial_sums(period: Period, codec: object, *, partial: bool) -> None:
-    """Refuse a schedule that needs the workers' mean where most of it is held back.
+_GONE = {"tau_min": "min", "tau_max": "max"}
+"""Arguments that there were once, and which of Auto's replaces each."""
+
+
+def refuse(unsupported: Mapping[str, object], *, of: type[DDPStrategy]) -> None:
+    """Refuse keyword arguments that a strategy does not have.
 
     Args:
-        period: the communication period.
-        codec: how differences travel.
-        partial: whether it sends only some of the elements.
-
-    Raises:
-        ValueError: the schedule reads the variance across workers.
-    """
-    if partial and period.schedule.reads_variance:
-        raise ValueError(
-            f"tau={period} compares workers with their mean, and with compression={codec} only a"
-            " part of it arrives. Take compression='int8', 'bf16', 'fp16' or None, or another tau."
-        )
-
-
-def refuse(unsupported: Mapping[str, object]) -> None:
-    """Refuse keyword arguments that the strategy does not have.
+        unsupported: by name.
+        of: the strategy.
 
     Raises:
         TypeError: there is one; the message tells DDP's gradient reduction from a misspelling.
     """
+    theirs = {*_parameters(DDPStrategy), *_parameters(DistributedDataParallel)}
+    own = [name for name in _parameters(of) if name not in theirs and name != "unsupported"]
     for name, value in unsupported.items():
-        if name in _GRADIENT_REDUCTION:
+        given = f"{of.__name__} got {name}={value!r}"
+        if name in _GONE:
+            bound = _GONE[name]
             raise TypeError(
-                f"EASGDStrategy got {name}={value!r}, which configures how DDP reduces gradients."
-                " Workers under EASGD never reduce gradients by DDP, they exchange weights every"
-                " tau steps. Remove the argument; tau, beta, buffers and bucket_bytes set what is"
-                " exchanged, and groups whose gradients are averaged."
+                f"{given}, which there is no more. Write tau=Auto({bound}={value!r}), where Auto is"
+                f" lightning_easgd.Auto; in a configuration for Hydra, tau: {{_target_:"
+                f" lightning_easgd.Auto, {bound}: {value}}}; for LightningCLI, tau: {{class_path:"
+                f" lightning_easgd.Auto, init_args: {{{bound}: {value}}}}}."
+            )
+        if name in theirs:
+            raise TypeError(
+                f"{given}, which configures how DDP reduces gradients. Workers under EASGD never"
+                " reduce gradients by DDP, they exchange weights every tau steps. Remove the"
+                " argument; tau, beta, buffers and bucket_bytes set what is exchanged, and groups"
+                " whose gradients are averaged."
             )
         raise TypeError(
-            f"EASGDStrategy got an unknown argument {name}={value!r}. Its own are tau, beta, alpha,"
-            " rho, algorithm, overlap, evaluate_on, buffers, elastic_point, final_exchange,"
-            " strict_resume, exchange_timeout, compression, tau_min, tau_max, fragments,"
-            " groups, center_device, center_average and bucket_bytes."
+            f"{of.__name__} got an unknown argument {name}={value!r}. Its own are"
+            f" {', '.join(own[:-1])} and {own[-1]}."
         )
+
+
+def _parameters(of: type) -> list[str]:
+    return list(inspect.signature(of).parameters)

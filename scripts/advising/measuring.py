@@ -20,10 +20,9 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from omegaconf import DictConfig
 
 from advising.judging import Exchanges, Measured, Trial, together
-from lightning_easgd import EASGDStrategy
+from lightning_easgd import Auto, EASGDStrategy
 from lightning_easgd.communication import gather
 from lightning_easgd.schedules import Durations
-from lightning_easgd.schedules.automatic import TAU_MAX, TAU_MIN
 from lightning_easgd.workloads import experiment
 
 NEVER = 10**9
@@ -157,15 +156,15 @@ class Bench:
         self.speaks: bool = trainer.is_global_zero
         self.writes: bool = trainer.local_rank == 0
         self.fragments: int = cfg.strategy.fragments
-        self.tau_bounds = (cfg.strategy.tau_min or TAU_MIN, cfg.strategy.tau_max or TAU_MAX)
+        tau = cfg.strategy.tau
+        auto = Auto.of(instantiate(tau) if isinstance(tau, DictConfig) else tau) or Auto()
+        self.tau_bounds = (auto.min, auto.max)
         self.module: pl.LightningModule
         self._began = time.monotonic()
 
     def easgd(self, **options: Any) -> EASGDStrategy:
         """The strategy that is configured, with other options."""
-        limits = {"tau_min": None, "tau_max": None} if options.get("tau") != "auto" else {}
-        options = {"final_exchange": False, **limits, **options}
-        return instantiate(self._cfg.strategy, **options)
+        return instantiate(self._cfg.strategy, **{"final_exchange": False, **options})
 
     def ddp(self) -> Strategy:
         """DDP over the same backend."""
@@ -271,9 +270,10 @@ def _trial(bench: Bench, form: str | None, rounds: int, most_steps: int) -> Tria
     """
     strategy = bench.easgd(
         compression=form,
-        tau="auto",
-        tau_min=_FEWEST_STEPS_BETWEEN * bench.fragments,
-        tau_max=most_steps * bench.fragments,
+        tau=Auto(
+            min=_FEWEST_STEPS_BETWEEN * bench.fragments,
+            max=most_steps * bench.fragments,
+        ),
     )
     watch = Rounds(rounds)
     bench.fit(strategy, watch, f"exchanges in {form or 'full precision'}")

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from advising.judging import WORTH, Advice, Memory, Option
 
 _OWN = ("seconds", "codecs")
-_FOUND = ("tau", "strategy.tau", "strategy.tau_min", "strategy.tau_max", "strategy.compression")
+_FOUND = ("tau", "strategy.tau", "strategy.tau.min", "strategy.tau.max", "strategy.compression")
 _FEWER = 4
 
 
@@ -39,6 +39,7 @@ def command(advice: Advice, arguments: Iterable[str]) -> str:
         arguments: as they were typed for advise.py.
     """
     kept = [a for a in arguments if _key(a) not in (*_OWN, *_FOUND) and "hydra" not in _key(a)]
+    kept = [a for a in kept if a != "vary=auto"]
     if advice.take_ddp:
         nesterov = "strategy=eamsgd" in kept and not any(_key(a) == "optimizer" for a in kept)
         kept = [a for a in kept if _key(a).split(".")[0] != "strategy"]

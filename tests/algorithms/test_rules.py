@@ -216,10 +216,10 @@ def test_a_restart_gives_up_nothing_but_what_workers_kept_for_themselves() -> No
     ("options", "message"),
     [
         ({"overlap": True}, r"overlap=True is not possible with LocalSGD\(\).*Remove overlap"),
-        ({"tau": "auto"}, r"tau='auto' has no meaning under LocalSGD\(\).*Give tau a number"),
-        ({"beta": 0.9}, r"beta=0.9 has no meaning .* how strongly workers and center pull"),
-        ({"alpha": 0.0}, r"alpha=0.0 has no meaning"),
-        ({"rho": lambda step: 1.0}, r"rho=.* has no meaning"),
+        ({"tau": "auto"}, r"tau='auto' is not possible with LocalSGD\(\).*Give tau a number"),
+        ({"beta": 0.9}, r"beta=0.9 is not possible .* how strongly workers and center pull"),
+        ({"alpha": 0.0}, r"alpha=0.0 is not possible"),
+        ({"rho": lambda step: 1.0}, r"rho=.* is not possible"),
         ({"elastic_point": "iterate"}, r"elastic_point='iterate' .* from where a worker is pulled"),
     ],
     ids=str,
@@ -382,7 +382,7 @@ def test_momentum_of_the_center_widens_what_is_stable(p: int, mu: float) -> None
         (lambda: with_leader(fragments=2), r"fragments=2 is not possible with LeaderSGD"),
         (lambda: with_leader(compression="int8"), "compression='int8' .*Allowed: compression=None"),
         (lambda: with_leader(tau=AdaptivePeriod(4)), "tau=AdaptivePeriod.* tells no variance"),
-        (lambda: with_leader(alpha=0.5), "alpha=0.5 has no meaning under LeaderSGD"),
+        (lambda: with_leader(alpha=0.5), "alpha=0.5 is not possible with LeaderSGD"),
         (lambda: PostLocalSGD(-1), "warm_up=-1 is not allowed.*at least 0"),
         (lambda: PostLocalSGD(2.5), "warm_up=2.5"),
         (lambda: PostLocalSGD(True), "warm_up=True"),
@@ -393,7 +393,7 @@ def test_hyper_parameters_out_of_range_are_refused(make: Any, message: str) -> N
         make()
 
 
-@pytest.mark.parametrize("tau", [2, 0, lambda step: 1, Linear(1, 2), "auto"])
+@pytest.mark.parametrize("tau", [2, lambda step: 1, Linear(1, 2), "auto"])
 def test_a_period_that_a_rule_cannot_is_refused(tau: Any) -> None:
     with pytest.raises(ValueError, match=r"tau=.* is not possible with MDownpour.*Allowed: tau=1"):
         EASGDStrategy(algorithm="mdownpour", tau=tau)

@@ -183,6 +183,7 @@ TYPED = ["model=resnet", "seconds=9", "strategy=eamsgd", "strategy.tau=4", "stra
         (400, TYPED, "model=resnet strategy=eamsgd strategy.beta=0.5 strategy.tau=10"),
         (10, TYPED, "model=resnet optimizer=nesterov strategy=ddp"),
         (10, [*TYPED, "optimizer=adamw"], "model=resnet optimizer=adamw strategy=ddp"),
+        (400, ["vary=auto", "strategy.tau.max=9", "seed=1"], "seed=1 strategy.tau=10"),
         (400, ["data.root=a b", "hydra.run.dir=x", "+tau=3"], "'data.root=a b' strategy.tau=10"),
     ],
 )

@@ -11,6 +11,7 @@ from pathlib import Path
 import configs
 import pytest
 from hydra import compose, initialize_config_dir
+from jobs import refuse_what_is_gone
 from omegaconf import OmegaConf
 
 ROOT = Path(__file__).parents[2]
@@ -77,3 +78,10 @@ def test_results_of_comparisons_hold_no_secret(monkeypatch: pytest.MonkeyPatch) 
         cfg = compose("compare", ["+data.folder=${oc.env:EASGD_TOKEN}", "data.seed=3"])
     assert "hunter2" not in json.dumps(configs.resolved(cfg)["data"])
     assert os.environ["EASGD_TOKEN"] == OmegaConf.to_container(cfg, resolve=True)["data"]["folder"]
+
+
+@pytest.mark.parametrize("argument", ["strategy.tau_min=2", "+strategy.tau_max=2"])
+def test_a_key_of_earlier_configurations_is_told_what_to_write(argument: str) -> None:
+    with pytest.raises(SystemExit, match=r"Write vary=auto strategy\.tau\.(min|max)=2 instead"):
+        refuse_what_is_gone(["model=mlp", argument])
+    refuse_what_is_gone(["model=mlp", "vary=auto", "strategy.tau.min=2"])
