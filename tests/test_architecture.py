@@ -6,6 +6,8 @@ import ast
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+from torch.utils._device import _device_constructors
+
 import lightning_easgd
 
 ROOT = Path(lightning_easgd.__file__).parent
@@ -106,3 +108,15 @@ def test_nothing_unpickles_what_came_from_elsewhere() -> None:
             name = getattr(node, "attr", getattr(node, "id", ""))
             if isinstance(name, str) and name.endswith(("gather_object", "_object_list")):
                 assert (path.name, name) == ("monitored.py", "broadcast_object_list"), path
+
+
+def test_every_new_tensor_says_where_it_lies() -> None:
+    """Else ``torch.set_default_device`` of the user's decides, also for what crosses gloo."""
+    constructors = {of.__name__ for of in _device_constructors()} - {"asarray", "as_tensor"}
+    for name, path in modules():
+        for node in ast.walk(ast.parse(path.read_text())) if name != "workloads" else ():
+            if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("torch."):
+                made = ast.unparse(node.func).removeprefix("torch.")
+                given = {keyword.arg for keyword in node.keywords}
+                assert made not in constructors or "device" in given, f"{path}:{node.lineno}"
+                assert made != "Generator" or node.args or given, f"{path}:{node.lineno}"

@@ -208,3 +208,38 @@ def test_a_plugin_whose_writes_are_ordered_is_copied_without_the_order(
         each.teardown()
     assert [torch.load(tmp_path / name)["value"] for name in ("twin", "own")] == [1, 2]
     assert seen == [1]
+
+
+class Choosy(AsyncCheckpointIO):
+    """A plugin that raises before it queues, once."""
+
+    refuses = True
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        if self.refuses:
+            self.refuses = False
+            raise ConnectionError("no answer")
+        super().save_checkpoint(*args, **kwargs)
+
+
+def test_a_write_that_a_plugin_raised_before_is_not_taken_for_the_next(tmp_path: Path) -> None:
+    plugin, seen = Choosy(AtomicCheckpointIO()), []
+    writes, path = ordered_writes(plugin), str(tmp_path / "last")
+    for name in ("first", "second"):
+        write = Write(
+            before=partial(seen.append, f"before {name}"),
+            failed=partial(seen.append, f"{name} failed"),
+            after=partial(seen.append, f"after {name}"),
+        )
+        write.over.append(partial(seen.append, f"{name} over"))
+        try:
+            writes.save({"value": name}, path, None, write)
+        except ConnectionError:
+            seen.append("raised")
+    plugin.teardown()
+    assert seen == [
+        *("first failed", "first over", "raised"),
+        *("before second", "after second", "second over"),
+    ]
+    assert torch.load(path)["value"] == "second"
+    assert writes.queued == 0

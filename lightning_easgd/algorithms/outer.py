@@ -174,7 +174,8 @@ class DiLoCo(Rule):
     def _try(self) -> None:
         rule = self.at(0)
         try:
-            rule.move_(torch.zeros(2), torch.zeros(2), {})
+            center, total = torch.zeros(2, 2, device="cpu")
+            rule.move_(center, total, {})
         except Exception as error:
             raise ValueError(
                 f"optimizer={self.optimizer!r} with {self.options} cannot move a flat tensor by its"

@@ -97,9 +97,9 @@ def leading_vectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
     largest = matrix.abs().max()
     matrix = matrix / largest if bool(largest > 0) else matrix
     rows, columns = matrix.shape
-    start = torch.randn(
-        columns, min(_COLUMNS, rows, columns), generator=torch.Generator().manual_seed(0)
-    )
+    shape = columns, min(_COLUMNS, rows, columns)
+    # On the host, also where torch.set_default_device names another one.
+    start = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     block, last = start.to(matrix), 0.0
     for iteration in range(_MOST_ITERATIONS):
         block = torch.linalg.qr(matrix.T @ (matrix @ block)).Q

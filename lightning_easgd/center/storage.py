@@ -47,9 +47,9 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
 def places(tensor: Tensor) -> Tensor:
     """Where in its storage each element of a plain tensor lies, in elements; a flat tensor."""
-    places = torch.tensor([tensor.storage_offset()])
+    places = torch.tensor([tensor.storage_offset()], device="cpu")
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        places = (places[:, None] + stride * torch.arange(size)).flatten()
+        places = (places[:, None] + stride * torch.arange(size, device="cpu")).flatten()
     return places
 
 
@@ -157,7 +157,7 @@ def byte_chunks(tensor: Tensor) -> Iterator[memoryview]:
     They are copied: a storage that NumPy has seen can never be resized again, as modules may do.
     """
     for chunk in torch.split(as_bytes(tensor), _CHUNK):
-        yield torch.empty(chunk.shape, dtype=chunk.dtype).copy_(chunk).numpy().data
+        yield torch.empty(chunk.shape, dtype=chunk.dtype, device="cpu").copy_(chunk).numpy().data
 
 
 def as_integers(tensor: Tensor) -> Tensor:
@@ -176,7 +176,8 @@ def components(tensor: Tensor) -> list[Tensor]:
         return [part for name in names for part in components(getattr(tensor, name))]
     if tensor.is_quantized:
         if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
-            scale = torch.tensor([tensor.q_scale(), tensor.q_zero_point()], dtype=torch.float64)
+            numbers = tensor.q_scale(), tensor.q_zero_point()
+            scale = torch.tensor(numbers, dtype=torch.float64, device="cpu")
             return [tensor.int_repr(), scale]
         scales = tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points()
         return [tensor.int_repr(), *scales]

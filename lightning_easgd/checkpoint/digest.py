@@ -66,7 +66,7 @@ def _checksum(tensor: Tensor) -> Tensor | str:
 
 @cache
 def _weights(device: torch.device) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     limits = torch.iinfo(torch.int64)
-    weights = torch.randint(limits.min, limits.max, (_CHUNK,), generator=generator)
+    weights = torch.randint(limits.min, limits.max, (_CHUNK,), generator=generator, device="cpu")
     return weights.bitwise_or(1).to(device)

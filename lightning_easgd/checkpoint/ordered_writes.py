@@ -11,7 +11,7 @@ from typing import Any
 from lightning_easgd.checkpoint.files import Storage
 
 
-@dataclass
+@dataclass(eq=False)
 class Write:
     """What is called when a file is written, in this order.
 
@@ -67,7 +67,22 @@ class OrderedWrites:
             return
         with self._lock:
             self._queued.setdefault(path, deque()).append(write)
-        self.storage.save_checkpoint(content, path, storage_options=options)
+        try:
+            self.storage.save_checkpoint(content, path, storage_options=options)
+        except BaseException:
+            self._give_up(path, write)
+            raise
+
+    def _give_up(self, path: str, write: Write) -> None:
+        """Take out of its queue what a plugin raised before, so that the next write is first."""
+        with self._lock:
+            queue = self._queued[path]
+            if write not in queue:  # it was carried out, which ended it
+                return
+            queue.remove(write)
+        write.failed()
+        for action in write.over:
+            action()
 
     def when_written(self, path: str, action: Callable[[], None]) -> None:
         """Do this after all writes of a file that are queued; now if there are none."""
@@ -91,8 +106,8 @@ class OrderedWrites:
             write.perform(storage, content, path, options)
         finally:
             with self._lock:
-                if queue:
-                    queue.popleft()
+                if queue and write in queue:
+                    queue.remove(write)
                 self.done += 1
             for action in write.over:
                 action()

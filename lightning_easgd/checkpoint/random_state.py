@@ -15,7 +15,7 @@ def random_state() -> dict[str, Any]:
     version, internal, gauss = random.getstate()
     state = {
         "torch": torch.get_rng_state(),
-        "python": (version, torch.tensor(internal, dtype=torch.int64), gauss),
+        "python": (version, torch.tensor(internal, dtype=torch.int64, device="cpu"), gauss),
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()

@@ -155,7 +155,7 @@ class AllReduce:
             header: of this worker.
             last: whether what is held back, if anything, goes along.
         """
-        mine = torch.tensor(header.pack(), dtype=torch.int64)
+        mine = torch.tensor(header.pack(), dtype=torch.int64, device="cpu")
         headers = mine.new_empty(len(self.ranks), len(mine))
         what = f"The exchange that worker {self.group.rank} began at step {header.clock}"
         pending = PendingSum(self._gather(mine, headers), headers, group=self.group, what=what)

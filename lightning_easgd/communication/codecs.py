@@ -169,7 +169,8 @@ def waiting_time(codec: Codec, device: torch.device) -> float:
     is 1/fraction where elements are chosen at random, and less where the largest are.
     """
     numel = math.ceil(_PROBED / (codec.block or 1)) * (codec.block or 1)
-    noise = torch.randn(numel, generator=torch.Generator().manual_seed(0)).to(device)
+    generator = torch.Generator("cpu").manual_seed(0)
+    noise = torch.randn(numel, generator=generator, device="cpu").to(device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
         lost = noise - codec.decode(codec.encode(noise), numel, noise.dtype)
     passed = 1 - float(lost.square().sum() / noise.square().sum())

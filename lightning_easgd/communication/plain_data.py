@@ -86,7 +86,7 @@ def gather(value: Any, gather_tensors: Callable[[Tensor], list[Tensor]]) -> list
         ExchangeError: on all workers, if one sends too much, or no plain data.
     """
     mine = pack(value)
-    sizes = [int(size) for size in gather_tensors(torch.tensor([mine.numel()]))]
+    sizes = [int(size) for size in gather_tensors(torch.tensor([mine.numel()], device="cpu"))]
     for rank, size in enumerate(sizes):
         require_size(size, MOST_BYTES, f"Worker {rank}")
     padded = mine.new_zeros(max(sizes))

@@ -60,7 +60,7 @@ class Subgroup:
         Raises:
             ExchangeError: a worker left or did not answer in time.
         """
-        numbers = torch.tensor(mine, dtype=torch.int64)
+        numbers = torch.tensor(mine, dtype=torch.int64, device="cpu")
         everybody = [torch.empty_like(numbers) for _ in self.ranks]
         work = dist.all_gather(everybody, numbers, group=self.control, async_op=True)
         self._wait(work, what, patiently=patiently)
@@ -86,7 +86,8 @@ class Subgroup:
             elements: of the parameters that it is the state of; much more is not taken.
         """
         sends = self.place == source
-        content = plain_data.pack(value) if sends else torch.empty(0, dtype=torch.uint8)
+        nothing = torch.empty(0, dtype=torch.uint8, device="cpu")
+        content = plain_data.pack(value) if sends else nothing
         (size,) = self.gather([content.numel()], what)[source]
         rank = self.ranks[source]
         plain_data.require_size(size, plain_data.most_bytes_of_state(elements), f"Worker {rank}")

@@ -84,4 +84,4 @@ class Leadership:
         self.forget()
         self.leader = shared.get("leader", 0) % len(self._participants)
         if own.get("loss") is not None:
-            self._running = torch.tensor(own["loss"], dtype=torch.float64)
+            self._running = torch.tensor(own["loss"], dtype=torch.float64, device="cpu")
