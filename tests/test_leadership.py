@@ -13,14 +13,18 @@ from processes import run_workers
 from toy import Toy, loader, trainer, weights
 
 from lightning_easgd import EASGDStrategy, LeaderSGD
-from lightning_easgd.communication import Header, Phase, Stop
-from lightning_easgd.exchange.leadership import Leadership
+from lightning_easgd.algorithms.leadership import Leadership
+from lightning_easgd.schedules import WorkerView
 
 SGD = partial(torch.optim.SGD, lr=0.05)
 
 
-def said(*losses: float) -> list[Header]:
-    return [Header(0, 0, 0, Phase.TRAINING, Stop.NO, False, 0, 0, loss=loss) for loss in losses]
+def leading(smoothing: float, *places: list[int]) -> Leadership:
+    return Leadership(smoothing, WorkerView(places))
+
+
+def said(*losses: float) -> list[dict[str, float]]:
+    return [{"loss": loss} for loss in losses]
 
 
 @pytest.mark.parametrize(
@@ -35,14 +39,14 @@ def said(*losses: float) -> list[Header]:
     ],
 )
 def test_the_lowest_loss_leads(before: int, losses: list[float], leader: int) -> None:
-    leadership = Leadership(0.9, [[0], [1], [2]])
-    leadership.load_state({"leader": before}, {})
+    leadership = leading(0.9, [0], [1], [2])
+    leadership.load_state({"leader": before}, None)
     leadership.hear(said(*losses))
     assert leadership.leader == leader
 
 
 def test_a_group_leads_by_the_mean_loss_of_its_members() -> None:
-    leadership = Leadership(0.9, [[0, 3], [1, 2, 4]])
+    leadership = leading(0.9, [0, 3], [1, 2, 4])
     leadership.hear(said(2.0, 0.0, 2.0, 1.0, 2.0))
     assert leadership.leader == 1
     leadership.hear(said(2.0, 0.0, 2.0, 1.0, math.nan))
@@ -50,15 +54,15 @@ def test_a_group_leads_by_the_mean_loss_of_its_members() -> None:
 
 
 def test_the_running_loss_forgets_what_is_not_finite() -> None:
-    leadership = Leadership(0.75, [[0], [1]])
-    assert leadership.announce() == math.inf
+    leadership = leading(0.75, [0], [1])
+    assert leadership.announce() == {"loss": math.inf}
     for loss, mean in [(4.0, 4.0), (8.0, 5.0), (math.nan, math.nan), (2.0, 2.0), (6.0, 3.0)]:
         assert leadership.observe({"loss": torch.tensor(loss)})
-        assert leadership.announce() == pytest.approx(mean, rel=0, nan_ok=True)
-    resumed = Leadership(0.75, [[0], [1]])
+        assert leadership.announce()["loss"] == pytest.approx(mean, rel=0, nan_ok=True)
+    resumed = leading(0.75, [0], [1])
     resumed.load_state(leadership.shared_state(), leadership.own_state())
     resumed.observe(torch.tensor(7.0))
-    assert resumed.announce() == 4.0
+    assert resumed.announce() == {"loss": 4.0}
 
 
 class Manual(Toy):

@@ -544,7 +544,7 @@ def measure(rank: int, folder: str) -> Any:
 def test_telemetry_counts_bytes_and_reaches_the_logger(tmp_path: Any) -> None:
     for telemetry in run_workers(measure, str(tmp_path), workers=4):
         ring = 2 * 3 * (8 * 4) // 4  # 8 parameters of 4 bytes, 4 workers
-        header = 3 * 8 * 17
+        header = 3 * 8 * 8  # of which each worker sends 3
         assert telemetry.exchanges == 3
         # The last exchange is preceded by a header alone.
         assert telemetry.bytes_sent == telemetry.bytes_received == 3 * (ring + header) + header

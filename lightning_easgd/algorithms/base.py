@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lightning_easgd.schedules import Schedule, Tau
 from lightning_easgd.schedules.checks import is_number
+from lightning_easgd.schedules.companion import Companion, WorkerView
 
 
 class Rule(ABC):
@@ -34,16 +35,10 @@ class Rule(ABC):
         average: whether the center moves by the mean of the differences over the workers; else by
             their sum. Under rules that pull, each is weighted with α before.
         default_tau: τ where none is given, in optimizer steps.
-        lr_drop: where workers are pulled, they start again at the center, without momentum, when
-            the learning rate of one has fallen to this part of its peak since the last restart, in
-            (0, 1); None: never.
         center_momentum: μ, in [0, 1), with which the center moves on where workers are pulled.
         mixing: what a worker that restarts keeps of its own weights, in [0, 1).
         delay: steps that a worker that restarts takes meanwhile, while the sum travels; at most
             those up to the next exchange.
-        loss_smoothing: only the worker whose running training loss is the lowest adds its
-            difference, the others add zeros; see Leadership. With ``average`` False. None: all add
-            theirs.
         warm_up: optimizer steps at the beginning of training in which the workers average their
             gradients, and so stay equal.
     """
@@ -51,11 +46,9 @@ class Rule(ABC):
     restarts: ClassVar[bool] = True
     default_tau: ClassVar[int] = 10
     average: bool = True
-    lr_drop: float | None = None
     center_momentum: float = 0.0
     mixing: float = 0.0
     delay: int = 0
-    loss_smoothing: float | None = None
     warm_up: int = 0
 
     @abstractmethod
@@ -68,6 +61,17 @@ class Rule(ABC):
             memory: what the rule keeps of this part from one exchange to the next, empty at first;
                 tensors and numbers, which checkpoints hold.
         """
+
+    def companions(self, worker: WorkerView) -> list[Companion]:
+        """What the rule needs of the workers besides its maths; see Companion.
+
+        Called where training is set up, and sooner to know the names of their fields, which must
+        not depend on the worker.
+
+        Args:
+            worker: what they may know of the worker that they are for.
+        """
+        return []
 
     def share(self, workers: int) -> float:
         """The multiple of x - c that each of ``workers`` workers adds, if they restart."""

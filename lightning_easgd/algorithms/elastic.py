@@ -35,7 +35,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_easgd.algorithms.base import Rule, momentum_of, require_momentum
+from lightning_easgd.algorithms.drops import LearningRateDrops
 from lightning_easgd.schedules.checks import is_number
+from lightning_easgd.schedules.companion import Companion, WorkerView
 
 
 class EASGD(Rule):
@@ -99,6 +101,10 @@ class SMA(EASGD):
                 " without restarts."
             )
         self.lr_drop = float(lr_drop)
+
+    @override
+    def companions(self, worker: WorkerView) -> list[Companion]:
+        return [LearningRateDrops(self.lr_drop, worker.learning_rate)]
 
 
 def stability_bound(workers: int, *, waits: float = 1.0) -> float:

@@ -11,8 +11,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_easgd.algorithms.base import Rule
+from lightning_easgd.algorithms.leadership import Leadership
 from lightning_easgd.schedules import Schedule, Tau
 from lightning_easgd.schedules.checks import is_number
+from lightning_easgd.schedules.companion import Companion, WorkerView
 
 
 class LeaderSGD(Rule):
@@ -53,6 +55,10 @@ class LeaderSGD(Rule):
         self.pull = float(pull)
         self.loss_smoothing = float(loss_smoothing)
         self.mixing = 1 - self.pull
+
+    @override
+    def companions(self, worker: WorkerView) -> list[Companion]:
+        return [Leadership(self.loss_smoothing, worker)]
 
     @override
     def objection(self, *, tau: Tau, fragments: int, compression: object) -> str | None:

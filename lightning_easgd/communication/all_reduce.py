@@ -15,9 +15,6 @@ from lightning_easgd.communication.header import Header
 from lightning_easgd.communication.subgroup import Subgroup
 from lightning_easgd.communication.workers import Work, WorkerGroup
 
-HEADER_BYTES = 8 * len(Header.__dataclass_fields__)
-"""Of one worker's header."""
-
 
 @dataclass(frozen=True)
 class Payload:
@@ -50,7 +47,8 @@ class PendingSum:
     Owns the collectives until :meth:`wait` returns; until then the tensors must not be touched.
 
     Args:
-        header_work: gathers the headers.
+        header: of this worker.
+        header_work: gathers those of all.
         headers: where they arrive, of shape (workers, fields).
         group: the workers.
         what: it is, for messages.
@@ -58,6 +56,7 @@ class PendingSum:
 
     def __init__(
         self,
+        header: Header,
         header_work: Work,
         headers: Tensor,
         *,
@@ -67,6 +66,7 @@ class PendingSum:
         self.what = what
         self.parts: list[tuple[Work, bool]] = []
         """Each brings a part of the sums; and whether it can be watched, see WorkerGroup.wait."""
+        self._header = header
         self._header_work = header_work
         self._headers = headers
         self._group = group
@@ -81,7 +81,7 @@ class PendingSum:
             ExchangeError: a worker left or did not answer in time.
         """
         self._group.wait(self._header_work, self.what, patiently=patiently)
-        return [Header.unpack(header) for header in self._headers.tolist()]
+        return [self._header.unpack(values) for values in self._headers.tolist()]
 
     def arrived(self) -> bool:
         """Whether every tensor holds its sum, or an error was met."""
@@ -158,7 +158,8 @@ class AllReduce:
         mine = torch.tensor(header.pack(), dtype=torch.int64, device="cpu")
         headers = mine.new_empty(len(self.ranks), len(mine))
         what = f"The exchange that worker {self.group.rank} began at step {header.clock}"
-        pending = PendingSum(self._gather(mine, headers), headers, group=self.group, what=what)
+        work = self._gather(mine, headers)
+        pending = PendingSum(header, work, headers, group=self.group, what=what)
         if payload:
             self.join(pending, payload, last=last)
         return pending
@@ -214,10 +215,9 @@ class AllReduce:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state`."""
 
-    @property
-    def header_bytes(self) -> tuple[int, int]:
+    def header_bytes(self, header: Header) -> tuple[int, int]:
         """As :meth:`sum_bytes`, for headers."""
-        return HEADER_BYTES * (len(self.ranks) - 1), 0
+        return header.nbytes * (len(self.ranks) - 1), 0
 
     def sum_bytes(self, payload: Payload, *, last: bool = False) -> tuple[int, int]:
         """Bytes that this worker sends, and receives, for sums; of them, those inside its group."""

@@ -6,12 +6,11 @@ all raise the same error. Nothing else about an exchange is agreed on.
 
 from __future__ import annotations
 
-import math
 import struct
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any
+from typing import Any, get_type_hints
 
 
 class ExchangeError(RuntimeError):
@@ -76,7 +75,10 @@ class Phase(IntEnum):
 
 @dataclass(frozen=True)
 class Header:
-    """What one worker says about itself at an exchange; every field travels in 64 bits."""
+    """What one worker says about itself at an exchange; every field travels in 64 bits.
+
+    A fixed core, and fields that rules and schedules name. Workers agree on the names at set-up.
+    """
 
     clock: int
     """Optimizer steps taken."""
@@ -94,35 +96,29 @@ class Header:
     """Of the center's bits, 0 where it is not taken."""
     wait_microseconds: int
     """Time the worker has stood still for exchanges so far."""
-    step_microseconds: int = 0
-    """A step of the worker; this and the following as in timing.py."""
-    exchange_microseconds: int = 0
-    """An exchange, from its start to its arrival."""
-    cost_microseconds: int = 0
-    """By how much an exchange lengthens the steps."""
-    loss: float = math.inf
-    """The worker's running training loss, as of Leadership; infinite where it is not known."""
-    restart: bool = False
-    """The worker's learning rate has fallen; all restart at the center with the next exchange."""
-    distance: float = 0.0
-    """‖x - c‖ of the fragments whose turn it is, before the pull."""
-    size: float = 0.0
-    """‖c‖ of the same."""
-    variance: float = -1.0
-    """Across workers, of the latest round that has arrived; negative where it is not known."""
-    lr: float = 0.0
-    """The largest learning rate, where variance is read."""
+    named: Mapping[str, int | float | bool] = field(default_factory=dict)
+    """What companions of the rule and schedules say, and what schedules observe."""
+
+    @property
+    def nbytes(self) -> int:
+        """On the wire."""
+        return 8 * (len(_CORE) + len(self.named))
 
     def pack(self) -> list[int]:
         """The fields as integers."""
-        values = vars(self).values()
+        values = [*(getattr(self, name) for name in _CORE), *self.named.values()]
         return [_bits(value) if isinstance(value, float) else int(value) for value in values]
 
-    @classmethod
-    def unpack(cls, values: Sequence[int]) -> Header:
-        """The inverse of :meth:`pack`."""
-        read = [_KINDS[str(field.type)] for field in fields(cls)]
-        return cls(*(kind(value) for kind, value in zip(read, values, strict=True)))
+    def unpack(self, values: Sequence[int]) -> Header:
+        """The header of another worker, who packed it with the named fields that this one has."""
+        kinds = [*_CORE.values(), *map(type, self.named.values())]
+        read = [_from_bits(kind, value) for kind, value in zip(kinds, values, strict=True)]
+        core = dict(zip(_CORE, read, strict=False))
+        return Header(**core, named=dict(zip(self.named, read[len(core) :], strict=True)))
+
+
+_CORE = {name: kind for name, kind in get_type_hints(Header).items() if name != "named"}
+"""Names and kinds of the fields that every header has."""
 
 
 def _bits(value: float) -> int:
@@ -130,19 +126,8 @@ def _bits(value: float) -> int:
     return bits
 
 
-def _float(bits: int) -> float:
-    value: float = struct.unpack("<d", struct.pack("<q", bits))[0]
-    return value
-
-
-_KINDS: dict[str, Callable[[int], Any]] = {
-    "int": int,
-    "bool": bool,
-    "float": _float,
-    "Phase": Phase,
-    "Stop": Stop,
-}
-"""What a field is made of its 64 bits by, by the name of its type."""
+def _from_bits(kind: type, bits: int) -> Any:
+    return struct.unpack("<d", struct.pack("<q", bits))[0] if kind is float else kind(bits)
 
 
 def verify(headers: Sequence[Header], ranks: Sequence[int] | None = None) -> None:

@@ -19,7 +19,6 @@ from typing_extensions import override
 
 from lightning_easgd.center.flat import bucket_slices
 from lightning_easgd.communication.all_reduce import (
-    HEADER_BYTES,
     AllReduce,
     Level,
     Payload,
@@ -28,7 +27,7 @@ from lightning_easgd.communication.all_reduce import (
 from lightning_easgd.communication.background import Background
 from lightning_easgd.communication.codecs import Codec
 from lightning_easgd.communication.compressed import CompressedAllReduce
-from lightning_easgd.communication.header import ExchangeError
+from lightning_easgd.communication.header import ExchangeError, Header
 from lightning_easgd.communication.subgroup import Subgroup
 from lightning_easgd.communication.workers import Work, WorkerGroup
 
@@ -135,12 +134,11 @@ class GroupedAllReduce(AllReduce):
             state = state if all(has for (has,) in said) else {}
         self._between.load_state(state)
 
-    @property
     @override
-    def header_bytes(self) -> tuple[int, int]:
-        total, _ = super().header_bytes
+    def header_bytes(self, header: Header) -> tuple[int, int]:
+        total, _ = super().header_bytes(header)
         agreed = self._subgroup.gather_bytes(_AGREED) if self._agrees else 0
-        return total + agreed, HEADER_BYTES * (self._subgroup.size - 1) + agreed
+        return total + agreed, header.nbytes * (self._subgroup.size - 1) + agreed
 
     @override
     def sum_bytes(self, payload: Payload, *, last: bool = False) -> tuple[int, int]:

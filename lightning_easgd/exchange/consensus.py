@@ -12,13 +12,30 @@ it travels, in the header of the next exchange, and that of the first worker who
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple
 from typing import Any
 
 from lightning_easgd.communication import Header
-from lightning_easgd.schedules import Durations, Observation
+from lightning_easgd.schedules import Durations, Observation, Said, Schedules
 
 _UNKNOWN = -1.0
+_DURATIONS = ("step_microseconds", "exchange_microseconds", "cost_microseconds")
+
+
+def fields_observed(schedules: Schedules) -> dict[str, type]:
+    """Names and kinds of what workers measure for schedules; none where no schedule observes.
+
+    Durations are in whole microseconds. ``distance`` is ‖x - c‖ of the fragments whose turn it is,
+    before the pull, and ``size`` ‖c‖ of the same. ``variance`` is that of the latest round that has
+    arrived, negative where it is not known, and ``lr`` the largest learning rate.
+    """
+    if not schedules.adaptive:
+        return {}
+    durations = dict.fromkeys(_DURATIONS, int)
+    distances = dict.fromkeys(("distance", "size"), float)
+    spread = dict.fromkeys(("variance", "lr") if schedules.read_variance else (), float)
+    return {**durations, **distances, **spread}
 
 
 class Consensus:
@@ -35,6 +52,14 @@ class Consensus:
         self._next = 0
         self._sums = [0.0, 0.0, 0.0]
 
+    def announce(
+        self, measured: Durations, distance: float, size: float, *, lr: float | None
+    ) -> dict[str, Any]:
+        """What this worker says, as :func:`fields_observed`; None: variance is not read."""
+        durations = zip(_DURATIONS, astuple(measured), strict=True)
+        spread = {} if lr is None else {"variance": self.variance, "lr": float(lr)}
+        return {**dict(durations), "distance": float(distance), "size": float(size), **spread}
+
     def note(self, turn: int, headers: Sequence[Header], mean: float | None) -> Observation:
         """What an exchange tells; equal on all workers.
 
@@ -48,19 +73,20 @@ class Consensus:
             self._next, self._sums = 0, [0.0, 0.0, 0.0]
         whole = turn == self._next == self._turns - 1
         self._next = self._next + 1 if turn == self._next else -1
-        squares = [h.distance * h.distance for h in headers if not h.non_finite]
-        square = sum(squares) / len(squares)
+        said = [header.named for header in headers if not header.non_finite]
+        square = sum(each["distance"] * each["distance"] for each in said) / len(said)
         spread = math.inf if mean is None else max(0.0, square - mean * mean)
-        parts = (square, headers[0].size * headers[0].size, spread)
+        size = headers[0].named["size"]
+        parts = (square, size * size, spread)
         self._sums = [total + part for total, part in zip(self._sums, parts, strict=True)]
         if not whole:
-            return Observation(durations)
+            return Observation(durations, said=said)
         distance, size, variance = self._sums
         self.variance = variance if math.isfinite(variance) else _UNKNOWN
-        spoken = [(h.variance, h.lr) for h in headers if h.variance >= 0]
-        known, lr = spoken[0] if spoken else (None, 0.0)
+        known, lr = _first_known(header.named for header in headers)
         relative = math.sqrt(distance) / max(math.sqrt(size), 1e-30)
-        return Observation(durations, relative if math.isfinite(relative) else None, known, lr)
+        finite = relative if math.isfinite(relative) else None
+        return Observation(durations, finite, known, lr, said)
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
@@ -74,6 +100,10 @@ class Consensus:
 
 
 def _durations(header: Header) -> Durations:
-    return Durations(
-        header.step_microseconds, header.exchange_microseconds, header.cost_microseconds
-    )
+    return Durations(*(int(header.named[name]) for name in _DURATIONS))
+
+
+def _first_known(said: Iterable[Said]) -> tuple[float | None, float]:
+    """The variance, and the learning rate, of the first worker who knows it."""
+    known = ((each["variance"], each["lr"]) for each in said if each.get("variance", -1.0) >= 0)
+    return next(known, (None, 0.0))

@@ -40,6 +40,7 @@ from lightning_easgd.exchange.saved_state import SavedState
 from lightning_easgd.exchange.stops import Stops
 from lightning_easgd.exchange.transit import Transit
 from lightning_easgd.exchange.tree import Levels
+from lightning_easgd.schedules import WorkerView
 from lightning_easgd.telemetry import Telemetry
 
 
@@ -84,7 +85,10 @@ class Exchange:
         self._progress = all_reduce.group.progress
         self._clock = Clock(rules.period, telemetry)
         self._stops = Stops()
-        self._agreement = Agreement(rules.algorithm, optimizers, all_reduce.participants)
+        view = WorkerView(
+            all_reduce.participants, all_reduce.participant, optimizers.largest_learning_rate
+        )
+        self._agreement = Agreement(rules.companions(view))
         contribution = Contribution(
             center,
             all_reduce,
@@ -94,7 +98,7 @@ class Exchange:
                 rules,
                 all_reduce,
                 optimizers,
-                leadership=self._agreement.leadership,
+                agreement=self._agreement,
                 device=center.device,
             ),
             telemetry=telemetry,
@@ -223,7 +227,7 @@ class Exchange:
 
     def observe_loss(self, output: object) -> bool:
         """A training step has returned ``output``; whether that has a loss if one is needed."""
-        return self._agreement.leadership.observe(output)
+        return self._agreement.observe(output)
 
     @contextmanager
     def step(self, optimizer: Optimizer) -> Iterator[None]:

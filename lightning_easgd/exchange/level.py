@@ -69,7 +69,7 @@ class GroupLevel:
             contribution,
             rule=rule,
             telemetry=self.telemetry,
-            agreement=Agreement(rule, optimizers, all_reduce.participants),
+            agreement=Agreement(()),
             stops=Stops(),
             schedules=Schedules({}),
         )

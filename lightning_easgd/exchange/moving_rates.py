@@ -10,7 +10,7 @@ import torch
 
 from lightning_easgd.algorithms import elastic
 from lightning_easgd.communication import AllReduce
-from lightning_easgd.exchange.leadership import Leadership
+from lightning_easgd.exchange.agreement import Agreement
 from lightning_easgd.exchange.optimizers import LocalOptimizers
 from lightning_easgd.exchange.policy import ExchangePolicy
 from lightning_easgd.schedules import Strength
@@ -154,7 +154,7 @@ def rates_of(
     all_reduce: AllReduce,
     optimizers: LocalOptimizers,
     *,
-    leadership: Leadership,
+    agreement: Agreement,
     device: torch.device,
 ) -> RateFunction:
     """With which multiples of x - c this worker takes part in the exchanges of all.
@@ -163,18 +163,15 @@ def rates_of(
         policy: the strength, and the rule that may need none.
         all_reduce: how sums travel between the workers.
         optimizers: the worker's own.
-        leadership: which participant leads, under a rule that follows one.
+        agreement: with what companions make of the multiple.
         device: of the center.
 
     Raises:
         ValueError: the strength is unstable for this number of workers.
     """
-    rule, participant = policy.algorithm, all_reduce.participant
-    workers = len(all_reduce.participants)
-    if rule.loss_smoothing is not None:
-        return lambda step: ({}, float(leadership.leader == participant))
+    rule, workers = policy.algorithm, len(all_reduce.participants)
     if rule.restarts:
-        return lambda step: ({}, rule.share(workers))
+        return lambda step: ({}, agreement.share(rule.share(workers)))
     bound = stable_below(workers, momentum=rule.center_momentum, waits=all_reduce.waits(device))
     reports = all_reduce.group.rank == 0
     return MovingRates(

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lightning_easgd.algorithms import EASGD, Rule
-from lightning_easgd.schedules import Period, Schedules, Strength
+from lightning_easgd.exchange.agreement import fields_of
+from lightning_easgd.exchange.consensus import fields_observed
+from lightning_easgd.schedules import Companion, Period, Schedules, Strength, WorkerView
 
 ElasticPoint = Literal["iterate", "parameter"]
 
@@ -32,3 +34,15 @@ class ExchangePolicy:
         if not self.algorithm.restarts:
             named[self.strength.kind] = self.strength.schedule
         return Schedules(named)
+
+    def companions(self, worker: WorkerView) -> list[Companion]:
+        """What rule and schedules need of the workers besides their maths."""
+        return [*self.algorithm.companions(worker), *self.schedules.companions(worker)]
+
+    def require_fields(self) -> dict[str, type]:
+        """What workers say in their headers besides what all do, by name; and the kind of each.
+
+        Raises:
+            ValueError: two have one name, or one is of no kind that travels.
+        """
+        return fields_of(self.companions(WorkerView()), fields_observed(self.schedules))

@@ -94,8 +94,7 @@ class SavedState:
             self.telemetry.load_counters(own["telemetry"])
         top.all_reduce.load_state((own or {}).get("held_back", {}))
         self.levels.restore(None if own is None else own.get("levels"))
-        agreed, said = shared.get("agreement", {}), (own or {}).get("agreement", {})
-        self.agreement.load_state(agreed, said)
+        self.agreement.load_state(shared["agreement"], own and own["agreement"])
 
     def _load_clock(self, shared: Mapping[str, Any]) -> None:
         clock = shared["clock"]

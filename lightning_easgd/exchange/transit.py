@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -37,7 +38,7 @@ from lightning_easgd.exchange.consensus import Consensus
 from lightning_easgd.exchange.contribution import Contribution, Pull, report_non_finite
 from lightning_easgd.exchange.stops import Stops
 from lightning_easgd.exchange.timing import StepTimer
-from lightning_easgd.schedules import Schedules
+from lightning_easgd.schedules import Durations, Schedules
 from lightning_easgd.telemetry import Telemetry
 
 _CHECKSUM_EVERY = 16
@@ -153,7 +154,7 @@ class Transit:
         self.go_on()
         self.contribution.take_differences(self.turn)
         pull, payload = self.contribution.give(clock, self.turn, last=last)
-        restarts = self._agreement.drops.take() and not last
+        restarts = self._agreement.restarts() and not last
         flight = self._start(clock, Phase.TRAINING, payload, last=last)
         self._in_flight = replace(flight, restarts=restarts)
         self._take_turns(clock)
@@ -188,7 +189,7 @@ class Transit:
         self.all_reduce.join(self._in_flight.pending, payload)
         self._count_bytes(*self.all_reduce.sum_bytes(payload))
         self._in_flight = replace(
-            self._in_flight, clock=clock, payload=payload, restarts=self._agreement.drops.take()
+            self._in_flight, clock=clock, payload=payload, restarts=self._agreement.restarts()
         )
         return pull
 
@@ -228,7 +229,7 @@ class Transit:
     ) -> InFlight:
         header = self._header(clock, phase, compare)
         pending = self.all_reduce.start(payload, header, last=last)
-        self._count_bytes(*self.all_reduce.header_bytes)
+        self._count_bytes(*self.all_reduce.header_bytes(header))
         self._count_bytes(*self.all_reduce.sum_bytes(payload, last=last))
         cohorts, fragments = len(self._center.cohorts), self.contribution.fragments
         self._in_flight = InFlight(
@@ -252,14 +253,18 @@ class Transit:
             non_finite=not self.contribution.healthy,
             checksum=self._center.checksum() if check else 0,
             wait_microseconds=int(1e6 * self._telemetry.wait_seconds),
-            step_microseconds=measured.step,
-            exchange_microseconds=measured.exchange,
-            cost_microseconds=measured.cost,
-            distance=self.contribution.distance,
-            size=self.contribution.size,
-            variance=self.consensus.variance,
-            lr=self.contribution.learning_rate() if self._schedules.read_variance else 0.0,
-            **self._agreement.announce(),
+            named=self._observed(measured) | self._agreement.announce(),
+        )
+
+    def _observed(self, measured: Durations) -> dict[str, Any]:
+        """What this worker tells schedules."""
+        if not self._schedules.adaptive:
+            return {}
+        return self.consensus.announce(
+            measured,
+            self.contribution.distance,
+            self.contribution.size,
+            lr=self.contribution.learning_rate() if self._schedules.read_variance else None,
         )
 
     def _take_turns(self, clock: int) -> None:
@@ -296,7 +301,7 @@ class Transit:
     @torch.no_grad()
     def _apply(self, flight: InFlight, headers: Sequence[Header]) -> None:
         self._stops.hear([header.stop for header in headers], self.all_reduce.ranks)
-        self._agreement.hear(headers)
+        self._agreement.hear([header.named for header in headers])
         self._telemetry.worker_wait_seconds = [1e-6 * h.wait_microseconds for h in headers]
         if flight.payload:
             healthy = [not header.non_finite for header in headers]
@@ -322,8 +327,10 @@ class Transit:
         if flight.payload.statistics:
             self._center.statistics.apply(healthy)
         # Only now: the center moves as all knew when the exchange began.
-        if flight.moves and self._schedules.observe(self.consensus.note(flight.turn, told, mean)):
-            self.timer.restart()
+        if flight.moves and self._schedules.adaptive:
+            seen = self.consensus.note(flight.turn, told, mean)
+            if self._schedules.observe(seen):
+                self.timer.restart()
 
     def _report_non_finite(self, clock: int, healthy: Sequence[bool]) -> None:
         self.anybody_healthy = any(healthy)

@@ -16,6 +16,7 @@ from lightning_easgd.schedules.base import (
     TrainingLength,
 )
 from lightning_easgd.schedules.checks import is_number
+from lightning_easgd.schedules.companion import Companion, Said, WorkerView
 from lightning_easgd.schedules.period import Period
 from lightning_easgd.schedules.plain import (
     Anneal,
@@ -32,6 +33,7 @@ __all__ = [
     "AdaptivePeriod",
     "Anneal",
     "Auto",
+    "Companion",
     "ConsensusTarget",
     "Constant",
     "Cosine",
@@ -40,6 +42,7 @@ __all__ = [
     "Linear",
     "Observation",
     "Period",
+    "Said",
     "ScalarOrSchedule",
     "Schedule",
     "Schedules",
@@ -47,6 +50,7 @@ __all__ = [
     "Strength",
     "Tau",
     "TrainingLength",
+    "WorkerView",
     "as_schedule",
     "is_number",
 ]

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from lightning_easgd.schedules.companion import Companion, Said, WorkerView
+
 
 @dataclass(frozen=True)
 class TrainingLength:
@@ -65,6 +67,8 @@ class Observation:
     """(1/p) Σ_i ‖x^i - m‖² of the round before, where a schedule reads it; else None."""
     lr: float = 0.0
     """The largest learning rate of a worker, where variance is read."""
+    said: Sequence[Said] = ()
+    """By each worker whose weights are finite, in rank order: what companions said of it."""
 
 
 class Schedule(ABC):
@@ -96,6 +100,17 @@ class Schedule(ABC):
         Raises:
             ValueError: the schedule needs to know, and it is not known.
         """
+
+    def companions(self, worker: WorkerView) -> list[Companion]:
+        """What the schedule wants to observe besides; :attr:`Observation.said` has what they say.
+
+        Called where training is set up, and sooner to know the names of their fields, which must
+        not depend on the worker.
+
+        Args:
+            worker: what they may know of the worker that they are for.
+        """
+        return []
 
     def limit(self, most: float) -> None:  # noqa: B027
         """Learn what is stable; an adaptive schedule stays at or below it."""
@@ -135,6 +150,16 @@ class Schedules:
 
     def __init__(self, named: Mapping[str, Schedule]) -> None:
         self._named = named
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether one observes anything."""
+        kinds = {type(schedule) for schedule in self._named.values()}
+        return any(kind.observe is not Schedule.observe for kind in kinds)
+
+    def companions(self, worker: WorkerView) -> list[Companion]:
+        """As of Schedule."""
+        return [each for s in self._named.values() for each in s.companions(worker)]
 
     @property
     def read_variance(self) -> bool:

@@ -103,14 +103,16 @@ class Options:
             center_device=center_device,
             center_average=center_average,
         )
+        rules = ExchangePolicy(
+            period,
+            strength,
+            overlap=overlap,
+            elastic_point=elastic_point or ("parameter" if rule.restarts else "iterate"),
+            algorithm=rule,
+        )
+        rules.require_fields()
         return cls(
-            rules=ExchangePolicy(
-                period,
-                strength,
-                overlap=overlap,
-                elastic_point=elastic_point or ("parameter" if rule.restarts else "iterate"),
-                algorithm=rule,
-            ),
+            rules=rules,
             groups=groups,
             codec=codec,
             buffers=policies,
@@ -152,5 +154,6 @@ class Options:
             f"center_device={'cpu' if self.offload else None}",
             f"center_average={self.averaging}",
             f"bucket_bytes={self.bucket_bytes}",
+            f"fields of headers: {', '.join(self.rules.require_fields())}",
         ]
         return [_ADDRESS.sub("", line) for line in lines]

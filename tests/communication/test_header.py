@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lightning_easgd.communication import ExchangeError, Header, Phase, Stop, verify, verify_phases
 
@@ -18,8 +21,19 @@ HEADER = Header(
 )
 
 
-def test_a_header_survives_the_journey():
-    assert Header.unpack(HEADER.pack()) == HEADER
+@given(
+    st.dictionaries(
+        st.text(), st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | st.booleans()
+    )
+)
+def test_a_header_survives_the_journey(named: dict[str, Any]):
+    header = replace(HEADER, named=named)
+    mine = replace(HEADER, clock=1, named={name: type(v)() for name, v in named.items()})
+    there = mine.unpack(header.pack())
+    assert there == header
+    assert [type(v) for v in vars(there).values()] == [type(v) for v in vars(header).values()]
+    assert [type(v) for v in there.named.values()] == [type(v) for v in named.values()]
+    assert header.nbytes == 8 * len(header.pack())
 
 
 def test_what_may_differ_between_workers():

@@ -13,9 +13,13 @@ from hypothesis import strategies as st
 from lightning_easgd import AdaptivePeriod, ConsensusTarget
 from lightning_easgd.communication import Header, Phase, Stop
 from lightning_easgd.exchange.consensus import Consensus
-from lightning_easgd.schedules import Observation, Schedules
+from lightning_easgd.schedules import Durations, Observation, Schedules
 
 HEADER = Header(0, 0, 0, Phase.TRAINING, Stop.NO, False, 0, 0)
+
+
+def told(consensus: Consensus, distance: float, size: float, *, lr: float) -> Header:
+    return replace(HEADER, named=consensus.announce(Durations(1, 2, 3), distance, size, lr=lr))
 
 
 @given(st.floats(0.0, 1e6), st.floats(0.011, 0.99))
@@ -118,18 +122,19 @@ def test_variance_and_distance_are_those_of_all_workers_and_fragments(p: int, k:
         mean = workers.mean(axis=0)
         for turn in range(k):
             headers = [
-                replace(
-                    HEADER,
-                    distance=float(np.linalg.norm(x[turn] - center[turn])),
-                    size=float(np.linalg.norm(center[turn])),
-                    variance=consensus.variance,
+                told(
+                    consensus,
+                    float(np.linalg.norm(x[turn] - center[turn])),
+                    float(np.linalg.norm(center[turn])),
                     lr=0.5,
                 )
                 for x in workers
             ]
-            sick = replace(HEADER, non_finite=True, distance=float("nan"), size=headers[0].size)
+            sick = replace(told(consensus, float("nan"), 1.0, lr=0.5), non_finite=True)
             far = float(np.linalg.norm(mean[turn] - center[turn]))
             seen = consensus.note(turn, [*headers, sick], far)
+            assert len(seen.durations) == p + 1
+            assert len(seen.said) == p
             if turn < k - 1:
                 assert (seen.distance, seen.variance) == (None, None)
         square = ((workers - center) ** 2).sum() / p
@@ -143,7 +148,8 @@ def test_variance_and_distance_are_those_of_all_workers_and_fragments(p: int, k:
 
 def test_a_round_that_is_not_whole_tells_nothing():
     consensus = Consensus(2)
-    far = replace(HEADER, distance=1.0, size=1.0, variance=3.0, lr=0.1)
+    far = told(consensus, 1.0, 1.0, lr=0.1)
+    far = replace(far, named={**far.named, "variance": 3.0})
     assert consensus.note(1, [far], 0.0).distance is None
     assert consensus.note(0, [far], None).distance is None
     seen = consensus.note(1, [far], 0.0)
