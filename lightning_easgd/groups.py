@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_easgd.schedules import Auto, Period, Schedule, Strength
-from lightning_easgd.schedules.checks import is_number
+from lightning_easgd.schedules.checks import is_count
 
 Members = int | Literal["node"] | Sequence[Sequence[int]]
 
@@ -129,7 +129,7 @@ def require_groups(groups: object) -> Members | None:
     """
     if groups is None or groups == "node":
         return groups
-    if is_number(groups) and groups >= 1 and groups == int(groups):
+    if is_count(groups):
         return int(groups)
     if isinstance(groups, Sequence) and not isinstance(groups, str) and groups:
         lists = [_ranks(part) for part in groups]
@@ -212,5 +212,5 @@ def _cut(
 def _ranks(part: object) -> list[int]:
     if not isinstance(part, Sequence) or isinstance(part, str):
         return []
-    ranks = [int(rank) for rank in part if is_number(rank) and rank >= 0 and rank == int(rank)]
+    ranks = [int(rank) for rank in part if is_count(rank, least=0)]
     return ranks if len(ranks) == len(part) else []

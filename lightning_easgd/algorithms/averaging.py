@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_easgd.algorithms.base import Rule, momentum_of, require_momentum
 from lightning_easgd.schedules import Tau
-from lightning_easgd.schedules.checks import is_number
+from lightning_easgd.schedules.checks import require_count
 
 
 class LocalSGD(Rule):
@@ -49,12 +49,9 @@ class PostLocalSGD(LocalSGD):
     """
 
     def __init__(self, warm_up: int = 100) -> None:
-        if not (is_number(warm_up) and warm_up >= 0 and warm_up == int(warm_up)):
-            raise ValueError(
-                f"warm_up={warm_up!r} is not allowed. Allowed: a whole number of optimizer steps,"
-                " at least 0; 0 is local SGD."
-            )
-        self.warm_up = int(warm_up)
+        self.warm_up = require_count(
+            "warm_up", warm_up, "optimizer steps", least=0, meaning="is local SGD"
+        )
 
 
 class Downpour(Rule):

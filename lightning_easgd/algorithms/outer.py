@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from lightning_easgd.algorithms.base import Rule, momentum_of, require_momentum
 from lightning_easgd.schedules import Constant, ScalarOrSchedule, Tau, as_schedule
-from lightning_easgd.schedules.checks import is_number
+from lightning_easgd.schedules.checks import is_number, require_count
 
 
 class SlowMo(Rule):
@@ -50,14 +50,16 @@ class SlowMo(Rule):
 
     @override
     def move_(self, center: Tensor, total: Tensor, memory: dict[str, Any]) -> None:
-        v = momentum_of(memory, center)
-        center.add_(v.mul_(self.outer_momentum).add_(total), alpha=self.outer_lr)
+        _move_with_momentum_(center, total, memory, self.outer_momentum, after=self.outer_lr)
 
 
 class BMUF(Rule):
     """Blockwise model-update filtering, with classical block momentum.
 
         v <- μ v + ζ (m - c) ;   c <- c + v ;   x^i <- c
+
+    SlowMo keeps v / s: while ζ = s is constant, they are one rule. Where a schedule changes it, ζ
+    counts from the next difference on, and s at once for all that v has gathered.
 
     Chen, Huo 2016, "Scalable training of deep learning machines by incremental block training with
     intra-block parallel optimization and blockwise model-update filtering", ICASSP.
@@ -76,8 +78,7 @@ class BMUF(Rule):
 
     @override
     def move_(self, center: Tensor, total: Tensor, memory: dict[str, Any]) -> None:
-        v = momentum_of(memory, center)
-        center.add_(v.mul_(self.block_momentum).add_(total, alpha=self.block_lr))
+        _move_with_momentum_(center, total, memory, self.block_momentum, before=self.block_lr)
 
 
 class DiLoCo(Rule):
@@ -128,7 +129,7 @@ class DiLoCo(Rule):
         optimizer: type[Optimizer] | None = None,
         **options: Any,
     ) -> None:
-        self.delay = _require_delay(delay)
+        self.delay = require_count("delay", delay, "steps", least=0, meaning="is without")
         self.mixing = _require_mixing((0.5 if self.delay else 0.0) if mixing is None else mixing)
         bound = float("inf")
         if optimizer is None:
@@ -185,10 +186,19 @@ class DiLoCo(Rule):
             ) from error
 
 
-def _require_delay(delay: object) -> int:
-    if is_number(delay) and delay >= 0 and delay == int(delay):
-        return int(delay)
-    raise ValueError(f"delay={delay!r} is not allowed. Allowed: a whole number of steps, or 0.")
+def _move_with_momentum_(
+    center: Tensor,
+    total: Tensor,
+    memory: dict[str, Any],
+    momentum: float,
+    *,
+    before: Any = 1.0,
+    after: Any = 1.0,
+) -> None:
+    """Do v <- μ v + ``before`` (m - c) ;  c <- c + ``after`` v, in place."""
+    v = momentum_of(memory, center)
+    v.mul_(momentum).add_(total, alpha=before)
+    center.add_(v, alpha=after)
 
 
 def _require_mixing(mixing: object) -> float:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from typing_extensions import override
 
 from lightning_easgd.schedules.base import Observation, Schedule
-from lightning_easgd.schedules.checks import is_number
+from lightning_easgd.schedules.checks import is_number, require_count
 
 _GAIN = 0.25
 _STEADY = 0.75
@@ -141,10 +141,10 @@ class AdaptivePeriod(Schedule):
         sample: int = 16,
         tolerance: float = 0.3,
     ) -> None:
-        counts = {"start": start, "tau_min": tau_min, "tau_max": tau_max, "sample": sample}
-        for name, value in counts.items():
-            whole = is_number(value) and value >= 1 and value == int(value)
-            _require(name, value, "a whole number of at least 1", whole)
+        self.start = require_count("start", start, "optimizer steps")
+        self.tau_min = require_count("tau_min", tau_min, "optimizer steps")
+        self.tau_max = require_count("tau_max", tau_max, "optimizer steps")
+        self.sample = require_count("sample", sample, "rounds")
         inside = f"a number from tau_min={tau_min} to tau_max={tau_max}"
         _require("start", start, inside, tau_min <= start <= tau_max)
         _require(
@@ -153,8 +153,7 @@ class AdaptivePeriod(Schedule):
             "a number in [0, 1)",
             is_number(tolerance) and 0 <= tolerance < 1,
         )
-        self.start, self.tau_min, self.tau_max = int(start), int(tau_min), int(tau_max)
-        self.sample, self.tolerance = int(sample), tolerance
+        self.tolerance = tolerance
         self._tau = self.start
         self._sampled = 0
         self._level = 0.0

@@ -13,6 +13,11 @@ def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def is_count(value: object, least: int = 1) -> TypeGuard[float]:
+    """Whether ``value`` is a whole number of at least ``least``, perhaps given as a float."""
+    return is_number(value) and value >= least and value == int(value)
+
+
 def require_choice(name: str, value: object, allowed: tuple[str | None, ...]) -> None:
     """Check that ``value`` is one of ``allowed``.
 
@@ -36,16 +41,25 @@ def require_bools(**values: object) -> None:
             raise ValueError(f"{name}={value!r} is not allowed. Allowed: True, False.")
 
 
-def require_count(name: str, value: object, unit: str) -> int:
-    """A whole number of at least 1, in ``unit``; given as a float too.
+def require_count(name: str, value: object, unit: str, *, least: int = 1, meaning: str = "") -> int:
+    """A whole number of at least ``least``, in ``unit``; given as a float too.
+
+    Args:
+        name: of the argument.
+        value: of the argument.
+        unit: what it counts.
+        least: the smallest that is allowed.
+        meaning: what that one means, for the message.
 
     Raises:
         ValueError: it is not.
     """
-    if is_number(value) and value >= 1 and value == int(value):
+    if is_count(value, least):
         return int(value)
+    meaning = f"; {least} {meaning}" if meaning else ""
     raise ValueError(
-        f"{name}={value!r} is not allowed. Allowed: a whole number of {unit}, at least 1."
+        f"{name}={value!r} is not allowed. Allowed: a whole number of {unit}, at least"
+        f" {least}{meaning}."
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from lightning_easgd.schedules.base import ScalarOrSchedule, Schedule
-from lightning_easgd.schedules.checks import is_number
+from lightning_easgd.schedules.checks import is_count, is_number
 from lightning_easgd.schedules.plain import Constant, as_schedule
 
 
@@ -55,7 +55,7 @@ class Period:
         return pause * self.fragments, begun + pause
 
     def _require_whole(self, tau: object) -> int:
-        if is_number(tau) and tau >= 1 and tau == int(tau):
+        if is_count(tau):
             if tau % self.fragments:
                 raise ValueError(
                     f"tau={tau!r} is not a multiple of fragments={self.fragments}: every"

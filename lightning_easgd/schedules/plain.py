@@ -12,7 +12,9 @@ from typing import ClassVar
 from typing_extensions import override
 
 from lightning_easgd.schedules.base import ScalarOrSchedule, Schedule, TrainingLength
-from lightning_easgd.schedules.checks import is_number
+from lightning_easgd.schedules.checks import is_number, require_count
+
+_STEPS = "optimizer steps"
 
 Check = Callable[[object], float]
 """Returns an allowed value as a number; raises ValueError for others."""
@@ -117,7 +119,7 @@ class Ramp(Schedule):
                 f"Got steps={steps!r} and fraction={fraction!r}, which both say how long the"
                 " schedule takes. Leave one of them out."
             )
-        self.steps = None if steps is None else _require_count("steps", steps)
+        self.steps = None if steps is None else require_count("steps", steps, _STEPS)
         self.fraction = None
         if steps is None:
             self.fraction = _require_fraction("fraction", 1.0 if fraction is None else fraction)
@@ -218,7 +220,7 @@ class Steps(Schedule):
                 f"Got steps={steps!r} and fractions={fractions!r}. Give one of them: from when on"
                 " each value but the first holds."
             )
-        self.steps = steps and tuple(_require_count("steps", step) for step in steps)
+        self.steps = steps and tuple(require_count("steps", step, _STEPS) for step in steps)
         self.fractions = fractions and tuple(_require_inner("fractions", f) for f in fractions)
         self._edges: Sequence[float] = self.steps or (math.inf,)
         given = tuple(self.steps or self.fractions or ())
@@ -275,8 +277,8 @@ class Anneal(Schedule):
                 f"start={start!r} and stop={stop!r} are not allowed: the strength rises. Allowed:"
                 " 0 < start <= stop."
             )
-        self.batches = None if batches is None else _require_count("batches", batches)
-        self.every = _require_count("every", every)
+        self.batches = None if batches is None else require_count("batches", batches, _STEPS)
+        self.every = require_count("every", every, _STEPS)
         self._batches: float = self.batches or math.inf
 
     @property
@@ -317,14 +319,6 @@ def _require_number(name: str, value: object) -> float:
     if is_number(value):
         return value
     raise ValueError(f"{name}={value!r} is not allowed. Allowed: finite numbers.")
-
-
-def _require_count(name: str, value: object) -> int:
-    if is_number(value) and value >= 1 and value == int(value):
-        return int(value)
-    raise ValueError(
-        f"{name}={value!r} is not allowed. Allowed: a whole number of optimizer steps, at least 1."
-    )
 
 
 def _require_fraction(name: str, value: object) -> float:

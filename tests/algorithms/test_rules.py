@@ -364,7 +364,7 @@ def test_momentum_of_the_center_widens_what_is_stable(p: int, mu: float) -> None
         (lambda: DiLoCo(optimizer=torch.optim.LBFGS), "cannot move a flat tensor .*closure"),
         (lambda: DiLoCo(optimizer=torch.optim.Adam, taw=1), "unexpected keyword argument 'taw'"),
         (lambda: DiLoCo(optimizer="adam"), "optimizer='adam'"),
-        (lambda: DiLoCo(delay=-1), r"delay=-1 .*a whole number of steps, or 0"),
+        (lambda: DiLoCo(delay=-1), r"delay=-1 .*a whole number of steps, at least 0"),
         (lambda: DiLoCo(delay=True), "delay=True is not allowed"),
         (lambda: DiLoCo(mixing=1), r"mixing=1 .*Allowed: a number in \[0, 1\)"),
         (lambda: late(tau=4), r"delay=5 with tau=4 and fragments=1 .*tau of at least 5, or"),
@@ -391,6 +391,19 @@ def test_momentum_of_the_center_widens_what_is_stable(p: int, mu: float) -> None
 def test_hyper_parameters_out_of_range_are_refused(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_bmuf_is_slowmo_with_another_scale_of_what_it_keeps() -> None:
+    """While the rate is constant; a half scales without rounding, so that bits are equal."""
+    centers, memories = torch.zeros(2, 5), ({}, {})
+    for rule, center, memory in zip(
+        (SlowMo(0.5, 0.3), BMUF(0.5, 0.3)), centers, memories, strict=True
+    ):
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(7):
+            rule.move_(center, torch.randn(5, generator=generator), memory)
+    assert torch.equal(*centers)
+    assert torch.equal(0.5 * memories[0]["momentum"], memories[1]["momentum"])
 
 
 @pytest.mark.parametrize("tau", [2, lambda step: 1, Linear(1, 2), "auto"])
