@@ -353,6 +353,39 @@ def test_an_unfrozen_backbone_joins_on_all_workers(epochs: int, options: dict[st
             assert not np.array_equal(final["backbone.weight"], start["backbone.weight"])
 
 
+class Thawed(Finetuned):
+    """The backbone is unfrozen by the fourth batch, in a hook or in the training step itself."""
+
+    def __init__(self, *, inside: bool) -> None:
+        super().__init__()
+        self.backbone.requires_grad_(False)
+        self.inside = inside
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 3 and not self.inside:
+            self.backbone.requires_grad_(True)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        if batch_idx == 3 and self.inside:
+            self.backbone.requires_grad_(True)
+        return super().training_step(batch, batch_idx)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def thaw(rank: int, inside: bool) -> Any:
+    module = Thawed(inside=inside)
+    trainer(2, EASGDStrategy(tau=2)).fit(module, loader(rank, 9, torch.float32))
+    return arrays(module.state_dict())
+
+
+def test_what_the_training_step_unfreezes_joins_as_what_a_hook_does() -> None:
+    hooked, inside = (run_workers(thaw, each, workers=2) for each in (False, True))
+    for one, other in zip(hooked, inside, strict=True):
+        assert_same(one, other)
+
+
 def unfreeze_alone(rank: int) -> None:
     module = Finetuned()
     module.backbone.requires_grad_(False)

@@ -225,8 +225,9 @@ class Exchange:
         """Whether the module holds the worker, which may take another step."""
         return self._before_the_end is None and not self.swap.shows_center
 
-    def observe_loss(self, output: object) -> bool:
+    def after_training_step(self, output: object) -> bool:
         """A training step has returned ``output``; whether that has a loss if one is needed."""
+        self.center.adopt_unfrozen()  # before the optimizer moves what the step unfroze
         return self._agreement.observe(output)
 
     @contextmanager

@@ -482,7 +482,7 @@ class EASGDStrategy(PersistentStrategy):
         assert self.lightning_module is not None
         self._exchange.before_batch()
         output = super().training_step(*args, **kwargs)
-        known = self._exchange.observe_loss(output)
+        known = self._exchange.after_training_step(output)
         if not known and not self.lightning_module.automatic_optimization:
             raise MisconfigurationException(
                 f"{self.options.rules.algorithm} compares the workers' training losses, and under"
