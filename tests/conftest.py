@@ -19,6 +19,11 @@ ROOT = Path(__file__).parents[1]
 PROCESS = Path("/proc/self")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Whatever a test starts imports what the test does: this tree, and not an installed one."""
+    os.environ["PYTHONPATH"] = os.pathsep.join(map(str, config.getini("pythonpath")))
+
+
 def children() -> set[str]:
     """Processes that this one started and has not waited for, where the kernel tells."""
     found = {pid for path in PROCESS.glob("task/*/children") for pid in path.read_text().split()}

@@ -28,6 +28,9 @@ DISTRIBUTED = {"communication"}
 SCRIPTS_ONLY = {"hydra", "matplotlib", "numpy", "omegaconf", "sklearn", "torchmetrics"}
 
 
+TESTS = Path(__file__).parent
+
+
 def layer_of(name: str) -> int:
     (layer,) = [i for i, names in enumerate(LAYERS) if name in names]
     return layer
@@ -120,3 +123,13 @@ def test_every_new_tensor_says_where_it_lies() -> None:
                 given = {keyword.arg for keyword in node.keywords}
                 assert made not in constructors or "device" in given, f"{path}:{node.lineno}"
                 assert made != "Generator" or node.args or given, f"{path}:{node.lineno}"
+
+
+def test_no_test_file_imports_another() -> None:
+    files = {path: path.relative_to(TESTS).as_posix() for path in TESTS.rglob("*.py")}
+    tests = {path.stem for path in files if path.stem.startswith("test_")}
+    for path, name in files.items():
+        shared = name.startswith("helpers/") or name == "golden/write.py"
+        assert shared or path.stem in tests | {"conftest"}, f"{name} belongs in tests/helpers"
+        found = {part for i in imports(path) for part in i.split(".")} & tests
+        assert not found, f"{name} imports {found}: what tests share belongs in tests/helpers"

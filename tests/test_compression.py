@@ -13,12 +13,13 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import pytest
+import reference
 import torch
+from against_reference import LR, reference_optimizers
 from lightning.pytorch.callbacks import ModelCheckpoint
 from processes import Workers, run_workers
-from test_reference import LR, batches, initial_weights, reference, reference_optimizers
 from torch import nn
-from toy import Resumable, Toy, loader, trainer, weights
+from toy import Resumable, Toy, batches, initial_weights, loader, trainer, weights
 
 from lightning_easgd import EASGDStrategy, Int8, TopK
 from lightning_easgd.communication import CompressedAllReduce, Level

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -13,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from inside import recorded_collectives
 from lightning.pytorch.loggers.logger import DummyLogger
+from modules import WithNorm, final_bits
 from processes import run_workers
 from torch.distributed import distributed_c10d
 from toy import Toy, bits, loader, trainer, weights
@@ -24,32 +24,6 @@ from lightning_easgd.exchange.outside_writes import OutsideWrites
 SGD = partial(torch.optim.SGD, lr=0.1)
 NESTEROV = partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True)
 ADAMW = partial(torch.optim.AdamW, lr=0.1)
-
-
-class WithNorm(Toy):
-    """The toy in fp32 behind a BatchNorm, so that buffers and odd sizes travel too."""
-
-    def __init__(self, optimizer: Any) -> None:
-        super().__init__(optimizer, dtype=torch.float32)
-        self.norm = torch.nn.BatchNorm1d(3)
-        self.odd = torch.nn.Parameter(torch.linspace(0, 1, 7))
-
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        x, y = batch
-        return ((self.norm(x) @ self.w + self.b - y) ** 2).mean() + (self.odd**2).sum()
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self.make_optimizer(self.parameters())
-
-
-def final_bits(rank: int, make: Any, options: dict[str, Any]) -> Any:
-    torch.manual_seed(0)
-    module, seen = WithNorm(make), {}
-    module.on_train_epoch_end = lambda: seen.update(
-        {k: v.clone().numpy() for k, v in module.state_dict().items()}
-    )
-    trainer(2, EASGDStrategy(**options)).fit(module, loader(rank, 13, torch.float32))
-    return seen, {k: v.numpy() for k, v in module.state_dict().items()}
 
 
 @pytest.mark.parametrize("make", [SGD, NESTEROV, ADAMW], ids=["sgd", "nesterov", "adamw"])
@@ -72,37 +46,6 @@ def test_overlap_changes_no_bit(tau: int, make: Any, final: bool) -> None:
                 assert got.keys() == expected.keys()
                 for key, value in got.items():
                     assert value.tobytes() == expected[key].tobytes(), key
-
-
-COLLECTIVES = [
-    name
-    for name in dir(dist)
-    if callable(getattr(dist, name))
-    and name.startswith(
-        ("all_", "broadcast", "reduce", "gather", "scatter", "barrier", "monitored")
-    )
-    and not isinstance(getattr(dist, name), type)
-]
-
-
-@contextmanager
-def recorded_collectives(calls: list[str]) -> Iterator[None]:
-    originals = {name: getattr(dist, name) for name in COLLECTIVES}
-
-    def record(name: str) -> Any:
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            calls.append(name)
-            return originals[name](*args, **kwargs)
-
-        return wrapper
-
-    for name in COLLECTIVES:
-        setattr(dist, name, record(name))
-    try:
-        yield
-    finally:
-        for name, original in originals.items():
-            setattr(dist, name, original)
 
 
 class PerBatch(pl.Callback):

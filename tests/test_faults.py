@@ -25,7 +25,6 @@ from lightning_easgd import EASGDStrategy
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 STEPS = 24
-HERE = Path(__file__).parent
 
 
 @pytest.fixture(autouse=True)
@@ -226,7 +225,6 @@ def test_a_process_whose_peer_stopped_leaves_the_interpreter(tmp_path: Path) -> 
     script = tmp_path / "user.py"
     script.write_text(SCRIPT)
     shared = os.environ | {
-        "PYTHONPATH": f"{HERE.parent}:{HERE}",
         "OMP_NUM_THREADS": "1",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),

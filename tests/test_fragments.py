@@ -9,35 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from against_reference import LR, OPTIMIZERS, ROWS, STEPS, compare, strength
 from lightning.pytorch.callbacks import ModelCheckpoint
+from modules import final_bits
 from processes import run_workers
-from test_exchange import final_bits
-from test_reference import LR, OPTIMIZERS, compare
 from toy import Resumable, Toy, bits, loader, trainer, weights
 
 from lightning_easgd import EASGDStrategy
-
-STEPS = 24
-ROWS = {
-    2: [{"w": [0, 1], "b": []}, {"w": [2], "b": [0, 1]}],
-    4: [{"w": [0], "b": []}, {"w": [1], "b": []}, {"w": [2], "b": []}, {"w": [], "b": [0, 1]}],
-}
-"""Rows of each parameter of the toy that are in each fragment."""
-
-
-def strength(workers: int, fragments: int, pause: int) -> Any:
-    """α of each row: β / p if its fragment is exchanged at this step, else 0."""
-
-    def alpha(name: str, t: int) -> Any:
-        shape = {"w": (3, 1), "b": (2,)}[name]
-        rates = np.zeros(shape)
-        if t == STEPS:
-            rates[:] = 0.9 / workers
-        elif t:
-            rates[ROWS[fragments][(t // pause - 1) % fragments][name]] = 0.9 / workers
-        return rates
-
-    return alpha
 
 
 @pytest.mark.parametrize("final", [True, False])

@@ -43,10 +43,10 @@ if fitting.is_global_zero:
 def fit(folder: Path, accelerator: str, precision: str, backend: str, devices: int) -> dict:
     script, result = folder / "user.py", folder / f"{accelerator}.json"
     script.write_text(SCRIPT)
-    paths = {"PYTHONPATH": str(Path(__file__).parent), "MASTER_PORT": str(free_port())}
+    port = {"MASTER_PORT": str(free_port())}
     arguments = [accelerator, precision, backend, str(devices), str(result)]
     subprocess.run(
-        [sys.executable, str(script), *arguments], env=os.environ | paths, check=True, timeout=170
+        [sys.executable, str(script), *arguments], env=os.environ | port, check=True, timeout=170
     )
     return json.loads(result.read_text())
 

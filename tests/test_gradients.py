@@ -10,16 +10,15 @@ import numpy as np
 import pytest
 import reference
 import torch
+from against_reference import reference_optimizers
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
+from modules import ADAMW, Gan
 from processes import run_workers
-from test_reference import reference_optimizers
 from torch.optim import lr_scheduler
 from toy import Resumable, Toy, batches, initial_weights, loader, trainer, weights
 
 from lightning_easgd import EASGDStrategy, PostLocalSGD
-
-ADAMW = partial(torch.optim.AdamW, lr=0.05)
 
 
 class Partial(Toy):
@@ -35,38 +34,6 @@ class Partial(Toy):
 
     def configure_optimizers(self) -> Any:
         return self.make_optimizer(self.parameters())
-
-
-class Gan(Toy):
-    """A generator and a discriminator in turn; gradients accumulate in pairs, and are clipped."""
-
-    def __init__(self) -> None:
-        super().__init__(partial(torch.optim.SGD, lr=0.1, momentum=0.5))
-        self.automatic_optimization = False
-        self.judge = torch.nn.Linear(2, 1, dtype=torch.float64)
-        torch.nn.init.constant_(self.judge.weight, 0.3)
-        torch.nn.init.zeros_(self.judge.bias)
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        x, y = batch
-        fake, (generator, discriminator) = x @ self.w + self.b, self.optimizers()
-        with generator.toggle_model():
-            self.manual_backward(-self.judge(fake).mean() + ((fake - y) ** 2).mean())
-            self.clip_gradients(generator, gradient_clip_val=0.5)
-            generator.step()
-            generator.zero_grad()
-        with discriminator.toggle_model():
-            self.manual_backward((self.judge(fake.detach()) - self.judge(y)).mean())
-        if batch_idx % 2:
-            torch.nn.utils.clip_grad_norm_(self.judge.parameters(), 0.2)
-            discriminator.step()
-            discriminator.zero_grad()
-
-    def configure_optimizers(self) -> Any:
-        return [
-            self.make_optimizer([self.w, self.b]),
-            torch.optim.Adam(self.judge.parameters(), lr=0.01),
-        ]
 
 
 class Half(Toy):

@@ -15,11 +15,10 @@ import numpy as np
 import pytest
 import reference
 import torch
+from against_reference import LR, OPTIMIZERS, reference_optimizers
 from lightning.pytorch.callbacks import ModelCheckpoint
+from modules import ADAMW, Noisy, WithNorm
 from processes import run_workers
-from test_exchange import WithNorm
-from test_gradients import ADAMW
-from test_reference import LR, OPTIMIZERS, reference_optimizers
 from toy import Resumable, Toy, batches, bits, initial_weights, loader, trainer, weights
 
 from lightning_easgd import (
@@ -322,14 +321,6 @@ def test_statistics_are_averaged_over_all_workers_whatever_their_groups() -> Non
     assert not np.array_equal(runs[0][0], runs[2][0])
     for _, center in runs:
         np.testing.assert_allclose(center, mean, rtol=1e-6)
-
-
-class Noisy(Toy):
-    """Draws random numbers in every step, as dropout does."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        x, y = batch
-        return super().training_step((x + 0.1 * torch.randn_like(x), y), batch_idx)
 
 
 def resumed(rank: int, folder: Path, groups: Any, algorithm: Any, step: int | None) -> Any:

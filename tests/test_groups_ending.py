@@ -10,8 +10,8 @@ import pytest
 import torch
 from interrupted import kill_one, stop_alone, stop_and_go_on
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from modules import ADAMW, Gan
 from processes import run_workers
-from test_gradients import ADAMW, Gan
 from toy import Toy, loader, trainer
 
 from lightning_easgd import EASGDStrategy

@@ -64,10 +64,9 @@ def reference(rank: int) -> list[list[float]]:
 def test_launchers_train_the_same_center(prefix: list[str], strategy: str, tmp_path: Path) -> None:
     script, result = tmp_path / "user.py", tmp_path / "result.json"
     script.write_text(SCRIPT)
-    here = str(Path(__file__).parent)
     subprocess.run(
         [sys.executable, *prefix, str(script), strategy, str(result)],
-        env=os.environ | {"PYTHONPATH": here, "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         check=True,
         timeout=170,
         capture_output=True,
@@ -111,11 +110,9 @@ def test_a_rule_that_holds_ordinary_objects_is_the_same_on_all_workers(
 ) -> None:
     script = tmp_path / "user.py"
     script.write_text(OWN_RULE)
-    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-    environment = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(
         [sys.executable, str(script), start_method],
-        env=os.environ | environment,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         timeout=170,
         capture_output=True,
         text=True,
@@ -199,10 +196,10 @@ if __name__ == "__main__":
 def test_telemetry_comes_back_from_worker_0(strategy: str, tmp_path: Path) -> None:
     script = tmp_path / "user.py"
     script.write_text(COUNTED)
-    here, paths = Path(__file__).parent, [tmp_path / "in the worker", tmp_path / "after fit"]
+    paths = [tmp_path / "in the worker", tmp_path / "after fit"]
     subprocess.run(
         [sys.executable, str(script), strategy, *map(str, paths)],
-        env=os.environ | {"PYTHONPATH": f"{here}:{here.parent}", "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         check=True,
         timeout=170,
         capture_output=True,
@@ -285,6 +282,14 @@ def test_the_other_package_says_which_import_to_change(before: list[str], tmp_pa
     for message in refused:
         assert "`import lightning.pytorch as pl` instead of `import pytorch_lightning" in message
     assert ddp == "no error"
+
+
+def test_what_a_test_starts_imports_this_tree(tmp_path: Path) -> None:
+    code = "import lightning_easgd; print(lightning_easgd.__file__)"
+    ended = subprocess.run(
+        [sys.executable, "-c", code], check=True, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert Path(ended.stdout.strip()).is_relative_to(Path(__file__).parents[1])
 
 
 def test_this_package_does_not_import_the_other() -> None:

@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 import reference
 import torch
+from against_reference import LR, OPTIMIZERS, reference_optimizers
+from inside import middles
+from modules import Thawing
 from processes import run_workers
-from test_reference import LR, OPTIMIZERS, reference_optimizers
-from test_tree import Thawing
 from toy import Toy, batches, bits, initial_weights, loader, trainer, weights
 
 from lightning_easgd import EASGD, EASGDStrategy, Groups
@@ -100,16 +101,6 @@ CASES = {
         optimizer="sgd", sick=((0, 5), (3, 5)), missing=(8, 0, 0, 8, 0, 0, 0, 0)
     ),
 }
-
-
-def middles(strategy: EASGDStrategy) -> list[Any]:
-    """The centers of a worker's groups, from the outermost inward."""
-    found, center = [], strategy._center.group
-    while center is not None:
-        values = center.values()["center"].items()
-        found.append({name: value.numpy().copy() for name, value in values})
-        center = center.group
-    return found
 
 
 def train(rank: int, case: Case) -> Any:

@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from inside import middles
 from interrupted import kill_one, stop_and_go_on
 from lightning.pytorch.callbacks import ModelCheckpoint
+from modules import ADAMW, Noisy
 from processes import run_workers
-from test_gradients import ADAMW
-from test_groups import Noisy
-from test_nested import middles
 from toy import Resumable, Toy, bits, loader, trainer, weights
 
 from lightning_easgd import EASGDStrategy, Groups

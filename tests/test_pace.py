@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from against_reference import OPTIMIZERS
 from lightning.pytorch.callbacks import ModelCheckpoint
 from processes import run_workers
-from test_reference import OPTIMIZERS
 from toy import Resumable, Toy, loader, trainer, weights
 
 from lightning_easgd import Auto, EASGDStrategy

@@ -2,83 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
-
 import numpy as np
 import pytest
-import reference
-import torch
+from against_reference import LR, OPTIMIZERS, compare, fit
 from processes import run_workers
-from toy import Toy, batches, initial_weights, loader, trainer, weights
-
-from lightning_easgd import EASGDStrategy
-
-LR = 0.1
-OPTIMIZERS = {
-    "sgd": partial(torch.optim.SGD, lr=LR),
-    "nesterov": partial(torch.optim.SGD, lr=LR, momentum=0.9, nesterov=True),
-    "adamw": partial(torch.optim.AdamW, lr=LR),
-}
-MAKERS = OPTIMIZERS | {"nesterov, torch's": OPTIMIZERS["nesterov"]}
-
-
-def reference_optimizers(name: str, lr: Any, workers: int) -> list[Any]:
-    start = initial_weights()
-    make = {
-        "sgd": lambda: reference.Sgd(lr),
-        "nesterov": lambda: reference.Nesterov(lr, 0.9, start),
-        "nesterov, torch's": lambda: reference.TorchNesterov(lr, 0.9, start),
-        "adamw": lambda: reference.AdamW(lr, start),
-    }[name]
-    return [make() for _ in range(workers)]
-
-
-def fit(rank: int, workers: int, make: Any, options: dict[str, Any], setup: dict[str, Any]) -> Any:
-    """Train the toy; the center, and the worker's weights before they are replaced by it."""
-    module = Toy(make, groups=setup.get("groups"))
-    seen = {}
-    if "lr_lambda" in setup:
-        configure = module.configure_optimizers
-
-        def with_schedule() -> Any:
-            optimizer = configure()
-            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, setup["lr_lambda"])
-            return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
-
-        module.configure_optimizers = with_schedule
-    module.on_train_epoch_end = lambda: seen.update(weights(module))
-    fitting = trainer(
-        workers, EASGDStrategy(**options), accumulate_grad_batches=setup.get("accumulate", 1)
-    )
-    fitting.fit(module, loader(rank, setup.get("batches", 24)))
-    return weights(module), seen
-
-
-def compare(name: str, workers: int, tau: int, lr: Any = None, **case: Any) -> None:
-    options, setup = case.get("options", {}), case.get("setup", {})
-    alpha = case.get("alpha", lambda name, t: 0.9 / workers)
-    results = run_workers(
-        fit, workers, MAKERS[name], {"tau": tau} | options, setup, workers=workers
-    )
-    center, iterates = reference.easgd(
-        initial_weights(),
-        [batches(rank, setup.get("batches", 24)) for rank in range(workers)],
-        optimizers := reference_optimizers(name, lr or (lambda name, t: LR), workers),
-        tau=tau,
-        alpha=alpha,
-        accumulate=setup.get("accumulate", 1),
-        final_exchange=options.get("final_exchange", True),
-    )
-    for rank, (got, _) in enumerate(results):
-        for key, value in got.items():
-            np.testing.assert_array_equal(value, results[0][0][key], err_msg=f"worker {rank}")
-            np.testing.assert_allclose(value, center[key], rtol=1e-9, atol=1e-11)
-    if not options.get("final_exchange", True):
-        for rank, (_, worker) in enumerate(results):
-            point = optimizers[rank].gradient_point(iterates[rank])
-            for key, value in worker.items():
-                np.testing.assert_allclose(value, point[key], rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("workers", [2, 4])

@@ -17,9 +17,8 @@ import restarted
 import torch
 from processes import free_port, processes_of, run_workers
 
-HERE = Path(__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-TRAIN = HERE.parent / "scripts" / "train.py"
+TRAIN = Path(__file__).parents[1] / "scripts" / "train.py"
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -46,7 +45,6 @@ def worker_of(folder: Path, rank: int) -> int:
 
 def start(*command: object, **environment: str) -> subprocess.Popen[bytes]:
     variables = {
-        "PYTHONPATH": f"{HERE.parent}:{HERE}",
         "OMP_NUM_THREADS": "1",
         # Else the workers that are started again read where those before were (pytorch#135712).
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
@@ -86,7 +84,7 @@ def test_a_run_whose_worker_is_struck_ends_with_the_bits_of_one_that_was_not(
     who: int, what: str, resumed: int, folder: Path, center: dict[str, Any]
 ) -> None:
     options = ["--standalone", "--nproc-per-node=2", "--max-restarts=1", "--monitor-interval=0.1"]
-    agent = start(*TORCHRUN, *options, HERE / "restarted.py", folder, who, what)
+    agent = start(*TORCHRUN, *options, restarted.__file__, folder, who, what)
     try:
         assert agent.wait(140) == 0
     finally:
@@ -107,7 +105,7 @@ def test_a_machine_is_lost_and_the_other_goes_on_alone(folder: Path) -> None:
             *("--monitor-interval=0.1", "--rdzv-backend=c10d"),
             f"--rdzv-endpoint=127.0.0.1:{port}",
             f"--rdzv-conf={patience},is_host={int(node == 'stays')}",
-            *(HERE / "restarted.py", folder, "leaves", "lose_machine"),
+            *(restarted.__file__, folder, "leaves", "lose_machine"),
             NODE=node,
         )
         for node in ("stays", "leaves")

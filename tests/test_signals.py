@@ -12,8 +12,8 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from inside import recorded_collectives
 from processes import run_workers
-from test_exchange import recorded_collectives
 from toy import Toy, loader, trainer, weights
 
 from lightning_easgd import EASGDStrategy

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import reference
 import torch
+from against_reference import LR, OPTIMIZERS, reference_optimizers
+from modules import Thawing
 from processes import run_workers
-from test_exchange import WithNorm
-from test_reference import LR, OPTIMIZERS, reference_optimizers
 from toy import Toy, batches, bits, initial_weights, loader, trainer, weights
 
 from lightning_easgd import EASGD, EASGDStrategy, Groups
@@ -252,22 +252,6 @@ def test_exchanges_keep_the_sum_over_all_levels() -> None:
     np.testing.assert_allclose(sums, np.broadcast_to(sums[0], sums.shape), rtol=1e-12)
     for run in runs:
         assert all(np.abs(level - level[0]).max() > 1e-4 for level in np.swapaxes(run, 0, 1))
-
-
-class Thawing(WithNorm):
-    """With statistics and validations; a parameter is unfrozen on the way."""
-
-    def __init__(self) -> None:
-        super().__init__(OPTIMIZERS["sgd"])
-        self.b.requires_grad_(False)
-        self.seen: list[Any] = []
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        if batch_idx == 5:
-            self.b.requires_grad_(True)
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.seen.append(bits(weights(self)))
 
 
 def thawed(rank: int) -> Any:

@@ -11,9 +11,8 @@ import pytest
 import torch
 from interrupted import kill_one, stop_alone, stop_and_go_on
 from lightning.pytorch.callbacks import ModelCheckpoint
+from modules import ADAMW, Noisy
 from processes import run_workers
-from test_gradients import ADAMW
-from test_groups import Noisy
 from toy import Resumable, Toy, bits, loader, trainer, weights
 
 from lightning_easgd import Cosine, EASGDStrategy, Groups, NonFiniteError

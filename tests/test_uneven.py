@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import reference
 import torch
+from against_reference import LR, OPTIMIZERS, reference_optimizers, strength
 from lightning.pytorch.callbacks import ModelCheckpoint
 from processes import run_workers
-from test_fragments import strength
-from test_reference import LR, OPTIMIZERS, reference_optimizers
 from torch.utils.data import DataLoader, IterableDataset
 from toy import Batches, Toy, batches, initial_weights, loader, trainer, weights
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import reference
 import torch
+from against_reference import reference_optimizers
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from processes import run_workers
-from test_reference import reference_optimizers
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 from toy import Batches, Toy, batches, initial_weights, loader, trainer, weights
 

@@ -7,23 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from noisy_quadratic import ALPHA, BETA, ETA, SIGMA, H, P, noisy_quadratic, simulate
 
 from lightning_easgd.algorithms import elastic
-
-
-def simulate(
-    workers: torch.Tensor, center: torch.Tensor, *, tau: int, alpha: float, local_step, steps: int
-):
-    """Paper order with the package's rules; workers (p, n) and center (n,) after each step."""
-    for t in range(steps):
-        pull = torch.zeros_like(workers)
-        if t % tau == 0:
-            elastic.difference(list(workers), [center] * len(pull), out=list(pull))
-            elastic.scale_(list(pull), [alpha] * len(pull))
-        workers -= local_step(workers)
-        workers -= pull
-        elastic.move_center_([center], [pull.sum(dim=0)])
-        yield workers, center
 
 
 @pytest.mark.parametrize(
@@ -41,24 +27,6 @@ def test_vectors_of_unit_steps(p, tau, alpha, expected):
     for (x, c), (want_x, want_c) in zip(states, expected, strict=True):
         torch.testing.assert_close(x, torch.full_like(x, want_x))
         torch.testing.assert_close(c, torch.full_like(c, want_c))
-
-
-# The noisy quadratic x <- x - η(h x - σξ), p = 4, optimum 0: one column per sample.
-P, ETA, H, ALPHA, SIGMA = 4, 0.3, 1.5, 0.225, 2.0
-BETA = P * ALPHA
-
-
-def noisy_quadratic(tau: int, steps: int, samples: int):
-    generator = torch.Generator().manual_seed(0)
-    start = torch.tensor([1.0, 2.0, -3.0, 5.0], dtype=torch.float64)
-    x = start[:, None].repeat(1, samples)
-    c = torch.full((samples,), 4.0, dtype=torch.float64)
-
-    def local_step(x):
-        noise = torch.randn(x.shape, generator=generator, dtype=torch.float64)
-        return ETA * (H * x - SIGMA * noise)
-
-    return simulate(x, c, tau=tau, alpha=ALPHA, local_step=local_step, steps=steps)
 
 
 def roots() -> tuple[float, float]:

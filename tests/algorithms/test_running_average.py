@@ -13,8 +13,8 @@ import pytest
 import reference
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from noisy_quadratic import ETA, SIGMA, H, P, noisy_quadratic
 from processes import run_workers
-from test_elastic import ETA, SIGMA, H, P, noisy_quadratic
 from torch import nn
 from toy import Resumable, Toy, batches, initial_weights, loader, trainer, weights
 

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS.parent / "scripts")]
+sys.path[:0] = map(str, [TESTS.parent, TESTS / "helpers", TESTS.parent / "scripts"])
 
 from processes import run_workers  # noqa: E402
 from trajectories import GOLDEN, run  # noqa: E402

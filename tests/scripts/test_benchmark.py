@@ -140,11 +140,6 @@ def test_a_cluster_has_the_network_that_it_has(
         Comparison(composed("sweep=bandwidth"), tmp_path, by_name=False)
 
 
-def environment() -> dict[str, str]:
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return os.environ | {"PYTHONPATH": path}
-
-
 def run(folder: Path, *overrides: str, program: tuple[str, ...] = ()) -> str:
     done = subprocess.run(
         [
@@ -152,7 +147,6 @@ def run(folder: Path, *overrides: str, program: tuple[str, ...] = ()) -> str:
             *(str(ROOT / "scripts" / "benchmark.py"), f"hydra.run.dir={folder}", *SMALL),
             *overrides,
         ],
-        env=environment(),
         cwd=folder,
         capture_output=True,
         text=True,
@@ -250,7 +244,6 @@ def test_a_signal_leaves_results_and_no_process(tmp_path: Path, number: signal.S
     options = ["contenders=[limit,easgd]", "steps=400", "repetitions=100"]
     with subprocess.Popen(
         [*command, *SMALL, *options],
-        env=environment(),
         cwd=tmp_path,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -143,7 +142,6 @@ def test_a_small_comparison_and_going_on_with_it(tmp_path: Path) -> None:
 def test_a_signal_leaves_results_and_no_process(tmp_path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, str(SCRIPT), f"hydra.run.dir={tmp_path}", *SMALL, "seeds=100"],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
         cwd=tmp_path,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -151,7 +151,6 @@ with EmulatedHosts(2) as hosts:
 def test_everything_goes_after_a_signal(number: signal.Signals) -> None:
     script = subprocess.Popen(
         [sys.executable, "-c", WAIT],
-        env=os.environ | {"PYTHONPATH": str(Path(emulation.__file__).parent)},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
     )

@@ -5,11 +5,8 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 STRUCK_WHILE_FORKING = """
 import os, signal, sys, time
@@ -32,7 +29,6 @@ except KeyboardInterrupt:
 def test_a_signal_while_workers_are_forked_ends_them_all(number: signal.Signals) -> None:
     done = subprocess.run(
         [sys.executable, "-c", STRUCK_WHILE_FORKING, str(int(number))],
-        env={"PYTHONPATH": str(SCRIPTS)},
         capture_output=True,
         text=True,
         timeout=15,  # it is also waited for workers, who hold the pipes

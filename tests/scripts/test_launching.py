@@ -15,7 +15,6 @@ import pytest
 from launching import WorkerError, is_worker, run_workers
 
 SLEEP = "import time; time.sleep(60)"
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 def program(text: str) -> list[str]:
@@ -91,7 +90,6 @@ def test_a_worker_that_ignores_sigterm_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launching, "_GRACE_SECONDS", 0.5)
-    monkeypatch.setenv("PYTHONPATH", str(SCRIPTS))
     ignore = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
     ignore += "import parting; parting.watch_lifeline()\n"
     # Worker 0 fails once worker 1 has written its number, which it does last.
@@ -179,8 +177,7 @@ threading.Thread(target=be_killed).start()
 command = [sys.executable, "-S", "-c", {worker!r}, str(folder)]
 run_workers(command, workers=2, nodes=1, logs=folder)
 """
-    environment = os.environ | {"PYTHONPATH": str(SCRIPTS)}
-    return subprocess.run([sys.executable, "-c", text], env=environment, timeout=60).returncode
+    return subprocess.run([sys.executable, "-c", text], timeout=60).returncode
 
 
 @pytest.mark.parametrize("by_pipe", [False, True])

@@ -12,8 +12,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from modules import ADAMW
 from processes import Workers, run_workers
-from test_gradients import ADAMW
 from toy import Resumable, Toy, bits, loader, trainer, weights
 
 from lightning_easgd import EASGDStrategy

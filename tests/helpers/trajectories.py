@@ -35,7 +35,7 @@ from lightning_easgd import (
     SlowMo,
 )
 
-GOLDEN = Path(__file__).parent / "golden" / "trajectories.json"
+GOLDEN = Path(__file__).parents[1] / "golden" / "trajectories.json"
 STEPS = 10
 
 
