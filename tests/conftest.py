@@ -2,11 +2,13 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from contextlib import suppress
 from multiprocessing import resource_tracker
 from pathlib import Path
 
 import pytest
+import tiers
 import torch
 
 # One thread: workers are forked from this process, and a fork does not survive OpenMP's threads.
@@ -17,11 +19,52 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parents[1]
 PROCESS = Path("/proc/self")
+ENDED = pytest.StashKey[int]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Whatever a test starts imports what the test does: this tree, and not an installed one."""
     os.environ["PYTHONPATH"] = os.pathsep.join(map(str, config.getini("pythonpath")))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    tiers.mark(items)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    item.stash[ENDED] = tiers.ended_processes()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
+    """Fail a test that started processes, though its tier has none."""
+    yield
+    unseen = tiers.ended_processes() > item.stash[ENDED] and not item.get_closest_marker(
+        "multiprocess"
+    )
+    assert not unseen, (
+        "This test starts processes, which its code does not show: "
+        "decorate it with pytest.mark.multiprocess."
+    )
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say which tests belong into tests/slow.txt; whether they do, depends on the machine."""
+    found = (report for reports in terminalreporter.stats.values() for report in reports)
+    slow = tiers.unmarked(each for each in found if isinstance(each, pytest.TestReport))
+    if slow:
+        terminalreporter.section(f"over {tiers.SECONDS} s, and not in tests/slow.txt")
+        terminalreporter.write_line("\n".join(slow))
+
+
+@pytest.fixture
+def gpus() -> int:
+    """How many GPUs there are; a test that asks is skipped where there are none."""
+    if not torch.cuda.device_count():
+        pytest.skip("needs a CUDA GPU: run pytest on a machine with one and a CUDA build of torch")
+    return torch.cuda.device_count()
 
 
 def children() -> set[str]:
@@ -53,4 +96,4 @@ def leaves_nothing_behind():
     for thread in set(threading.enumerate()) - threads:
         thread.join(5)  # those of a data loader that is no more end by themselves
         assert not thread.is_alive()
-    assert set(os.listdir(ROOT)) - files <= {".pytest_cache"}
+    assert set(os.listdir(ROOT)) - files <= {".pytest_cache", ".hypothesis"}

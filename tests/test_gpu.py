@@ -10,16 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from processes import free_port
 
-GPUS = torch.cuda.device_count()
-needs_gpu = pytest.mark.skipif(
-    GPUS < 1, reason="needs a CUDA GPU: run pytest on a machine with one and a CUDA build of torch"
-)
-needs_two_gpus = pytest.mark.skipif(
-    GPUS < 2, reason="needs 2 CUDA GPUs for nccl: run pytest on a machine with two"
-)
+needs_gpu = pytest.mark.usefixtures("gpus")
 
 SCRIPT = """
 import json, sys
@@ -70,8 +63,9 @@ def test_one_gpu_reaches_what_the_cpu_does(
     assert_alike(fit(tmp_path, "gpu", precision, backend, 1), on_cpu, tolerance)
 
 
-@needs_two_gpus
 @pytest.mark.parametrize("backend", ["gloo", "nccl"])
-def test_two_gpus_reach_what_two_cpu_workers_do(backend: str, tmp_path: Path) -> None:
+def test_two_gpus_reach_what_two_cpu_workers_do(backend: str, tmp_path: Path, gpus: int) -> None:
+    if gpus < 2:
+        pytest.skip("needs 2 CUDA GPUs for nccl: run pytest on a machine with two")
     on_cpu = fit(tmp_path, "cpu", "64-true", "gloo", 2)
     assert_alike(fit(tmp_path, "gpu", "64-true", backend, 2), on_cpu, 1e-9)

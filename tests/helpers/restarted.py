@@ -1,6 +1,6 @@
 """What torchrun starts in test_restart.py: a user's script that is struck once and starts again.
 
-python tests/helpers/restarted.py FOLDER WHO WHAT: at step 9 rank or node WHO does WHAT to itself, once.
+python restarted.py FOLDER WHO WHAT: at step 9 rank or node WHO does WHAT to itself, once.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ def train(loader, batches):
     return seen
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.multiprocess)])
 @pytest.mark.parametrize("stop", [1, 4, 5])
 def test_the_rest_of_an_epoch_is_that_of_one_never_interrupted(workers, stop):
     def make():
