@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 import warnings
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from processes import run_workers
 from toy import Resumable, Toy, trainer, weights
 
 from lightning_easgd import EASGDStrategy
-from lightning_easgd.checkpoint.worker_checkpoints import CheckpointError
+from lightning_easgd.checkpoint.state import SharedState, WorkerState
+from lightning_easgd.checkpoint.worker_checkpoints import CheckpointError, digest_of_main
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
@@ -145,12 +147,29 @@ def change_entry(path: Path, **changes: Any) -> None:
     torch.save(content, path)
 
 
+def leave_out(path: Path, name: str) -> None:
+    content = torch.load(path, weights_only=True)
+    entry = content["lightning_easgd"]
+    del entry[name]
+    entry["digest"] = digest_of_main(content, entry)
+    torch.save(content, path)
+
+
 def write(path: Path, what: bytes) -> None:
     path.write_bytes(what)
 
 
 def keep_weights_only(path: Path) -> None:
     torch.save(torch.load(path, weights_only=True)["state_dict"], path)
+
+
+@pytest.mark.parametrize("kind", [SharedState, WorkerState])
+def test_a_record_is_read_whole_or_names_what_it_lacks(kind: type[Any]) -> None:
+    plain = {field.name: object() for field in fields(kind)}
+    assert kind.read({**plain, "more": 1}).plain() == plain
+    del plain["agreement"], plain["save"]
+    with pytest.raises(ValueError, match=r"it lacks save, agreement$"):
+        kind.read(plain)
 
 
 SPOILT = {
@@ -161,6 +180,7 @@ SPOILT = {
     "text": (partial(write, what=b"no checkpoint"), "cannot be read ("),
     "weights only": (keep_weights_only, "is no checkpoint of Lightning's: it holds ['w', 'b']"),
     "older layout": (partial(change_entry, format=1), "has layout 1, this version"),
+    "incomplete": (partial(leave_out, name="turn"), "is not complete: it lacks turn"),
     "no layout": (partial(change_entry, format="x"), "has layout x, this version"),
     "crafted id": (partial(change_entry, save="../../me"), "names its save '../../me'"),
     "no id": (partial(change_entry, save=None), "names its save 'None'"),

@@ -248,13 +248,13 @@ class Center:
         for piece, view in self.pieces("center"):
             if piece.name in state["exact"]:
                 view.copy_(piece.of(state["exact"][piece.name]))
-        averaged = state.get("averaged") or {"center": {}, "moves": {}}
+        averaged = state["averaged"] or {"center": {}, "moves": {}}
         for cohort in self.cohorts:
             cohort.resume_average(averaged["moves"].get(cohort.names[0], [0]))
         self.load_values(averaged["center"])
         if self.group is not None:
             self._tie(self.group)
-        if averaged["center"] or state.get("at_the_end"):
+        if averaged["center"] or state["at_the_end"]:
             self.overwrite_worker()
 
     def provide_vectors(self, *, in_flight: bool) -> list[tuple[Fragment, FlatVector]]:

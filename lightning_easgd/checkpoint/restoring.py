@@ -10,15 +10,15 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_easgd.checkpoint.digest import fingerprint
 from lightning_easgd.checkpoint.files import ENTRY, Storage, is_save_id, worker_file
 from lightning_easgd.checkpoint.own_values import OwnValues
 from lightning_easgd.checkpoint.random_state import restore_random_state
+from lightning_easgd.checkpoint.state import FORMAT, SharedState, WorkerState
 from lightning_easgd.checkpoint.worker_checkpoints import (
-    FORMAT,
     CheckpointError,
     Gather,
     digest_of_main,
@@ -36,9 +36,9 @@ class Resumed:
 
     path: str
     """Of the main file."""
-    shared: dict[str, Any]
+    shared: SharedState
     """The entry of the main file."""
-    own: dict[str, Any] | None
+    own: WorkerState | None
     """The worker's own file; None where it starts at the center."""
     problems: dict[int, str]
     """Why workers that should have had a file start at the center, by rank."""
@@ -50,14 +50,15 @@ class Resumed:
             exchange: of this worker.
             values: of this worker's module.
         """
-        exchange.load_state(self.shared["exchange"], self.own and self.own["exchange"])
+        own = None if self.own is None else self.own.plain()
+        exchange.load_state(self.shared.plain(), own)
         if self.own is not None:
-            values.write(self.own["weights"])
+            values.write(self.own.weights)
 
     def restore_random_state(self) -> None:
         """Go on with the random numbers that would have come next."""
         if self.own is not None:
-            restore_random_state(self.own["random"])
+            restore_random_state(self.own.random)
 
     def warnings(self) -> list[str]:
         """Which workers should have had a file and start at the center; a line each."""
@@ -68,7 +69,7 @@ class Resumed:
 
     def note(self, workers: int) -> str:
         """How ``workers`` workers go on with what was saved, in a line."""
-        before = self.shared["workers"]
+        before = self.shared.workers
         if before == workers or len(self.problems) == workers:
             kept = workers - len(self.problems)
             return f"{kept} of {workers} worker(s) go on with their own state."
@@ -144,7 +145,7 @@ class Restorer:
             found = Found(path, checkpoint, entry, mine, problem)
         except CheckpointError as raised:
             error = raised
-        save = found.entry["save"] if found.entry is not None else None
+        save = found.entry.save if found.entry is not None else None
         step = found.checkpoint.get("global_step")
         step = step if isinstance(step, int) else None
         text = None if error is None else str(error)
@@ -183,8 +184,7 @@ class Restorer:
             return None
         everybody = enumerate(self._gather(found.problem))
         problems = {rank: text for rank, text in everybody if text}
-        before = entry["exchange"].get("groups", []), entry["exchange"].get("tied", False)
-        changed = before != (list(groups), tied)
+        changed = (entry.groups, entry.tied) != (list(groups), tied)
         problems |= _problems_of_groups(groups[-1] if groups else [], problems, changed=changed)
         own = None if self._rank in problems else own
         if problems and strict:
@@ -195,31 +195,33 @@ class Restorer:
         if own is None:
             _start_afresh(found.checkpoint)
         else:
-            found.checkpoint.update(own.pop("checkpoint", {}))
-        return Resumed(found.path, dict(entry), own, problems)
+            found.checkpoint.update(own.checkpoint)
+            own = replace(own, checkpoint={})  # as large as the worker's optimizers
+        return Resumed(found.path, entry, own, problems)
 
     def _load_own(
-        self, entry: Mapping[str, Any], path: str, weights_only: bool | None
-    ) -> tuple[dict[str, Any] | None, str | None]:
-        if self._rank >= entry["workers"]:
+        self, entry: SharedState, path: str, weights_only: bool | None
+    ) -> tuple[WorkerState | None, str | None]:
+        if self._rank >= entry.workers:
             return None, None
-        if "own" in entry:  # it was one worker
-            return dict(entry["own"]), None
         # A link (ModelCheckpoint's save_last="link") points to a main file with another name.
         target = os.path.realpath(path) if os.path.islink(path) else path
-        file = worker_file(target, entry["save"], self._rank)
+        file = worker_file(target, entry.save, self._rank)
         try:
+            if entry.own is not None:  # it was one worker
+                return WorkerState.read(entry.own), None
             content = self._storage.load_checkpoint(file, weights_only=weights_only)
-            if (content["save"], content["worker"]) != (entry["save"], self._rank):
-                of = f"worker {content['worker']} in save {content['save']}"
-                return None, f"{file} is that of {of}, not of {self._rank} in {entry['save']}"
-            if list(fingerprint(content)) != list(entry["parts"][self._rank]):
+            own = WorkerState.read(content)
+            if (own.save, own.worker) != (entry.save, self._rank):
+                of = f"worker {own.worker} in save {own.save}"
+                return None, f"{file} is that of {of}, not of {self._rank} in {entry.save}"
+            if list(fingerprint(content)) != list(entry.parts[self._rank]):
                 return None, f"{file} was altered since it was written"
         except FileNotFoundError as missing:
             return None, f"{missing}".rstrip(".")
         except Exception as broken:  # whatever a storage raises on a damaged file
             return None, f"{file} cannot be read ({_reason(broken)})"
-        return content, None
+        return own, None
 
 
 @dataclass(frozen=True)
@@ -228,13 +230,13 @@ class Found:
 
     path: str
     checkpoint: dict[str, Any]
-    entry: Mapping[str, Any] | None
-    own: dict[str, Any] | None
+    entry: SharedState | None
+    own: WorkerState | None
     problem: str | None
     """Why the worker has no state of its own where it should have."""
 
 
-def _read_main(path: str, read: Callable[[], Any]) -> tuple[dict[str, Any], Any]:
+def _read_main(path: str, read: Callable[[], Any]) -> tuple[dict[str, Any], SharedState | None]:
     """The main file's content without our entry, and the entry; None if there is none."""
     try:
         checkpoint = read()
@@ -252,12 +254,10 @@ def _read_main(path: str, read: Callable[[], Any]) -> tuple[dict[str, Any], Any]
             " weights alone with module.load_state_dict before fit"
         )
     entry = checkpoint.pop(ENTRY, None)
-    if entry is not None:
-        _require_sound(path, checkpoint, entry)
-    return checkpoint, entry
+    return checkpoint, None if entry is None else _read_entry(path, checkpoint, entry)
 
 
-def _require_sound(path: str, checkpoint: Mapping[str, Any], entry: Any) -> None:
+def _read_entry(path: str, checkpoint: Mapping[str, Any], entry: Any) -> SharedState:
     way_out = (
         "resume from another checkpoint, or remove the entry"
         f" '{ENTRY}' from this one to start all workers at its weights"
@@ -278,6 +278,12 @@ def _require_sound(path: str, checkpoint: Mapping[str, Any], entry: Any) -> None
             f"{path} is damaged: its weights, optimizer states or the entry '{ENTRY}' are not those"
             f" that were written. If they were changed on purpose, remove the entry; {way_out}"
         )
+    try:
+        return SharedState.read(entry)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} is not complete: {error}. Use the version that wrote it; {way_out}"
+        ) from error
 
 
 def _require_readable(path: str, said: Sequence[Any], mine: CheckpointError | None) -> None:

@@ -2,9 +2,9 @@
 
 [Note: layout] The main file is an ordinary Lightning checkpoint whose weights are the center::
 
-    last.ckpt                           the center, what rank 0 always saves, and the save's id
-    last.ckpt.workers/<save>-0.ckpt     what worker 0 knows besides
-    last.ckpt.workers/<save>-1.ckpt     what worker 1 knows: its own of all that, too
+    last.ckpt                           the center, what rank 0 always saves, and SharedState
+    last.ckpt.workers/<save>-0.ckpt     WorkerState: what worker 0 knows besides
+    last.ckpt.workers/<save>-1.ckpt     what worker 1 knows: its own of what rank 0 saves, too
 
 One worker alone has no other file: its own state is in the main file's entry of ours. That entry
 holds digests of the weights, of itself and of each worker's file, and is written last, where all of
@@ -39,11 +39,9 @@ from lightning_easgd.checkpoint.files import (
 from lightning_easgd.checkpoint.ordered_writes import OrderedWrites, Write
 from lightning_easgd.checkpoint.own_values import OwnValues
 from lightning_easgd.checkpoint.random_state import random_state
+from lightning_easgd.checkpoint.state import FORMAT, SharedState, WorkerState
 from lightning_easgd.communication.foreign import escape, quote
 from lightning_easgd.exchange.exchange import Exchange
-
-FORMAT = 2
-"""Version of the layout and of the entries."""
 
 SHARED = {
     "state_dict",
@@ -124,21 +122,25 @@ class WorkerCheckpoints:
             self._begin(path, save)
         said = self._gather([save, path, own.moved()])
         save, path, _ = said[0]
-        content = {
-            "save": save,
-            "worker": self._rank,
-            "weights": own.read({name for _, _, moved in said for name in moved}),
-            "exchange": exchange.own_state(),
-            "random": random_state(),
-        }
-        if self._rank > 0:
-            content["checkpoint"] = {k: v for k, v in checkpoint.items() if k not in SHARED}
+        lightnings = {k: v for k, v in checkpoint.items() if k not in SHARED}
+        mine = WorkerState(
+            save=save,
+            worker=self._rank,
+            checkpoint=lightnings if self._rank > 0 else {},
+            weights=own.read({name for _, _, moved in said for name in moved}),
+            random=random_state(),
+            **exchange.own_state(),
+        ).plain()
 
         def write_main(parts: Sequence[Sequence[Any]]) -> None:
-            entry = {"format": FORMAT, "save": save, "workers": self._workers}
-            entry |= {"exchange": exchange.shared_state(), "parts": [part[1:] for part in parts]}
-            if self._workers == 1:
-                entry["own"] = content
+            shared = SharedState(
+                save=save,
+                workers=self._workers,
+                parts=[part[1:] for part in parts],
+                own=mine if self._workers == 1 else None,
+                **exchange.shared_state(),
+            )
+            entry = {"format": FORMAT, **shared.plain()}
             entry["digest"] = digest_of_main(checkpoint, entry)
             hosts = [part[0] for part in parts]
             self._write_main({**checkpoint, ENTRY: entry}, path, save, hosts, storage_options)
@@ -146,7 +148,7 @@ class WorkerCheckpoints:
         if self._workers == 1:
             write_main([])
         else:
-            self._write_together(content, path, storage_options, write_main)
+            self._write_together(mine, path, storage_options, write_main)
 
     def _begin(self, path: str, save: str) -> None:
         """Make room for a save, by worker 0."""

@@ -92,10 +92,8 @@ class Consensus:
         """For a checkpoint."""
         return {"variance": self.variance, "next": self._next, "sums": self._sums}
 
-    def load_state(self, state: Mapping[str, Any] | None) -> None:
-        """The inverse of :meth:`state`; None: there was none."""
-        if state is None:
-            return
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state`."""
         self.variance, self._next, self._sums = state["variance"], state["next"], state["sums"]
 
 

@@ -79,21 +79,21 @@ class SavedState:
         """
         top = self.levels.top
         self.center.load_shared_state(shared)
-        self.clock.begun = shared.get("begun", True)
+        self.clock.begun = shared["begun"]
         top.turn = shared["turn"] % self.center.turns
-        top.exchanged = shared.get("exchanged")
-        if self.policy.algorithm.delay and (owed := shared.get("owed")):
+        top.exchanged = shared["exchanged"]
+        if self.policy.algorithm.delay and (owed := shared["owed"]):
             due, turn, joined = owed
             top.owed = due, turn % self.center.turns, joined
         self._load_outer(shared)
-        self.policy.schedules.load_state(shared.get("schedules", {}))
-        top.consensus.load_state(shared.get("consensus"))
+        self.policy.schedules.load_state(shared["schedules"])
+        top.consensus.load_state(shared["consensus"])
         self._load_clock(shared)
         if own is not None:
             self.optimizers.load_look_ahead_state(own["look_ahead"])
             self.telemetry.load_counters(own["telemetry"])
-        top.all_reduce.load_state((own or {}).get("held_back", {}))
-        self.levels.restore(None if own is None else own.get("levels"))
+        top.all_reduce.load_state({} if own is None else own["held_back"])
+        self.levels.restore(None if own is None else own["levels"])
         self.agreement.load_state(shared["agreement"], own and own["agreement"])
 
     def _load_clock(self, shared: Mapping[str, Any]) -> None:
@@ -108,8 +108,8 @@ class SavedState:
         self.clock.steps = clock
 
     def _load_outer(self, shared: Mapping[str, Any]) -> None:
-        outer, kind = shared.get("outer", {}), self.policy.algorithm.kind
-        known = shared.get("algorithm") == kind
+        outer, kind = shared["outer"], self.policy.algorithm.kind
+        known = shared["algorithm"] == kind
         if known:
             known = self.center.load_outer(outer)
         if outer and not known and self.levels.top.reports:

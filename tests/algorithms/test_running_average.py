@@ -121,7 +121,7 @@ def test_validation_and_checkpoints_have_the_average_and_training_goes_on_withou
     first, second = (run[algorithm, "polyak"] for run in found)
     saved = torch.load(folder / f"{algorithm} polyak" / "step=6.ckpt", weights_only=True)
     assert equal(numbers(saved["state_dict"]), first["shown"])
-    center = numbers(saved["lightning_easgd"]["exchange"]["averaged"]["center"])
+    center = numbers(saved["lightning_easgd"]["averaged"]["center"])
     assert equal(center, first["centers"][5])
     assert not equal(center, first["shown"])
     for run in (first, second):
@@ -222,7 +222,7 @@ def test_what_is_resumed_goes_on_with_the_center_and_the_average_if_it_has_one(
             np.testing.assert_allclose(value, expected, rtol=0, atol=1e-12)
         _, (_, centers, end) = found["other fragments"]
         saved = torch.load(tmp_path / "other fragments" / "step=5.ckpt", weights_only=True)
-        averaged = saved["lightning_easgd"]["exchange"]["averaged"]
+        averaged = saved["lightning_easgd"]["averaged"]
         (moves,) = averaged["moves"].values()
         assert len(moves) == 2
         for key, value in end.items():
@@ -239,7 +239,7 @@ def test_new_workers_start_at_the_center_and_not_at_its_average(tmp_path: Path) 
 
     run_workers(grown, 1, None, workers=1)
     saved = torch.load(tmp_path / "step=5.ckpt", weights_only=True)
-    center = numbers(saved["lightning_easgd"]["exchange"]["averaged"]["center"])
+    center = numbers(saved["lightning_easgd"]["averaged"]["center"])
     _, (began, *_) = run_workers(grown, 2, "step=5.ckpt", workers=2)
     assert equal(began, center)
     assert not equal(began, numbers(saved["state_dict"]))
