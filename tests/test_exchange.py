@@ -157,7 +157,7 @@ def drifted(rank: int) -> None:
 
     def on_train_batch_end(outputs: Any, batch: Any, batch_idx: int) -> None:
         if rank == 1 and batch_idx == 0:
-            strategy._center.cohorts[0].fragments[0].center.parts[0][0] += 1e-9
+            strategy._fit.center.cohorts[0].fragments[0].center.parts[0][0] += 1e-9
 
     module.on_train_batch_end = on_train_batch_end
     trainer(2, strategy).fit(module, loader(rank, 20))
@@ -175,7 +175,7 @@ def ways(rank: int, options: Any) -> tuple[int, bool]:
     strategy = EASGDStrategy(tau=2, **options)
 
     def on_train_start() -> None:
-        all_reduce = strategy._exchange._transit.all_reduce
+        all_reduce = strategy._fit.exchange._transit.all_reduce
         groups = [all_reduce._control, all_reduce.level.data]
         seen.append((len(distributed_c10d._world.pg_map), dist.group.WORLD in groups))
 

@@ -64,7 +64,7 @@ def costs(rank: int, fragments: int) -> Any:
     strategy = EASGDStrategy(tau=8, fragments=fragments, final_exchange=False)
 
     def note(outputs: Any, batch: Any, batch_idx: int) -> None:
-        largest.append(sum(part.numel() for part in strategy._center._sums.values()))
+        largest.append(sum(part.numel() for part in strategy._fit.center._sums.values()))
 
     module.on_train_batch_end = note
     trainer(2, strategy).fit(module, loader(rank, STEPS))
@@ -172,7 +172,7 @@ def looked_at(rank: int, looks: bool) -> dict[str, bytes]:
 
     def on_train_batch_end(*_: Any) -> None:
         if looks:
-            strategy._exchange.center_state_dict(module, latest=False)
+            strategy._fit.exchange.center_state_dict(module, latest=False)
 
     module.on_train_batch_end = on_train_batch_end
     trainer(2, strategy).fit(module, loader(rank, STEPS))

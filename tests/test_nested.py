@@ -114,7 +114,7 @@ def train(rank: int, case: Case) -> Any:
 
     def on_train_epoch_end() -> None:
         own.update(weights(module))
-        strategy._exchange.drain()
+        strategy._fit.exchange.drain()
         levels[:] = middles(strategy)
 
     module.on_train_batch_end = on_train_batch_end

@@ -291,7 +291,7 @@ def read_alone(rank: int, path: str) -> None:
     fitting.fit_loop.max_epochs = 2
     fitting.fit(module, Resumable(rank, STEPS))
     assert during == [rank == 1 and 1] * STEPS
-    assert strategy._resumed is None
+    assert strategy._persistence.resumed is None
 
 
 def test_reading_a_checkpoint_where_lightning_restores_none_is_reading_it(saved: Path) -> None:

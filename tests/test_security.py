@@ -230,7 +230,7 @@ def slandered(rank: int) -> str:
 
     def on_train_batch_start(batch: Any, batch_idx: int) -> None:
         if rank == 1 and batch_idx == 3:
-            name = strategy._group._heartbeat._store._name
+            name = strategy._fit.group._heartbeat._store._name
             store = dist.PrefixStore(name, distributed_c10d._get_default_store().clone())
             for key in ("process/1", "sign/1"):
                 store.set(key, b"[" * 10**6)

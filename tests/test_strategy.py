@@ -164,7 +164,7 @@ def plain(tmp_path: Any) -> Any:
 def resume(rank: int, path: str) -> Any:
     module, strategy, started = Saved(), EASGDStrategy(tau=3), []
     module.on_train_start = lambda: started.append(
-        (weights(module), strategy._exchange.clock, module.trainer.global_step)
+        (weights(module), strategy._fit.exchange.clock, module.trainer.global_step)
     )
     fitting = trainer(2, strategy, max_epochs=2, val_check_interval=4)
     fitting.fit(module, loader(rank, 12), loader(rank, 2), ckpt_path=path)
@@ -228,7 +228,7 @@ def train_norm(rank: int, policy: str) -> Any:
     own = {}
     module.on_train_epoch_end = lambda: own.update(arrays(module.state_dict()))
     trainer(2, strategy).fit(module, loader(rank, 5, torch.float32))
-    return own, arrays(module.state_dict()), module.scratch.item(), strategy._exchange
+    return own, arrays(module.state_dict()), module.scratch.item(), strategy._fit
 
 
 @pytest.mark.filterwarnings("ignore:'frozen' moved")
@@ -324,7 +324,7 @@ class Finetuned(pl.LightningModule):
         self.names: list[int] = []
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        self.names.append(self.trainer.strategy._center.joined)
+        self.names.append(self.trainer.strategy._fit.center.joined)
         return ((self.head(self.backbone(batch[0])) - batch[1]) ** 2).mean()
 
     def configure_optimizers(self) -> Any:
@@ -418,7 +418,7 @@ class Adversarial(Toy):
                 optimizer.zero_grad()
                 self.manual_backward(super().training_step(batch, batch_idx))
                 optimizer.step()
-        self.clocks.append(self.trainer.strategy._exchange.clock)
+        self.clocks.append(self.trainer.strategy._fit.exchange.clock)
 
     def configure_optimizers(self) -> Any:
         return [SGD([self.w]), SGD([self.b])]
@@ -475,7 +475,7 @@ def train_with(rank: int, options: dict[str, Any], half: bool) -> Any:
     module, seen = Toy(SGD, dtype=torch.float32), []
     strategy = EASGDStrategy(tau=2)
     module.on_train_batch_end = lambda *_: seen.append(
-        strategy._center.cohorts[0].fragments[0].center.parts
+        strategy._fit.center.cohorts[0].fragments[0].center.parts
     )
     trainer(2, strategy, **options).fit(module, loader(rank, 8, dtype))
     return weights(module), module.w.dtype, [part.dtype for part in seen[0]], strategy.telemetry

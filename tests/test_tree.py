@@ -94,8 +94,8 @@ def train(rank: int, workers: int, case: Case) -> Any:
 
     def on_train_epoch_end() -> None:
         own.update(weights(module))
-        strategy._exchange.drain()
-        values = strategy._center.group.values()["center"].items()
+        strategy._fit.exchange.drain()
+        values = strategy._fit.center.group.values()["center"].items()
         middle.update({name: value.numpy().copy() for name, value in values})
 
     module.on_train_batch_end = on_train_batch_end
@@ -238,7 +238,7 @@ def conserved(rank: int) -> Any:
         if batch_idx >= 5:
             module.trainer.optimizers[0].param_groups[0]["lr"] = 0.0
             center = strategy.center_state_dict()["w"].numpy()
-            middle = strategy._center.group.values()["center"]["w"].numpy()
+            middle = strategy._fit.center.group.values()["center"]["w"].numpy()
             found.append([x.copy() for x in (module.w.detach().numpy(), middle, center)])
 
     module.on_train_batch_start = on_train_batch_start

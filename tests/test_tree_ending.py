@@ -137,7 +137,7 @@ def drifting(rank: int) -> None:
 
     def on_train_batch_start(batch: Any, batch_idx: int) -> None:
         if rank == 1 and batch_idx == 3:
-            strategy._center.group.cohorts[0].fragments[0].center.parts[0][0] += 1
+            strategy._fit.center.group.cohorts[0].fragments[0].center.parts[0][0] += 1
 
     module.on_train_batch_start = on_train_batch_start
     trainer(4, strategy).fit(module, loader(rank, 40))

@@ -193,7 +193,7 @@ def fit_later(rank: int, first: str, validates: bool, folder: Path) -> Any:
         options = {"max_epochs": epochs, "callbacks": [saver], "enable_checkpointing": True}
         fitting = trainer(2, strategy, **options)
         seen: list[int] = []
-        module.on_train_end = lambda: seen.append(len(strategy._center.cohorts))
+        module.on_train_end = lambda: seen.append(len(strategy._fit.center.cohorts))
         data = [loader(rank, 7, torch.float32), loader(0, 1, torch.float32)]
         fitting.fit(module, *data[: 1 + validates], ckpt_path=path)
         return arrays(module), seen[0]

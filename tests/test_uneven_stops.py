@@ -27,7 +27,7 @@ def struck(rank: int, counts: list[int], who: int, at: int, options: dict[str, A
     """When worker 1 begins its batch number ``at`` of all, SIGTERM is sent to worker ``who``."""
     module, strategy = Toy(SGD), EASGDStrategy(tau=4)
     pids: list[int] = []
-    module.on_train_start = lambda: pids.extend(strategy._group.gather(os.getpid()))
+    module.on_train_start = lambda: pids.extend(strategy._fit.group.gather(os.getpid()))
     begun = 0
 
     def on_train_batch_start(batch: Any, batch_idx: int) -> None:
@@ -104,7 +104,7 @@ def interrupted(rank: int, folder: Path, who: int | None, validate: bool, path: 
     fitting = trainer(2, strategy, num_sanity_val_steps=0, **options)
 
     def on_train_batch_start(batch: Any, batch_idx: int) -> None:
-        seen.append((fitting.current_epoch, batch_idx, strategy._exchange.clock))
+        seen.append((fitting.current_epoch, batch_idx, strategy._fit.exchange.clock))
         if rank == who and fitting.current_epoch == 0 and batch_idx == 8:
             os.kill(os.getpid(), signal.SIGTERM)
 

@@ -38,7 +38,8 @@ class SignalRelay:
         self, trainer: pl.Trainer, hooks: LoopHooks, request_stop: Callable[[Stop], bool]
     ) -> None:
         self._trainer = trainer
-        self._hooks = hooks
+        self.hooks = hooks
+        """Of the trainer."""
         self._request_stop = request_stop
         self._interrupted = False
         hooks.on_sigterm(self._terminate)
@@ -49,10 +50,11 @@ class SignalRelay:
             signal.signal(signal.SIGINT, self._interrupt)
 
     def restore(self) -> None:
-        """Put Ctrl-C's handler back."""
+        """Put Ctrl-C's handler back, and what the hooks replaced."""
         # Not if Lightning ignores it by now, while it shuts down.
         if signal.getsignal(signal.SIGINT) == self._interrupt:
             signal.signal(signal.SIGINT, self._on_interrupt)
+        self.hooks.restore()
 
     def stop(self, why: Stop, askers: Sequence[int] = ()) -> None:
         """End training between batches, if there is a reason; all workers call it together.
@@ -72,7 +74,7 @@ class SignalRelay:
         elif why.by_exception:
             if why is Stop.PREEMPTED:
                 self._save_and_requeue()
-            self._hooks.mark_terminated()
+            self.hooks.mark_terminated()
             raise SIGTERMException
 
     def time_is_over(self) -> None:
@@ -82,7 +84,7 @@ class SignalRelay:
     def _end_in_time(self, why: Stop, askers: Sequence[int]) -> None:
         news = not self._trainer.should_stop and self._trainer.global_rank not in askers
         self._trainer.should_stop = True
-        if news and (why is Stop.ENOUGH or self._hooks.tells_time):
+        if news and (why is Stop.ENOUGH or self.hooks.tells_time):
             reason = "set trainer.should_stop" if why is Stop.ENOUGH else "reached a time limit"
             who = ", ".join(map(str, askers))
             rank_zero_info(f"Worker(s) {who} {reason}: all end their training together.")
@@ -91,9 +93,9 @@ class SignalRelay:
         if self._request_stop(Stop.TERMINATED):
             return
         launcher = self._trainer.strategy.launcher
-        if launcher is not None and not self._hooks.terminated:
+        if launcher is not None and not self.hooks.terminated:
             launcher.kill(signum)
-        self._hooks.mark_terminated()
+        self.hooks.mark_terminated()
 
     def _preempt(self, signum: int, frame: FrameType | None) -> None:
         if not self._request_stop(Stop.PREEMPTED):

@@ -1,70 +1,64 @@
 """The Lightning adapter: EASGDStrategy, and nothing but.
 
-It tells the exchange when a step begins and ends, swaps the center in where Lightning evaluates or
-saves the module, and keeps Lightning from coupling the workers between exchanges.
+Each of its methods that Lightning calls is passed on: to the fit that is under way, to the
+collectives that take the place of Lightning's, or to what saves and restores.
 """
 
 from __future__ import annotations
 
 import atexit
+import os
 import signal
-import warnings
-from contextlib import ExitStack, contextmanager
-from dataclasses import astuple
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities import move_data_to_device, rank_zero_info
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
 from lightning_easgd.algorithms import AVERAGED, RULES, CenterAverage, Rule
-from lightning_easgd.center.center import Center
 from lightning_easgd.center.policies import Buffers
-from lightning_easgd.center.swap import leaving_eval
 from lightning_easgd.communication import (
     Codec,
     Phase,
     Stop,
     WorkerGroup,
+    gather,
     leave_all_groups,
-    make_equal_,
-    require_equal,
+    monitored,
     start_equal_,
 )
 from lightning_easgd.exchange.policy import ElasticPoint
-from lightning_easgd.groups import Groups, Members
-from lightning_easgd.schedules import ScalarOrSchedule, Tau, TrainingLength
+from lightning_easgd.groups import Groups, Members, arrange_levels
+from lightning_easgd.schedules import ScalarOrSchedule, Tau
 from lightning_easgd.schedules.checks import (
     require_bools,
     require_choice,
     require_duration,
     require_timedelta,
 )
-from lightning_easgd.strategy.build import make_center, make_exchange
+from lightning_easgd.strategy.build import make_center
+from lightning_easgd.strategy.checkpoint_io import AtomicCheckpointIO
+from lightning_easgd.strategy.collectives import Collectives, SettingUp
+from lightning_easgd.strategy.fit import EqualWorkers, Fit
 from lightning_easgd.strategy.lightning_internals import (
     ForkingLauncher,
     LoopHooks,
     StrategyRegistry,
-    stops_early,
+    WrappingCheckpointIO,
     without_processes,
 )
 from lightning_easgd.strategy.options import Options
 from lightning_easgd.strategy.other_package import explain_names, hint
-from lightning_easgd.strategy.persistence import PersistentStrategy
-from lightning_easgd.strategy.resume_epoch import begin_epoch_as_usual
+from lightning_easgd.strategy.persistence import Persistence
 from lightning_easgd.strategy.signals import SignalRelay
 from lightning_easgd.strategy.unsupported import (
-    batches_per_epoch,
-    expected_training,
-    may_skip_batches,
-    may_skip_steps,
     refuse_devices,
     refuse_features,
     refuse_in_notebooks,
@@ -73,7 +67,8 @@ from lightning_easgd.strategy.validation import refuse
 from lightning_easgd.telemetry import Telemetry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
 
     import lightning.pytorch as pl
     import torch
@@ -83,10 +78,8 @@ if TYPE_CHECKING:
 EvaluateOn = Literal["center", "worker"]
 StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
 
-_BETWEEN_BATCHES = "between two batches: loader, hooks or callbacks"
 
-
-class EASGDStrategy(PersistentStrategy):
+class EASGDStrategy(DDPStrategy):
     """Elastic Averaging SGD: every worker trains on its own and is tied to a shared center.
 
     Every ``tau`` optimizer steps a worker x and the center c pull at each other with the moving
@@ -218,26 +211,35 @@ class EASGDStrategy(PersistentStrategy):
             log=rank_zero_info,
         )
         super().__init__(
-            options=options,
             accelerator=accelerator,
             parallel_devices=parallel_devices,
             cluster_environment=cluster_environment,
-            strict_resume=strict_resume,
-            exchange_timeout=require_duration("exchange_timeout", exchange_timeout),
             checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
             process_group_backend=process_group_backend,
             timeout=require_timedelta("timeout", timeout),
             start_method=start_method,
         )
-        self._evaluate_on = evaluate_on
+        self.options = options
+        """Of the exchanges."""
         self.telemetry = Telemetry()
-        self._center: Center | None = None
+        self._evaluate_on = evaluate_on
+        self._collective_timeout = timeout
+        self._exchange_timeout = require_duration("exchange_timeout", exchange_timeout)
+        self._persistence = Persistence(
+            owner=self,
+            collect=self._collect,
+            arrange=self._arranged_groups,
+            strict_resume=strict_resume,
+            timeout=self._exchange_timeout,
+        )
         self._last_center: dict[str, Any] | None = None
         self._failed = False
-        self._uneven = self._uneven_steps = False
-        self._hooks: LoopHooks | None = None
+        # Of the run, of what it has set up, and of the fit; None outside of them.
         self._signals: SignalRelay | None = None
+        self._workers: EqualWorkers | None = None
+        self._collectives: Collectives | None = None
+        self._fit: Fit | None = None
 
     @classmethod
     @override
@@ -264,12 +266,8 @@ class EASGDStrategy(PersistentStrategy):
     @override
     def __getstate__(self) -> dict[str, Any]:
         # A copy of a trainer begins anew, as one of DDP's does: what binds this process stays here.
-        bound = (
-            *("_group", "_exchange", "_center", "_hooks", "_signals"),
-            *("_resumed", "_own", "_saved", "_stop_restoring"),
-        )
-        launcher = without_processes(self._launcher)
-        return {**super().__getstate__(), **dict.fromkeys(bound), "_launcher": launcher}
+        bound = dict.fromkeys(("_signals", "_workers", "_collectives", "_fit"))
+        return {**super().__getstate__(), **bound, "_launcher": without_processes(self._launcher)}
 
     def center_state_dict(self) -> dict[str, Any]:
         """The module's state dict with the center's weights, at any time from ``fit`` on.
@@ -285,9 +283,8 @@ class EASGDStrategy(PersistentStrategy):
                 "center_state_dict() has no module to read before Trainer.fit(module) was called."
                 " Call it while or after the trainer runs, or use module.state_dict()."
             )
-        if self._exchange is not None:
-            latest = not self._alone
-            return self._exchange.center_state_dict(self.lightning_module, latest=latest)
+        if self._fit is not None:
+            return self._fit.center_state_dict()
         if self.options.averaging is not None and self._last_center is None:
             raise RuntimeError(
                 "center_state_dict() has no center to read: with center_average the module holds"
@@ -295,12 +292,6 @@ class EASGDStrategy(PersistentStrategy):
                 " start of training on. Call it there, or use module.state_dict()."
             )
         return self._last_center or self.lightning_module_state_dict()
-
-    def _center_on_host(self) -> dict[str, Any]:
-        assert self._exchange is not None
-        assert self.lightning_module is not None
-        state = self._exchange.center_state_dict(self.lightning_module, latest=False)
-        return move_data_to_device(state, "cpu")  # type: ignore[no-any-return]
 
     @override
     def _configure_launcher(self) -> None:
@@ -317,188 +308,77 @@ class EASGDStrategy(PersistentStrategy):
         super().setup_environment()
         atexit.unregister(leave_all_groups)  # of an earlier trainer in this process
         atexit.register(leave_all_groups)
+        assert self.lightning_module is not None
+        self._persistence.await_restoring(self.lightning_module.trainer)
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
-        self._hooks = LoopHooks(trainer)
-        self._hooks.before_batch(self._before_batch)
-        self._signals = SignalRelay(trainer, self._hooks, self._request_stop)
-        fitting = trainer.state.fn == TrainerFn.FITTING
-        if fitting:
+        self._signals = SignalRelay(trainer, LoopHooks(trainer), self._request_stop)
+        if trainer.state.fn == TrainerFn.FITTING:
             refuse_features(trainer, sync_batchnorm=self._layer_sync is not None)
             self._last_center = None
-        self._exchange, self._failed = None, False
-        self._uneven = self._uneven_steps = False
+        self._workers = self._fit = None
+        self._failed = False
         super().setup(trainer)
-        if fitting:
-            self._set_up_exchange(trainer)
-            self._hooks.around_validation(self._validating)
-            self._hooks.before_end(self._finish)
-            assert self._exchange is not None
-            self._hooks.around_dump(self._saving, self._exchange.after_dump)
+        if self._workers is None:  # this is no fit
+            return
+        self.telemetry = Telemetry()
+        self._fit = Fit(
+            trainer,
+            self._workers,
+            signals=self._signals,
+            options=self.options,
+            groups=self._arranged_groups(),
+            telemetry=self.telemetry,
+            validates_center=self._evaluate_on == "center",
+        )
+        self._collectives = Collectives(self._workers.group, self._fit)
 
     @override
     def configure_ddp(self) -> None:
         """Make the workers equal instead of wrapping the module."""
         module = self.lightning_module
         assert module is not None
-        assert self._timeout is not None
-        self._group = WorkerGroup(
+        group = WorkerGroup(
             self._exchange_timeout,
-            self._timeout,
+            self._collective_timeout,
             from_host=self.options.offload or self.root_device.type == "cpu",
         )
-        start_equal_(self._group, module, self.options.lines())
-        self._center = make_center(module, self.options, self._group.rank)
+        self._collectives = Collectives(group, SettingUp())
+        start_equal_(group, module, self.options.lines())
+        self._workers = EqualWorkers(group, make_center(module, self.options, group.rank))
 
-    def _set_up_exchange(self, trainer: pl.Trainer) -> None:
-        assert self._group is not None
-        assert self._center is not None
-        self.telemetry = Telemetry()
-        self._exchange = make_exchange(
-            self._center,
-            self._group,
-            self.options,
-            groups=self._arranged_groups(),
-            trainer=trainer,
-            telemetry=self.telemetry,
-        )
-
-    def _enter(self, place: str) -> None:
-        """Let the others know where this worker is, should they come to wait for it."""
-        if self._group is not None:
-            self._group.progress.enter(place)
+    @property
+    def _under_way(self) -> Fit:
+        """The fit; Lightning asks for what follows only while there is one."""
+        if self._fit is None:
+            raise RuntimeError(
+                "EASGDStrategy trains in Trainer.fit only, which is not under way. Call it, or let"
+                " another strategy train by hand."
+            )
+        return self._fit
 
     def _request_stop(self, why: Stop) -> bool:
-        if self._exchange is None or self._failed:
-            return False
-        return self._exchange.request_stop(why)
+        fit = self._fit
+        return fit is not None and not self._failed and fit.exchange.request_stop(why)
 
     @override
     def on_train_start(self) -> None:
+        _ = self._under_way.own  # from here on it counts what moves
         super().on_train_start()
-        assert self._exchange is not None
-        assert self._group is not None
-        assert self._hooks is not None
-        assert self._signals is not None
-        assert self.lightning_module is not None
-        trainer = self.lightning_module.trainer
-        data = batches_per_epoch(trainer), may_skip_batches(trainer), may_skip_steps(trainer)
-        length, written = astuple(expected_training(trainer)), self._exchange.was_written()
-        changed = self._resumed is None and self._exchange.module_changed()
-        mine = trainer.global_step, data, length, written, changed
-        steps, told, expected, wrote, replaced = zip(*self._group.gather(mine), strict=True)
-        if any(replaced):
-            require_equal(self._group, self.lightning_module, self.options.lines())
-            self._exchange.follow_module()
-        if any(wrote) or any(replaced):
-            self._begin_equal()
-        lengths = [TrainingLength(*each) for each in expected]
-        self.options.rules.schedules.begin(TrainingLength.of_all(lengths))
-        if self._resumed is None:
-            self._exchange.start_clock(max(steps))
-        else:
-            self._exchange.resume(goes_on=self._resumed.own is not None)
-            self._resumed.restore_random_state()
-            begin_epoch_as_usual(trainer, self._hooks)
-            self._resumed = None  # as large as the worker's state
-        self._hooks.on_time_limit(self._signals.time_is_over)
-        batches, skip_batches, skip_steps = zip(*told, strict=True)
-        self._uneven_steps = self._group.size > 1 and any(skip_steps)
-        differ = len(set(batches)) > 1 or None in batches or any(skip_batches)
-        self._uneven = self._uneven_steps or (self._group.size > 1 and differ)
-        self._hooks.after_batch(self._after_batch)
-        self._hooks.before_epoch_end(self._before_epoch_end)
-
-    def _begin_equal(self) -> None:
-        """User code wrote to weights before training: those of worker 0 count where they differ."""
-        assert self._group is not None
-        assert self._center is not None
-        if differing := make_equal_(self._group, self._center.named_tensors()):
-            named = ", ".join(differing[:3]) + (", ..." if len(differing) > 3 else "")
-            warnings.warn(
-                f"The workers do not begin with the same weights: {named} differed when training"
-                " began, because hooks or the sanity check wrote to them. All workers go on from"
-                " those of worker 0. Write the same on every worker: load the same file, or call"
-                " seed_everything before random ones are drawn.",
-                stacklevel=2,
-            )
-
-    def _before_batch(self) -> None:
-        self._enter(_BETWEEN_BATCHES)
-        # Between exchanges nobody waits for anybody, but whoever leaves, leaves with all others.
-        if self._exchange is not None and self._exchange.stopping.by_exception:
-            self._meet(Phase.STOP)
-
-    def _after_batch(self) -> None:
-        self._enter(_BETWEEN_BATCHES)
-        assert self._exchange is not None
-        assert self.lightning_module is not None
-        if stops_early(self.lightning_module.trainer):
-            # Perhaps on this worker alone: the others are told, and waited for, from now on.
-            self._exchange.request_stop(Stop.ENOUGH)
-            self._uneven = True
-
-    def _before_epoch_end(self) -> None:
-        assert self._exchange is not None
-        self._meet_if_uneven(Phase.EPOCH_END)
-        self._exchange.writes.end_epoch(self._exchange.clock)
-
-    def _meet_if_uneven(self, phase: Phase) -> None:
-        self._enter(f"at {phase.name.lower().replace('_', ' ')}")
-        if self._uneven:
-            self._meet(phase)
-
-    def _meet(self, phase: Phase) -> None:
-        """Wait for workers that have more batches than this one, answering their exchanges."""
-        assert self._exchange is not None
-        assert self._signals is not None
-        self._exchange.meet(phase)
-        self._stop()
-
-    def _stop(self) -> None:
-        assert self._exchange is not None
-        assert self._signals is not None
-        self._signals.stop(self._exchange.stopping, self._exchange.stop_askers)
-
-    @override
-    def _gathered(self, phase: Phase) -> bool:
-        # Metrics may be reduced at every batch: there, batches that differ end in a late error.
-        every_batch = phase in (Phase.REDUCTION, Phase.GATHERING)
-        if self._uneven_steps or not every_batch:
-            self._meet_if_training(phase)
-        return super()._gathered(phase)
-
-    def _meet_if_training(self, phase: Phase) -> None:
-        trains = self._exchange is not None and self._exchange.trains
-        if trains and not self._interrupted:  # who left together is together
-            self._meet_if_uneven(phase)
+        self._under_way.begin(self._persistence.resumed)
+        self._persistence.resumed = None  # as large as the worker's state
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """One batch of this worker, whose loss the rule may want to know."""
-        self._enter("in a training step")
-        assert self._exchange is not None
-        assert self.lightning_module is not None
-        self._exchange.before_batch()
-        output = super().training_step(*args, **kwargs)
-        known = self._exchange.after_training_step(output)
-        if not known and not self.lightning_module.automatic_optimization:
-            raise MisconfigurationException(
-                f"{self.options.rules.algorithm} compares the workers' training losses, and under"
-                " manual optimization training_step returned none. Return the loss, or"
-                " {'loss': loss}."
-            )
-        return output
+        """One batch of this worker."""
+        return self._under_way.training_step(partial(super().training_step, *args, **kwargs))
 
     @override
     def backward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Under manual optimization gradients are averaged here: what follows may clip them."""
-        assert self._exchange is not None
-        assert self.lightning_module is not None
+        """The gradients of this worker."""
         loss = super().backward(*args, **kwargs)
-        if not self.lightning_module.automatic_optimization:
-            self._exchange.average_gradients(anew=True)
+        self._under_way.after_backward()
         return loss
 
     @override
@@ -514,63 +394,20 @@ class EASGDStrategy(PersistentStrategy):
         The clock counts these calls, whatever makes them: automatic or manual optimization, after
         gradient accumulation, for any of several optimizers.
         """
-        assert self._exchange is not None
-        assert self._signals is not None
-        exchange = self._exchange
-
-        def averaged() -> Any:
-            exchange.writes.before_closure()
-            loss = closure()
-            exchange.writes.before_step()
-            exchange.average_gradients()  # before they are unscaled and clipped
-            return loss
-
-        with exchange.step(optimizer):
-            output = super().optimizer_step(optimizer, averaged, model, **kwargs)
-        if self._exchange.stopping.in_time:
-            self._stop()
-        return output
+        step = super().optimizer_step
+        return self._under_way.optimizer_step(
+            optimizer, closure, lambda closure: step(optimizer, closure, model, **kwargs)
+        )
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._enter("in validation")
+        if self._fit is not None:
+            self._fit.enter("in validation")
         return super().validation_step(*args, **kwargs)
-
-    @contextmanager
-    def _validating(self) -> Iterator[None]:
-        assert self._exchange is not None
-        assert self.lightning_module is not None
-        if self._exchange.begun:
-            self._meet_if_uneven(Phase.VALIDATION)
-        with ExitStack() as stack:
-            if self._evaluate_on == "center":
-                stack.enter_context(self._exchange.showing(during="validation"))
-            if not is_overridden("on_validation_model_train", self.lightning_module):
-                stack.enter_context(leaving_eval(self.lightning_module))
-            yield
-
-    @contextmanager
-    def _saving(self) -> Iterator[None]:
-        self._enter("saving a checkpoint")
-        assert self._exchange is not None
-        self._exchange.before_save()
-        self._meet_if_training(Phase.SAVE)
-        assert self._exchange is not None
-        with self._exchange.showing(latest=not self._alone, during="a checkpoint"):
-            yield
-
-    def _finish(self) -> None:
-        """What fit delivers is in the module before the first hook of the end."""
-        self._enter("at the end of training")
-        assert self._exchange is not None
-        if not self._exchange.finish(exchange=self.options.final_exchange):
-            self._stop()
 
     @override
     def on_train_end(self) -> None:
-        assert self._exchange is not None
-        if self._exchange.stopping is not Stop.PREEMPTED:  # after which nothing is left to do
-            self._stop()
+        self._under_way.end()
 
     @override
     def on_exception(self, exception: BaseException) -> None:
@@ -579,30 +416,149 @@ class EASGDStrategy(PersistentStrategy):
         if isinstance(exception, SIGTERMException):
             exception.code = 128 + signal.SIGTERM  # not 0: training did not end well
         atexit.unregister(leave_all_groups)
-        if self._group is not None:
-            self._group.explain(exception)
-            together = self._exchange is not None and self._exchange.stopping.by_exception
-            self._group.abandon(f"{type(exception).__name__}: {exception}", alone=not together)
+        if self._collectives is not None:
+            group = self._collectives.group
+            group.explain(exception)
+            together = self._fit is not None and self._fit.exchange.stopping.by_exception
+            group.abandon(f"{type(exception).__name__}: {exception}", alone=not together)
+        if self._alone:
+            self._persistence.give_up()
         super().on_exception(exception)
 
     @override
     def teardown(self) -> None:
-        if self._signals is not None and self._hooks is not None:
+        if self._signals is not None:
             self._signals.restore()
-            self._hooks.restore()
-            self._signals = self._hooks = None
-        if not self._failed:
-            if self._exchange is not None:
-                # Resumed from the end of training: Lightning runs no loop, and ends none.
-                self._exchange.finish(exchange=self.options.final_exchange)
-                if self.options.averaging is not None:
-                    self._last_center = self._center_on_host()
-            self._exchange = self._center = None
+        if self._fit is not None and not self._failed:
+            # Resumed from the end of training: Lightning runs no loop, and ends none.
+            self._fit.finish_exchanging()
+            if self.options.averaging is not None:
+                exchange, module = self._fit.exchange, self._fit.module
+                center = exchange.center_state_dict(module, latest=False)
+                self._last_center = move_data_to_device(center, "cpu")
+            self._fit = None
+        collectives = self._collectives
         try:
-            if not self._failed:
-                self._finish_writing()
+            if collectives is not None and not self._failed:
+                self._persistence.finish_writing(collectives.group)
         finally:
-            if self._group is not None:
-                self._group.close()
-                self._group = None
+            if collectives is not None:
+                collectives.group.close()
+            self._signals = self._workers = self._collectives = None
+            self._persistence.end()
             super().teardown()
+
+    @property
+    @override
+    def checkpoint_io(self) -> CheckpointIO:
+        """How files are written: ours, also within plugins that wrap one, unless it was chosen."""
+        # Not sooner: what is there is taken for the user's choice, and a plugin refused beside it.
+        if self._checkpoint_io is None:
+            self._checkpoint_io = AtomicCheckpointIO()
+        elif isinstance(self._checkpoint_io, WrappingCheckpointIO):
+            self._checkpoint_io.checkpoint_io = AtomicCheckpointIO()  # where it has none
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        self._checkpoint_io = io
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The weights that checkpoints hold: the center, or its running average.
+
+        The single place that names them.
+        """
+        if self._fit is None or self.lightning_module is None:
+            return super().lightning_module_state_dict()
+        return self._fit.center_state_dict(delivered=True)
+
+    @override
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
+    ) -> None:
+        """Write the center, and beside it every worker's own state."""
+        self._persistence.save(checkpoint, os.fspath(filepath), self._fit, storage_options)
+
+    @override
+    def remove_checkpoint(self, filepath: str | Path) -> None:
+        self._persistence.files().remove(os.fspath(filepath))
+
+    @override
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint; where Lightning restores one, all workers do, each its own state."""
+        read = partial(super().load_checkpoint, checkpoint_path)
+        trainer = None if self.lightning_module is None else self.lightning_module.trainer
+        return self._persistence.load(os.fspath(checkpoint_path), read, trainer, weights_only)
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        super().load_model_state_dict(checkpoint, strict)
+        # While training is set up already, as the learning-rate finder does when it is done.
+        if self._fit is not None:
+            self._fit.exchange.read_module()
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        load = partial(super().load_optimizer_state_dict, checkpoint)
+        self._persistence.load_optimizers(load, self.optimizers)
+        if self._fit is not None:
+            load_module = partial(super().load_model_state_dict, checkpoint, strict=False)
+            self._persistence.go_on(self._fit, load_module)
+
+    @override
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        if self._collectives is not None:
+            self._collectives.barrier(*args[:1])
+        elif not self._alone:
+            super().barrier(*args, **kwargs)
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        if self._collectives is not None:
+            return self._collectives.broadcast(obj, src)
+        return obj if self._alone else super().broadcast(obj, src)
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        together = self._collectives and self._collectives.together(Phase.COLLECTIVE)
+        if together is False or self._alone:
+            return decision
+        return super().reduce_boolean_decision(decision, all)
+
+    @override
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        if self._alone:
+            return tensor
+        if self._collectives is None or not monitored.is_default(group):
+            return super().reduce(tensor, group, reduce_op)
+        return self._collectives.reduce(tensor, reduce_op)
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        if self._alone:
+            return tensor[None]
+        if self._collectives is not None and monitored.is_default(group):
+            self._collectives.before_gathering()
+        return super().all_gather(tensor, group, sync_grads)
+
+    @property
+    def _alone(self) -> bool:
+        """Whether this worker handles an exception that the others may know nothing of."""
+        return self._fit is not None and self._fit.alone
+
+    def _collect(self, value: Any) -> list[Any]:
+        """A small value of every worker, in rank order; plain data, as of plain_data.pack."""
+        if self._collectives is not None:
+            return self._collectives.group.gather(value)
+        return gather(value, self._collective_timeout)
+
+    def _arranged_groups(self) -> list[list[list[int]]]:
+        """The ranks of every group, level by level from the outermost inward.
+
+        Empty if there are no groups. All workers must call it.
+        """
+        groups = self.options.groups
+        return arrange_levels(groups, self._collect(self.node_rank) if groups else [])

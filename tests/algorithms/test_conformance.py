@@ -217,7 +217,7 @@ def train(rank: int, workers: int, row: Row, case: Case, **more: Any) -> dict[st
             module.w.data[0, 0] = float("nan")
 
     def on_train_end() -> None:
-        fragments = [f for s in strategy._center.cohorts for f in s.fragments]
+        fragments = [f for s in strategy._fit.center.cohorts for f in s.fragments]
         kept = [v for f in fragments for part in f.outer for v in part.values()]
         kept += [part for f in fragments if row.average for part in f.delivered.parts]
         sizes = [tensor.numel() for tensor in kept if tensor.dim()]

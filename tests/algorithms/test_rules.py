@@ -164,10 +164,10 @@ def restarted(rank: int) -> Any:
 
 def held_back(strategy: EASGDStrategy) -> torch.Tensor:
     """Of the parameter ``more``, by this worker."""
-    strategy._exchange.drain()
-    accounts = strategy._exchange._transit.all_reduce.state()["accounts"]
+    strategy._fit.exchange.drain()
+    accounts = strategy._fit.exchange._transit.all_reduce.state()["accounts"]
     held = torch.zeros(700, dtype=torch.float64)
-    for fragment in strategy._center.cohorts[0].fragments:
+    for fragment in strategy._fit.center.cohorts[0].fragments:
         saved = accounts[f"{fragment.name}, torch.float64"]["unsent"]
         vector = FlatVector(fragment.layout, {torch.float64: saved})
         for piece, view in fragment.values(vector):
@@ -180,14 +180,14 @@ def with_hooks(module: Slope, strategy: EASGDStrategy, given_up: torch.Tensor) -
     """Let the learning rate fall, and note what a worker gives up at a restart, and its end."""
 
     def on_train_start() -> None:
-        restart = strategy._center.restart_worker
+        restart = strategy._fit.center.restart_worker
 
         def noted() -> None:
             given_up.add_(module.more.detach())
             restart()
             given_up.sub_(module.more.detach())
 
-        strategy._center.restart_worker = noted
+        strategy._fit.center.restart_worker = noted
 
     def on_train_batch_start(batch: Any, batch_idx: int) -> None:
         strategy.optimizers[0].param_groups[0]["lr"] = RATES[batch_idx]
@@ -256,7 +256,7 @@ def resting(rank: int) -> Any:
         def rest(batch: Any, batch_idx: int, strategy: Any = strategy, seen: Any = seen) -> None:
             if batch_idx >= 8:
                 strategy.optimizers[0].param_groups[0]["lr"] = 0.0
-                parts = strategy._center.cohorts[0].fragments[0].center.parts
+                parts = strategy._fit.center.cohorts[0].fragments[0].center.parts
                 seen.append([part.clone().numpy() for part in parts])
 
         module.on_train_batch_start = rest

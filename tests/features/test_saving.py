@@ -60,7 +60,7 @@ class Saving(Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
         step = trainer.global_step
         if step in self.steps:
-            with trainer.strategy._exchange.showing():
+            with trainer.strategy._fit.exchange.showing():
                 self.centers[step] = weights(module)
             trainer.save_checkpoint(f"{self.folder}/{step}.ckpt")
 
@@ -236,7 +236,7 @@ def swap_precise(rank: int) -> Any:
 
     def look(*_: Any) -> None:
         before = note()
-        with fitting.strategy._exchange.showing():
+        with fitting.strategy._fit.exchange.showing():
             inside = note()
         found.append((before == note(), before == inside))
 
@@ -261,7 +261,7 @@ def swap_in_vain(rank: int) -> Any:
         return [p.tolist() for p in module.parameters()]
 
     def look(*_: Any) -> None:
-        exchange, worker = fitting.strategy._exchange, weights()
+        exchange, worker = fitting.strategy._fit.exchange, weights()
         for outer in (nullcontext(), exchange.showing("center")):
             with outer:
                 before = weights()

@@ -43,7 +43,7 @@ def recorded_collectives(calls: list[str]) -> Iterator[None]:
 
 def middles(strategy: EASGDStrategy) -> list[Any]:
     """The centers of a worker's groups, from the outermost inward."""
-    found, center = [], strategy._center.group
+    found, center = [], strategy._fit.center.group
     while center is not None:
         values = center.values()["center"].items()
         found.append({name: value.numpy().copy() for name, value in values})

@@ -121,7 +121,7 @@ def _fit(
 ) -> Any:
     module, strategy = Toy(ADAMW), EASGDStrategy(**options)
     pids: list[int] = []
-    module.on_train_start = lambda: pids.extend(strategy._group.gather(os.getpid()))
+    module.on_train_start = lambda: pids.extend(strategy._fit.group.gather(os.getpid()))
     saving = ModelCheckpoint(folder, every_n_epochs=100, save_on_exception=True)
     more = {"max_epochs": 2, "enable_checkpointing": True, "callbacks": [saving]}
     fitting = trainer(len(counts), strategy, **more)

@@ -145,7 +145,7 @@ def measured(rank: int) -> Any:
         strategy = EASGDStrategy(tau=AdaptivePeriod(3, tau_min=3, tau_max=3), **options)
 
         def on_train_start(*, module=module, brought=brought, seen=variances, own=strategy) -> None:
-            transit = own._exchange._transit
+            transit = own._fit.exchange._transit
             give, note = transit.contribution.give, transit.consensus.note
 
             def give_and_record(*args: Any, **kwargs: Any) -> Any:
