@@ -26,7 +26,7 @@ from lightning_easgd.algorithms import (
     SlowMo,
 )
 from lightning_easgd.communication import Codec, ExchangeError, Int8, TopK
-from lightning_easgd.exchange.contribution import NonFiniteError
+from lightning_easgd.exchange.arrival import NonFiniteError
 from lightning_easgd.groups import Groups
 from lightning_easgd.schedules import (
     AdaptivePeriod,

@@ -77,6 +77,12 @@ class Telemetry:
         """Bytes this worker would have sent so far if gradients were all-reduced at every step."""
         return self.steps * self.ddp_bytes_per_step
 
+    def count_bytes(self, moved: int, inside: int) -> None:
+        """Count bytes that were sent and as many received; ``inside``: those within a group."""
+        self.bytes_sent += moved
+        self.bytes_received += moved
+        self.bytes_inside += inside
+
     def take_over(self, inside: Telemetry, level: int) -> None:
         """Count what was counted at a level of groups, 0 the outermost, where it begins anew."""
         self.exchanges_inside += inside.exchanges

@@ -91,7 +91,7 @@ def drift(rank: int, codec: Any, bucket_bytes: int, fragments: int, final: bool)
         nonlocal held
         center = strategy.center_state_dict()
         own = sum(p.detach().sum().item() for p in module.parameters())
-        accounts = strategy._fit.exchange._transit.all_reduce.state()["accounts"]
+        accounts = strategy._fit.exchange._link.all_reduce.state()["accounts"]
         pieces = [t for a in accounts.values() for t in [a["unsent"], *a["kept"]] if t is not None]
         held = sum(float(piece.sum()) for piece in pieces)
         seen.append((own, sum(float(center[name].sum()) for name in center), held))

@@ -175,7 +175,7 @@ def ways(rank: int, options: Any) -> tuple[int, bool]:
     strategy = EASGDStrategy(tau=2, **options)
 
     def on_train_start() -> None:
-        all_reduce = strategy._fit.exchange._transit.all_reduce
+        all_reduce = strategy._fit.exchange._link.all_reduce
         groups = [all_reduce._control, all_reduce.level.data]
         seen.append((len(distributed_c10d._world.pg_map), dist.group.WORLD in groups))
 

@@ -1,4 +1,4 @@
-"""What workers agree on by their headers, besides the exchange itself; see transit.py."""
+"""What workers agree on by their headers, besides the exchange itself; see link.py."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from typing import Any
 from lightning_easgd.center.center import Center
 from lightning_easgd.center.flat import FlatVector
 from lightning_easgd.center.fragments import Fragment
+from lightning_easgd.exchange.states import Owed
 
 
 @dataclass(frozen=True)
@@ -31,19 +32,16 @@ class BeforeTheEnd:
     """The worker's weights that had to go on from the center at a later step."""
 
 
-def weights_owed(
-    center: Center, owed: tuple[int, int, int] | None
-) -> list[tuple[Fragment, FlatVector]]:
+def weights_owed(center: Center, owed: Owed | None) -> list[tuple[Fragment, FlatVector]]:
     """Copies of the worker's weights that have to go on from the center.
 
     Args:
         center: of the worker's module.
-        owed: as of Transit.
+        owed: when the worker does, if it has to.
     """
     if owed is None:
         return []
-    _, turn, joined = owed
-    found = [(f, f.center.clone()) for f in center.fragments(turn, joined)]
+    found = [(f, f.center.clone()) for f in center.fragments(owed.index, owed.joined)]
     for fragment, vector in found:
         vector.read_(fragment.tensors())
     return found

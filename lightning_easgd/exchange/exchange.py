@@ -15,125 +15,41 @@ since.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_easgd.center.center import Center, Shown
+from lightning_easgd.center.center import Shown
 from lightning_easgd.center.swap import Swap
-from lightning_easgd.communication import AllReduce, Phase, Stop
-from lightning_easgd.exchange.agreement import Agreement
-from lightning_easgd.exchange.clock import Clock
-from lightning_easgd.exchange.contribution import Contribution, Pull, pull_worker
+from lightning_easgd.communication import Phase, Stop
+from lightning_easgd.exchange.difference import Pull, pull_worker
 from lightning_easgd.exchange.ending import BeforeTheEnd
-from lightning_easgd.exchange.gradient_averaging import GradientAverage
-from lightning_easgd.exchange.level import GroupLevel
-from lightning_easgd.exchange.moving_rates import rates_of
-from lightning_easgd.exchange.optimizers import LocalOptimizers
 from lightning_easgd.exchange.outside_writes import OutsideWrites
-from lightning_easgd.exchange.policy import ExchangePolicy
-from lightning_easgd.exchange.rendezvous import Lockstep, Rendezvous
-from lightning_easgd.exchange.saved_state import SavedState
-from lightning_easgd.exchange.stops import Stops
-from lightning_easgd.exchange.transit import Transit
-from lightning_easgd.exchange.tree import Levels
-from lightning_easgd.schedules import WorkerView
-from lightning_easgd.telemetry import Telemetry
+from lightning_easgd.exchange.parts import Parts
 
 
 class Exchange:
     """The elastic link between one worker and the center it shares with the others.
 
     Args:
-        center: the center of this worker's module.
-        all_reduce: how sums travel between the workers.
-        optimizers: the worker's own optimizers.
-        rules: period, strength and variants.
-        telemetry: where costs are counted.
-        gradients: averages those of this worker with others'; None: nothing does.
-        levels: of groups with centers of their own, from the outermost inward, whose center takes
-            part in exchanges in this worker's place; none: the worker itself does.
-        groups: ranks of all groups, level by level, for checkpoints.
-
-    Raises:
-        ValueError: the strength is unstable for this number of workers.
+        parts: of which it is made.
     """
 
-    def __init__(
-        self,
-        center: Center,
-        all_reduce: AllReduce,
-        *,
-        optimizers: LocalOptimizers,
-        rules: ExchangePolicy,
-        telemetry: Telemetry,
-        gradients: GradientAverage | None = None,
-        levels: Sequence[GroupLevel] = (),
-        groups: Sequence[Sequence[Sequence[int]]] = (),
-    ) -> None:
-        self.center = center
-        self.swap = Swap(center)
-        self.telemetry = telemetry
-        self.writes = OutsideWrites(center, optimizers.current)
-        self._optimizers = optimizers
-        self._rules = rules
-        self._gradients = gradients
-        self._restarts = rules.algorithm.restarts
-        self._progress = all_reduce.group.progress
-        self._clock = Clock(rules.period, telemetry)
-        self._stops = Stops()
-        view = WorkerView(
-            all_reduce.participants, all_reduce.participant, optimizers.largest_learning_rate
-        )
-        self._agreement = Agreement(rules.companions(view))
-        contribution = Contribution(
-            center,
-            all_reduce,
-            optimizers=optimizers,
-            rule=rules.algorithm,
-            rates=rates_of(
-                rules,
-                all_reduce,
-                optimizers,
-                agreement=self._agreement,
-                device=center.device,
-            ),
-            telemetry=telemetry,
-            may_take_part=lambda: not levels or levels[0].healthy,
-            from_iterate=rules.elastic_point == "iterate" and not levels,
-        )
-        self._transit = Transit(
-            center,
-            all_reduce,
-            contribution,
-            rule=rules.algorithm,
-            telemetry=telemetry,
-            agreement=self._agreement,
-            stops=self._stops,
-            schedules=rules.schedules,
-        )
-        self._levels = Levels(self._transit, levels, telemetry)
-        self._rendezvous: Rendezvous = Lockstep(
-            self._levels,
-            clock=self._clock,
-            center=center,
-            stops=self._stops,
-            gradients=gradients,
-            overlap=rules.overlap,
-        )
-        self._saved = SavedState(
-            center,
-            self._clock,
-            self._levels,
-            rules,
-            self._agreement,
-            optimizers,
-            telemetry,
-            groups,
-        )
+    def __init__(self, parts: Parts) -> None:
+        self.center = parts.center
+        self.swap = Swap(parts.center)
+        self.telemetry = parts.telemetry
+        self.writes = OutsideWrites(parts.center, parts.optimizers.current)
+        self._parts = parts
+        self._clock = parts.clock
+        self._levels = parts.levels
+        self._link = parts.levels.top
+        self._gradients = parts.gradients
+        self._rendezvous = parts.rendezvous
+        self._restarts = parts.policy.algorithm.restarts
         self._averaged = self._starts = False
         self._before_the_end: BeforeTheEnd | None = None
         self._start_clock(0)
@@ -187,7 +103,7 @@ class Exchange:
 
     def _start_clock(self, step: int) -> None:
         self._reopen()
-        self._transit.start_training()
+        self._link.start_training()
         if self._gradients is not None:
             self._gradients.start()
         self._clock.set(step)
@@ -213,12 +129,12 @@ class Exchange:
     @property
     def stopping(self) -> Stop:
         """Why training ends with this step, on every worker."""
-        return self._stops.stopping
+        return self._parts.stops.stopping
 
     @property
     def stop_askers(self) -> list[int]:
         """Ranks of the workers that were asked to stop, when :attr:`stopping` tells why."""
-        return self._stops.askers
+        return self._parts.stops.askers
 
     @property
     def trains(self) -> bool:
@@ -228,7 +144,7 @@ class Exchange:
     def after_training_step(self, output: object) -> bool:
         """A training step has returned ``output``; whether that has a loss if one is needed."""
         self.center.adopt_unfrozen()  # before the optimizer moves what the step unfroze
-        return self._agreement.observe(output)
+        return self._parts.agreement.observe(output)
 
     @contextmanager
     def step(self, optimizer: Optimizer) -> Iterator[None]:
@@ -241,30 +157,30 @@ class Exchange:
         self.center.adopt_unfrozen()
         exchanges = self.telemetry.exchanges
         due = self.clock + self._restarts >= self._clock.next_due
-        pull = [] if self._restarts else self._begin_due()
+        pull = [] if self._restarts else self._start_due()
         try:
             try:
                 yield
             finally:
                 self._averaged = False
-                self._optimizers.after_step(optimizer)
+                self._parts.optimizers.after_step(optimizer)
                 self.writes.before_exchange(exchanges=due)
         finally:
             pull_worker(pull)
             self._count_step()
         if self._restarts:
-            self._transit.go_on(self.clock)
-            self._begin_due()
-        elif self._transit.restarts_workers:
+            self._link.go_on(self.clock)
+            self._start_due()
+        elif self._link.resets_workers:
             self.drain()
         if self.telemetry.exchanges > exchanges:
             self.writes.after_exchange()
 
     def _count_step(self) -> None:
         self._clock.steps += 1
-        self._progress.take_step(self.clock)
+        self._parts.progress.take_step(self.clock)
         self.telemetry.steps += 1
-        self._transit.timer.step(self._transit.arrived)
+        self._link.timer.step(self._link.arrived)
 
     def average_gradients(self, *, anew: bool = False) -> None:
         """Average the gradients of this step with those of other workers, if that is wanted.
@@ -358,7 +274,7 @@ class Exchange:
 
     def _keep(self) -> BeforeTheEnd:
         self.drain()
-        return self._saved.before_the_end()
+        return self._parts.saved.before_the_end()
 
     def center_state_dict(
         self, module: nn.Module, *, latest: bool = True, delivered: bool = False
@@ -380,11 +296,11 @@ class Exchange:
             return self._before_the_end.shared
         if not self.begun:
             self.center.read_module()
-        return self._saved.shared()
+        return self._parts.saved.shared()
 
     def own_state(self) -> dict[str, Any]:
         """What this worker alone knows beside its weights, for a checkpoint."""
-        return self._saved.own() if self._before_the_end is None else self._before_the_end.own
+        return self._parts.saved.own() if self._before_the_end is None else self._before_the_end.own
 
     def load_state(self, shared: Mapping[str, Any], own: Mapping[str, Any] | None) -> None:
         """Go on from a checkpoint; the module holds what it delivered, and then the center.
@@ -401,7 +317,7 @@ class Exchange:
                 stacklevel=2,
             )
             self.center.write("center")
-        self._saved.load(shared, own)
+        self._parts.saved.load(shared, own)
 
     def read_module(self) -> None:
         """Start again from the module's weights, which are equal on all workers."""
@@ -414,21 +330,21 @@ class Exchange:
         # The learning-rate finder ends a training of its own before the one that it was called in.
         self.swap.release()
         self._before_the_end = None
-        self._transit.owed = None
-        self._agreement.forget()
+        self._link.forget_owed()
+        self._parts.agreement.forget()
         self._rendezvous.reopen()
 
-    def _begin_due(self) -> Pull:
-        """Begin what is due at this step, level by level; see tree.py, [Note: levels]."""
+    def _start_due(self) -> Pull:
+        """Start what is due at this step, level by level; see tree.py, [Note: levels]."""
         pull: Pull = []
         if self.clock >= self._clock.next_due:
             if self._gradients is not None:
                 self._gradients.before_exchange(self.clock)
-            self._levels.land()
-            self._stops.take_effect()
+            self._levels.wait()
+            self._parts.stops.take_effect()
             self._clock.set(self.clock)
-            pull = self._transit.begin(self.clock)
-        pull = self._levels.begin_due(self.clock, pull)
-        if not self._rules.overlap and not self._transit.restarts_workers:
-            self._levels.land()
+            pull = self._link.start(self.clock)
+        pull = self._levels.start_due(self.clock, pull)
+        if not self._parts.policy.overlap and not self._link.resets_workers:
+            self._levels.wait()
         return pull

@@ -8,14 +8,11 @@ from typing import Any
 from lightning_easgd.algorithms import EASGD
 from lightning_easgd.center.center import Center
 from lightning_easgd.communication import AllReduce, Phase
-from lightning_easgd.exchange.agreement import Agreement
-from lightning_easgd.exchange.contribution import Contribution, Pull
+from lightning_easgd.exchange.difference import Pull
+from lightning_easgd.exchange.making import make_link
 from lightning_easgd.exchange.moving_rates import MovingRates
 from lightning_easgd.exchange.optimizers import LocalOptimizers
-from lightning_easgd.exchange.stops import Stops
-from lightning_easgd.exchange.transit import Transit
 from lightning_easgd.groups import Groups
-from lightning_easgd.schedules import Schedules
 from lightning_easgd.telemetry import Telemetry
 
 
@@ -52,33 +49,22 @@ class GroupLevel:
         self._period = groups.period
         reports = all_reduce.participant == 0
         rates = {size: _rates(groups, optimizers, size, reports=reports) for size in sizes}
-        rule = EASGD()
-        contribution = Contribution(
+        self._link = make_link(
             center,
             all_reduce,
             optimizers=optimizers,
-            rule=rule,
+            rule=EASGD(),
             rates=rates[len(all_reduce.participants)].at,
             telemetry=self.telemetry,
-            may_take_part=lambda: inside is None or inside.healthy,
             from_iterate=from_iterate and inside is None,
-        )
-        self._transit = Transit(
-            center,
-            all_reduce,
-            contribution,
-            rule=rule,
-            telemetry=self.telemetry,
-            agreement=Agreement(()),
-            stops=Stops(),
-            schedules=Schedules({}),
+            may_take_part=lambda: inside is None or inside.healthy,
         )
         self.set_clock(0)
 
     @property
     def healthy(self) -> bool:
         """Whether a participant had finite weights at the latest exchange that has arrived."""
-        return self._transit.anybody_healthy
+        return self._link.arrivals.healthy
 
     def set_clock(self, clock: int) -> None:
         """An exchange began at this step, or training does after so many steps."""
@@ -89,46 +75,45 @@ class GroupLevel:
         _, due = self._period.after(max(0, clock - 1))
         self.next_due = max(self.next_due, due)
 
-    def begin(self, clock: int, *, last: bool = False) -> Pull:
+    def start(self, clock: int, *, last: bool = False) -> Pull:
         """Send the participant's difference off, and return the pull that it is owed."""
-        pull = self._transit.begin(clock, last=last)
+        pull = self._link.start(clock, last=last)
         self.set_clock(clock)
         return pull
 
-    def land(self) -> None:
+    def wait(self) -> None:
         """Wait for what is under way, if anything, and move the group's center.
 
         Raises:
             ExchangeError: it failed, or the members are out of step.
         """
-        self._transit.land()
+        self._link.wait()
 
     def stand_still(self, clock: int, phase: Phase) -> int | None:
         """Wait until a member begins an exchange, at the step returned, or all stand still.
 
         Raises:
-            ExchangeError: as for :meth:`land`.
+            ExchangeError: as for :meth:`wait`.
         """
-        self.land()
+        self.wait()
         self.announce(clock, phase)
-        headers = self._transit.headers()
+        headers = self._link.headers()
         training = [header.clock for header in headers if header.phase is Phase.TRAINING]
         if training:
             return training[0]
-        self.land()
+        self.wait()
         return None
 
     def announce(self, clock: int, phase: Phase) -> None:
         """Say that this worker stands still. Nothing is under way."""
         # Members that train have their center pulled before their headers leave; here it is later.
-        self._transit.stand_still(clock, phase, compare=False)
+        self._link.stand_still(clock, phase, compare=False)
 
     def answer(self, clock: int) -> Pull:
-        """Take part in the exchange that members began, when all have said so; as :meth:`begin`."""
-        self._transit.headers()
-        # Once more: the group's center may have been pulled since the header left.
-        self._transit.contribution.take_differences(0)
-        pull = self._transit.answer(clock)
+        """Take part in the exchange that members began, when all have said so; as :meth:`start`."""
+        self._link.headers()
+        # Anew: the group's center may have been pulled since the header left.
+        pull = self._link.answer(clock, anew=True)
         self.set_clock(clock)
         return pull
 
@@ -158,7 +143,7 @@ class GroupLevel:
             elements = sum(p.numel() for s in self._center.cohorts for _, p in s.named)
             state, _ = subgroup.broadcast(saved, having.index(True), what, elements=elements)
         assert state is not None
-        self._transit.anybody_healthy = state["healthy"]
+        self._link.arrivals.healthy = state["healthy"]
         self._center.join(min(state["joined"], len(self._center.cohorts)))
         self._center.load_values(state["center"])
         if saved is None:

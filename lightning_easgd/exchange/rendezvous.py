@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from lightning_easgd.center.center import Center
 from lightning_easgd.communication import Header, Phase, Stop, verify_phases
 from lightning_easgd.exchange.clock import Clock
-from lightning_easgd.exchange.contribution import Pull, pull_worker
+from lightning_easgd.exchange.difference import Pull, pull_worker
 from lightning_easgd.exchange.gradient_averaging import GradientAverage
 from lightning_easgd.exchange.stops import Stops
 from lightning_easgd.exchange.tree import Levels
@@ -130,8 +130,8 @@ class Lockstep(Rendezvous):
             return headers
         self._clock.set(training[0])
         pull_worker(self._link.answer(self._clock.steps))
-        if not self._overlap or self._link.restarts_workers:
-            self._link.land()  # when workers that train do
+        if not self._overlap or self._link.resets_workers:
+            self._link.wait()  # when workers that train do
         return None
 
     def _accompany_members(self, phase: Phase) -> None:
@@ -142,13 +142,13 @@ class Lockstep(Rendezvous):
         for clock in self._levels.accompany(steps, phase, self._announce, self._answer):
             self._clock.steps = clock
             if not self._overlap:
-                self._levels.land()
+                self._levels.wait()
 
     def _announce(self, clock: int, phase: Phase) -> bool:
         """Say that this worker stands still, if all workers exchange at this step; whether so."""
         if clock < self._clock.next_due:
             return False
-        self._link.land()
+        self._link.wait()
         self._stops.take_effect()
         self._link.stand_still(clock, phase)
         self._clock.set(clock)
@@ -169,9 +169,9 @@ class Lockstep(Rendezvous):
         for turn in range(self._center.turns):
             is_new = not (settled and turn == self._center.turns - 1)
             if exchange and is_new:
-                self._link.begin(clock, last=True)
+                self._link.start(clock, last=True)
             else:
-                self._link.give_back(clock)
+                self._link.flush_residual(clock)
             self._levels.drain()
         self._stops.take_effect()
 

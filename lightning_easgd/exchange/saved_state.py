@@ -41,22 +41,17 @@ class SavedState:
 
     def shared(self, *, at_the_end: bool = False) -> dict[str, Any]:
         """What all workers hold alike. Nothing may be in flight."""
-        top = self.levels.top
-        assert top.is_empty
         return {
             "begun": self.clock.begun,
             "clock": self.clock.steps,
             "tau": self.telemetry.tau,
             "next_due": self.clock.next_due,
-            "turn": top.turn,
             "schedules": self.policy.schedules.state(),
-            "consensus": top.consensus.state(),
-            "exchanged": top.exchanged,
-            "owed": top.owed,
             "algorithm": self.policy.algorithm.kind,
             "groups": [[list(ranks) for ranks in level] for level in self.groups],
             "tied": bool(self.levels),
             "agreement": self.agreement.shared_state(),
+            **self.levels.top.state(),
             **self.center.shared_state(at_the_end=at_the_end),
         }
 
@@ -77,22 +72,16 @@ class SavedState:
             shared: of :meth:`shared`.
             own: of :meth:`own`; None to start at the center.
         """
-        top = self.levels.top
         self.center.load_shared_state(shared)
         self.clock.begun = shared["begun"]
-        top.turn = shared["turn"] % self.center.turns
-        top.exchanged = shared["exchanged"]
-        if self.policy.algorithm.delay and (owed := shared["owed"]):
-            due, turn, joined = owed
-            top.owed = due, turn % self.center.turns, joined
+        self.levels.top.load_state(shared)
         self._load_outer(shared)
         self.policy.schedules.load_state(shared["schedules"])
-        top.consensus.load_state(shared["consensus"])
         self._load_clock(shared)
         if own is not None:
             self.optimizers.load_look_ahead_state(own["look_ahead"])
             self.telemetry.load_counters(own["telemetry"])
-        top.all_reduce.load_state({} if own is None else own["held_back"])
+        self.levels.top.all_reduce.load_state({} if own is None else own["held_back"])
         self.levels.restore(None if own is None else own["levels"])
         self.agreement.load_state(shared["agreement"], own and own["agreement"])
 
@@ -112,7 +101,7 @@ class SavedState:
         known = shared["algorithm"] == kind
         if known:
             known = self.center.load_outer(outer)
-        if outer and not known and self.levels.top.reports:
+        if outer and not known and self.levels.top.all_reduce.group.rank == 0:
             warnings.warn(
                 "The center's momentum starts afresh: the checkpoint holds that of"
                 f" {shared['algorithm']}, by fragment, and this is {kind} in {self.center.turns}"

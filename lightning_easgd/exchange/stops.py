@@ -8,7 +8,7 @@ from lightning_easgd.communication import Stop
 
 
 class Stops:
-    """Lets all workers stop at the same step; see transit.py, [Note: who decides]."""
+    """Lets all workers stop at the same step; see link.py, [Note: who decides]."""
 
     def __init__(self) -> None:
         self.requested = Stop.NO

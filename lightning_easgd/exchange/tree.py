@@ -27,9 +27,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lightning_easgd.communication import Phase
-from lightning_easgd.exchange.contribution import Pull, pull_worker
+from lightning_easgd.exchange.difference import Pull, pull_worker
 from lightning_easgd.exchange.level import GroupLevel
-from lightning_easgd.exchange.transit import Transit
+from lightning_easgd.exchange.link import CollectiveLink
 from lightning_easgd.telemetry import Telemetry
 
 
@@ -42,7 +42,9 @@ class Levels:
         telemetry: where costs are counted.
     """
 
-    def __init__(self, top: Transit, levels: Sequence[GroupLevel], telemetry: Telemetry) -> None:
+    def __init__(
+        self, top: CollectiveLink, levels: Sequence[GroupLevel], telemetry: Telemetry
+    ) -> None:
         self.top = top
         self._levels = list(levels)
         self._telemetry = telemetry
@@ -62,8 +64,8 @@ class Levels:
         for level in self._levels:
             level.catch_up(clock)
 
-    def begin_due(self, clock: int, pull: Pull) -> Pull:
-        """Begin what is due at this step, level by level; see [Note: levels].
+    def start_due(self, clock: int, pull: Pull) -> Pull:
+        """Start what is due at this step, level by level; see [Note: levels].
 
         Args:
             clock: steps taken.
@@ -72,10 +74,10 @@ class Levels:
         Returns:
             What the worker is owed.
         """
-        self._land_groups(clock)
+        self._wait_for_groups(clock)
         for level in self._due(clock, self._levels):
             pull_worker(pull)
-            pull = level.begin(clock)
+            pull = level.start(clock)
         return pull
 
     def accompany(
@@ -106,7 +108,7 @@ class Levels:
                 clock = begun
                 above = self._due(clock, self._levels[:number])
                 for upper in above:
-                    upper.land()
+                    upper.wait()
                 for_all = announce(clock, phase)
                 for upper in above:
                     upper.announce(clock, phase)
@@ -118,32 +120,32 @@ class Levels:
                 yield clock
 
     def drain(self) -> None:
-        """As :meth:`land`, for something else than the next step."""
-        self.land()
+        """As :meth:`wait`, for something else than the next step."""
+        self.wait()
         self.top.timer.interrupt()  # whoever needs the center has something to do with it
 
-    def land(self) -> None:
+    def wait(self) -> None:
         """Wait for all that is under way, and move the centers.
 
         Raises:
             ExchangeError: it failed, or workers are out of step; the center stays as it was.
             NonFiniteError: no worker had finite weights; the center stays as it was.
         """
-        self._land_groups()
-        self.top.land()
+        self._wait_for_groups()
+        self.top.wait()
 
-    def _land_groups(self, due: float = math.inf) -> None:
+    def _wait_for_groups(self, due: float = math.inf) -> None:
         """Wait for what is under way in groups where an exchange is due by then."""
         for number, level in enumerate(self._levels):
             if level.next_due <= due:
-                level.land()
+                level.wait()
                 self._telemetry.take_over(level.telemetry, number)
 
     def finish(self, clock: int) -> None:
         """Let all that workers have reach the outermost center, where it is at the end."""
         for level in reversed(self._levels):
-            level.begin(clock, last=True)
-            level.land()
+            level.start(clock, last=True)
+            level.wait()
 
     def state(self) -> list[dict[str, Any]]:
         """What the members of this worker's groups share, for a checkpoint."""

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 
 from lightning_easgd.center.center import Center
 from lightning_easgd.communication import Subgroup, WorkerGroup, make_all_reduce
+from lightning_easgd.exchange.assembly import assemble
 from lightning_easgd.exchange.exchange import Exchange
 from lightning_easgd.exchange.gradient_averaging import GradientAverage
 from lightning_easgd.exchange.level import GroupLevel
@@ -91,7 +92,7 @@ def make_exchange(
     )
     trained = [p for p in trainer.lightning_module.parameters() if p.requires_grad]
     telemetry.ddp_bytes_per_step = all_reduce.ring_bytes(trained)
-    return Exchange(
+    return assemble(
         center,
         all_reduce,
         optimizers=optimizers,

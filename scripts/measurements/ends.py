@@ -19,6 +19,7 @@ from lightning_easgd import CenterAverage, Rule
 from lightning_easgd.algorithms import AVERAGED, RULES, choose_average
 from lightning_easgd.center.center import Center
 from lightning_easgd.communication import AllReduce, Level, WorkerGroup, leave_all_groups
+from lightning_easgd.exchange.assembly import assemble
 from lightning_easgd.exchange.exchange import Exchange
 from lightning_easgd.exchange.optimizers import LocalOptimizers
 from lightning_easgd.exchange.policy import ExchangePolicy
@@ -156,7 +157,7 @@ def exchange_of(
 ) -> Exchange:
     """An exchange at every step, of a worker that is alone."""
     point = "parameter" if rule.restarts else "iterate"
-    return Exchange(
+    return assemble(
         Center(module, buffers="average", rank=0, averaging=average),
         NoWire(group, 25 * 2**20, level=Level(group.rank, group.size, None)),
         optimizers=LocalOptimizers(lambda: [optimizer]),

@@ -165,7 +165,7 @@ def restarted(rank: int) -> Any:
 def held_back(strategy: EASGDStrategy) -> torch.Tensor:
     """Of the parameter ``more``, by this worker."""
     strategy._fit.exchange.drain()
-    accounts = strategy._fit.exchange._transit.all_reduce.state()["accounts"]
+    accounts = strategy._fit.exchange._link.all_reduce.state()["accounts"]
     held = torch.zeros(700, dtype=torch.float64)
     for fragment in strategy._fit.center.cohorts[0].fragments:
         saved = accounts[f"{fragment.name}, torch.float64"]["unsent"]

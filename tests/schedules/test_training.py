@@ -145,8 +145,8 @@ def measured(rank: int) -> Any:
         strategy = EASGDStrategy(tau=AdaptivePeriod(3, tau_min=3, tau_max=3), **options)
 
         def on_train_start(*, module=module, brought=brought, seen=variances, own=strategy) -> None:
-            transit = own._fit.exchange._transit
-            give, note = transit.contribution.give, transit.consensus.note
+            link = own._fit.exchange._link
+            give, note = link.participant.contribute, link.consensus.note
 
             def give_and_record(*args: Any, **kwargs: Any) -> Any:
                 brought.append(np.concatenate([x.ravel() for x in weights(module).values()]))
@@ -154,10 +154,10 @@ def measured(rank: int) -> Any:
 
             def note_and_record(*args: Any) -> Any:
                 observation = note(*args)
-                seen.append((transit.consensus.variance, observation))
+                seen.append((link.consensus.variance, observation))
                 return observation
 
-            transit.contribution.give, transit.consensus.note = give_and_record, note_and_record
+            link.participant.contribute, link.consensus.note = give_and_record, note_and_record
 
         module.on_train_start = on_train_start
         trainer(3, strategy).fit(module, loader(rank, 20))

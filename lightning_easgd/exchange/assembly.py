@@ -1,0 +1,97 @@
+"""Puts an exchange together, whatever brings its sums."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning_easgd.center.center import Center
+from lightning_easgd.communication import AllReduce
+from lightning_easgd.exchange.agreement import Agreement
+from lightning_easgd.exchange.clock import Clock
+from lightning_easgd.exchange.exchange import Exchange
+from lightning_easgd.exchange.gradient_averaging import GradientAverage
+from lightning_easgd.exchange.level import GroupLevel
+from lightning_easgd.exchange.making import make_link
+from lightning_easgd.exchange.moving_rates import rates_of
+from lightning_easgd.exchange.optimizers import LocalOptimizers
+from lightning_easgd.exchange.parts import Parts
+from lightning_easgd.exchange.policy import ExchangePolicy
+from lightning_easgd.exchange.rendezvous import Lockstep
+from lightning_easgd.exchange.saved_state import SavedState
+from lightning_easgd.exchange.stops import Stops
+from lightning_easgd.exchange.tree import Levels
+from lightning_easgd.schedules import WorkerView
+from lightning_easgd.telemetry import Telemetry
+
+
+def assemble(
+    center: Center,
+    all_reduce: AllReduce,
+    *,
+    optimizers: LocalOptimizers,
+    rules: ExchangePolicy,
+    telemetry: Telemetry,
+    gradients: GradientAverage | None = None,
+    levels: Sequence[GroupLevel] = (),
+    groups: Sequence[Sequence[Sequence[int]]] = (),
+) -> Exchange:
+    """The exchange of a worker with all others, in lockstep.
+
+    Args:
+        center: the center of this worker's module.
+        all_reduce: how sums travel between the workers.
+        optimizers: the worker's own optimizers.
+        rules: period, strength and variants.
+        telemetry: where costs are counted.
+        gradients: averages those of this worker with others'; None: nothing does.
+        levels: of groups with centers of their own, from the outermost inward, whose center takes
+            part in exchanges in this worker's place; none: the worker itself does.
+        groups: ranks of all groups, level by level, for checkpoints.
+
+    Raises:
+        ValueError: the strength is unstable for this number of workers.
+    """
+    clock, stops = Clock(rules.period, telemetry), Stops()
+    view = WorkerView(
+        all_reduce.participants, all_reduce.participant, optimizers.largest_learning_rate
+    )
+    agreement = Agreement(rules.companions(view))
+    link = make_link(
+        center,
+        all_reduce,
+        optimizers=optimizers,
+        rule=rules.algorithm,
+        rates=rates_of(rules, all_reduce, optimizers, agreement=agreement, device=center.device),
+        telemetry=telemetry,
+        from_iterate=rules.elastic_point == "iterate" and not levels,
+        may_take_part=lambda: not levels or levels[0].healthy,
+        agreement=agreement,
+        stops=stops,
+        schedules=rules.schedules,
+    )
+    all_levels = Levels(link, levels, telemetry)
+    rendezvous = Lockstep(
+        all_levels,
+        clock=clock,
+        center=center,
+        stops=stops,
+        gradients=gradients,
+        overlap=rules.overlap,
+    )
+    saved = SavedState(center, clock, all_levels, rules, agreement, optimizers, telemetry, groups)
+    return Exchange(
+        Parts(
+            center=center,
+            clock=clock,
+            levels=all_levels,
+            rendezvous=rendezvous,
+            policy=rules,
+            agreement=agreement,
+            stops=stops,
+            optimizers=optimizers,
+            saved=saved,
+            telemetry=telemetry,
+            progress=all_reduce.group.progress,
+            gradients=gradients,
+        )
+    )
