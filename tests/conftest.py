@@ -69,7 +69,10 @@ def gpus() -> int:
 
 def children() -> set[str]:
     """Processes that this one started and has not waited for, where the kernel tells."""
-    found = {pid for path in PROCESS.glob("task/*/children") for pid in path.read_text().split()}
+    found: set[str] = set()
+    for path in PROCESS.glob("task/*/children"):
+        with suppress(OSError):  # of a thread that has ended meanwhile
+            found |= set(path.read_text().split())
     return found - {str(resource_tracker._resource_tracker._pid)}  # stays, for semaphores
 
 

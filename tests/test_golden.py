@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from in_memory import run_threads
 from processes import run_workers
-from trajectories import GOLDEN, cases, run
+from trajectories import GOLDEN, cases, run, run_in_memory
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory")
 
@@ -29,7 +30,20 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.mark.parametrize(("workers", "name"), [(p, n) for p in (2, 4) for n in cases(p)])
 def test_the_trajectory_is_the_one_that_was_written(trained: Any, workers: int, name: str) -> None:
-    found = [each[name] for each in (trained(workers)[0], trained(workers)[-1])]
+    require_written(workers, name, [each[name] for each in trained(workers)])
+
+
+@pytest.mark.parametrize(
+    ("workers", "name"), [(p, n) for p in (2, 4) for n, case in cases(p).items() if case.in_memory]
+)
+def test_it_is_the_same_where_workers_exchange_by_memory(workers: int, name: str) -> None:
+    runs = run_threads(run_in_memory, cases(workers)[name], workers=workers)
+    require_written(workers, name, runs)
+
+
+def require_written(workers: int, name: str, runs: list[Any]) -> None:
+    """Those of the first worker and of the last are."""
+    found = [runs[0], runs[-1]]
     written = WRITTEN[f"{workers} workers: {name}"]
     if cases(workers)[name].exact:
         assert found == written

@@ -1,6 +1,7 @@
-"""One table that every rule runs through, on real workers and against slow, obvious references.
+"""One table that every rule runs through, against slow, obvious references.
 
-Workers train all cases of all rules one after another, so that they are started once.
+Workers are processes that train with Lightning, and threads that exchange by memory, without it.
+Processes train all cases of all rules one after another, so that they are started once.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import numpy as np
 import pytest
 import reference
 import torch
+from in_memory import Wire, Worker, make_worker, run_threads
 from lightning.pytorch.callbacks import ModelCheckpoint
 from processes import run_workers
-from toy import Resumable, Toy, batches, initial_weights, loader, trainer, weights
+from toy import Batches, Resumable, Toy, batches, bits, initial_weights, loader, trainer, weights
 
 from lightning_easgd import (
     EASGD,
@@ -33,6 +35,8 @@ from lightning_easgd import (
     Rule,
     SlowMo,
 )
+from lightning_easgd.center.center import Center
+from lightning_easgd.communication import Phase
 
 LR = 0.05
 SGD = partial(torch.optim.SGD, lr=LR)
@@ -68,6 +72,11 @@ class Row:
         in_time = self.delay * case.fragments <= self.period(case)
         watches = case.rates is None or getattr(self.rule, "lr_drop", None) is not None
         return cut and in_time and watches and workers > case.needs_others
+
+    @property
+    def by_itself(self) -> bool:
+        """Whether its workers train without averaging gradients, which threads cannot."""
+        return not getattr(self.rule, "warm_up", 0)
 
     @property
     def delay(self) -> int:
@@ -209,19 +218,13 @@ CASES = {
 def train(rank: int, workers: int, row: Row, case: Case, **more: Any) -> dict[str, np.ndarray]:
     """The center in the end, of the precision that it began with."""
     module = Toy(case.make, dtype=case.dtype)
-    options = {"algorithm": row.rule, "tau": row.period(case), "fragments": case.fragments}
-    strategy = EASGDStrategy(**options, **row.options, **more)
+    strategy = strategy_of(row, case, **more)
 
     def on_train_batch_end(outputs: Any, batch: Any, batch_idx: int) -> None:
-        if case.sick is not None and (rank, batch_idx + 2) == case.sick:
-            module.w.data[0, 0] = float("nan")
+        poison(module, rank, batch_idx, case)
 
     def on_train_end() -> None:
-        fragments = [f for s in strategy._fit.center.cohorts for f in s.fragments]
-        kept = [v for f in fragments for part in f.outer for v in part.values()]
-        kept += [part for f in fragments if row.average for part in f.delivered.parts]
-        sizes = [tensor.numel() for tensor in kept if tensor.dim()]
-        assert sum(sizes) == row.copies * sum(p.numel() for p in module.parameters())
+        require_copies(strategy._fit.center, module, row)
 
     def on_train_batch_start(batch: Any, batch_idx: int) -> None:
         strategy.optimizers[0].param_groups[0]["lr"] = case.rate(rank, module.global_step)
@@ -232,6 +235,64 @@ def train(rank: int, workers: int, row: Row, case: Case, **more: Any) -> dict[st
     fitting.fit(module, loader(rank, case.own(rank, workers), case.dtype))
     assert all(parameter.dtype == case.dtype for parameter in module.parameters())
     return weights(module)
+
+
+def strategy_of(row: Row, case: Case, **more: Any) -> EASGDStrategy:
+    options = {"algorithm": row.rule, "tau": row.period(case), "fragments": case.fragments}
+    return EASGDStrategy(**options, **row.options, **more)
+
+
+def poison(module: Toy, rank: int, batch: int, case: Case) -> None:
+    """A batch is over, behind which the weights of the case's sick worker are not finite."""
+    if case.sick is not None and (rank, batch + 2) == case.sick:
+        module.w.data[0, 0] = float("nan")
+
+
+def require_copies(center: Center, module: Toy, row: Row) -> None:
+    """The rule keeps as many copies of the parameters as it says."""
+    fragments = [f for s in center.cohorts for f in s.fragments]
+    kept = [v for f in fragments for part in f.outer for v in part.values()]
+    kept += [part for f in fragments if row.average for part in f.delivered.parts]
+    sizes = [tensor.numel() for tensor in kept if tensor.dim()]
+    assert sum(sizes) == row.copies * sum(p.numel() for p in module.parameters())
+
+
+def train_in_memory(
+    wire: Wire, rank: int, row: Row, case: Case, more: dict[str, Any]
+) -> dict[str, np.ndarray]:
+    """As :func:`train`, by a thread, and with the few calls that Lightning's loops come down to."""
+    module = Toy(case.make, dtype=case.dtype)
+    strategy = strategy_of(row, case, **more)
+    worker = make_worker(wire, rank, module, strategy, steps=case.steps)
+    train_epoch(worker, case)
+    assert worker.exchange.meet(Phase.EPOCH_END)
+    assert worker.exchange.finish(exchange=True)
+    require_copies(worker.center, module, row)
+    return weights(module)
+
+
+def train_epoch(worker: Worker, case: Case) -> None:
+    """Gradients of the last batch of a step belong to the step, as in Lightning's closure."""
+    module, optimizer, exchange = worker.module, worker.optimizer, worker.exchange
+    count = case.own(worker.rank, worker.workers)
+    for number, batch in enumerate(Batches(worker.rank, count, case.dtype)):
+        step, place = divmod(number, case.accumulate)
+        optimizer.param_groups[0]["lr"] = case.rate(worker.rank, step)
+
+        def closure(batch: Any = batch, number: int = number, first: bool = place == 0) -> Any:
+            exchange.before_batch()
+            loss = module.training_step(batch, number)
+            exchange.after_training_step(loss)
+            if first:
+                optimizer.zero_grad()
+            (loss / case.accumulate).backward()
+            return loss
+
+        if place < case.accumulate - 1:
+            closure()
+        else:
+            worker.step(closure)
+        poison(module, worker.rank, number, case)
 
 
 def train_all(rank: int, workers: int) -> dict[tuple[str, str], Any]:
@@ -300,11 +361,48 @@ def strength(case: Case, alpha: float, name: str, t: int) -> np.ndarray:
     [(n, c, p) for n, row in ROWS.items() for c in CASES for p in (1, 2) if row.can(CASES[c], p)],
 )
 def test_the_center_is_that_of_the_reference(name: str, case: str, workers: int) -> None:
+    require_reference(name, case, workers, [run[name, case] for run in trained(workers)])
+
+
+@pytest.mark.filterwarnings("ignore:At step")
+@pytest.mark.parametrize(
+    ("name", "case", "workers"),
+    [
+        (name, case, workers)
+        for name, row in ROWS.items()
+        for case in CASES
+        for workers in (1, 2, 3)
+        if row.can(CASES[case], workers) and row.by_itself
+    ],
+)
+def test_the_center_is_that_of_the_reference_in_memory(name: str, case: str, workers: int) -> None:
+    row = ROWS[name]
+    runs = run_threads(train_in_memory, row, CASES[case], {}, workers=workers)
+    require_reference(name, case, workers, runs)
+
+
+def require_reference(name: str, case: str, workers: int, runs: list[Any]) -> None:
+    """All workers hold the same center, which is that of the reference."""
     center = expected(ROWS[name], CASES[case], workers)
-    first, *others = [run[name, case] for run in trained(workers)]
+    first, *others = runs
     for key, value in first.items():
         assert all(np.array_equal(value, other[key]) for other in others)
         np.testing.assert_allclose(value, center[key], rtol=0, atol=CASES[case].within)
+
+
+@pytest.mark.parametrize(
+    "case", ["21 exchanges", "learning rates fall", "two fragments", "fewer batches"]
+)
+@pytest.mark.parametrize("name", OVERLAPS)
+def test_overlap_changes_no_bit_in_memory(name: str, case: str) -> None:
+    row, case_ = ROWS[name], CASES[case]
+    if not row.can(case_, 2):
+        return
+    behind, blocking = (
+        run_threads(train_in_memory, row, case_, {"overlap": overlap}, workers=2)
+        for overlap in (True, False)
+    )
+    assert [bits(center) for center in behind] == [bits(center) for center in blocking]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -15,6 +15,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from in_memory import Wire, make_worker
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from toy import trainer
@@ -34,6 +35,7 @@ from lightning_easgd import (
     PostLocalSGD,
     SlowMo,
 )
+from lightning_easgd.communication import Phase
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "trajectories.json"
 STEPS = 10
@@ -103,6 +105,13 @@ class Case:
     """The step of a checkpoint from which training goes on."""
     exact: bool = True
     workers: tuple[int, ...] = (2, 4)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether threads can train so: without collectives of groups or codecs, and files."""
+        wired = self.options.keys() & {"groups", "compression"}
+        warms_up = getattr(self.options.get("algorithm"), "warm_up", 0)
+        return not (wired or warms_up or self.saved)
 
 
 PULL = {"beta": 0.5}
@@ -186,4 +195,26 @@ def _fit(
     missing = case.missing if rank == workers - 1 else 0
     fitting = trainer(workers, EASGDStrategy(**case.options), **how)
     fitting.fit(module, Steps(STEPS - missing), ckpt_path=ckpt_path)
+    return [*module.seen, module.values()]
+
+
+def run_in_memory(wire: Wire, rank: int, case: Case) -> list[list[float]]:
+    """As :func:`run`, of one case, by a thread."""
+    module = Given(rank, case.momentum)
+    worker = make_worker(wire, rank, module, EASGDStrategy(**case.options), steps=STEPS)
+    missing = case.missing if rank == wire.workers - 1 else 0
+    for number in range(STEPS - missing):
+
+        def closure(number: int = number) -> Tensor:
+            worker.exchange.before_batch()
+            loss = module.training_step(torch.tensor(number), number)
+            worker.exchange.after_training_step(loss)
+            worker.optimizer.zero_grad()
+            loss.backward()
+            return loss
+
+        worker.step(closure)
+        module.on_train_batch_end()
+    worker.exchange.meet(Phase.EPOCH_END)
+    worker.exchange.finish(exchange=True)
     return [*module.seen, module.values()]
