@@ -24,7 +24,9 @@ ENDED = pytest.StashKey[int]()
 
 def pytest_configure(config: pytest.Config) -> None:
     """Whatever a test starts imports what the test does: this tree, and not an installed one."""
-    os.environ["PYTHONPATH"] = os.pathsep.join(map(str, config.getini("pythonpath")))
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    paths = [*map(str, config.getini("pythonpath")), *filter(None, given)]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
