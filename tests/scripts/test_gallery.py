@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[2]
 
 def test_every_schedule_that_can_be_chosen_has_its_panel() -> None:
     files = {path.stem for path in (ROOT / "conf" / "vary").glob("*.yaml")}
-    assert {panel.name for panel in gallery.PANELS} == files
+    # What "auto" chooses follows measured times, which no other run has.
+    assert {panel.name for panel in gallery.PANELS} == files - {"auto"}
 
 
 def test_a_picture_is_drawn_from_real_runs(tmp_path: Path) -> None:
