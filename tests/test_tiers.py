@@ -42,7 +42,7 @@ def by_table() -> Any:
 
 
 @pytest.mark.parametrize(
-    "value", [direct, nested, cached, Holder, by_table, partial(max, key=nested)], ids=str
+    "value", [direct, nested, cached, Holder, by_table, partial(max, key=nested)]
 )
 def test_what_starts_processes_is_seen_however_it_is_named(
     value: Any, request: pytest.FixtureRequest
@@ -51,7 +51,7 @@ def test_what_starts_processes_is_seen_however_it_is_named(
     assert request.node.get_closest_marker("multiprocess")  # by its parameter
 
 
-@pytest.mark.parametrize("value", [plain, Toy, partial(max, key=plain), "run_workers"], ids=str)
+@pytest.mark.parametrize("value", [plain, Toy, partial(max, key=plain), "run_workers"])
 def test_what_starts_none_is_not(value: Any) -> None:
     assert not tiers.starts_processes(value)
 
