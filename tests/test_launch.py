@@ -151,8 +151,17 @@ class CommandLineToy(Toy):
         super().__init__(SGD)
 
 
+AUTO = '{"class_path": "lightning_easgd.Auto", "init_args": {"min": 2, "max": 40}}'
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Lightning's use of jsonargparse
-def test_lightning_cli_takes_the_class_path(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("tau", "said"),
+    [("16", "16"), ("auto", "auto, from 1 to 64"), (AUTO, "auto, from 2 to 40")],
+)
+def test_lightning_cli_takes_the_class_path(
+    tau: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "argv", ["train.py"])
     cli = LightningCLI(
         CommandLineToy,
@@ -162,12 +171,12 @@ def test_lightning_cli_takes_the_class_path(monkeypatch: pytest.MonkeyPatch) -> 
         trainer_defaults={"accelerator": "cpu", "devices": 2, "logger": False},
         args=[
             "--trainer.strategy.class_path=lightning_easgd.EASGDStrategy",
-            "--trainer.strategy.init_args.tau=16",
+            f"--trainer.strategy.init_args.tau={tau}",
             "--trainer.strategy.init_args.beta=0.8",
         ],
     )
     assert isinstance(cli.trainer.strategy, EASGDStrategy)
-    assert cli.trainer.strategy.options.rules.period.after(0) == (16, 16)
+    assert str(cli.trainer.strategy.options.rules.period) == said
     assert cli.trainer.strategy.options.rules.strength.at(0) == 0.8
 
 
