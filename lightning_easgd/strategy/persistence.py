@@ -52,10 +52,6 @@ class Owner(Protocol):
         """How many workers there are."""
 
 
-def _nothing() -> None:
-    """What is to be undone of nothing."""
-
-
 @dataclass(kw_only=True)
 class Persistence:
     """Saves what a fit is, and restores it."""
@@ -74,7 +70,7 @@ class Persistence:
     resumed: Resumed | None = field(default=None, init=False)
     """From what the fit goes on, until it does; None: it starts afresh."""
     _restoring: bool = field(default=False, init=False)
-    _stop_restoring: Callable[[], object] = field(default=_nothing, init=False)
+    _hooks: LoopHooks | None = field(default=None, init=False)
     _saved: WorkerCheckpoints | None = field(default=None, init=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -120,9 +116,8 @@ class Persistence:
         # Where this worker looks; later, callbacks have worker 0's.
         folders = [getattr(each, "dirpath", None) for each in trainer.checkpoint_callbacks]
         looked_in = [os.fspath(folder) for folder in folders if folder is not None]
-        hooks = LoopHooks(trainer)
-        hooks.around_restoring(partial(self._restore, looked_in))
-        self._stop_restoring = hooks.restore
+        self._hooks = LoopHooks(trainer)
+        self._hooks.around_restoring(partial(self._restore, looked_in))
 
     def _restore(
         self, looked_in: list[str], path: str | Path | None, read: Callable[[], None]
@@ -236,5 +231,6 @@ class Persistence:
 
     def end(self) -> None:
         """Leave the trainer as it was, and forget what was saved."""
-        self._stop_restoring()
-        self._stop_restoring, self._saved = _nothing, None
+        if self._hooks is not None:
+            self._hooks.restore()
+        self._hooks = self._saved = None
