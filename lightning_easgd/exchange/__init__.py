@@ -4,4 +4,32 @@ It keeps the ``clock``. A ``link`` brings a worker's ``difference`` to a center 
 when sums arrive (``arrival``); a ``rendezvous`` says who waits for whom. What all workers agree on
 by their headers is in ``agreement`` and ``stops``; the rest is what rules and schedules need to
 know of the worker.
+
+Glossary: one word for one thing, in code and documents.
+
+    worker          a process that trains a copy of the model, x
+    center          the copy that all workers share, c; in a group, g
+    participant     what takes part in an exchange: a worker, or the center of its group
+    subgroup        workers that sum among themselves; a ``group`` is what the user says of them
+    clock           optimizer steps taken, equal on all workers at every exchange
+    τ, ``tau``      the period: optimizer steps from one exchange to the next
+    α, β, ρ         how strongly a worker is pulled: α = β / workers, or α = ρ η
+    exchange        each worker sends its difference, and the center moves by their sum
+    difference      x - c, as it is taken before the step
+    contribution    what a participant adds to the sum, a multiple of its difference
+    pull            what the worker loses by it, α (x - c)
+    residual        what a codec did not send yet, and adds to a later difference
+    cohort          parameters that joined the exchanges at the same time
+    fragment        a part of a cohort that one exchange moves
+    statistics      buffers that the center has, too
+    link            how a difference reaches a center, and what comes back (start, wait)
+    in flight       started, and not arrived
+    header          the few numbers that travel with every exchange, and what they prove
+    companion       what a rule or schedule brings along that lives in the headers
+    rendezvous      who waits for whom: all workers meet in a phase
+    phase           where a worker is in training when it sends a header
+    stand still     to send a header without an exchange, and answer those of others
+    rule            how the center moves, and what becomes of the worker
+    heartbeat       signs of life; a diagnosis says from them who is missing or stuck
+    swap in, out    the module holds the center for a while, and then the worker again
 """
