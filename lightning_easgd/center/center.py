@@ -20,6 +20,7 @@ from lightning_easgd.center.fragments import Fragment, ParameterCohort, Paramete
 from lightning_easgd.center.policies import Buffers, Policies
 from lightning_easgd.center.statistics import Statistics
 from lightning_easgd.center.structure import Structure
+from lightning_easgd.center.sums import Sums
 from lightning_easgd.center.tying import Ties
 
 Shown = Literal["center", "delivered"]
@@ -91,8 +92,7 @@ class Center:
                 " unfreeze one."
             )
         self._memory = _memory(self._dormant[0][1].device, self._offload)
-        self._sums: dict[torch.dtype, Tensor] = {}
-        self._summed: list[Fragment] = []
+        self._sums = Sums(self._memory)
         self.statistics = Statistics(module, *self._statistics_of, self._memory)
         self.adopt_unfrozen()
         self.join(len(self.cohorts))
@@ -153,7 +153,7 @@ class Center:
         Nothing may be in flight.
         """
         fragments = self.fragments(turn, self.joined)
-        self._provide_sums(fragments)
+        self._sums.provide(fragments)
         return fragments
 
     def fragments(self, turn: int, joined: int) -> list[Fragment]:
@@ -266,7 +266,7 @@ class Center:
         fragments = list(_fragments(self.cohorts))
         if in_flight:
             return [(fragment, fragment.center.clone()) for fragment in fragments]
-        self._provide_sums(fragments)
+        self._sums.provide(fragments)
         return [(fragment, fragment.total) for fragment in fragments]
 
     def named_tensors(self) -> dict[str, Tensor]:
@@ -285,9 +285,7 @@ class Center:
     def release_sums(self) -> None:
         """Let go of memory that is larger than exchanges need."""
         if self.turns > 1:
-            for fragment in self._summed:
-                fragment.total = None
-            self._sums, self._summed = {}, []
+            self._sums.release()
 
     def write(self, which: Shown) -> None:
         """Make the module's weights and statistics those of the center or of what is delivered."""
@@ -327,31 +325,6 @@ class Center:
             self.statistics.read_center()
         if self.group is not None:
             self.group.read_module()
-
-    def _provide_sums(self, fragments: list[Fragment]) -> None:
-        """Give these fragments, and no others, memory for their sums."""
-        if fragments == self._summed:
-            return
-        sizes: dict[torch.dtype, int] = {}
-        for fragment in fragments:
-            for dtype, size in fragment.layout.sizes.items():
-                sizes[dtype] = sizes.get(dtype, 0) + size
-        for fragment in self._summed:
-            fragment.total = None
-        if any(size > self._capacity(dtype) for dtype, size in sizes.items()):
-            self._sums = {}  # let go of the smaller ones first
-            self._sums = self._memory.allocate(sizes)
-        ends = dict.fromkeys(sizes, 0)
-        for fragment in fragments:
-            buffers = {}
-            for dtype, size in fragment.layout.sizes.items():
-                buffers[dtype] = self._sums[dtype][ends[dtype] : ends[dtype] + size]
-                ends[dtype] += size
-            fragment.total = FlatVector(fragment.layout, buffers)
-        self._summed = fragments
-
-    def _capacity(self, dtype: torch.dtype) -> int:
-        return self._sums[dtype].numel() if dtype in self._sums else -1
 
     def pieces(self, which: Shown) -> Iterator[tuple[ParameterSlice, Tensor]]:
         """What the center or what is delivered holds for each piece."""
