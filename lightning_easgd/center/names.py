@@ -10,8 +10,8 @@ def dotted(prefix: str, key: str) -> str:
     return f"{prefix}.{key}" if prefix else key
 
 
-def listed(names: Iterable[str], most: int = 3) -> str:
-    """The first few names in quotation marks, and how many more there are."""
+def listed(names: Iterable[str], most: int = 3, *, quoted: bool = True) -> str:
+    """The first few names in quotation marks, or as they are, and how many more there are."""
     every = list(dict.fromkeys(names))
-    shown = ", ".join(f"'{name}'" for name in every[:most])
+    shown = ", ".join(f"'{name}'" if quoted else name for name in every[:most])
     return f"{shown} and {len(every) - most} more" if len(every) > most else shown

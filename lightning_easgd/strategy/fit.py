@@ -164,11 +164,12 @@ class Fit:
     def _begin_equal(self) -> None:
         """User code wrote to weights before training: those of worker 0 count where they differ."""
         if differing := make_equal_(self.group, self.center.named_tensors()):
+            named = listed(differing, quoted=False)
             warnings.warn(
-                f"The workers do not begin with the same weights: {listed(differing)} differed when"
-                " training began, because hooks or the sanity check wrote to them. All workers go"
-                " on from those of worker 0. Write the same on every worker: load the same file, or"
-                " call seed_everything before random ones are drawn.",
+                f"The workers do not begin with the same weights: {named} differed when training"
+                " began, because hooks or the sanity check wrote to them. All workers go on from"
+                " those of worker 0. Write the same on every worker: load the same file, or call"
+                " seed_everything before random ones are drawn.",
                 stacklevel=2,
             )
 
