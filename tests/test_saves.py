@@ -62,7 +62,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=512m", "tmpfs", str(place)]
     if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("this machine does not let root mount a tmpfs")
+        pytest.skip("needs to mount a tmpfs: run pytest as root, in a container with CAP_SYS_ADMIN")
     yield place
     subprocess.run(["umount", "-l", str(place)], check=True)
 

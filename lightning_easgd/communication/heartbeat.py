@@ -1,4 +1,4 @@
-"""Who is still there, and who gets on: signs of life that cost no collective.
+"""Which workers are still there, and get on: signs of life that cost no collective.
 
 [Note: signs of life] A thread of every worker tells the key-value store that the workers met in,
 once a second, that it lives and how far its worker is; see [Note: progress]. Nobody reads this
@@ -7,8 +7,8 @@ or cut off; one that gives signs and stands still is stuck; one that ended with 
 so.
 
 [Note: diagnosis] The first worker that finds out who is missing publishes it, and the threads of
-all look for that with every sign. So all end soon after the first and know what it knew, though the
-store may end with it.
+all workers look for that with every sign. So all end soon after the first, and know what it knew,
+even if the store ends with it.
 
 [Note: who is gone] A worker that is late may only have been stopped for a while. So nobody is taken
 for missing before the timeout has passed without a sign, unless it is known to be gone: it said so,

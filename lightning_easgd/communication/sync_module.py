@@ -90,7 +90,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _digest(name: str, tensor: Tensor) -> str:
     try:
         return digest(tensor)
-    except (TypeError, RuntimeError, NotImplementedError) as error:
+    except (TypeError, RuntimeError) as error:
         raise ValueError(
             f"The values of {name} ({_kind(tensor)}) cannot be compared between the workers:"
             f" {error} Keep it as a plain attribute of the module, or as a tensor that is dense."

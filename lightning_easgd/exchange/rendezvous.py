@@ -1,4 +1,4 @@
-"""Who waits for whom where workers stand still, finish and stop.
+"""Which workers wait for which where they stand still, finish and stop.
 
 [Note: standing still] Workers may have different numbers of batches. One that has no step to take
 sends a header that says so, reads those of the others, and takes part in the exchange if one of
@@ -25,7 +25,7 @@ class Rendezvous(ABC):
 
     @abstractmethod
     def meet(self, phase: Phase) -> bool:
-        """Wait for whom has to be waited for.
+        """Wait until the workers that this one needs stand still, too.
 
         Args:
             phase: where this worker stands still; not in training.
@@ -88,8 +88,8 @@ class Lockstep(Rendezvous):
     def meet(self, phase: Phase) -> bool:
         """Stand still until all workers do, answering the exchanges of those that still train.
 
-        The clocks are then set to the latest. A worker at the end of its fit stays until all are,
-        however long they train. A worker that leaves because all stop leaves here, and so together.
+        The clocks are then set to the latest. A worker at the end of its fit waits until all are at
+        theirs, however long they train. Workers that stop together leave here.
 
         Args:
             phase: where this worker stands still; not in training.

@@ -15,9 +15,10 @@ One after the other is a product of symmetric maps. Each has no eigenvalue outsi
 own α < 2/(p+1), with the p of that level, and then the product is stable too. (All levels at once
 would need the sum of their strengths to be small.) Every exchange keeps Σ x + Σ g + c.
 
-[Note: headers first] Who stands still in a group learns from its headers of exchanges that members
-began further up. It sends its headers for all of these before it waits for those of others: who
-stands still in another group learns of them only when all headers of a level in between are there.
+[Note: headers first] A worker that stands still learns from its group's headers which exchanges
+members began further up. It sends its headers for all of these before it waits for those of others.
+A worker that stands still in another group would wait for them: it learns of an exchange only when
+all headers of the level in between are there.
 """
 
 from __future__ import annotations

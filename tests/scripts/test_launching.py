@@ -183,7 +183,7 @@ run_workers(command, workers=2, nodes=1, logs=folder)
 @pytest.mark.parametrize("by_pipe", [False, True])
 def test_workers_end_with_a_launcher_that_is_killed(tmp_path: Path, by_pipe: bool) -> None:
     if not by_pipe and sys.platform != "linux":
-        pytest.skip("the kernel sends no signal")
+        pytest.skip("needs Linux, whose kernel signals that a parent is gone: run pytest there")
     watching = "import parting; parting._GRACE_SECONDS = 1; parting.watch_lifeline()\n"
     deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
     worker = (watching + deaf if by_pipe else "") + WRITE_PID + SLEEP
