@@ -194,6 +194,11 @@ class Persistence:
         for warning in self.resumed.warnings():
             rank_zero_warn(warning)
 
+    def take_resumed(self) -> Resumed | None:
+        """From what the fit goes on; let go of, as it is as large as the worker's state."""
+        resumed, self.resumed = self.resumed, None
+        return resumed
+
     def give_up(self) -> None:
         """Leave what is being saved to nobody."""
         if self._saved is not None:

@@ -366,8 +366,7 @@ class EASGDStrategy(DDPStrategy):
     def on_train_start(self) -> None:
         _ = self._under_way.own  # from here on it counts what moves
         super().on_train_start()
-        self._under_way.begin(self._persistence.resumed)
-        self._persistence.resumed = None  # as large as the worker's state
+        self._under_way.begin(self._persistence.take_resumed())
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -427,10 +426,13 @@ class EASGDStrategy(DDPStrategy):
 
     @override
     def teardown(self) -> None:
+        fit = None if self._failed else self._fit
+        if fit is not None and self._persistence.resumed is not None:
+            # From the end of training: Lightning runs no loop, which would begin and end it.
+            fit.begin(self._persistence.take_resumed())
         if self._signals is not None:
             self._signals.restore()
         if self._fit is not None and not self._failed:
-            # Resumed from the end of training: Lightning runs no loop, and ends none.
             self._fit.finish_exchanging()
             if self.options.averaging is not None:
                 exchange, module = self._fit.exchange, self._fit.module

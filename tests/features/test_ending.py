@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,16 @@ from processes import run_workers
 from torch import Tensor, nn
 from toy import Toy, loader, trainer
 
-from lightning_easgd import ConsensusTarget, DiLoCo, EASGDStrategy, Groups
+from lightning_easgd import (
+    Anneal,
+    ConsensusTarget,
+    DiLoCo,
+    EASGDStrategy,
+    Groups,
+    Linear,
+    SlowMo,
+    Steps,
+)
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.5)
 ENDS = ["on_train_end", "on_fit_end", "teardown"]
@@ -140,15 +150,27 @@ def test_a_checkpoint_of_the_end_resumes_as_if_there_had_been_none(
         assert (seen["center"]["w"] == ended["w"]) == ("center_average" not in options)
 
 
-def end_again(rank: int, folder: Path) -> Any:
+def end_again(rank: int, options: Any, folder: Path) -> Any:
     path = folder / "end.ckpt"
-    return fit(rank, 2, {}, 2, path), fit(rank, 2, {}, 2, None, path)
+    first = fit(rank, 2, copy.deepcopy(options), 2, path)
+    return first, fit(rank, 2, options, 2, None, path)
 
 
+STRENGTHS: dict[str, dict[str, Any]] = {
+    "a number": {},
+    "linear": {"beta": Linear(0.2, 0.9)},
+    "steps": {"beta": Steps([0.2, 0.9], fractions=[0.5])},
+    "by epochs": {"beta": Anneal(0.2, 0.9, every=4)},
+    "of a rule": {"algorithm": SlowMo(Linear(1.0, 0.2), 0.4)},
+}
+
+
+@pytest.mark.parametrize("name", STRENGTHS)
 def test_a_checkpoint_of_the_end_is_delivered_again_where_nothing_is_left_to_train(
-    tmp_path: Path,
+    name: str, tmp_path: Path
 ) -> None:
-    for (ended, _), (again, seen) in run_workers(end_again, tmp_path, workers=2):
+    runs = run_workers(end_again, STRENGTHS[name], tmp_path, workers=2)
+    for (ended, _), (again, seen) in runs:
         assert again == ended == seen["on_fit_end"]
 
 
