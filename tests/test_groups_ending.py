@@ -59,7 +59,7 @@ def test_a_signal_to_any_member_stops_all_and_they_go_on_bit_for_bit(
     options: Any, counts: list[int], who: int, tmp_path: Path
 ) -> None:
     taken, own = stop_and_go_on(tmp_path, options, counts, who)
-    # Worker 0 sends the signal after 8 steps; the other worker may be up to 4 steps behind or ahead.
+    # Worker 0 sends the signal after 8 steps; the other may be up to 4 steps behind or ahead.
     assert taken in {9, 13, 17, 21}
     if options is MEAN:
         assert own[0] == own[1] != own[2] == own[3]
