@@ -56,7 +56,7 @@ class Telemetry:
     ddp_bytes_per_step: int = 0
     """Bytes this worker would send per optimizer step if gradients were all-reduced."""
     worker_wait_seconds: list[float] = field(default_factory=list)
-    """Seconds waited so far by each worker, in rank order, as of the latest awaited exchange: the
+    """Seconds waited so far by each worker, in rank order, as of the latest awaited exchange. The
     worker that the others wait for is the one that waits least."""
 
     @property
@@ -66,9 +66,9 @@ class Telemetry:
 
     @property
     def bytes_per_level(self) -> list[int]:
-        """Bytes sent, by what for: exchanges with the center, then those with centers of groups.
+        """Bytes sent for exchanges with the center, then for those with centers of groups.
 
-        The outermost group of this worker comes first. Their sum is all that was sent.
+        The outermost group of this worker comes first. The sum of all is all that was sent.
         """
         return [self.bytes_sent - sum(self.bytes_of_groups), *self.bytes_of_groups]
 

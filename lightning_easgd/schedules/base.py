@@ -68,7 +68,7 @@ class Observation:
     lr: float = 0.0
     """The largest learning rate of a worker, where variance is read."""
     said: Sequence[Said] = ()
-    """By each worker whose weights are finite, in rank order: what companions said of it."""
+    """What companions said of each worker whose weights are finite, in rank order."""
 
 
 class Schedule(ABC):
@@ -102,7 +102,9 @@ class Schedule(ABC):
         """
 
     def companions(self, worker: WorkerView) -> list[Companion]:
-        """What the schedule wants to observe besides; :attr:`Observation.said` has what they say.
+        """What the schedule wants to observe besides.
+
+        What they say is in :attr:`~lightning_easgd.schedules.Observation.said`.
 
         Called where training is set up, and sooner to know the names of their fields, which must
         not depend on the worker.

@@ -21,8 +21,8 @@ class WorkerView:
     """What a companion may know of its worker; by default, of one that trains alone."""
 
     participants: Sequence[Sequence[int]] = ((0,),)
-    """Places, in what all say, of the workers that take part in exchanges as one: a worker by
-    itself, or those of a group."""
+    """Places, in what all say, of the workers that take part in exchanges as one. That is a worker
+    by itself, or those of a group."""
     participant: int = 0
     """The number of the one that this worker is in."""
     learning_rate: Callable[[], float] = lambda: 0.0

@@ -453,7 +453,7 @@ class EASGDStrategy(DDPStrategy):
     @property
     @override
     def checkpoint_io(self) -> CheckpointIO:
-        """How files are written: ours, also within plugins that wrap one, unless it was chosen."""
+        """What writes files; ours, also within plugins that wrap one, unless it was chosen."""
         # Not sooner: what is there is taken for the user's choice, and a plugin refused beside it.
         if self._checkpoint_io is None:
             self._checkpoint_io = AtomicCheckpointIO()

@@ -1,0 +1,43 @@
+"""README, CONTRIBUTING and the pages of the site: their text, examples and links."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page, by its path from the root."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return self.path
+
+    @property
+    def text(self) -> str:
+        return (ROOT / self.path).read_text()
+
+    @property
+    def words(self) -> int:
+        """As ``wc -w`` counts them, without what a program prints or reads."""
+        return len(re.sub(r"^```.*?^```$", "", self.text, flags=re.M | re.S).split())
+
+    def code(self, language: str) -> list[str]:
+        """The blocks in a language, in their order."""
+        return re.findall(rf"^```{re.escape(language)}\n(.*?)^```$", self.text, re.M | re.S)
+
+    def links(self) -> list[Path]:
+        """The files that it links to."""
+        found = re.findall(r"\]\((?!\w+:)([^)#\s]+)", self.text)
+        return [(ROOT / self.path).parent / link for link in found]
+
+
+def everywhere() -> list[Page]:
+    paths = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+    return [Page(path.relative_to(ROOT).as_posix()) for path in paths if "_build" not in path.parts]
