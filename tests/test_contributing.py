@@ -12,6 +12,7 @@ import pytest
 import reference
 import torch
 from against_reference import reference_optimizers
+from pages import example
 from processes import run_workers
 from toy import Toy, batches, bits, initial_weights, loader, trainer, weights
 
@@ -20,13 +21,6 @@ from lightning_easgd import EASGDStrategy
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 STEPS = 14
-
-
-def example(name: str) -> Any:
-    (text,) = [t for t in re.findall(r"```python\n(.*?)```", TEXT, re.S) if f"class {name}" in t]
-    names: dict[str, Any] = {}
-    exec(text, names)
-    return names[name]
 
 
 def trained(rank: int, options: dict[str, Any]) -> Any:

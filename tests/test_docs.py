@@ -1,12 +1,25 @@
-"""What README, CONTRIBUTING and the site say is so; the build itself checks references."""
+"""What README, CONTRIBUTING and the site say is so; the build itself checks references.
+
+The Python examples of a page run one after the other, as one script of two workers, for a few
+steps. Besides what the page imports they have ``model`` and ``datamodule``.
+"""
 
 from __future__ import annotations
 
+import os
 import re
+from itertools import product
+from pathlib import Path
+from typing import Any
 
+import lightning.pytorch
 import pages
 import pytest
-from pages import Page
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
+from pages import ROOT, Page
+from processes import run_workers
 
 import lightning_easgd
 
@@ -38,3 +51,50 @@ def test_a_page_is_short(page: Page) -> None:
 def test_what_a_page_links_to_is_there(page: Page) -> None:
     for link in page.links():
         assert link.exists(), link
+
+
+class Small(lightning.pytorch.Trainer):
+    """What an example makes, but for as many workers and steps as a test has."""
+
+    def __init__(self, **options: Any) -> None:
+        few = {"devices": 2, "num_nodes": 1, "accelerator": "cpu", "max_steps": 20}
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        super().__init__(**{**options, **few, **quiet})
+
+
+def run_examples(rank: int, page: Page, folder: Path) -> None:
+    os.chdir(folder)
+    lightning.pytorch.Trainer = Small
+    names = {"model": BoringModel(), "datamodule": BoringDataModule()}
+    for number, example in enumerate(page.code("python"), 1):
+        exec(compile(example, f"{page}, example {number}", "exec"), names)
+
+
+@pytest.mark.filterwarnings("ignore:.*there is no last checkpoint:UserWarning")  # the first start
+@pytest.mark.parametrize("page", [p for p in pages.everywhere() if p.code("python")], ids=str)
+def test_the_examples_of_a_page_run(page: Page, tmp_path: Path) -> None:
+    run_workers(run_examples, page, tmp_path, workers=2)
+
+
+@pytest.mark.parametrize("page", [p for p in pages.everywhere() if p.commands()], ids=str)
+def test_the_commands_of_a_page_are_understood(page: Page) -> None:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        for script, arguments in page.commands():
+            source = (ROOT / "scripts" / f"{script}.py").read_text()
+            options = {word.partition("=")[0] for word in arguments if word.startswith("--")}
+            assert all(f'"{option}"' in source for option in options), (script, options)
+            if "hydra.main" in source:
+                for overrides in jobs(arguments):
+                    compose(script, overrides=overrides)
+
+
+def jobs(arguments: list[str]) -> list[tuple[str, ...]]:
+    """The overrides of each job of a sweep, or of the only one."""
+    parsed = OverridesParser.create().parse_overrides([word for word in arguments if "=" in word])
+    values = [
+        [f"{each.key_or_group}={value}" for value in each.sweep_string_iterator()]
+        if each.is_sweep_override()
+        else [each.input_line]
+        for each in parsed
+    ]
+    return list(product(*values))

@@ -6,7 +6,6 @@ Processes train all cases of all rules one after another, so that they are start
 
 from __future__ import annotations
 
-import re
 import warnings
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pages
 import pytest
 import reference
 import torch
@@ -88,13 +88,9 @@ class Row:
 
 
 def users_own() -> Rule:
-    """The rule that the README writes."""
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    (example,) = [b for b in re.findall(r"```python\n(.*?)```", readme, re.S) if "(Rule)" in b]
-    assert len(example.splitlines()) < 60
-    names: dict[str, Any] = {}
-    exec(example, names)
-    return names["Lookahead"]()
+    """One that a page shows."""
+    rule: Rule = pages.example("Lookahead")()
+    return rule
 
 
 ROWS = {

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -32,6 +34,13 @@ class Page:
         """The blocks in a language, in their order."""
         return re.findall(rf"^```{re.escape(language)}\n(.*?)^```$", self.text, re.M | re.S)
 
+    def commands(self) -> list[tuple[str, list[str]]]:
+        """The scripts of this project that it calls, and with which arguments."""
+        text = self.text.replace("\\\n", " ")
+        found = re.findall(r"(?:python(?: -m)?|^) *scripts/(\w+)\.py([^`#\n]*)", text, re.M)
+        found += re.findall(r"torchrun [^`#\n]*scripts/(\w+)\.py([^`#\n]*)", text)
+        return [(script, shlex.split(arguments)) for script, arguments in found]
+
     def links(self) -> list[Path]:
         """The files that it links to."""
         found = re.findall(r"\]\((?!\w+:)([^)#\s]+)", self.text)
@@ -41,3 +50,12 @@ class Page:
 def everywhere() -> list[Page]:
     paths = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
     return [Page(path.relative_to(ROOT).as_posix()) for path in paths if "_build" not in path.parts]
+
+
+def example(name: str) -> Any:
+    """The class of this name, from the one example in which it stands."""
+    blocks = [block for page in everywhere() for block in page.code("python")]
+    (text,) = [block for block in blocks if f"class {name}(" in block]
+    names: dict[str, Any] = {}
+    exec(text, names)
+    return names[name]
