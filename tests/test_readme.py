@@ -1,11 +1,13 @@
-"""What README and documents say of the tests is so."""
+"""README is short, and what it and the documents say of files and tests is so."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pages
+from pages import Page
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,3 +25,24 @@ def test_every_test_that_a_page_names_exists() -> None:
     assert len(named) > 50
     assert {file.removeprefix("tests/") for file, _ in named if file} <= files
     assert {test for _, test in named if test} <= defined
+
+
+def test_the_readme_is_read_in_five_minutes() -> None:
+    readme = Page("README.md")
+    assert len(readme.text.splitlines()) <= 150
+    assert len(readme.text.split()) <= 1500
+
+
+def test_the_picture_is_drawn_for_light_and_dark_pages() -> None:
+    (path,) = re.findall(r"!\[.+\]\((.+\.svg)\)", Page("README.md").text)
+    picture = (ROOT / path).read_text()
+    assert ElementTree.fromstring(picture).tag == "{http://www.w3.org/2000/svg}svg"
+    light, dark = picture.split("@media (prefers-color-scheme: dark)")
+    used = set(re.findall(r'class="(?:letter )?(\w+)"', dark))
+    assert used <= set(re.findall(r"\.(\w+) \{", light))
+
+
+def test_who_cites_the_package_cites_this_version() -> None:
+    project, citation = ((ROOT / name).read_text() for name in ("pyproject.toml", "CITATION.cff"))
+    (version,) = re.findall(r'^version = "(.+)"$', project, re.M)
+    assert re.findall(r"^version: (.+)$", citation, re.M) == [version]

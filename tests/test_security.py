@@ -189,7 +189,7 @@ def over_tls(rank: int) -> None:
 
 
 def test_who_asks_gloo_for_tls_does_not_train_in_the_clear() -> None:
-    """torch's wheels cannot do it. Where this fails, the README may name it beside WireGuard."""
+    """torch's wheels cannot do it. Where this fails, security.md may name it beside WireGuard."""
     for outcome in run_workers(over_tls, workers=2, check=False):
         assert outcome.error == "RuntimeError"
         assert "unsupported gloo device" in outcome.message

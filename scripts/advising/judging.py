@@ -1,6 +1,6 @@
 """From what was measured to what to take: numbers in, numbers and a verdict out.
 
-[Note: worth] At equal samples elastic averaging is behind DDP (README, Measured), so it must be
+[Note: worth] At equal samples elastic averaging is behind DDP (docs/measured.md), so it must be
 faster by more than what measuring can tell apart before it is advised.
 
 [Note: noise] What an exchange costs is the difference of two sums of steps, so it is off by about
@@ -27,7 +27,7 @@ _NOISE, _MOST = 0.1, 0.75
 _NO_BOUND = 10**9
 _SPARSE = "topk"
 _ACCOUNTS = {None: (0, 0), "bf16": (0, 1), "fp16": (0, 1), "int8": (1, 1), "topk": (1, 0)}
-"""fp32 copies that a codec keeps: whole ones, and those shared by all workers (README)."""
+"""fp32 copies that a codec keeps, whole ones and shared ones: see docs/how/compression.md."""
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ def _verdict(advice: Advice) -> list[str]:
     if advice.take_ddp:
         lines = [
             f"DDP is the better choice here: EASGD is expected to be {expected} at τ = {best.tau},",
-            "and at equal samples DDP converges better (README, Measured).",
+            "and at equal samples DDP converges better (docs/measured.md).",
         ]
         if measured.ddp_step_seconds < WORTH * measured.step_seconds:
             lines.append("There is next to nothing to gain: DDP's steps are about as short.")
@@ -132,7 +132,7 @@ def _verdict(advice: Advice) -> list[str]:
     with_codec = f" and compression={best.compression}" if best.compression else ""
     lines = [
         f"EASGD is expected to be {expected}, at τ = {best.tau}{with_codec}.",
-        "DDP converges better at equal samples (README, Measured): compare at equal time.",
+        "DDP converges better at equal samples (docs/measured.md): compare at equal time.",
     ]
     if best.tau < best.free_tau:
         share = 1 - measured.step_seconds / best.step_seconds

@@ -1,4 +1,4 @@
-"""README, CONTRIBUTING and the pages of the site: their text, examples and links."""
+"""README, CONTRIBUTING, SECURITY and the pages of the site: their text, examples and links."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ class Page:
 
 
 def everywhere() -> list[Page]:
-    paths = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+    top = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")]
+    paths = [*top, *sorted(DOCS.rglob("*.md"))]
     return [Page(path.relative_to(ROOT).as_posix()) for path in paths if "_build" not in path.parts]
 
 

@@ -231,7 +231,7 @@ def test_adaptive_schedules_follow_workers_that_are_pushed_apart() -> None:
 
 
 class Lookahead(Rule):
-    """The one of the README, its rate by a schedule."""
+    """The one of docs/algorithms.md, its rate by a schedule."""
 
     def __init__(self, slow_lr: Any) -> None:
         self.slow_lr = slow_lr
