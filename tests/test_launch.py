@@ -288,7 +288,9 @@ def test_the_other_package_says_which_import_to_change(before: list[str], tmp_pa
     )
     *refused, ddp = ended.stdout.splitlines()
     assert len(refused) == 3
+    assert "Trainer(strategy=EASGDStrategy(...)) of pytorch_lightning" in refused[-1]
     for message in refused:
+        assert "invalid strategy" not in message
         assert "`import lightning.pytorch as pl` instead of `import pytorch_lightning" in message
     assert ddp == "no error"
 

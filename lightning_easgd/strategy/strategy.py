@@ -55,7 +55,7 @@ from lightning_easgd.strategy.lightning_internals import (
     without_processes,
 )
 from lightning_easgd.strategy.options import Options
-from lightning_easgd.strategy.other_package import explain_names, hint
+from lightning_easgd.strategy.other_package import explain_import
 from lightning_easgd.strategy.persistence import Persistence
 from lightning_easgd.strategy.signals import SignalRelay
 from lightning_easgd.strategy.unsupported import (
@@ -247,7 +247,7 @@ class EASGDStrategy(DDPStrategy):
         methods = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "fork"}
         names: dict[str, dict[str, Any]] = {name: {"algorithm": name} for name in RULES}
         names |= AVERAGED
-        explain_names(name + suffix for name in names for suffix in methods)
+        explain_import((name + suffix for name in names for suffix in methods), cls)
         for name, options in names.items():
             for suffix, start_method in methods.items():
                 strategy_registry.register(
@@ -257,11 +257,6 @@ class EASGDStrategy(DDPStrategy):
                     start_method=start_method,
                     **options,
                 )
-
-    @override
-    def __repr__(self) -> str:
-        # pytorch_lightning's Trainer, which takes it for no strategy, puts it into its message.
-        return f"<lightning_easgd.EASGDStrategy for lightning.pytorch.Trainer{hint()}>"
 
     @override
     def __getstate__(self) -> dict[str, Any]:
