@@ -109,7 +109,7 @@ class Center:
         Must be called before they take their first step: their value is then the same on every
         worker.
         """
-        if not any(parameter.requires_grad for _, parameter in self._dormant):
+        if not (self._dormant and any(p.requires_grad for _, p in self._dormant)):
             return False
         named = self.ties.add((n, p) for n, p in self._dormant if p.requires_grad)
         self.statistics.refuse_trained(name for name, _ in named)

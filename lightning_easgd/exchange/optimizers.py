@@ -35,6 +35,8 @@ class LocalOptimizers:
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Remember the learning rate and momentum of the step that ``optimizer`` just took."""
+        if not _is_nesterov(optimizer):
+            return
         for key, known, group in self._nesterov_groups():
             if known is optimizer:
                 lr = group["lr"]
@@ -89,10 +91,17 @@ class LocalOptimizers:
 
     def _nesterov_groups(self) -> Iterator[tuple[tuple[int, int], Optimizer, dict[str, Any]]]:
         for number, optimizer in enumerate(self.current()):
-            if isinstance(optimizer, torch.optim.SGD):
+            if _is_nesterov(optimizer):
                 for position, group in enumerate(optimizer.param_groups):
                     if group["nesterov"]:
                         yield (number, position), optimizer, group
+
+
+def _is_nesterov(optimizer: Optimizer) -> bool:
+    """Whether one of its groups stores look-ahead points."""
+    return isinstance(optimizer, torch.optim.SGD) and any(
+        group["nesterov"] for group in optimizer.param_groups
+    )
 
 
 def _on(device: torch.device, tensors: Sequence[Tensor]) -> Sequence[Tensor]:

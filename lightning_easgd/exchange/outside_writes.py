@@ -130,8 +130,9 @@ class OutsideWrites:
     def before_exchange(self, *, exchanges: bool) -> None:
         """The optimizer has stepped; ``exchanges``: whether an exchange writes to weights now."""
         self._goes_on = False
-        self._written_back += [copy for copy in self._copies if copy.is_equal][:1]
-        self._copies = []
+        if self._copies:
+            self._written_back += [copy for copy in self._copies if copy.is_equal][:1]
+            self._copies = []
         if exchanges and self._looks < _LOOKS_FOR_COPIES:
             self._looks += 1
             self._copies = [copy for copy in self._kept() if copy.is_equal]

@@ -19,7 +19,7 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -47,12 +47,11 @@ class Total:
     time: float = 0.0
     processors: float = 0.0
 
-    def add(self, steps: Sequence[Step]) -> None:
-        """Add some more."""
-        for step in steps:
-            self.steps += 1
-            self.time += step.time
-            self.processors += step.processors
+    def add(self, step: Step) -> None:
+        """Add one more."""
+        self.steps += 1
+        self.time += step.time
+        self.processors += step.processors
 
 
 class StepTimer:
@@ -107,9 +106,10 @@ class StepTimer:
     def exchange(self) -> None:
         """An exchange has started in this step; all before it is over."""
         if self._round is not None:
-            if not self._idled:
-                self._note_idle(self._round[1:])  # the best that is known of idle ones
-            self._whole.add(self._round)
+            for step in [] if self._idled else self._round[1:]:
+                self._note_idle(step)  # the best that is known of idle ones
+            for step in self._round:
+                self._whole.add(step)
             self._rounds += 1
         self._round = None if self._last_end is None else []
         self._exchanged, self._idled = True, False
@@ -147,11 +147,11 @@ class StepTimer:
 
     def _note(self, step: Step) -> None:
         if self._departure is None and not self._exchanged:
-            self._note_idle([step])
+            self._note_idle(step)
             self._idled = True
         if self._round is not None:
             self._round.append(step)
 
-    def _note_idle(self, steps: Sequence[Step]) -> None:
-        self._recent.extend(step.time for step in steps)
-        self._idle.add(steps)
+    def _note_idle(self, step: Step) -> None:
+        self._recent.append(step.time)
+        self._idle.add(step)
