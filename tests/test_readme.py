@@ -46,3 +46,16 @@ def test_who_cites_the_package_cites_this_version() -> None:
     project, citation = ((ROOT / name).read_text() for name in ("pyproject.toml", "CITATION.cff"))
     (version,) = re.findall(r'^version = "(.+)"$', project, re.M)
     assert re.findall(r"^version: (.+)$", citation, re.M) == [version]
+
+
+def test_each_feature_names_tests_and_their_files() -> None:
+    rows = re.findall(
+        r"^\| (?!Lightning feature).+ \| (.+) \|$", Page("docs/features.md").text, re.M
+    )
+    assert len(rows) > 100
+    for row in rows:
+        path = Path()
+        for file, test in re.findall(r"`(?:([\w/]+\.py)(?:::)?)?(test_\w+)?`", row):
+            path = ROOT / "tests" / file if file else path
+            assert f"def {test}(" in path.read_text() if test else path.is_file(), row
+        assert path.is_file(), row
