@@ -22,6 +22,7 @@ from pages import ROOT, Page
 from processes import run_workers
 
 import lightning_easgd
+from lightning_easgd import exchange
 
 SITE = [page for page in pages.everywhere() if page.path.startswith("docs/")]
 REFERENCE = {
@@ -40,6 +41,15 @@ def test_every_public_name_is_documented_once() -> None:
     ]
     assert len(documented) == len(set(documented))
     assert set(lightning_easgd.__all__) <= set(documented)
+
+
+def test_the_glossary_has_every_word_of_the_code() -> None:
+    (code,) = re.findall(r"Glossary: .*?\n\n(.*)", exchange.__doc__ or "", re.S)
+    terms = re.findall(r"^ {4}(\S.*?) {2,}\S", code, re.M)
+    page = (ROOT / "docs" / "glossary.md").read_text()
+    assert len(terms) > 20
+    for term in terms:
+        assert f"\n{term.replace('`', '')}\n" in page, term
 
 
 @pytest.mark.parametrize("page", SITE, ids=str)
