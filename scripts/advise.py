@@ -33,7 +33,7 @@ def run(cfg: DictConfig) -> None:
 
     bench = Bench(cfg)
     advice = Advice(measure(bench, cfg.seconds, cfg.codecs))
-    if bench.speaks:
+    if bench.is_rank_zero:
         print(f"\n{table(advice)}\n\n  {command(advice, cfg.arguments)}")
     if bench.writes:
         Path(cfg.output_dir, "advice.json").write_text(json.dumps(advice.as_dict(), indent=2))

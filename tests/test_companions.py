@@ -70,7 +70,7 @@ class WeightedMean(Rule):
         return "WeightedMean()"
 
     @override
-    def move_(self, center: torch.Tensor, total: torch.Tensor, memory: dict[str, Any]) -> None:
+    def move_(self, center: torch.Tensor, total: torch.Tensor, state: dict[str, Any]) -> None:
         center.add_(total)
 
 
@@ -256,4 +256,4 @@ def test_headers_hold_what_rule_and_schedules_need() -> None:
     durations = ["step_microseconds", "exchange_microseconds", "cost_microseconds"]
     assert names(EASGD(), LongerWhenLow(1.0)) == [*durations, "distance", "size", "latest_loss"]
     spread = ["distance", "size", "variance", "lr"]
-    assert names(SMA(), AdaptivePeriod()) == [*durations, *spread, "restart"]
+    assert names(SMA(), AdaptivePeriod()) == [*durations, *spread, "reset"]

@@ -92,7 +92,9 @@ def drift(rank: int, codec: Any, bucket_bytes: int, fragments: int, final: bool)
         center = strategy.center_state_dict()
         own = sum(p.detach().sum().item() for p in module.parameters())
         accounts = strategy._fit.exchange._link.all_reduce.state()["accounts"]
-        pieces = [t for a in accounts.values() for t in [a["unsent"], *a["kept"]] if t is not None]
+        pieces = [
+            t for a in accounts.values() for t in [a["residual"], *a["owners"]] if t is not None
+        ]
         held = sum(float(piece.sum()) for piece in pieces)
         seen.append((own, sum(float(center[name].sum()) for name in center), held))
 
@@ -307,11 +309,11 @@ def test_what_is_held_back_survives_a_checkpoint_before_the_first_exchange() -> 
 
     level = Level(0, 1, None)
     saved = CompressedAllReduce(Alone(), 2**20, Int8(), level=level)
-    saved._accounts_of({"w": torch.ones(3)})[0].unsent.fill_(0.5)
+    saved._accounts_of({"w": torch.ones(3)})[0].residual.fill_(0.5)
     resumed = CompressedAllReduce(Alone(), 2**20, Int8(), level=level)
     resumed.load_state(saved.state())
     account = resumed.state()["accounts"]["w"]
-    assert account["unsent"].tolist() == [0.5] * 3
+    assert account["residual"].tolist() == [0.5] * 3
 
 
 def thawing(rank: int, codec: Any) -> Any:

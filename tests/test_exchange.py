@@ -93,7 +93,7 @@ def test_the_count_sees_what_lightning_does_under_ddp() -> None:
 
 
 def ahead(rank: int, reached: Any) -> int:
-    """Worker 1 stands still in step 3 until worker 0 has finished step 9."""
+    """Worker 1 waits in step 3 until worker 0 has finished step 9."""
     module = Toy(SGD)
 
     def on_train_batch_start(batch: Any, batch_idx: int) -> None:

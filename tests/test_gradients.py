@@ -166,14 +166,14 @@ def test_a_warm_up_lasts_with_fewer_batches_too() -> None:
 
 
 def parted(rank: int) -> Any:
-    """Workers part at step 6, between two exchanges; worker 1 stands still since step 5."""
+    """Workers part at step 6, between two exchanges; worker 1 is idle since step 5."""
     module = Toy(partial(torch.optim.SGD, lr=0.05))
     strategy = EASGDStrategy(algorithm=PostLocalSGD(warm_up=6), tau=4)
     trainer(3, strategy).fit(module, loader(rank, [11, 5, 10][rank]))
     return weights(module)
 
 
-def test_who_stands_still_when_a_warm_up_ends_parts_where_the_others_do() -> None:
+def test_an_idle_worker_when_a_warm_up_ends_parts_where_the_others_do() -> None:
     data = [batches(rank, count) for rank, count in enumerate([11, 5, 10])]
     optimizers = reference_optimizers("sgd", lambda name, t: 0.05, 3)
     rule = reference.PostLocalSgd(6)

@@ -34,7 +34,7 @@ SLOW_NEST = {"tau": 16, "groups": Groups(OUTER, tau=4, inside=Groups(INNER, tau=
         pytest.param(SLOW_TREE, [24] * 4, 2, 7, id="tree, one that sends to the other group"),
         pytest.param(SLOW_TREE, [24] * 4, 3, 7, id="tree, one that does not"),
         pytest.param(SLOW_NEST, [40] * 6, 5, 7, id="nest, all train"),
-        pytest.param(SLOW_NEST, [40, 3, 3, 3, 40, 40], 5, 7, id="nest, groups stand still"),
+        pytest.param(SLOW_NEST, [40, 3, 3, 3, 40, 40], 5, 7, id="nest, idle groups"),
     ],
 )
 def test_a_member_that_is_killed_is_named_to_all_workers(
@@ -49,10 +49,10 @@ def test_a_member_that_is_killed_is_named_to_all_workers(
     ("options", "counts", "who"),
     [
         pytest.param(MEAN, [22, 5, 22, 20], 3, id="mean, one that trains"),
-        pytest.param(MEAN, [22, 5, 22, 9], 1, id="mean, one that stands still"),
+        pytest.param(MEAN, [22, 5, 22, 9], 1, id="mean, an idle one"),
         pytest.param(TREE, [22, 5, 22, 20], 3, id="tree, one that trains"),
-        pytest.param(TREE, [22, 5, 22, 9], 1, id="tree, one that stands still"),
-        pytest.param(NEST, [22, 5, 5, 9, 22, 20], 2, id="nest, one that stands still"),
+        pytest.param(TREE, [22, 5, 22, 9], 1, id="tree, an idle one"),
+        pytest.param(NEST, [22, 5, 5, 9, 22, 20], 2, id="nest, an idle one"),
     ],
 )
 def test_a_signal_to_any_member_stops_all_and_they_go_on_bit_for_bit(

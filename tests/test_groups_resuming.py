@@ -78,7 +78,7 @@ CASES: dict[str, Any] = {
     "tree": (TREE, [9] * 4, (None, 5, 10, 20), {}),
     "tree in bf16": (TREE, [9] * 4, (None, 10), {"make": Half}),
     "nest": (NEST, [9] * 6, (None, 5, 10, 20), {"sick": (0, 5)}),
-    "nest with groups that stand still": (
+    "nest with idle groups": (
         NEST,
         [11, 10, 9, 11, 6, 7],
         (None, 11, 22),

@@ -93,7 +93,7 @@ class Own(Rule):
         if sys.argv[1] == "popen":  # a lambda cannot be sent to a process that is spawned
             self.weigh = lambda x: x
 
-    def move_(self, center, total, memory):
+    def move_(self, center, total, state):
         center.add_(total)
 
 if __name__ == "__main__":

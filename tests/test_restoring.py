@@ -180,7 +180,10 @@ SPOILT = {
     "text": (partial(write, what=b"no checkpoint"), "cannot be read ("),
     "weights only": (keep_weights_only, "is no checkpoint of Lightning's: it holds ['w', 'b']"),
     "older layout": (partial(change_entry, format=1), "has layout 1, this version"),
-    "incomplete": (partial(leave_out, name="turn"), "is not complete: it lacks turn"),
+    "incomplete": (
+        partial(leave_out, name="fragment_index"),
+        "is not complete: it lacks fragment_index",
+    ),
     "no layout": (partial(change_entry, format="x"), "has layout x, this version"),
     "crafted id": (partial(change_entry, save="../../me"), "names its save '../../me'"),
     "no id": (partial(change_entry, save=None), "names its save 'None'"),

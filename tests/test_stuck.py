@@ -84,7 +84,7 @@ def test_who_gets_on_in_validation_is_waited_for_at_the_end() -> None:
 
 
 def stalled(rank: int, seconds: float) -> int:
-    """Worker 1 is stopped for a while; worker 0 has no batch left and stands still."""
+    """Worker 1 is stopped for a while; worker 0 has no batch left and is idle."""
     module, counts = Toy(SGD), [5, 16]
 
     def stop() -> None:
@@ -99,7 +99,7 @@ def stalled(rank: int, seconds: float) -> int:
     return fitting.global_step
 
 
-def test_a_stall_that_is_shorter_than_the_timeout_is_survived_by_who_stands_still() -> None:
+def test_a_stall_that_is_shorter_than_the_timeout_is_survived_by_an_idle_worker() -> None:
     assert run_workers(stalled, 5.0, workers=2) == [5, 16]
 
 

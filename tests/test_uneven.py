@@ -1,4 +1,4 @@
-"""Workers with different numbers of batches: who is done answers the exchanges of the others."""
+"""Workers with different numbers of batches: who is done shadows the exchanges of the others."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_a_checkpoint_that_not_all_save_is_an_error_on_all(
 
 
 def slow(rank: int) -> int:
-    """Worker 1 has a round that takes longer than the timeout, while worker 0 stands still."""
+    """Worker 1 has a round that takes longer than the timeout, while worker 0 is idle."""
     module = Toy(SGD)
     if rank == 1:
         module.on_train_batch_start = lambda batch, batch_idx: time.sleep(0.7)
@@ -178,7 +178,7 @@ def slow(rank: int) -> int:
     return fitting.global_step
 
 
-def test_who_stands_still_waits_as_long_as_another_gets_on() -> None:
+def test_an_idle_worker_waits_as_long_as_another_gets_on() -> None:
     assert run_workers(slow, workers=2, timeout=40) == [3, 9]
 
 

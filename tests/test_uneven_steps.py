@@ -159,7 +159,7 @@ WAYS: dict[str, tuple[type[Skipping], Callable[[int], Any] | None, list[int]]] =
 
 
 def expected(skipped: list[int], epochs: int, meetings: list[int]) -> reference.State:
-    """Worker 1 stands still at each meeting for as many steps as it skipped since the last."""
+    """Worker 1 is idle at each meeting for as many steps as it skipped since the last."""
     mine = []
     for number, batch in enumerate(batches(1, BATCHES)):
         mine += [] if number in skipped else [batch]

@@ -1,4 +1,4 @@
-"""Stops while some workers train and others, which have no batch left, stand still."""
+"""Stops while some workers train and others, which have no batch left, are idle."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_all_stop_together(
     assert results == [("SIGTERMException", taken) for taken in steps]
 
 
-def test_a_signal_to_a_worker_that_stands_still_stops_all() -> None:
+def test_a_signal_to_an_idle_worker_stops_all() -> None:
     results = run_workers(struck, [40, 40, 5], 2, 9, {}, workers=3, timeout=30)
     assert [error for error, _ in results] == ["SIGTERMException"] * 3
     steps = [taken for _, taken in results]
@@ -88,13 +88,13 @@ def two_optimizers(rank: int) -> Any:
     return ended(trainer(2, EASGDStrategy(tau=1)), TwoOptimizers(), loader(rank, [3, 20][rank]))
 
 
-def test_several_optimizers_stop_with_who_stands_still() -> None:
+def test_several_optimizers_stop_with_an_idle_worker() -> None:
     results = run_workers(two_optimizers, workers=2, timeout=30)
     assert [error for error, _ in results] == ["SIGTERMException"] * 2
 
 
 def interrupted(rank: int, folder: Path, who: int | None, validate: bool, path: Path | None) -> Any:
-    """Worker 0 has 22 batches, worker 1 has 5; ``who`` is struck while worker 1 stands still."""
+    """Worker 0 has 22 batches, worker 1 has 5; ``who`` is struck while worker 1 is idle."""
     module, strategy = Toy(SGD), EASGDStrategy(tau=4)
     if validate:
         module.validation_step = lambda batch, batch_idx: None

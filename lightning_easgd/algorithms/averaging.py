@@ -26,7 +26,7 @@ class LocalSGD(Rule):
     """
 
     @override
-    def move_(self, center: Tensor, total: Tensor, memory: dict[str, Any]) -> None:
+    def move_(self, center: Tensor, total: Tensor, state: dict[str, Any]) -> None:
         center.add_(total)
 
 
@@ -79,7 +79,7 @@ class Downpour(Rule):
         self.average = average
 
     @override
-    def move_(self, center: Tensor, total: Tensor, memory: dict[str, Any]) -> None:
+    def move_(self, center: Tensor, total: Tensor, state: dict[str, Any]) -> None:
         center.add_(total)
 
 
@@ -120,6 +120,6 @@ class MDownpour(Downpour):
         )
 
     @override
-    def move_(self, center: Tensor, total: Tensor, memory: dict[str, Any]) -> None:
-        v = momentum_of(memory, center).mul_(self.momentum).add_(total)
+    def move_(self, center: Tensor, total: Tensor, state: dict[str, Any]) -> None:
+        v = momentum_of(state, center).mul_(self.momentum).add_(total)
         center.add_(total).add_(v, alpha=self.momentum)

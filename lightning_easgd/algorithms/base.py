@@ -4,11 +4,11 @@ All rules share one exchange. What a worker x brings is a multiple of x - c, its
 center c; what arrives is the sum over all p workers, and moves the center. A rule says which
 multiple, how the center moves, and which of two things the workers do then::
 
-    pulled      x <- x - α (x - c)   by what each sent itself, so that nobody waits for the sum
-    restarted   x <- c+              at the new center, for which they wait
+    pulled   x <- x - α (x - c)   by what each sent itself, so that nobody waits for the sum
+    reset    x <- c+              to the new center, for which they wait
 
-with α per parameter from the strategy's beta, alpha or rho; with ``mixing`` a restart is only part
-of the way, x <- mixing x + (1 - mixing) c+. A worker's optimizer state stays its own either way.
+with α per parameter from the strategy's beta, alpha or rho. With ``mixing_rate`` κ a reset goes
+only part of the way: x <- κ x + (1 - κ) c+. A worker's optimizer state stays its own either way.
 """
 
 from __future__ import annotations
@@ -31,34 +31,34 @@ class Rule(ABC):
     An option may be a Schedule; :meth:`move_` finds its value at the step of the exchange instead.
 
     Attributes:
-        restarts: whether workers go on from the new center; else they are pulled.
+        resets_to_center: whether workers go on from the new center; else they are pulled.
         average: whether the center moves by the mean of the differences over the workers; else by
             their sum. Under rules that pull, each is weighted with α before.
         default_tau: τ where none is given, in optimizer steps.
         center_momentum: μ, in [0, 1), with which the center moves on where workers are pulled.
-        mixing: what a worker that restarts keeps of its own weights, in [0, 1).
+        mixing_rate: κ, what a worker keeps of its own weights at a reset, in [0, 1).
         delay: steps that a worker that restarts takes meanwhile, while the sum travels; at most
             those up to the next exchange.
         warm_up: optimizer steps at the beginning of training in which the workers average their
             gradients, and so stay equal.
     """
 
-    restarts: ClassVar[bool] = True
+    resets_to_center: ClassVar[bool] = True
     default_tau: ClassVar[int] = 10
     average: bool = True
     center_momentum: float = 0.0
-    mixing: float = 0.0
+    mixing_rate: float = 0.0
     delay: int = 0
     warm_up: int = 0
 
     @abstractmethod
-    def move_(self, center: Tensor, total: Tensor, memory: dict[str, Any]) -> None:
+    def move_(self, center: Tensor, total: Tensor, state: dict[str, Any]) -> None:
         """Move the center, in place. A pure function; equal arguments give equal bits everywhere.
 
         Args:
             center: a flat part of the center c, of shape (n,), in single or double precision.
             total: mean or sum of the differences, of the same shape; may be overwritten.
-            memory: what the rule keeps of this part from one exchange to the next, empty at first;
+            state: what the rule keeps of this part from one exchange to the next, empty at first;
                 tensors and numbers, which checkpoints hold.
         """
 
@@ -94,7 +94,7 @@ class Rule(ABC):
     @property
     def overlaps(self) -> bool:
         """Whether workers can go on while the sum travels, with the same result."""
-        return not self.restarts or self.delay > 0
+        return not self.resets_to_center or self.delay > 0
 
     def objection(self, *, tau: Tau, fragments: int, compression: object) -> str | None:
         """Why the rule is not itself under these options of the strategy, and what is allowed.
@@ -111,7 +111,7 @@ class Rule(ABC):
 
     @property
     def kind(self) -> str:
-        """Equal for rules that understand each other's memory."""
+        """Equal for rules that understand each other's state."""
         return type(self).__name__
 
     def __repr__(self) -> str:
@@ -134,9 +134,9 @@ def require_momentum(name: str, momentum: object) -> float:
     )
 
 
-def momentum_of(memory: dict[str, Any], center: Tensor) -> Tensor:
+def momentum_of(state: dict[str, Any], center: Tensor) -> Tensor:
     """The momentum that is kept of a part of the center; zero at first."""
-    if "momentum" not in memory:
-        memory["momentum"] = torch.zeros_like(center)
-    momentum: Tensor = memory["momentum"]
+    if "momentum" not in state:
+        state["momentum"] = torch.zeros_like(center)
+    momentum: Tensor = state["momentum"]
     return momentum

@@ -22,7 +22,7 @@ class LearningRateDrops(Companion):
         learning_rate: the highest of this worker, now.
     """
 
-    fields: Mapping[str, type] = {"restart": bool}
+    fields: Mapping[str, type] = {"reset": bool}
 
     def __init__(self, ratio: float, learning_rate: Callable[[], float]) -> None:
         self._ratio = ratio
@@ -35,7 +35,7 @@ class LearningRateDrops(Companion):
         self._peak = 0.0
 
     @override
-    def restarts(self) -> bool:
+    def resets_to_center(self) -> bool:
         agreed = self._agreed
         if agreed:
             self.forget()
@@ -47,11 +47,11 @@ class LearningRateDrops(Companion):
         rate = self._learning_rate()
         self._peak = max(self._peak, rate)
         fallen = self._peak > 0 and rate <= self._ratio * self._peak
-        return {"restart": fallen and not self._agreed}
+        return {"reset": fallen and not self._agreed}
 
     @override
     def hear(self, said: Sequence[Said]) -> None:
-        self._agreed |= any(each["restart"] for each in said)
+        self._agreed |= any(each["reset"] for each in said)
 
     @override
     def shared_state(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ Both lines read the state before the step. Letters: p `workers`, x^i `worker`, c
 else. The sum over the workers is first read at the next exchange. It may therefore travel behind
 the τ steps in between: the trajectory is that of a blocking exchange, bit for bit.
 
-[Note: what is held back] A codec that sends few elements lets a value wait some T exchanges. If a
+[Note: residual] A codec that sends few elements lets a value wait some T exchanges. If a
 worker were pulled to c all the while, it would lose all of x - c, and then the center would gain it
 from every worker at once: alike workers overshoot p-fold, and diverge. Let e be what a worker has
 lost and not sent yet. So it is pulled to c + γe, where it expects the center::
@@ -53,16 +53,16 @@ class EASGD(Rule):
         ValueError: it is out of its stable range.
     """
 
-    restarts = False
+    resets_to_center = False
     average = False
 
     def __init__(self, center_momentum: float = 0.0) -> None:
         self.center_momentum = require_momentum("center_momentum", center_momentum)
 
     @override
-    def move_(self, center: Tensor, total: Tensor, memory: dict[str, Any]) -> None:
+    def move_(self, center: Tensor, total: Tensor, state: dict[str, Any]) -> None:
         if self.center_momentum:
-            total = momentum_of(memory, center).mul_(self.center_momentum).add_(total)
+            total = momentum_of(state, center).mul_(self.center_momentum).add_(total)
         move_center_([center], [total])
 
 
@@ -125,7 +125,7 @@ def stability_bound(workers: int, *, waits: float = 1.0) -> float:
 
 
 def residual_weight(workers: int, momentum: float = 0.0) -> float:
-    """γ, with which a worker reckons with what it holds back; see [Note: what is held back]."""
+    """γ, with which a worker reckons with what it holds back; see [Note: residual]."""
     return workers / (2.0 * (1.0 - momentum))
 
 

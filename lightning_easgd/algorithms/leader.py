@@ -55,7 +55,7 @@ class LeaderSGD(Rule):
             )
         self.pull = float(pull)
         self.loss_smoothing = float(loss_smoothing)
-        self.mixing = 1 - self.pull
+        self.mixing_rate = 1 - self.pull
 
     @override
     def companions(self, worker: WorkerView) -> list[Companion]:
@@ -79,5 +79,5 @@ class LeaderSGD(Rule):
         return None
 
     @override
-    def move_(self, center: Tensor, total: Tensor, memory: dict[str, Any]) -> None:
+    def move_(self, center: Tensor, total: Tensor, state: dict[str, Any]) -> None:
         center.add_(total)

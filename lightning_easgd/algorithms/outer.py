@@ -49,8 +49,8 @@ class SlowMo(Rule):
         self.outer_lr = _require_rate("outer_lr", outer_lr, 2 * (1 + self.outer_momentum))
 
     @override
-    def move_(self, center: Tensor, total: Tensor, memory: dict[str, Any]) -> None:
-        _move_with_momentum_(center, total, memory, self.outer_momentum, after=self.outer_lr)
+    def move_(self, center: Tensor, total: Tensor, state: dict[str, Any]) -> None:
+        _move_with_momentum_(center, total, state, self.outer_momentum, after=self.outer_lr)
 
 
 class BMUF(Rule):
@@ -77,8 +77,8 @@ class BMUF(Rule):
         self.block_lr = _require_rate("block_lr", block_lr, 2 * (1 + self.block_momentum))
 
     @override
-    def move_(self, center: Tensor, total: Tensor, memory: dict[str, Any]) -> None:
-        _move_with_momentum_(center, total, memory, self.block_momentum, before=self.block_lr)
+    def move_(self, center: Tensor, total: Tensor, state: dict[str, Any]) -> None:
+        _move_with_momentum_(center, total, state, self.block_momentum, before=self.block_lr)
 
 
 class DiLoCo(Rule):
@@ -110,13 +110,13 @@ class DiLoCo(Rule):
             the optimizer step or a schedule.
         outer_momentum: μ of Nesterov momentum, in [0, 1); None: 0.9. Not with ``optimizer``.
         delay: d, a whole number of steps from 0 to τ / fragments.
-        mixing: κ, the paper's α, in [0, 1); None: 0.5 with a delay, as in the paper, else 0.
+        mixing_rate: κ, the paper's α, in [0, 1); None: 0.5 with a delay, as in the paper, else 0.
         optimizer: a class of ``torch.optim`` that treats every element alike; it sees flat tensors.
         **options: of ``optimizer``.
 
     Raises:
         ValueError: a rate is out of its stable range, ``optimizer`` can't take flat tensors, or
-            delay or mixing is out of range; where the strategy is made, the delay is too long.
+            delay or mixing_rate is out of range; where the strategy is made, the delay is too long.
     """
 
     def __init__(
@@ -125,12 +125,14 @@ class DiLoCo(Rule):
         outer_momentum: float | None = None,
         *,
         delay: int = 0,
-        mixing: float | None = None,
+        mixing_rate: float | None = None,
         optimizer: type[Optimizer] | None = None,
         **options: Any,
     ) -> None:
         self.delay = require_count("delay", delay, "steps", least=0, meaning="is without")
-        self.mixing = _require_mixing((0.5 if self.delay else 0.0) if mixing is None else mixing)
+        self.mixing_rate = _require_mixing_rate(
+            (0.5 if self.delay else 0.0) if mixing_rate is None else mixing_rate
+        )
         bound = float("inf")
         if optimizer is None:
             mu = 0.9 if outer_momentum is None else outer_momentum
@@ -164,13 +166,13 @@ class DiLoCo(Rule):
         )
 
     @override
-    def move_(self, center: Tensor, total: Tensor, memory: dict[str, Any]) -> None:
+    def move_(self, center: Tensor, total: Tensor, state: dict[str, Any]) -> None:
         parameter = nn.Parameter(center)
         parameter.grad = total.neg_()
         optimizer = self.optimizer([parameter], lr=self.outer_lr, **self.options)  # type: ignore[call-arg]
-        optimizer.state[parameter].update(memory)
+        optimizer.state[parameter].update(state)
         optimizer.step()
-        memory.update(optimizer.state[parameter])
+        state.update(optimizer.state[parameter])
 
     def _try(self) -> None:
         rule = self.at(0)
@@ -189,23 +191,24 @@ class DiLoCo(Rule):
 def _move_with_momentum_(
     center: Tensor,
     total: Tensor,
-    memory: dict[str, Any],
+    state: dict[str, Any],
     momentum: float,
     *,
     before: Any = 1.0,
     after: Any = 1.0,
 ) -> None:
     """Do v <- μ v + ``before`` (m - c) ;  c <- c + ``after`` v, in place."""
-    v = momentum_of(memory, center)
+    v = momentum_of(state, center)
     v.mul_(momentum).add_(total, alpha=before)
     center.add_(v, alpha=after)
 
 
-def _require_mixing(mixing: object) -> float:
-    if is_number(mixing) and 0 <= mixing < 1:
-        return float(mixing)
+def _require_mixing_rate(mixing_rate: object) -> float:
+    if is_number(mixing_rate) and 0 <= mixing_rate < 1:
+        return float(mixing_rate)
     raise ValueError(
-        f"mixing={mixing!r} never takes a worker to the center. Allowed: a number in [0, 1)."
+        f"mixing_rate={mixing_rate!r} never takes a worker to the center. Allowed: a number in"
+        " [0, 1)."
     )
 
 

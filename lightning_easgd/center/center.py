@@ -23,7 +23,7 @@ from lightning_easgd.center.structure import Structure
 from lightning_easgd.center.sums import Sums
 from lightning_easgd.center.tying import Ties
 
-Shown = Literal["center", "delivered"]
+SwappedIn = Literal["center", "delivered"]
 """What a module is given: the center, or its running average if there is one."""
 
 
@@ -38,7 +38,7 @@ class Center:
         module: whose parameters and buffers are equal on all workers.
         buffers: what becomes of buffers.
         rank: this worker's number.
-        turns: into how many fragments parameters are cut; each is exchanged in its turn.
+        fragment_count: into how many fragments parameters are cut, one of which an exchange moves.
         offload: whether the center lies in host memory, wherever the parameters are.
         averaging: which running average of the center the module shows, and is saved and delivered;
             None: the center itself. Statistics are the center's either way.
@@ -58,14 +58,14 @@ class Center:
         *,
         buffers: Buffers | Policies,
         rank: int,
-        turns: int = 1,
+        fragment_count: int = 1,
         offload: bool = False,
         averaging: CenterAverage | None = None,
         group: Center | None = None,
     ) -> None:
         self.module = module
         self.group = group
-        self.turns = turns
+        self.fragment_count = fragment_count
         self._averaging = averaging
         self._statistics_of = buffers, rank
         self._offload = offload
@@ -78,7 +78,7 @@ class Center:
         self._begin()
 
     def _begin(self) -> None:
-        module, turns = self.module, self.turns
+        module, count = self.module, self.fragment_count
         self.cohorts: list[ParameterCohort] = []
         self.joined = 0
         self.ties = Ties()
@@ -96,9 +96,9 @@ class Center:
         self.statistics = Statistics(module, *self._statistics_of, self._memory)
         self.adopt_unfrozen()
         self.join(len(self.cohorts))
-        if (found := len(self.cohorts[0].fragments)) < turns:
+        if (found := len(self.cohorts[0].fragments)) < count:
             raise ValueError(
-                f"fragments={turns} is too many: the trained parameters of"
+                f"fragments={count} is too many: the trained parameters of"
                 f" {type(module).__name__} can be cut into at most {found}, along their first"
                 f" dimension. Allowed: 1 to {found}."
             )
@@ -136,7 +136,7 @@ class Center:
             mine.group = theirs.center
 
     def _cohort(self, named: Sequence[tuple[str, nn.Parameter]]) -> ParameterCohort:
-        return ParameterCohort(named, self.turns, self._memory, self._averaging)
+        return ParameterCohort(named, self.fragment_count, self._memory, self._averaging)
 
     @property
     def device(self) -> torch.device:
@@ -147,26 +147,26 @@ class Center:
         """Let the first ``cohorts`` cohorts take part in exchanges from now on."""
         self.joined = cohorts
 
-    def open(self, turn: int) -> list[Fragment]:
-        """The fragments that are exchanged in this turn, with memory for their sums.
+    def open(self, index: int) -> list[Fragment]:
+        """The fragments that are exchanged at this index, with memory for their sums.
 
         Nothing may be in flight.
         """
-        fragments = self.fragments(turn, self.joined)
+        fragments = self.fragments(index, self.joined)
         self._sums.provide(fragments)
         return fragments
 
-    def fragments(self, turn: int, joined: int) -> list[Fragment]:
-        """Those of the first ``joined`` cohorts that are exchanged in this turn."""
+    def fragments(self, index: int, joined: int) -> list[Fragment]:
+        """Those of the first ``joined`` cohorts that are exchanged at this index."""
         return [
-            cohort.fragments[turn]
+            cohort.fragments[index]
             for cohort in self.cohorts[:joined]
-            if turn < len(cohort.fragments)
+            if index < len(cohort.fragments)
         ]
 
-    def fingerprint(self, cohorts: int, turn: int = 0) -> int:
-        """A hash of the first ``cohorts`` cohorts' names and shapes and the turn, in 56 bits."""
-        value = turn
+    def fingerprint(self, cohorts: int, index: int = 0) -> int:
+        """A hash of the first ``cohorts`` cohorts' names and shapes and the index, in 56 bits."""
+        value = index
         for fragment in _fragments(self.cohorts[:cohorts]):
             value = (value * 1_000_003 + fragment.layout.fingerprint) % 2**56
         return value
@@ -191,13 +191,15 @@ class Center:
         Args:
             at_the_end: whether the state dict will be newer; then all values are there.
         """
-        pieces = self.pieces("delivered")
-        exact = [(p, v) for p, v in pieces if at_the_end or as_real(p.tensor).dtype != v.dtype]
+        slices = self.slices("delivered")
+        exact = [(p, v) for p, v in slices if at_the_end or as_real(p.tensor).dtype != v.dtype]
         return {
             "cohorts": [cohort.names for cohort in self.cohorts],
             "joined": self.joined,
             "exact": put_together(exact),
-            "outer": {f.name: f.outer for f in _fragments(self.cohorts) if any(f.outer)},
+            "rule_state": {
+                f.name: f.rule_state for f in _fragments(self.cohorts) if any(f.rule_state)
+            },
             "averaged": None if self._averaging is None else self.values(),
             "at_the_end": at_the_end,
         }
@@ -205,25 +207,25 @@ class Center:
     def load_values(self, values: Mapping[str, Tensor]) -> None:
         """Put values into the center, by the names of its parameters; the rest stays."""
         for fragment in _fragments(self.cohorts):
-            for piece, view in fragment.values(fragment.center):
-                if piece.name in values:
-                    view.copy_(piece.of(values[piece.name]))
+            for slice_, view in fragment.values(fragment.center):
+                if slice_.name in values:
+                    view.copy_(slice_.of(values[slice_.name]))
 
     def values(self) -> dict[str, Any]:
         """The center, by the names of its parameters, and how often each fragment has moved.
 
         The fragments of a cohort go by the name of its first parameter.
         """
-        pieces = [each for f in _fragments(self.cohorts) for each in f.values(f.center)]
+        slices = [each for f in _fragments(self.cohorts) for each in f.values(f.center)]
         moves = {s.names[0]: [fragment.moves for fragment in s.fragments] for s in self.cohorts}
-        return {"center": put_together(pieces), "moves": moves}
+        return {"center": put_together(slices), "moves": moves}
 
-    def load_outer(self, outer: Mapping[str, list[dict[str, Any]]]) -> bool:
+    def load_rule_state(self, state: Mapping[str, list[dict[str, Any]]]) -> bool:
         """Give the update rule what it kept; whether all of it was of fragments there are."""
         here = {fragment.name: fragment for fragment in _fragments(self.cohorts)}
-        for name in outer.keys() & here.keys():
-            here[name].load_outer(outer[name])
-        return outer.keys() <= here.keys()
+        for name in state.keys() & here.keys():
+            here[name].load_rule_state(state[name])
+        return state.keys() <= here.keys()
 
     def load_shared_state(self, state: Mapping[str, Any]) -> None:
         """Form the cohorts of :meth:`shared_state` again; the module holds what was delivered.
@@ -245,9 +247,9 @@ class Center:
         self.join(min(state["joined"], len(self.cohorts)))
         self.adopt_unfrozen()
         self.read_module()
-        for piece, view in self.pieces("center"):
-            if piece.name in state["exact"]:
-                view.copy_(piece.of(state["exact"][piece.name]))
+        for slice_, view in self.slices("center"):
+            if slice_.name in state["exact"]:
+                view.copy_(slice_.of(state["exact"][slice_.name]))
         averaged = state["averaged"] or {"center": {}, "moves": {}}
         for cohort in self.cohorts:
             cohort.resume_average(averaged["moves"].get(cohort.names[0], [0]))
@@ -279,15 +281,15 @@ class Center:
 
     def swapped_tensors(self) -> list[Tensor]:
         """What of the module :meth:`write` writes to."""
-        weights = [piece.whole for f in _fragments(self.cohorts) for piece in f.pieces]
+        weights = [slice_.whole for f in _fragments(self.cohorts) for slice_ in f.slices]
         return [*weights, *self.statistics_now().values()]
 
     def release_sums(self) -> None:
         """Let go of memory that is larger than exchanges need."""
-        if self.turns > 1:
+        if self.fragment_count > 1:
             self._sums.release()
 
-    def write(self, which: Shown) -> None:
+    def write(self, which: SwappedIn) -> None:
         """Make the module's weights and statistics those of the center or of what is delivered."""
         for fragment in _fragments(self.cohorts):
             getattr(fragment, which).write_to(fragment.tensors())
@@ -306,11 +308,11 @@ class Center:
         if self.group is not None:
             self.group.read_module()
 
-    def restart_worker(self) -> None:
+    def reset_worker(self) -> None:
         """Let the weights that take part in exchanges go on from the center, without momentum."""
         for fragment in _fragments(self.cohorts[: self.joined]):
             fragment.center.write_to(fragment.tensors())
-            fragment.forget_memory()
+            fragment.forget_rule_state()
 
     def read_module(self, *, statistics: bool = True) -> None:
         """Make the module's weights, equal on all workers, those of the center.
@@ -326,8 +328,8 @@ class Center:
         if self.group is not None:
             self.group.read_module()
 
-    def pieces(self, which: Shown) -> Iterator[tuple[ParameterSlice, Tensor]]:
-        """What the center or what is delivered holds for each piece."""
+    def slices(self, which: SwappedIn) -> Iterator[tuple[ParameterSlice, Tensor]]:
+        """What the center or what is delivered holds for each slice."""
         for fragment in _fragments(self.cohorts):
             yield from fragment.values(getattr(fragment, which))
         if self.statistics:

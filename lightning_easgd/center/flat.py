@@ -178,11 +178,11 @@ class FlatVector:
     def views(self) -> list[Tensor]:
         """One view per slot, of the shape of the tensor that it holds; made when first needed."""
         slots = self.layout.slots
-        pieces = {
+        views = {
             dtype: iter(torch.split(part, [s.numel for s in slots if s.dtype == dtype]))
             for dtype, part in zip(self.layout.sizes, self.parts, strict=True)
         }
-        flat = (next(pieces[slot.dtype]) for slot in slots)
+        flat = (next(views[slot.dtype]) for slot in slots)
         return [
             v if len(s.shape) == 1 else v.view(s.shape) for v, s in zip(flat, slots, strict=True)
         ]

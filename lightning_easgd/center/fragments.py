@@ -52,19 +52,19 @@ class Fragment:
     """Pieces that are exchanged together: their center, and their sum in flight.
 
     Args:
-        pieces: the center starts as a copy of them.
+        slices: the center starts as a copy of them.
         memory: where the center lies.
         averaging: which running average of the center is delivered; None: the center itself.
     """
 
     def __init__(
         self,
-        pieces: Sequence[ParameterSlice],
+        slices: Sequence[ParameterSlice],
         memory: Memory,
         averaging: CenterAverage | None = None,
     ) -> None:
-        self.pieces = pieces
-        self.layout = FlatLayout((str(piece), piece.tensor) for piece in pieces)
+        self.slices = slices
+        self.layout = FlatLayout((str(slice_), slice_.tensor) for slice_ in slices)
         self.center = FlatVector(self.layout, memory.allocate(self.layout.sizes))
         self.center.read_(self.tensors())
         self._averaging = averaging
@@ -80,12 +80,12 @@ class Fragment:
 
     def forget(self) -> None:
         """Begin as if there had been no exchange yet."""
-        self.forget_memory()
+        self.forget_rule_state()
         self.begin_average(0)
 
-    def forget_memory(self) -> None:
+    def forget_rule_state(self) -> None:
         """Let the update rule begin anew; the running average, if there is one, goes on."""
-        self.outer: list[dict[str, Any]] = [{} for _ in self.center.parts]
+        self.rule_state: list[dict[str, Any]] = [{} for _ in self.center.parts]
         """What the update rule keeps of each flat tensor of the center."""
 
     def begin_average(self, moves: int) -> None:
@@ -104,7 +104,7 @@ class Fragment:
     @property
     def name(self) -> str:
         """Unlike that of any other fragment of the module."""
-        return f"{self.pieces[0]} to {self.pieces[-1]}"
+        return f"{self.slices[0]} to {self.slices[-1]}"
 
     @property
     def total(self) -> FlatVector:
@@ -133,23 +133,27 @@ class Fragment:
 
     def tensors(self) -> list[Tensor]:
         """What the module has: its parameters, or views on some of their rows."""
-        return [p.whole if p.rows is None else p.tensor for p in self.pieces]
+        return [p.whole if p.rows is None else p.tensor for p in self.slices]
 
     def brought(self) -> list[Tensor]:
         """What takes part in exchanges: what the module has, or views on the group's center."""
         return self.tensors() if self.group is None else self.group.views
 
-    def load_outer(self, outer: Sequence[dict[str, Any]]) -> None:
-        """Take over what a checkpoint holds of :attr:`outer`."""
-        for part, mine, saved in zip(self.center.parts, self.outer, outer, strict=True):
+    def load_rule_state(self, state: Sequence[dict[str, Any]]) -> None:
+        """Take over what a checkpoint holds of :attr:`rule_state`."""
+        for part, mine, saved in zip(self.center.parts, self.rule_state, state, strict=True):
             for key, value in saved.items():
                 flat = isinstance(value, Tensor) and value.shape == part.shape
                 mine[key] = value.to(part.device) if flat else value
 
-    def restart(self, mixing: float) -> None:
-        """Let the module's weights x go on from the center c: x <- mixing x + (1 - mixing) c."""
-        if mixing:
-            self.center.mix_into(self.tensors(), 1 - mixing)
+    def reset_to_center(self, mixing_rate: float) -> None:
+        """Move the module's weights x to the center c: x <- κ x + (1 - κ) c.
+
+        Args:
+            mixing_rate: κ, in [0, 1); 0 takes them all the way.
+        """
+        if mixing_rate:
+            self.center.mix_into(self.tensors(), 1 - mixing_rate)
         else:
             self.center.write_to(self.tensors())
 
@@ -175,11 +179,11 @@ class Fragment:
 
     @property
     def _has_small_tensors(self) -> bool:
-        return sum(self.layout.sizes.values()) < _SMALL * len(self.pieces)
+        return sum(self.layout.sizes.values()) < _SMALL * len(self.slices)
 
     def values(self, vector: FlatVector) -> Iterator[tuple[ParameterSlice, Tensor]]:
         """Each piece with its values in the center or the sum."""
-        return zip(self.pieces, vector.views, strict=True)
+        return zip(self.slices, vector.views, strict=True)
 
 
 class ParameterCohort:
@@ -200,7 +204,7 @@ class ParameterCohort:
         averaging: CenterAverage | None = None,
     ) -> None:
         self.named = list(named)
-        self.fragments = [Fragment(pieces, memory, averaging) for pieces in cut(named, fragments)]
+        self.fragments = [Fragment(slices, memory, averaging) for slices in cut(named, fragments)]
 
     @property
     def names(self) -> list[str]:
@@ -235,7 +239,7 @@ def cut(named: Sequence[tuple[str, nn.Parameter]], fragments: int) -> list[list[
         last = min(max(near, last + 1), len(places) - 1 - (fragments - number))
         ends.append(places[last])
     cuts = [0, *ends, total]
-    return [_pieces(named, cuts[i], cuts[i + 1], last=i == fragments - 1) for i in range(fragments)]
+    return [_slices(named, cuts[i], cuts[i + 1], last=i == fragments - 1) for i in range(fragments)]
 
 
 def _places(named: Sequence[tuple[str, nn.Parameter]]) -> Iterator[int]:
@@ -257,40 +261,40 @@ def _rows(parameter: Tensor) -> tuple[int, int]:
     return rows, numel // rows
 
 
-def _pieces(
+def _slices(
     named: Sequence[tuple[str, nn.Parameter]], start: int, stop: int, *, last: bool
 ) -> list[ParameterSlice]:
     """What lies between two places; empty parameters are in the fragment that follows them."""
-    pieces, begin = [], 0
+    slices, begin = [], 0
     for name, parameter in named:
         rows, size = _rows(parameter)
         end = begin + rows * size
         if not size:
             if start <= begin and (begin < stop or last):
-                pieces.append(ParameterSlice(name, parameter))
+                slices.append(ParameterSlice(name, parameter))
         elif start <= begin and end <= stop:
-            pieces.append(ParameterSlice(name, parameter))
+            slices.append(ParameterSlice(name, parameter))
         elif begin < stop and start < end:
             first, behind = max(start - begin, 0) // size, min(stop - begin, rows * size) // size
-            pieces.append(ParameterSlice(name, parameter, slice(first, behind)))
+            slices.append(ParameterSlice(name, parameter, slice(first, behind)))
         begin = end
-    return pieces
+    return slices
 
 
 def put_together(values: Iterable[tuple[ParameterSlice, Tensor]]) -> dict[str, Tensor]:
-    """Tensors of pieces' values, whole and in the values' own precision, by name."""
+    """Tensors of slices' values, whole and in the values' own precision, by name."""
     wholes: dict[str, Tensor] = {}
-    for piece, view in values:
-        if piece.name not in wholes:
-            wholes[piece.name] = torch.empty_like(as_real(piece.whole.detach()), dtype=view.dtype)
-        piece.of(wholes[piece.name]).copy_(view)
+    for slice_, view in values:
+        if slice_.name not in wholes:
+            wholes[slice_.name] = torch.empty_like(as_real(slice_.whole.detach()), dtype=view.dtype)
+        slice_.of(wholes[slice_.name]).copy_(view)
     return wholes
 
 
 def put_together_like(values: Iterable[tuple[ParameterSlice, Tensor]]) -> dict[str, Tensor]:
     """The same as the module has them: in their precision, and complex if they are."""
     wholes: dict[str, Tensor] = {}
-    for piece, view in values:
-        whole = wholes.setdefault(piece.name, torch.empty_like(piece.whole.detach()))
-        piece.of(as_real(whole)).copy_(view)
+    for slice_, view in values:
+        whole = wholes.setdefault(slice_.name, torch.empty_like(slice_.whole.detach()))
+        slice_.of(as_real(whole)).copy_(view)
     return wholes

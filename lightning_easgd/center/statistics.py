@@ -116,8 +116,8 @@ class Statistics:
 
     def tensors(self) -> dict[str, Tensor]:
         """What :meth:`load_center` writes to, as it is in the module now, by name."""
-        pieces = self.values(self.center) if self else ()
-        found = {piece.name: piece.whole.detach() for piece, _ in pieces}
+        slices = self.values(self.center) if self else ()
+        found = {slice_.name: slice_.whole.detach() for slice_, _ in slices}
         for norm in self._recomputed:
             pairs = zip(norm.names, norm.keys, strict=True)
             found |= {name: norm.owner.get_buffer(key) for name, key in pairs}

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_easgd.center.aliases import Aliases
-from lightning_easgd.center.center import Center, Shown
+from lightning_easgd.center.center import Center, SwappedIn
 from lightning_easgd.center.flat import FlatVector, as_real
 from lightning_easgd.center.fragments import Fragment, put_together_like
 from lightning_easgd.center.names import dotted, listed
@@ -32,16 +32,16 @@ _ROUNDING = 64
 
 
 @dataclass(frozen=True)
-class Aside:
+class SwappedOut:
     """A worker, while its module holds the center."""
 
-    which: Shown
+    which: SwappedIn
     """What the module was given."""
     weights: list[tuple[Fragment, FlatVector]]
     """The worker's elastic parameters."""
     averaged: dict[str, Tensor]
     """The worker's buffers that the center has, too, and what belongs to them."""
-    shown: dict[str, Tensor]
+    statistics: dict[str, Tensor]
     """The center's."""
     others: dict[str, Tensor]
     """All other buffers."""
@@ -58,32 +58,34 @@ class Swap:
 
     def __init__(self, center: Center) -> None:
         self._center = center
-        self._aside: Aside | None = None
+        self._swapped_out: SwappedOut | None = None
         self._warned = False
 
     @property
-    def shows_center(self) -> bool:
+    def is_swapped(self) -> bool:
         """Whether the module holds the center now."""
-        return self._aside is not None
+        return self._swapped_out is not None
 
-    def swap_in(self, which: Shown = "delivered", *, in_flight: bool = False) -> None:
+    def swap_in(self, which: SwappedIn = "delivered", *, in_flight: bool = False) -> None:
         """Put the center into the module until :meth:`swap_out`.
 
         Args:
             which: the center itself, or what is delivered of it.
             in_flight: whether a sum is perhaps in flight, in memory that is otherwise free.
         """
-        assert self._aside is None, "the module holds the center already"
+        assert self._swapped_out is None, "the module holds the center already"
         vectors = self._center.provide_vectors(in_flight=in_flight)
         for fragment, vector in vectors:
             vector.read_(fragment.tensors())
         statistics = self._center.statistics_now()
         averaged = _copies(statistics | self._center.statistics.counters())
         others = _copies({n: b for n, b in self._buffers().items() if n not in averaged})
-        self._aside = Aside(which, vectors, averaged, {}, others, in_flight)
+        self._swapped_out = SwappedOut(which, vectors, averaged, {}, others, in_flight)
         try:
             self._center.write(which)
-            self._aside = replace(self._aside, shown=_copies(self._center.statistics_now()))
+            self._swapped_out = replace(
+                self._swapped_out, statistics=_copies(self._center.statistics_now())
+            )
         except BaseException:
             self.swap_out()
             raise
@@ -95,15 +97,15 @@ class Swap:
             during: what the module held the center for, to warn of what is undone; empty: nothing
                 is said.
         """
-        aside = self._aside
-        if aside is None:
+        worker = self._swapped_out
+        if worker is None:
             return
-        written = list(self._written(aside))
-        for fragment, vector in aside.weights:
+        written = list(self._written(worker))
+        for fragment, vector in worker.weights:
             vector.write_to(fragment.tensors())
         module = self._center.module
-        _put_back(module, aside.averaged)
-        undone = _put_back(module, aside.others) if written else []
+        _put_back(module, worker.averaged)
+        undone = _put_back(module, worker.others) if written else []
         self.release()
         if written and during and not self._warned:
             self._warned = True
@@ -111,36 +113,36 @@ class Swap:
 
     def replace(self, weights: Iterable[tuple[Fragment, FlatVector]]) -> None:
         """Let the worker that is set aside have other weights of these fragments."""
-        assert self._aside is not None
-        aside = {id(fragment): vector for fragment, vector in self._aside.weights}
+        assert self._swapped_out is not None
+        vectors = {id(fragment): vector for fragment, vector in self._swapped_out.weights}
         for fragment, vector in weights:
-            torch._foreach_copy_(aside[id(fragment)].parts, vector.parts)
+            torch._foreach_copy_(vectors[id(fragment)].parts, vector.parts)
 
     def release(self) -> None:
         """Let the module keep what it holds; the worker that was set aside is gone."""
-        if self._aside is not None and not self._aside.in_flight:
+        if self._swapped_out is not None and not self._swapped_out.in_flight:
             self._center.release_sums()
-        self._aside = None
+        self._swapped_out = None
 
     @contextmanager
-    def showing(
-        self, which: Shown = "delivered", *, in_flight: bool = False, during: str = ""
+    def swapped(
+        self, which: SwappedIn = "delivered", *, in_flight: bool = False, during: str = ""
     ) -> Iterator[None]:
         """The module holds the center in between; as of :meth:`swap_in` and :meth:`swap_out`.
 
         If it holds that already, nothing is done, so that it is what user code made of it.
         """
-        outer = self._aside
-        if outer is not None and outer.which == which:
+        before = self._swapped_out
+        if before is not None and before.which == which:
             yield
             return
-        self._aside = None
+        self._swapped_out = None
         try:
-            self.swap_in(which, in_flight=in_flight or outer is not None)
+            self.swap_in(which, in_flight=in_flight or before is not None)
             yield
         finally:
             self.swap_out(during)
-            self._aside = outer
+            self._swapped_out = before
 
     def copied(self, value: Any) -> Any:
         """The value, without what shares memory with weights and statistics that are swapped."""
@@ -149,8 +151,8 @@ class Swap:
     def differs(self) -> bool:
         """Whether the module, which holds the worker, holds anything else than the center."""
         return any(
-            not same_bits(now := as_real(compact(piece.tensor)), view.to(now.device, now.dtype))
-            for piece, view in self._center.pieces("center")
+            not same_bits(now := as_real(compact(slice_.tensor)), view.to(now.device, now.dtype))
+            for slice_, view in self._center.slices("center")
         )
 
     def worker_values(self) -> dict[str, Tensor]:
@@ -162,12 +164,12 @@ class Swap:
         found = {name: p.detach() for name, p in module.named_parameters()}
         kept = _kept(module)
         found |= {name: b.detach() for name, b in module.named_buffers() if name in kept}
-        if (aside := self._aside) is not None:
-            values = (pair for f, vector in aside.weights for pair in f.values(vector))
+        if (worker := self._swapped_out) is not None:
+            values = (pair for f, vector in worker.weights for pair in f.values(vector))
             there = dict(module.named_parameters())  # others may have been registered since
             weights = ((p, view) for p, view in values if there.get(p.name) is p.whole)
-            undone = aside.others if any(True for _ in self._written(aside)) else {}
-            mine = put_together_like(weights) | aside.averaged | undone
+            undone = worker.others if any(True for _ in self._written(worker)) else {}
+            mine = put_together_like(weights) | worker.averaged | undone
             found |= {name: tensor for name, tensor in mine.items() if name in found}
         return found
 
@@ -175,17 +177,19 @@ class Swap:
         named = self._center.module.named_buffers()
         return {name: b.detach() for name, b in named if is_plain(b)}
 
-    def _written(self, aside: Aside) -> Iterator[str]:
+    def _written(self, worker: SwappedOut) -> Iterator[str]:
         """Names of the center's that user code wrote to."""
-        for fragment, _ in aside.weights:
-            for piece, view in fragment.values(getattr(fragment, aside.which)):
-                mine = as_real(piece.tensor)
-                shown = view.to(mine.device, mine.dtype)
-                if not (same_bits(mine, shown) or _is_rounded(mine, shown)):
-                    yield piece.name
+        for fragment, _ in worker.weights:
+            for slice_, view in fragment.values(getattr(fragment, worker.which)):
+                mine = as_real(slice_.tensor)
+                held = view.to(mine.device, mine.dtype)
+                if not (same_bits(mine, held) or _is_rounded(mine, held)):
+                    yield slice_.name
         moved = self._center.statistics.moved_by_forward()
         for name, buffer in self._center.statistics_now().items():
-            if name in aside.shown.keys() - moved and not same_bits(buffer, aside.shown[name]):
+            if name in worker.statistics.keys() - moved and not same_bits(
+                buffer, worker.statistics[name]
+            ):
                 yield name
 
 

@@ -113,7 +113,7 @@ class Ties:
     def points(
         self, points: Iterable[tuple[ParameterSlice, Tensor]]
     ) -> Iterator[tuple[ParameterSlice, Tensor]]:
-        """The twins of pieces, with the values of these."""
-        for piece, point in points if self._twins else ():
-            for name, twin in self._twins.get(id(piece.whole), ()):
-                yield Twin(name, twin, piece.rows, piece.whole), point
+        """The twins of slices, with the values of these."""
+        for slice_, point in points if self._twins else ():
+            for name, twin in self._twins.get(id(slice_.whole), ()):
+                yield Twin(name, twin, slice_.rows, slice_.whole), point

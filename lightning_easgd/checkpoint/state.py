@@ -58,12 +58,12 @@ class SharedState(Record):
     """τ in force."""
     next_due: int
     """The next step that begins with an exchange."""
-    turn: int
+    fragment_index: int
     """Which fragment the next exchange is of."""
     exchanged: tuple[int, int] | None
     """When the latest exchange began, and how many cohorts were in it."""
     owed: tuple[int, int, int] | None
-    """When workers go on from the center, in which turn and how many cohorts."""
+    """When workers go on from the center, with which fragments and how many cohorts."""
     at_the_end: bool
     """Whether it was saved at the end of training; see ending.py."""
 
@@ -75,7 +75,7 @@ class SharedState(Record):
     """The center's values that those of the main file are not, or not in full precision."""
     averaged: dict[str, Any] | None
     """The center where its running average is delivered, and how often it has moved."""
-    outer: dict[str, Any]
+    rule_state: dict[str, Any]
     """What the rule keeps of the center, by fragment."""
     algorithm: str
     """Which rule keeps it."""
@@ -108,7 +108,7 @@ class WorkerState(Record):
     """The values of its module that the main file does not have; see own_values.py."""
     look_ahead: list[Any]
     """Rates with which Nesterov optimizers made their points."""
-    held_back: dict[str, Any]
+    residual: dict[str, Any]
     """What compression owes the center."""
     levels: list[dict[str, Any]]
     """The centers of its groups, from the outermost inward."""

@@ -65,7 +65,7 @@ class PendingSum:
     ) -> None:
         self.what = what
         self.parts: list[tuple[Work, bool]] = []
-        """Each brings a part of the sums; and whether it can be watched, see WorkerGroup.wait."""
+        """Each brings a part of the sums; and whether it can be monitored, see WorkerGroup.wait."""
         self._header = header
         self._header_work = header_work
         self._headers = headers
@@ -110,7 +110,7 @@ class AllReduce:
         groups: ranks of workers that take part in sums as one; none if each does by itself.
     """
 
-    holds_back: bool = False
+    has_residual: bool = False
     """Whether a part of what is to be summed may be held back for the next exchange."""
 
     def __init__(
@@ -177,14 +177,14 @@ class AllReduce:
         return 1.0, 1.0
 
     @property
-    def reckons(self) -> bool:
+    def corrects_pull(self) -> bool:
         """Whether workers that are pulled reckon with what they hold back."""
         return False
 
-    def reckon_(self, differences: Mapping[str, Tensor], weight: float) -> None:
+    def add_residual_(self, differences: Mapping[str, Tensor], weight: float) -> None:
         """Add ``weight`` times what is held back of differences to them, if workers reckon so."""
 
-    def hold_back(self, payload: Payload, *, last: bool = False) -> None:
+    def keep_residual(self, payload: Payload, *, last: bool = False) -> None:
         """Hold back what :meth:`join` would if workers reckon with it, and send nothing."""
 
     def quantize_(self, differences: Iterable[Tensor]) -> None:

@@ -9,7 +9,7 @@ and all decode the same bytes: the centers stay equal, bit for bit.
 feedback; Seide et al. 2014, Karimireddy et al. 2019, arXiv:1901.09847): by the worker, what it did
 not send, and by the owner, what it did not add to the center. So the weights of the workers, of the
 center and what is kept always add up. Where a worker that is pulled keeps much, it reckons with
-that; see algorithms/elastic.py, [Note: what is held back]. The last exchange is not encoded. It
+that; see algorithms/elastic.py, [Note: residual]. The last exchange is not encoded. It
 takes along what owners and workers kept; but workers that reckoned with it take it back instead.
 """
 
@@ -40,12 +40,12 @@ _AHEAD = 2
 """Collectives that begin before the first of them is waited for."""
 
 
-def in_turns(runs: Sequence[Iterator[None]]) -> None:
-    """Take the steps of runs in turns, so that at most a few are under way, which keep memory."""
+def interleave(runs: Sequence[Iterator[None]]) -> None:
+    """Take the steps of runs by turns, so that at most a few are under way, which keep memory."""
     stages = 3
-    for turn in range(len(runs) + _AHEAD * (stages - 1)):
+    for tick in range(len(runs) + _AHEAD * (stages - 1)):
         for stage in range(stages):
-            number = turn - _AHEAD * stage
+            number = tick - _AHEAD * stage
             if 0 <= number < len(runs):
                 next(runs[number], None)
 
@@ -64,7 +64,7 @@ class Owned:
         self.part = part
         self.numel = part.stop - part.start
         self.share = math.ceil(self.numel / (block * workers)) * block
-        self.kept = like.new_zeros(self.share)
+        self.residual = like.new_zeros(self.share)
         """What this worker, as the owner, did not add to the sum."""
 
     def own(self, tensor: Tensor, rank: int) -> Tensor:
@@ -87,7 +87,7 @@ class Account:
     def __init__(
         self, tensor: Tensor, codec: Codec, *, feedback: bool, workers: int, bucket_bytes: int
     ) -> None:
-        self.unsent = torch.zeros_like(tensor) if feedback else None
+        self.residual = torch.zeros_like(tensor) if feedback else None
         self.buckets = []
         if codec.block is not None:
             self.buckets = [
@@ -103,17 +103,17 @@ class Account:
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint of this worker."""
-        return {"unsent": self.unsent, "kept": [bucket.kept for bucket in self.buckets]}
+        return {"residual": self.residual, "owners": [bucket.residual for bucket in self.buckets]}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state`, as far as shapes agree.
 
         With another number of workers a share lies elsewhere, so what its owner kept is dropped.
         """
-        ours = [bucket.kept for bucket in self.buckets]
-        pairs = list(zip(ours, state["kept"], strict=False))
-        if self.unsent is not None and state["unsent"] is not None:
-            pairs.append((self.unsent, state["unsent"]))
+        ours = [bucket.residual for bucket in self.buckets]
+        pairs = list(zip(ours, state["owners"], strict=False))
+        if self.residual is not None and state["residual"] is not None:
+            pairs.append((self.residual, state["residual"]))
         for mine, saved in pairs:
             if mine.shape == saved.shape:
                 mine.copy_(saved)
@@ -132,7 +132,7 @@ class CompressedAllReduce(AllReduce):
         control: as of AllReduce.
     """
 
-    holds_back = True
+    has_residual = True
 
     def __init__(
         self,
@@ -158,16 +158,16 @@ class CompressedAllReduce(AllReduce):
             self._waits = waiting_time(self._codec, device)
         return self._waits, 1.0 if self._codec.block is None else self._waits
 
-    def reckon_(self, differences: Mapping[str, Tensor], weight: float) -> None:
+    def add_residual_(self, differences: Mapping[str, Tensor], weight: float) -> None:
         """Add ``weight`` times what is held back of differences to them, if workers reckon so."""
-        if self.reckons:
+        if self.corrects_pull:
             accounts = self._accounts_of(differences)
             for tensor, account in zip(differences.values(), accounts, strict=True):
-                assert account.unsent is not None
-                tensor.add_(account.unsent, alpha=weight)
+                assert account.residual is not None
+                tensor.add_(account.residual, alpha=weight)
 
     @property
-    def reckons(self) -> bool:
+    def corrects_pull(self) -> bool:
         """Whether workers are pulled and hold much back, as :meth:`waits` has measured."""
         return self._pulls and self._codec.feedback and (self._waits or 1.0) > _MUCH
 
@@ -180,7 +180,7 @@ class CompressedAllReduce(AllReduce):
     def join(self, pending: PendingSum, payload: Payload, *, last: bool = False) -> None:
         """Begin to sum in an exchange whose header has left."""
         accounts = self._accounts_of(payload.differences)
-        self._collect(payload, accounts, last=last)
+        self._add_residuals(payload, accounts, last=last)
         if last:
             super().join(pending, payload)
             return
@@ -188,22 +188,22 @@ class CompressedAllReduce(AllReduce):
         travel = partial(self._travel, payload, accounts)
         pending.parts.append((Background(travel, device), True))
 
-    def hold_back(self, payload: Payload, *, last: bool = False) -> None:
+    def keep_residual(self, payload: Payload, *, last: bool = False) -> None:
         """Hold back what :meth:`join` would, and send nothing."""
         accounts = self._accounts_of(payload.differences)
-        self._collect(payload, accounts, last=last)
+        self._add_residuals(payload, accounts, last=last)
         if not last:
             for tensor, account in zip(payload.differences.values(), accounts, strict=True):
                 for number in range(max(1, len(account.buckets))):
                     self._encode(tensor, account, number)
 
-    def _collect(self, payload: Payload, accounts: Sequence[Account], *, last: bool) -> None:
+    def _add_residuals(self, payload: Payload, accounts: Sequence[Account], *, last: bool) -> None:
         """Add to differences what was held back of them; the last time owners do so, too."""
         for tensor, account in zip(payload.differences.values(), accounts, strict=True):
-            if account.unsent is not None and not (last and self.reckons):
-                tensor.add_(account.unsent)
+            if account.residual is not None and not (last and self.corrects_pull):
+                tensor.add_(account.residual)
             if last:
-                self._give_all(tensor, account)
+                self._flush(tensor, account)
 
     def sum_bytes(self, payload: Payload, *, last: bool = False) -> tuple[int, int]:
         """Bytes that each worker sends, and receives, for sums; none are inside a group."""
@@ -243,14 +243,14 @@ class CompressedAllReduce(AllReduce):
                 self._accounts[name] = account
         return [self._accounts[name] for name in differences]
 
-    def _give_all(self, tensor: Tensor, account: Account) -> None:
+    def _flush(self, tensor: Tensor, account: Account) -> None:
         """Hold nothing back; what was not sent is in the differences already."""
-        if account.unsent is not None:
-            account.unsent.zero_()
+        if account.residual is not None:
+            account.residual.zero_()
         for bucket in account.buckets:
             own = bucket.own(tensor, self.level.rank)
-            own.add_(bucket.kept[: own.numel()])
-            bucket.kept.zero_()
+            own.add_(bucket.residual[: own.numel()])
+            bucket.residual.zero_()
 
     def _encode(self, tensor: Tensor, account: Account, number: int) -> Tensor:
         """The bytes of a bucket, a row for each owner, or of the whole; the rest is kept."""
@@ -259,15 +259,15 @@ class CompressedAllReduce(AllReduce):
         if account.buckets:
             share = account.buckets[number].share
         wire = tensor.new_empty(len(values), self._codec.wire_bytes(share), dtype=torch.uint8)
-        unsent: list[Tensor | None] = [None] * len(values)
-        if account.unsent is not None:
-            unsent = [*account.values(account.unsent, self.level.size)[number]]
-        for row, mine, kept in zip(wire, values, unsent, strict=True):
+        residuals: list[Tensor | None] = [None] * len(values)
+        if account.residual is not None:
+            residuals = [*account.values(account.residual, self.level.size)[number]]
+        for row, mine, residual in zip(wire, values, residuals, strict=True):
             missing = share - mine.numel()
             full = torch.nn.functional.pad(mine, (0, missing)) if missing else mine
             row.copy_(self._codec.encode(full))
-            if kept is not None:
-                torch.sub(mine, self._decoded(row, full)[: mine.numel()], out=kept)
+            if residual is not None:
+                torch.sub(mine, self._decoded(row, full)[: mine.numel()], out=residual)
         return wire
 
     def _travel(self, payload: Payload, accounts: Sequence[Account]) -> None:
@@ -279,9 +279,9 @@ class CompressedAllReduce(AllReduce):
         works = self.sum(payload.statistics)
         pairs = list(zip(payload.differences.values(), accounts, strict=True))
         if self._codec.block is None:
-            in_turns([self._whole(*pair) for pair in pairs])
+            interleave([self._whole(*pair) for pair in pairs])
         else:
-            in_turns(
+            interleave(
                 [
                     self._bucket(tensor, account, number)
                     for tensor, account in pairs
@@ -305,13 +305,13 @@ class CompressedAllReduce(AllReduce):
         yield
         for rank, row in enumerate(arrival()):
             mine = bucket.own(tensor, rank)
-            mine.copy_(self._decoded(row, bucket.kept)[: mine.numel()])
+            mine.copy_(self._decoded(row, bucket.residual)[: mine.numel()])
 
     def _add_up(self, bucket: Owned, rows: Tensor) -> Tensor:
         """The encoded sum of this worker's share, from the encoded parts of all; a row."""
-        self._add_rows(rows, bucket.kept)
-        wire = self._codec.encode(bucket.kept)
-        bucket.kept.sub_(self._decoded(wire, bucket.kept))
+        self._add_rows(rows, bucket.residual)
+        wire = self._codec.encode(bucket.residual)
+        bucket.residual.sub_(self._decoded(wire, bucket.residual))
         return wire[None]
 
     def _add_rows(self, rows: Tensor, total: Tensor) -> None:

@@ -47,7 +47,7 @@ class Phase(IntEnum):
     """Where a worker is when it sends a header."""
 
     TRAINING = 0
-    """In a step that begins an exchange; at all other places it stands still."""
+    """In a step that begins an exchange; in all other phases the worker is idle."""
     VALIDATION = 1
     """Before a validation."""
     EPOCH_END = 2
@@ -87,7 +87,7 @@ class Header:
     announced: int
     """The same, with parameters that were unfrozen since and join with the next exchange."""
     phase: Phase
-    """Whether the worker begins an exchange, or stands still and answers those of others."""
+    """Whether the worker begins an exchange; else it is idle and shadows those of others."""
     stop: Stop
     """Why the worker was asked to stop."""
     non_finite: bool
@@ -169,7 +169,7 @@ def verify(headers: Sequence[Header], ranks: Sequence[int] | None = None) -> Non
 
 
 def verify_phases(headers: Sequence[Header]) -> None:
-    """Check that all workers, which stand still, can go on.
+    """Check that all workers, which are idle, can go on.
 
     Raises:
         ExchangeError: on all of them, if some wait for the others to validate or to decide

@@ -81,14 +81,14 @@ class GroupedAllReduce(AllReduce):
         inside = Level(subgroup.place, subgroup.size, data)
         self._inside = AllReduce(group, bucket_bytes, level=inside)
         self._between = between(Level(self.participant, len(mine), firsts))
-        self.holds_back = self._between.holds_back
+        self.has_residual = self._between.has_residual
 
     @override
     def join(self, pending: PendingSum, payload: Payload, *, last: bool = False) -> None:
         if self._leads:
             self._between.join(pending, Payload(payload.differences), last=last)
-        elif self.reckons:
-            self._between.hold_back(Payload(payload.differences), last=last)
+        elif self.corrects_pull:
+            self._between.keep_residual(Payload(payload.differences), last=last)
         between, pending.parts = [work for work, _ in pending.parts], []
         device = next(iter(payload.differences.values())).device
         travel = Background(partial(self._travel, between, payload), device)
@@ -111,12 +111,12 @@ class GroupedAllReduce(AllReduce):
 
     @property
     @override
-    def reckons(self) -> bool:
-        return self._between.reckons
+    def corrects_pull(self) -> bool:
+        return self._between.corrects_pull
 
     @override
-    def reckon_(self, differences: Mapping[str, Tensor], weight: float) -> None:
-        self._between.reckon_(differences, weight)
+    def add_residual_(self, differences: Mapping[str, Tensor], weight: float) -> None:
+        self._between.add_residual_(differences, weight)
 
     @override
     def quantize_(self, differences: Iterable[Tensor]) -> None:
@@ -128,7 +128,7 @@ class GroupedAllReduce(AllReduce):
 
     @override
     def load_state(self, state: Any) -> None:
-        if self.reckons:
+        if self.corrects_pull:
             # Members are pulled alike only by what all of them hold back.
             said = self._subgroup.gather([bool(state.get("accounts"))], "Resuming")
             state = state if all(has for (has,) in said) else {}

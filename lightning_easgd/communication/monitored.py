@@ -1,9 +1,9 @@
-"""Lightning's own collectives, watched while they wait.
+"""Lightning's own collectives, monitored while they wait.
 
 [Note: whose collectives] Exchanges are not the only place where a worker that is gone is waited
 for. Lightning's own collectives (barriers, decisions, reduced metrics) go through the group as well
 while training is set up, so that waiting for them ends in time and tells who is missing. Those that
-torchmetrics, or the user, calls on torch's default group cannot be watched: that group waits no
+torchmetrics, or the user, calls on torch's default group cannot be monitored: that group waits no
 longer than the workers do meanwhile, and who is missing is added to the error. Older torch (2.6 is
 one) does not let gloo change its timeout (pytorch/pytorch#165422); there they wait for all of it.
 
@@ -38,7 +38,7 @@ def barrier(group: WorkerGroup, what: str, *, patiently: bool = False) -> None:
 
 def broadcast(group: WorkerGroup, value: Any, src: int, what: str) -> Any:
     """What worker ``src`` has, see [Note: Lightning's objects]; raises as :func:`barrier` does."""
-    barrier(group, what)  # what follows cannot be watched; but nobody is missing now
+    barrier(group, what)  # what follows cannot be monitored; but nobody is missing now
     values = [value]
     dist.broadcast_object_list(values, src, group=group.everybody)
     return values[0]
@@ -59,7 +59,7 @@ def reduce_(group: WorkerGroup, tensor: Tensor, op: Any, what: str) -> Tensor:
     if dist.get_backend() == "gloo":
         group.wait(dist.all_reduce(tensor, op, async_op=True), what)
     else:
-        # Nothing on an accelerator can be watched; but nobody is missing now.
+        # Nothing on an accelerator can be monitored; but nobody is missing now.
         barrier(group, what)
         dist.all_reduce(tensor, op)
     return tensor.copy_(tensor / group.size) if mean else tensor

@@ -58,7 +58,7 @@ class WorkerGroup:
         self.backend = "gloo" if from_host else dist.get_backend()
         """Of the sums."""
         self.polls = self.backend == "gloo"
-        """Whether a sum ends when its data is there, so that it can be watched."""
+        """Whether a sum ends when its data is there, so that it can be monitored."""
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._abandoned = False
         self._made: list[dist.ProcessGroup] = []
@@ -75,7 +75,7 @@ class WorkerGroup:
             self._heartbeat.stop(f"{type(error).__name__}: {error}", alone=True)
             raise
         self._timeout = timeout.total_seconds()
-        # What is watched ends first, with names.
+        # What is monitored ends first, with names.
         _set_default_timeout(min(timeout + _LATER, lightnings_timeout))
 
     def _meet(self) -> dist.ProcessGroup:
@@ -145,7 +145,7 @@ class WorkerGroup:
         return everybody
 
     def explain(self, error: BaseException) -> None:
-        """Add who is missing to an error of torch's, out of a collective that is not watched."""
+        """Add who is missing to an error of torch's, out of a collective that is not monitored."""
         gloos = type(error) is RuntimeError and "gloo" in str(error)
         if gloos or isinstance(error, dist.DistError):
             error.args = (f"{error} {self._heartbeat.diagnose(self._timeout)}",)
@@ -158,7 +158,7 @@ class WorkerGroup:
         Args:
             work: the collective.
             what: it is part of, for the message.
-            poll: whether it ends when its data is there (gloo), so that it can be watched; an
+            poll: whether it ends when its data is there (gloo), so that it can be monitored; an
                 accelerator's is only queued behind what its stream does.
             patiently: go on after the timeout as long as another worker gets on.
 

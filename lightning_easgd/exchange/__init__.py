@@ -18,9 +18,10 @@ Glossary: one word for one thing, in code and documents.
     difference      x - c, as it is taken before the step
     contribution    what a participant adds to the sum, a multiple of its difference
     pull            what the worker loses by it, α (x - c)
-    residual        what a codec did not send yet, and adds to a later difference
+    residual        what a codec did not send yet; it is added to a later difference (flushed)
     cohort          parameters that joined the exchanges at the same time
-    fragment        a part of a cohort that one exchange moves
+    fragment        a part of a cohort that one exchange moves; its index says which
+    slice           rows of a parameter that lie in one fragment
     statistics      buffers that the center has, too
     link            how a difference reaches a center, and what comes back (start, wait)
     in flight       started, and not arrived
@@ -28,8 +29,10 @@ Glossary: one word for one thing, in code and documents.
     companion       what a rule or schedule brings along that lives in the headers
     rendezvous      who waits for whom: all workers meet in a phase
     phase           where a worker is in training when it sends a header
-    stand still     to send a header without an exchange, and answer those of others
-    rule            how the center moves, and what becomes of the worker
+    idle            a worker without a step to take, which waits for others at a rendezvous
+    shadow          what an idle worker does: it takes part in the exchanges of the others
+    rule            how the center moves, and whether a worker is pulled or reset to the center
+    rule state      what a rule keeps of the center between two exchanges, as its momentum
     heartbeat       signs of life; a diagnosis says from them who is missing or stuck
     swap in, out    the module holds the center for a while, and then the worker again
 """

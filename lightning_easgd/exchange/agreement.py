@@ -58,9 +58,9 @@ class Agreement:
             share = companion.share(share)
         return share
 
-    def restarts(self) -> bool:
+    def resets_to_center(self) -> bool:
         """An exchange begins: whether workers that are pulled restart with it."""
-        asked = [companion.restarts() for companion in self._companions.values()]
+        asked = [companion.resets_to_center() for companion in self._companions.values()]
         return any(asked)
 
     def shared_state(self) -> dict[str, Any]:

@@ -98,13 +98,13 @@ class Arrivals:
             if rule.average and not all(senders):
                 elastic.scale_(total, [len(senders) / sum(senders)] * len(total))
             if flight.moves:
-                for part, move, memory in zip(center, total, fragment.outer, strict=True):
-                    rule.move_(part, move, memory)
+                for part, move, state in zip(center, total, fragment.rule_state, strict=True):
+                    rule.move_(part, move, state)
                 fragment.follow_center()
             else:
                 elastic.move_center_(center, total)
-            if rule.restarts and not (rule.delay or flight.last):
-                fragment.restart(rule.mixing)
+            if rule.resets_to_center and not (rule.delay or flight.last):
+                fragment.reset_to_center(rule.mixing_rate)
 
 
 def mean_distance(difference: Difference, contribution: Contribution, workers: int) -> float | None:

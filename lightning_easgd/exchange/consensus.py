@@ -42,13 +42,13 @@ class Consensus:
     """Adds up what the exchanges of a round tell, in which every fragment has its turn.
 
     Args:
-        turns: fragments of the model.
+        fragment_count: fragments of the model.
     """
 
-    def __init__(self, turns: int) -> None:
+    def __init__(self, fragment_count: int) -> None:
         self.variance = _UNKNOWN
         """Across workers, of the latest whole round; negative where it is not known."""
-        self._turns = turns
+        self._fragment_count = fragment_count
         self._next = 0
         self._sums = [0.0, 0.0, 0.0]
 
@@ -60,19 +60,19 @@ class Consensus:
         spread = {} if lr is None else {"variance": self.variance, "lr": float(lr)}
         return {**dict(durations), "distance": float(distance), "size": float(size), **spread}
 
-    def note(self, turn: int, headers: Sequence[Header], mean: float | None) -> Observation:
+    def note(self, index: int, headers: Sequence[Header], mean: float | None) -> Observation:
         """What an exchange tells; equal on all workers.
 
         Args:
-            turn: which fragment it was of.
+            index: which fragment it was of.
             headers: of all workers, at least one of them with finite weights.
             mean: ‖m - c‖ of the fragment; None where it is not known.
         """
         durations = [_durations(header) for header in headers]
-        if turn == 0:
+        if index == 0:
             self._next, self._sums = 0, [0.0, 0.0, 0.0]
-        whole = turn == self._next == self._turns - 1
-        self._next = self._next + 1 if turn == self._next else -1
+        whole = index == self._next == self._fragment_count - 1
+        self._next = self._next + 1 if index == self._next else -1
         said = [header.named for header in headers if not header.non_finite]
         square = sum(each["distance"] * each["distance"] for each in said) / len(said)
         spread = math.inf if mean is None else max(0.0, square - mean * mean)

@@ -106,7 +106,9 @@ class Participant:
         """Put x - c of the fragments of this index where their sums will be."""
         fragments = self._center.open(index)
         for fragment in fragments:
-            fragment.take_difference(from_start=self._rule.restarts and not self._rule.mixing)
+            fragment.take_difference(
+                from_start=self._rule.resets_to_center and not self._rule.mixing_rate
+            )
         if self._from_iterate:
             points = Difference(fragments).points
             self._optimizers.undo_look_ahead_(points())
@@ -136,7 +138,7 @@ class Participant:
         statistics = self._center.statistics
         contributed = statistics.contribute(difference.healthy, last=last) if index == 0 else []
         # After the last exchange no worker goes on.
-        pulls = difference.healthy and not (self._rule.restarts or last)
+        pulls = difference.healthy and not (self._rule.resets_to_center or last)
         pull = [(f, f.copy_of_total()) for f in difference.fragments] if pulls else []
         if not difference.healthy and not last:
             self._optimizers.forget(self._center.parameters())
@@ -167,15 +169,15 @@ class Participant:
 
     def _scale(self, difference: Difference, clock: int, last: bool) -> list[list[float]]:
         """Turn x - c into what is sent of it; with which multiples."""
-        if not self._rule.restarts:
-            self._all_reduce.reckon_(difference.totals, 1.0 if last else -self._gamma)
+        if not self._rule.resets_to_center:
+            self._all_reduce.add_residual_(difference.totals, 1.0 if last else -self._gamma)
         alphas, default = self._rates_at(clock)
         alphas = self._center.ties.strongest(alphas)
         self._telemetry.alpha = max([*alphas.values(), default])
         found = [
-            [alphas.get(id(piece.whole), default) for piece in fragment.pieces]
+            [alphas.get(id(slice_.whole), default) for slice_ in fragment.slices]
             if alphas
-            else [default] * len(fragment.pieces)
+            else [default] * len(fragment.slices)
             for fragment in difference.fragments
         ]
         for fragment, rates in zip(difference.fragments, found, strict=True):
@@ -185,8 +187,8 @@ class Participant:
                 elastic.scale_(fragment.total.views, rates)
         if not last:
             self._all_reduce.quantize_(difference.totals.values())
-        if self._rule.restarts:
-            self._telemetry.alpha = 1 - self._rule.mixing
+        if self._rule.resets_to_center:
+            self._telemetry.alpha = 1 - self._rule.mixing_rate
         return found
 
 

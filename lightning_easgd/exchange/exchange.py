@@ -22,7 +22,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_easgd.center.center import Shown
+from lightning_easgd.center.center import SwappedIn
 from lightning_easgd.center.swap import Swap
 from lightning_easgd.communication import Phase, Stop
 from lightning_easgd.exchange.difference import Pull, pull_worker
@@ -49,7 +49,7 @@ class Exchange:
         self._link = parts.levels.top
         self._gradients = parts.gradients
         self._rendezvous = parts.rendezvous
-        self._restarts = parts.policy.algorithm.restarts
+        self._resets = parts.policy.algorithm.resets_to_center
         self._averaged = self._starts = False
         self._before_the_end: BeforeTheEnd | None = None
         self._start_clock(0)
@@ -139,7 +139,7 @@ class Exchange:
     @property
     def trains(self) -> bool:
         """Whether the module holds the worker, which may take another step."""
-        return self._before_the_end is None and not self.swap.shows_center
+        return self._before_the_end is None and not self.swap.is_swapped
 
     def after_training_step(self, output: object) -> bool:
         """A training step has returned ``output``; whether that has a loss if one is needed."""
@@ -152,12 +152,12 @@ class Exchange:
 
         What was sent is also taken: the pull is applied even if the step raises.
         """
-        assert not self.swap.shows_center, "a step was taken while the module showed the center"
+        assert not self.swap.is_swapped, "a step was taken while the module showed the center"
         self.writes.before_step()
         self.center.adopt_unfrozen()
         exchanges = self.telemetry.exchanges
-        due = self.clock + self._restarts >= self._clock.next_due
-        pull = [] if self._restarts else self._start_due()
+        due = self.clock + self._resets >= self._clock.next_due
+        pull = [] if self._resets else self._start_due()
         try:
             try:
                 yield
@@ -168,7 +168,7 @@ class Exchange:
         finally:
             pull_worker(pull)
             self._count_step()
-        if self._restarts:
+        if self._resets:
             self._link.go_on(self.clock)
             self._start_due()
         elif self._link.resets_workers:
@@ -206,7 +206,7 @@ class Exchange:
         self._levels.drain()
 
     def meet(self, phase: Phase) -> bool:
-        """Stand still where others may, too; as of Rendezvous.
+        """Be idle where others may be, too; as of Rendezvous.
 
         Raises:
             ExchangeError: as for :meth:`drain`.
@@ -215,8 +215,8 @@ class Exchange:
         return self._rendezvous.meet(phase)
 
     @contextmanager
-    def showing(
-        self, which: Shown = "delivered", *, latest: bool = True, during: str = ""
+    def swapped(
+        self, which: SwappedIn = "delivered", *, latest: bool = True, during: str = ""
     ) -> Iterator[None]:
         """The module holds the center in between, or what is delivered of it.
 
@@ -235,17 +235,17 @@ class Exchange:
         if latest:
             self.drain()
         self.writes.look_at_modes()
-        with self.swap.showing(which, in_flight=not latest, during=during):
+        with self.swap.swapped(which, in_flight=not latest, during=during):
             yield
 
     def before_save(self) -> None:
         """A checkpoint is made: warn of what hooks wrote that will not be in it."""
-        if self.begun and not (self._starts or self.swap.shows_center):
+        if self.begun and not (self._starts or self.swap.is_swapped):
             self.writes.before_save()
 
     def after_dump(self, checkpoint: dict[str, Any]) -> Any:
         """The checkpoint that was made, without what shares memory with what is swapped."""
-        if self.swap.shows_center:
+        if self.swap.is_swapped:
             self.writes.after_dump(checkpoint)
         return self.swap.copied(checkpoint)
 
@@ -286,7 +286,7 @@ class Exchange:
             latest: whether the exchange in flight is awaited first.
             delivered: whether the center's running average, if there is one, takes its place.
         """
-        with self.showing("delivered" if delivered else "center", latest=latest):
+        with self.swapped("delivered" if delivered else "center", latest=latest):
             state: dict[str, Any] = self.swap.copied(module.state_dict())
             return state
 

@@ -33,7 +33,7 @@ _BITS = 62
 class Event(IntEnum):
     """What a member is about to do together with the others."""
 
-    STILL = 0
+    IDLE = 0
     """Nothing: it has no batch, and takes part in what the others do."""
     GRADIENTS = 1
     """To average gradients."""
@@ -54,14 +54,14 @@ class Word:
 
     def pack(self, parameters: int) -> list[int]:
         """As integers, always as many for so many parameters."""
-        pieces = [self.used >> at & 2**_BITS - 1 for at in range(0, parameters, _BITS)]
-        return [self.event, self.clock, *pieces]
+        chunks = [self.used >> at & 2**_BITS - 1 for at in range(0, parameters, _BITS)]
+        return [self.event, self.clock, *chunks]
 
     @classmethod
     def unpack(cls, numbers: Sequence[int]) -> Word:
         """The inverse of :meth:`pack`."""
-        event, clock, *pieces = numbers
-        used = sum(piece << place * _BITS for place, piece in enumerate(pieces))
+        event, clock, *chunks = numbers
+        used = sum(chunk << place * _BITS for place, chunk in enumerate(chunks))
         return cls(Event(event), clock, used)
 
 
@@ -154,10 +154,10 @@ class GradientAverage:
             self._meet(Word(Event.EXCHANGE, clock))
 
     @torch.no_grad()
-    def accompany(self) -> None:
-        """Stand still until an exchange begins or all members do; raises as :meth:`average`."""
+    def shadow(self) -> None:
+        """Be idle until an exchange begins or all members are; raises as :meth:`average`."""
         while not self._alone:
-            words = self._meet(Word(Event.STILL))
+            words = self._meet(Word(Event.IDLE))
             events = {word.event for word in words}
             if Event.PARTING in events:
                 self._part()
@@ -174,12 +174,12 @@ class GradientAverage:
         self._vector = None
 
     def _meet(self, mine: Word) -> list[Word]:
-        numbers, still = mine.pack(len(self._parameters)), mine.event is Event.STILL
+        numbers, still = mine.pack(len(self._parameters)), mine.event is Event.IDLE
         what = f"What a group does together at step {mine.clock}"
         said = self.subgroup.gather(numbers, what, patiently=still)
         self._count(self.subgroup.gather_bytes(len(numbers)))
         words = [Word.unpack(numbers) for numbers in said]
-        training = {place for place, word in enumerate(words) if word.event is not Event.STILL}
+        training = {place for place, word in enumerate(words) if word.event is not Event.IDLE}
         if len({(words[place].event, words[place].clock) for place in training}) > 1:
             listing = "; ".join(
                 f"worker {rank}: {word.event.name.lower()} at step {word.clock}"

@@ -89,8 +89,8 @@ class GroupLevel:
         """
         self._link.wait()
 
-    def stand_still(self, clock: int, phase: Phase) -> int | None:
-        """Wait until a member begins an exchange, at the step returned, or all stand still.
+    def wait_idle(self, clock: int, phase: Phase) -> int | None:
+        """Wait until a member begins an exchange, or all are idle.
 
         Raises:
             ExchangeError: as for :meth:`wait`.
@@ -105,15 +105,15 @@ class GroupLevel:
         return None
 
     def announce(self, clock: int, phase: Phase) -> None:
-        """Say that this worker stands still. Nothing is under way."""
+        """Say that this worker is idle. Nothing is under way."""
         # Members that train have their center pulled before their headers leave; here it is later.
-        self._link.stand_still(clock, phase, compare=False)
+        self._link.announce_idle(clock, phase, compare=False)
 
-    def answer(self, clock: int) -> Pull:
+    def shadow(self, clock: int) -> Pull:
         """Take part in the exchange that members began, when all have said so; as :meth:`start`."""
         self._link.headers()
         # Anew: the group's center may have been pulled since the header left.
-        pull = self._link.answer(clock, anew=True)
+        pull = self._link.shadow(clock, anew=True)
         self.set_clock(clock)
         return pull
 

@@ -1,4 +1,4 @@
-"""How one party's difference reaches a center, and what comes back; see :class:`CollectiveLink`.
+"""How a participant's difference reaches a center; see :class:`CollectiveLink`.
 
 [Note: who decides] Nothing that one worker knows alone decides whether a collective runs or how
 large it is. What a worker wants to change (a new parameter joins, training stops) is announced in
@@ -36,7 +36,7 @@ from lightning_easgd.exchange.agreement import Agreement
 from lightning_easgd.exchange.arrival import Arrivals
 from lightning_easgd.exchange.consensus import Consensus
 from lightning_easgd.exchange.difference import Contribution, Difference, Participant, Pull
-from lightning_easgd.exchange.states import Exchanged, HeaderSent, Idle, InFlight, Owed
+from lightning_easgd.exchange.states import Exchanged, Free, HeaderSent, InFlight, Owed
 from lightning_easgd.exchange.stops import Stops
 from lightning_easgd.exchange.timing import StepTimer
 from lightning_easgd.schedules import Durations, Schedules
@@ -76,7 +76,7 @@ class CollectiveLink:
         self.all_reduce = all_reduce
         self.participant = participant
         self.timer = StepTimer()
-        self.consensus = Consensus(center.turns)
+        self.consensus = Consensus(center.fragment_count)
         self._center = center
         self._rule = rule
         self._telemetry = telemetry
@@ -92,7 +92,7 @@ class CollectiveLink:
             consensus=self.consensus,
         )
         self._headers_sent = 0
-        self._state: Idle | HeaderSent | InFlight = Idle()
+        self._state: Free | HeaderSent | InFlight = Free()
         self.start_training()
 
     def start_training(self) -> None:
@@ -112,11 +112,13 @@ class CollectiveLink:
 
     def is_settled(self, clock: int) -> bool:
         """Whether workers restarted at ``clock`` with all parameters, and have nothing to add."""
-        return self._rule.restarts and self._exchanged == Exchanged(clock, self._center.joined)
+        return self._rule.resets_to_center and self._exchanged == Exchanged(
+            clock, self._center.joined
+        )
 
     def arrived(self) -> bool:
         """Whether what is under way has arrived and only waits to be taken in."""
-        return not isinstance(self._state, Idle) and self._state.pending.arrived()
+        return not isinstance(self._state, Free) and self._state.pending.arrived()
 
     @torch.no_grad()
     def go_on(self, clock: float = math.inf) -> None:
@@ -126,7 +128,7 @@ class CollectiveLink:
         self.wait()
         owed, self.owed = self.owed, None
         for fragment in self._center.fragments(owed.index, owed.joined):
-            fragment.restart(self._rule.mixing)
+            fragment.reset_to_center(self._rule.mixing_rate)
 
     def start(self, clock: int, *, last: bool = False) -> Pull:
         """Send this worker's difference off.
@@ -141,17 +143,17 @@ class CollectiveLink:
         self.go_on()
         difference = self.participant.take_difference(self._index)
         given = self.participant.contribute(difference, clock=clock, index=self._index, last=last)
-        resets = self._agreement.restarts() and not last
+        resets = self._agreement.resets_to_center() and not last
         self._send(clock, difference, given, last=last, resets=resets)
         self.timer.exchange()
         return given.pull
 
-    def stand_still(self, clock: int, phase: Phase, *, compare: bool = True) -> None:
-        """Send a header without an exchange; :meth:`headers` has those of all.
+    def announce_idle(self, clock: int, phase: Phase, *, compare: bool = True) -> None:
+        """Send a header without an exchange; :meth:`headers` has those of all workers.
 
         Args:
             clock: steps taken.
-            phase: where this worker stands still.
+            phase: where this worker is idle.
             compare: whether the center here is that of the others now.
         """
         self.go_on()
@@ -159,15 +161,15 @@ class CollectiveLink:
         self._send_header(clock, difference, phase=phase, compare=compare)
 
     def headers(self) -> list[Header]:
-        """Of all, where this worker stands still; waits for them as long as it takes.
+        """Headers of all workers, where this one is idle; waits for them as long as it takes.
 
-        If one of them began an exchange, :meth:`answer` it; else :meth:`wait`.
+        If one of them began an exchange, :meth:`shadow` it; else :meth:`wait`.
         """
         assert isinstance(self._state, HeaderSent)
         return self._await_headers(self._state.pending, patiently=True)
 
-    def answer(self, clock: int, *, anew: bool = False) -> Pull:
-        """Take part in the exchange that others began at ``clock``, whose headers are here.
+    def shadow(self, clock: int, *, anew: bool = False) -> Pull:
+        """Take part, while idle, in the exchange that others began; all headers are here.
 
         Args:
             clock: of the exchange.
@@ -180,24 +182,24 @@ class CollectiveLink:
         assert isinstance(sent, HeaderSent)
         difference = self.participant.take_difference(index) if anew else sent.difference
         given = self.participant.contribute(difference, clock=clock, index=index)
-        self._take_turns(clock)
+        self._advance(clock)
         self.all_reduce.join(sent.pending, given.payload)
         self._telemetry.count_bytes(*self.all_reduce.sum_bytes(given.payload))
-        resets = self._agreement.restarts()
+        resets = self._agreement.resets_to_center()
         self._state = InFlight(
             sent.pending, sent.cohorts, difference, given, clock, index, resets=resets
         )
         return given.pull
 
     def flush_residual(self, clock: int) -> None:
-        """Let what is held back of the fragment whose turn it is go to the center."""
-        if self.all_reduce.holds_back:
+        """Let the residual of the fragment at this index go to the center."""
+        if self.all_reduce.has_residual:
             difference = self.participant.nothing(self._index)
             given = Contribution(Payload(difference.totals))
             self._send(clock, difference, given, phase=Phase.FIT_END, last=True, moves=False)
         else:
             self._send_header(clock, Difference([]), phase=Phase.FIT_END)
-            self._take_turns(clock)
+            self._advance(clock)
 
     def wait(self) -> None:
         """Wait for what is under way, if anything, and move the center.
@@ -207,20 +209,20 @@ class CollectiveLink:
             NonFiniteError: no worker had finite weights; the center stays as it was.
         """
         state = self._state
-        if isinstance(state, Idle):
+        if isinstance(state, Free):
             return
         headers = self._await_headers(state.pending)
         with self._waiting():
             state.pending.wait()
         self.timer.arrive()
-        self._state = Idle()
+        self._state = Free()
         self._apply(state, headers)
 
     def state(self) -> dict[str, Any]:
         """What all workers hold alike, for a checkpoint. Nothing may be under way."""
-        assert isinstance(self._state, Idle)
+        assert isinstance(self._state, Free)
         return {
-            "turn": self._index,
+            "fragment_index": self._index,
             "exchanged": None if self._exchanged is None else astuple(self._exchanged),
             "owed": None if self.owed is None else astuple(self.owed),
             "consensus": self.consensus.state(),
@@ -228,12 +230,12 @@ class CollectiveLink:
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state`, perhaps with another number of fragments."""
-        self._index = state["turn"] % self._center.turns
+        self._index = state["fragment_index"] % self._center.fragment_count
         exchanged, owed = state["exchanged"], state["owed"]
         self._exchanged = None if exchanged is None else Exchanged(*exchanged)
         if self._rule.delay and owed:
             due, index, joined = owed
-            self.owed = Owed(due, index % self._center.turns, joined)
+            self.owed = Owed(due, index % self._center.fragment_count, joined)
         self.consensus.load_state(state["consensus"])
 
     def _send(
@@ -262,7 +264,7 @@ class CollectiveLink:
             moves=moves,
             resets=resets,
         )
-        self._take_turns(clock)
+        self._advance(clock)
 
     def _send_header(
         self, clock: int, difference: Difference, *, phase: Phase, compare: bool = True
@@ -301,12 +303,12 @@ class CollectiveLink:
         lr = self.participant.learning_rate() if reads else None
         return self.consensus.announce(measured, difference.distance, difference.size, lr=lr)
 
-    def _take_turns(self, clock: int) -> None:
+    def _advance(self, clock: int) -> None:
         joined = self._center.joined
         self._exchanged = Exchanged(clock, joined)
         if self._rule.delay:
             self.owed = Owed(clock + self._rule.delay, self._index, joined)
-        self._index = (self._index + 1) % self._center.turns
+        self._index = (self._index + 1) % self._center.fragment_count
 
     def _await_headers(self, pending: PendingSum, *, patiently: bool = False) -> list[Header]:
         with self._waiting():
@@ -322,7 +324,7 @@ class CollectiveLink:
         try:
             yield
         except ExchangeError:
-            self._state = Idle()
+            self._state = Free()
             raise
         waited = time.perf_counter() - began
         self._telemetry.wait_seconds += waited
@@ -337,5 +339,5 @@ class CollectiveLink:
             if self.arrivals.take_in(state, headers):
                 self.timer.restart()
             if state.resets:
-                self._center.restart_worker()
+                self._center.reset_worker()
         self._center.join(state.cohorts)

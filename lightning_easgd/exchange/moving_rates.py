@@ -39,7 +39,7 @@ class Bound:
 
 
 def stable_below(workers: int, *, momentum: float, waits: tuple[float, float]) -> Bound:
-    """Where α is stable; see algorithms/elastic.py, [Note: what is held back].
+    """Where α is stable; see algorithms/elastic.py, [Note: residual].
 
     Args:
         workers: p.
@@ -170,7 +170,7 @@ def rates_of(
         ValueError: the strength is unstable for this number of workers.
     """
     rule, workers = policy.algorithm, len(all_reduce.participants)
-    if rule.restarts:
+    if rule.resets_to_center:
         return lambda step: ({}, agreement.share(rule.share(workers)))
     bound = stable_below(workers, momentum=rule.center_momentum, waits=all_reduce.waits(device))
     reports = all_reduce.group.rank == 0

@@ -56,20 +56,20 @@ class LocalOptimizers:
         """Turn stored look-ahead points y = x + δv into the paper's iterates x, in place.
 
         Args:
-            points: pieces of parameters, each with a copy of its value.
+            points: slices of parameters, each with a copy of its value.
         """
         groups = list(self._nesterov_groups())
         if not groups:
             return
-        by_parameter = {id(piece.whole): (piece, point) for piece, point in points}
+        by_parameter = {id(slice_.whole): (slice_, point) for slice_, point in points}
         for key, optimizer, group in groups:
             stored, buffers = [], []
             for parameter in group["params"]:
                 buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
                 if id(parameter) in by_parameter and buffer is not None:
-                    piece, point = by_parameter[id(parameter)]
+                    slice_, point = by_parameter[id(parameter)]
                     stored.append(point)
-                    buffers.append(piece.of(buffer))
+                    buffers.append(slice_.of(buffer))
             if stored:
                 lr, momentum = self._made_with.get(key, (group["lr"], group["momentum"]))
                 there = _on(stored[0].device, as_reals(buffers))

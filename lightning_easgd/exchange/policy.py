@@ -31,7 +31,7 @@ class ExchangePolicy:
         """Whatever follows training."""
         named = {f"algorithm.{name}": s for name, s in self.algorithm.schedules.items()}
         named["tau"] = self.period.schedule
-        if not self.algorithm.restarts:
+        if not self.algorithm.resets_to_center:
             named[self.strength.kind] = self.strength.schedule
         return Schedules(named)
 

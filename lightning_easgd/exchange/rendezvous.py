@@ -1,9 +1,9 @@
-"""Which workers wait for which where they stand still, finish and stop.
+"""Which workers wait for which where they are idle, finish and stop.
 
-[Note: standing still] Workers may have different numbers of batches. One that has no step to take
-sends a header that says so, reads those of the others, and takes part in the exchange if one of
-them began one: like a worker whose gradients are zero, it is pulled and pulls. Nothing is counted
-twice, since what it gives to the center it loses itself. When all stand still they go on together.
+[Note: idle workers] Workers may have different numbers of batches. One that has no step to take is
+idle: it sends a header that says so and reads the headers of the others. If one of them began an
+exchange, it shadows that: like a worker whose gradients are zero, it is pulled and pulls. Nothing
+is counted twice, since it loses what it gives to the center. When all are idle they go on together.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class Rendezvous(ABC):
 
     @abstractmethod
     def meet(self, phase: Phase) -> bool:
-        """Wait until the workers that this one needs stand still, too.
+        """Be idle until the workers that this one needs are idle, too.
 
         Args:
-            phase: where this worker stands still; not in training.
+            phase: where this worker is idle; not in training.
 
         Returns:
             False if all stop.
@@ -86,13 +86,13 @@ class Lockstep(Rendezvous):
         self._last_header_left = False
 
     def meet(self, phase: Phase) -> bool:
-        """Stand still until all workers do, answering the exchanges of those that still train.
+        """Be idle until all workers are, and shadow the exchanges of those that still train.
 
         The clocks are then set to the latest. A worker at the end of its fit waits until all are at
         theirs, however long they train. Workers that stop together leave here.
 
         Args:
-            phase: where this worker stands still; not in training.
+            phase: where this worker is idle; not in training.
 
         Returns:
             False if all stop; Stops tells why.
@@ -102,7 +102,7 @@ class Lockstep(Rendezvous):
             NonFiniteError: no worker had finite weights.
         """
         while True:
-            headers = self._stand_still(phase)
+            headers = self._wait_idle(phase)
             if headers is None:
                 continue
             self._levels.drain()
@@ -114,60 +114,60 @@ class Lockstep(Rendezvous):
             if phase is not Phase.FIT_END or all(h.phase is phase for h in headers):
                 return True
 
-    def _stand_still(self, phase: Phase) -> Sequence[Header] | None:
-        """Headers of workers that all stand still; None if an exchange was answered instead."""
+    def _wait_idle(self, phase: Phase) -> Sequence[Header] | None:
+        """The headers if all workers are idle; None if an exchange was shadowed instead."""
         if self._gradients is not None:
             self._link.go_on()  # before weights of others are taken over
-            self._gradients.accompany()
-        self._accompany_members(phase)
+            self._gradients.shadow()
+        self._shadow_members(phase)
         self._levels.drain()
         self._stops.take_effect()
         self._center.adopt_unfrozen()
-        self._link.stand_still(self._clock.steps, phase)
+        self._link.announce_idle(self._clock.steps, phase)
         headers = self._link.headers()
         training = [header.clock for header in headers if header.phase is Phase.TRAINING]
         if not training:
             return headers
         self._clock.set(training[0])
-        pull_worker(self._link.answer(self._clock.steps))
+        pull_worker(self._link.shadow(self._clock.steps))
         if not self._overlap or self._link.resets_workers:
             self._link.wait()  # when workers that train do
         return None
 
-    def _accompany_members(self, phase: Phase) -> None:
-        """Answer the exchanges of members of groups that still train, until none does."""
+    def _shadow_members(self, phase: Phase) -> None:
+        """Shadow the exchanges of members of groups that still train, until none does."""
         if self._levels:
             self._center.adopt_unfrozen()
         steps = self._clock.steps
-        for clock in self._levels.accompany(steps, phase, self._announce, self._answer):
+        for clock in self._levels.shadow(steps, phase, self._announce, self._shadow_top):
             self._clock.steps = clock
             if not self._overlap:
                 self._levels.wait()
 
     def _announce(self, clock: int, phase: Phase) -> bool:
-        """Say that this worker stands still, if all workers exchange at this step; whether so."""
+        """Say that this worker is idle, if all workers exchange at this step; whether they do."""
         if clock < self._clock.next_due:
             return False
         self._link.wait()
         self._stops.take_effect()
-        self._link.stand_still(clock, phase)
+        self._link.announce_idle(clock, phase)
         self._clock.set(clock)
         return True
 
-    def _answer(self, clock: int) -> Pull:
+    def _shadow_top(self, clock: int) -> Pull:
         """Take part in the exchange of all workers, when all have said what they do."""
         self._link.headers()
-        return self._link.answer(clock)
+        return self._link.shadow(clock)
 
     def finish(self, *, exchange: bool) -> None:
-        """A last exchange of everything if wanted; else what is held back goes to the center."""
+        """A last exchange of everything if wanted; else the residual goes to the center."""
         self._last_header_left = True
         clock = self._clock.steps
         if exchange:
             self._levels.finish(clock)
         settled = self._link.is_settled(clock)
-        for turn in range(self._center.turns):
-            is_new = not (settled and turn == self._center.turns - 1)
+        for index in range(self._center.fragment_count):
+            is_new = not (settled and index == self._center.fragment_count - 1)
             if exchange and is_new:
                 self._link.start(clock, last=True)
             else:
@@ -178,7 +178,7 @@ class Lockstep(Rendezvous):
     def request_stop(self, why: Stop) -> bool:
         """Ask all workers to stop at the same step. Signal-safe.
 
-        They do within two periods; three if this worker stands still, whose header has left.
+        They do within two periods; within three if this worker is idle and its header has left.
 
         Returns:
             False if no header will leave that could say so.

@@ -35,8 +35,8 @@ class SavedState:
     def before_the_end(self) -> BeforeTheEnd:
         """What a last exchange would change of what a checkpoint holds. Nothing is in flight."""
         shared, own = self.shared(at_the_end=True), self.own()
-        shared["outer"] = copy.deepcopy(shared["outer"])
-        own["held_back"] = copy.deepcopy(own["held_back"])
+        shared["rule_state"] = copy.deepcopy(shared["rule_state"])
+        own["residual"] = copy.deepcopy(own["residual"])
         return BeforeTheEnd(shared, own, weights_owed(self.center, self.levels.top.owed))
 
     def shared(self, *, at_the_end: bool = False) -> dict[str, Any]:
@@ -60,7 +60,7 @@ class SavedState:
         return {
             "look_ahead": self.optimizers.look_ahead_state(),
             "telemetry": self.telemetry.counters(),
-            "held_back": self.levels.top.all_reduce.state(),
+            "residual": self.levels.top.all_reduce.state(),
             "agreement": self.agreement.own_state(),
             "levels": self.levels.state(),
         }
@@ -75,13 +75,13 @@ class SavedState:
         self.center.load_shared_state(shared)
         self.clock.begun = shared["begun"]
         self.levels.top.load_state(shared)
-        self._load_outer(shared)
+        self._load_rule_state(shared)
         self.policy.schedules.load_state(shared["schedules"])
         self._load_clock(shared)
         if own is not None:
             self.optimizers.load_look_ahead_state(own["look_ahead"])
             self.telemetry.load_counters(own["telemetry"])
-        self.levels.top.all_reduce.load_state({} if own is None else own["held_back"])
+        self.levels.top.all_reduce.load_state({} if own is None else own["residual"])
         self.levels.restore(None if own is None else own["levels"])
         self.agreement.load_state(shared["agreement"], own and own["agreement"])
 
@@ -91,20 +91,21 @@ class SavedState:
             self.clock.resume(clock, tau=shared["tau"], next_due=shared["next_due"])
             return
         # Perhaps another one now. An exchange that is due at the clock was not begun yet.
-        known = clock if self.policy.algorithm.restarts else max(0, clock - 1)
+        known = clock if self.policy.algorithm.resets_to_center else max(0, clock - 1)
         self.clock.set(known)
         self.levels.set_clock(known)
         self.clock.steps = clock
 
-    def _load_outer(self, shared: Mapping[str, Any]) -> None:
-        outer, kind = shared["outer"], self.policy.algorithm.kind
+    def _load_rule_state(self, shared: Mapping[str, Any]) -> None:
+        rule_state, kind = shared["rule_state"], self.policy.algorithm.kind
         known = shared["algorithm"] == kind
         if known:
-            known = self.center.load_outer(outer)
-        if outer and not known and self.levels.top.all_reduce.group.rank == 0:
+            known = self.center.load_rule_state(rule_state)
+        if rule_state and not known and self.levels.top.all_reduce.group.rank == 0:
             warnings.warn(
                 "The center's momentum starts afresh: the checkpoint holds that of"
-                f" {shared['algorithm']}, by fragment, and this is {kind} in {self.center.turns}"
-                " fragment(s). Keep algorithm and fragments to go on with it.",
+                f" {shared['algorithm']}, by fragment, and this is {kind}"
+                f" in {self.center.fragment_count} fragment(s). Keep algorithm and fragments to"
+                " go on with it.",
                 stacklevel=2,
             )

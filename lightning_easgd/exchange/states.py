@@ -1,8 +1,8 @@
 """Where a link stands.
 
-[Note: states] A link is idle; or its header was sent, from a worker that stands still; or an
-exchange is in flight, which this worker began, or answered after its header. Each is one value that
-never changes, and holds all that its arrival needs.
+[Note: states] A link is free; or an idle worker has sent its header; or an exchange is in flight,
+which this worker began, or shadows after its header. Each state is one value that never changes. It
+holds all that its arrival needs.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class Exchanged:
 
 
 @dataclass(frozen=True)
-class Idle:
+class Free:
     """Nothing is under way."""
 
 
 @dataclass(frozen=True)
 class HeaderSent:
-    """This worker stands still, and has said so."""
+    """This worker is idle, and has said so."""
 
     pending: PendingSum
     cohorts: int
@@ -51,7 +51,7 @@ class HeaderSent:
 
 @dataclass(frozen=True)
 class InFlight:
-    """An exchange that was started, or answered, and not yet applied."""
+    """An exchange that was started, or is shadowed, and not yet applied."""
 
     pending: PendingSum
     cohorts: int

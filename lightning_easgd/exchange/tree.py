@@ -15,9 +15,9 @@ One after the other is a product of symmetric maps. Each has no eigenvalue outsi
 own α < 2/(p+1), with the p of that level, and then the product is stable too. (All levels at once
 would need the sum of their strengths to be small.) Every exchange keeps Σ x + Σ g + c.
 
-[Note: headers first] A worker that stands still learns from its group's headers which exchanges
+[Note: headers first] An idle worker learns from its group's headers which exchanges
 members began further up. It sends its headers for all of these before it waits for those of others.
-A worker that stands still in another group would wait for them: it learns of an exchange only when
+An idle worker of another group would wait for them: it learns of an exchange only when
 all headers of the level in between are there.
 """
 
@@ -81,31 +81,31 @@ class Levels:
             pull = level.start(clock)
         return pull
 
-    def accompany(
+    def shadow(
         self,
         clock: int,
         phase: Phase,
         announce: Callable[[int, Phase], bool],
-        answer: Callable[[int], Pull],
+        shadow_top: Callable[[int], Pull],
     ) -> Iterator[int]:
-        """Answer the exchanges of members that still train, until none does.
+        """Shadow the exchanges of members that still train, until none does.
 
         See [Note: headers first].
 
         Args:
             clock: steps taken.
-            phase: where this worker stands still.
+            phase: where this worker is idle.
             announce: says so where all workers exchange, if they do at a step; whether they do.
-            answer: takes part there, then; what the outermost center is owed.
+            shadow_top: takes part there, then; what the outermost center is owed.
 
         Yields:
-            The step of each, when it is answered.
+            The step of each exchange, when this worker has taken part.
 
         Raises:
             ExchangeError: an exchange failed, or members are out of step.
         """
         for number, level in reversed(list(enumerate(self._levels))):
-            while (begun := level.stand_still(clock, phase)) is not None:
+            while (begun := level.wait_idle(clock, phase)) is not None:
                 clock = begun
                 above = self._due(clock, self._levels[:number])
                 for upper in above:
@@ -113,10 +113,10 @@ class Levels:
                 for_all = announce(clock, phase)
                 for upper in above:
                     upper.announce(clock, phase)
-                pull = answer(clock) if for_all else []
-                for answering in [*above, level]:
+                pull = shadow_top(clock) if for_all else []
+                for shadowing in [*above, level]:
                     pull_worker(pull)
-                    pull = answering.answer(clock)
+                    pull = shadowing.shadow(clock)
                 pull_worker(pull)
                 yield clock
 

@@ -60,7 +60,7 @@ class Companion:
         """
         return share
 
-    def restarts(self) -> bool:
+    def resets_to_center(self) -> bool:
         """Whether workers that are pulled restart with the exchange that begins; asked once."""
         return False
 

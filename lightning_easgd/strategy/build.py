@@ -32,7 +32,7 @@ def make_center(module: pl.LightningModule, options: Options, rank: int) -> Cent
         module,
         buffers=options.buffers,
         rank=rank,
-        turns=options.rules.period.fragments,
+        fragment_count=options.rules.period.fragments,
         offload=options.offload,
         averaging=options.averaging,
         group=group,
@@ -86,7 +86,7 @@ def make_exchange(
         group,
         options.bucket_bytes,
         options.codec,
-        feedback=rules.algorithm.restarts,
+        feedback=rules.algorithm.resets_to_center,
         subgroup=subgroups[0] if subgroups else None,
         agrees=not levels,
     )

@@ -200,7 +200,7 @@ class Fit:
             self._meet(phase)
 
     def _meet(self, phase: Phase) -> None:
-        """Wait for workers that have more batches than this one, answering their exchanges."""
+        """Wait for workers that have more batches than this one, and shadow their exchanges."""
         self.exchange.meet(phase)
         self.stop()
 
@@ -272,7 +272,7 @@ class Fit:
             self._meet_if_uneven(Phase.VALIDATION)
         with ExitStack() as stack:
             if self._validates_center:
-                stack.enter_context(self.exchange.showing(during="validation"))
+                stack.enter_context(self.exchange.swapped(during="validation"))
             if not is_overridden("on_validation_model_train", self.module):
                 stack.enter_context(leaving_eval(self.module))
             yield
@@ -282,7 +282,7 @@ class Fit:
         self.enter("saving a checkpoint")
         self.exchange.before_save()
         self._meet_if_training(Phase.SAVE)
-        with self.exchange.showing(latest=not self.alone, during="a checkpoint"):
+        with self.exchange.swapped(latest=not self.alone, during="a checkpoint"):
             yield
 
     def _finish(self) -> None:

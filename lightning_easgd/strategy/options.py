@@ -107,7 +107,7 @@ class Options:
             period,
             strength,
             overlap=overlap,
-            elastic_point=elastic_point or ("parameter" if rule.restarts else "iterate"),
+            elastic_point=elastic_point or ("parameter" if rule.resets_to_center else "iterate"),
             algorithm=rule,
         )
         rules.require_fields()

@@ -66,7 +66,7 @@ REFUSED: tuple[Combination, ...] = (
     *(
         Combination(
             *(name, "any", "algorithm", _RESTARTS),
-            lambda strength, rule: strength is not None and rule.restarts,
+            lambda strength, rule: strength is not None and rule.resets_to_center,
             f"it sets how strongly workers and center pull at each other, but {_AT_THE_CENTER}",
             "Leave it out, or set algorithm='easgd'",
         )
@@ -74,13 +74,13 @@ REFUSED: tuple[Combination, ...] = (
     ),
     Combination(
         *("elastic_point", "'iterate'", "algorithm", _RESTARTS),
-        lambda point, rule: point == "iterate" and rule.restarts,
+        lambda point, rule: point == "iterate" and rule.resets_to_center,
         f"it says from where a worker is pulled, but {_AT_THE_CENTER}",
         "Leave it out, or set algorithm='easgd'",
     ),
     Combination(
         *("tau", "'auto', Auto(...)", "algorithm", _RESTARTS),
-        lambda tau, rule: Auto.of(tau) is not None and rule.restarts,
+        lambda tau, rule: Auto.of(tau) is not None and rule.resets_to_center,
         f"it looks for the period at which exchanges hide behind training, but {_AT_THE_CENTER}",
         "Give tau a number, or set algorithm='easgd'",
     ),

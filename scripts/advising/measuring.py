@@ -153,7 +153,7 @@ class Bench:
             )
         self.workers: int = trainer.world_size
         self.device: str = trainer.strategy.root_device.type
-        self.speaks: bool = trainer.is_global_zero
+        self.is_rank_zero: bool = trainer.is_global_zero
         self.writes: bool = trainer.local_rank == 0
         self.fragments: int = cfg.strategy.fragments
         tau = cfg.strategy.tau
@@ -172,7 +172,7 @@ class Bench:
 
     def fit(self, strategy: Strategy, watch: pl.Callback, what: str) -> None:
         """A fit from the first weights on, until the callback ends it."""
-        if self.speaks:
+        if self.is_rank_zero:
             elapsed = time.monotonic() - self._began
             print(f"  [{elapsed:3.0f} of {self._cfg.seconds} s] measuring {what}", flush=True)
         experiment.seed(self._cfg.seed)

@@ -76,7 +76,7 @@ class Contender:
     def kept(self) -> float:
         """What it keeps from one exchange to the next besides the center and the sum, in copies."""
         fragments = [f for c in self.exchange.center.cohorts for f in c.fragments]
-        tensors = [v for f in fragments for part in f.outer for v in part.values()]
+        tensors = [v for f in fragments for part in f.rule_state for v in part.values()]
         tensors += [p for f in fragments if f.delivered is not f.center for p in f.delivered.parts]
         return sum(tensor.numel() for tensor in tensors if tensor.dim()) / self.parameters
 
@@ -156,12 +156,14 @@ def exchange_of(
     average: CenterAverage | None,
 ) -> Exchange:
     """An exchange at every step, of a worker that is alone."""
-    point = "parameter" if rule.restarts else "iterate"
+    point = "parameter" if rule.resets_to_center else "iterate"
     return assemble(
         Center(module, buffers="average", rank=0, averaging=average),
         NoWire(group, 25 * 2**20, level=Level(group.rank, group.size, None)),
         optimizers=LocalOptimizers(lambda: [optimizer]),
-        rules=ExchangePolicy(Period(1), Strength("beta", 0.9), not rule.restarts, point, rule),
+        rules=ExchangePolicy(
+            Period(1), Strength("beta", 0.9), not rule.resets_to_center, point, rule
+        ),
         telemetry=Telemetry(),
     )
 

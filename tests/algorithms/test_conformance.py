@@ -111,7 +111,7 @@ ROWS = {
     ),
     "diloco, 1 step late": Row(DiLoCo(delay=1), reference.DiLoCo(0.7, 0.9, 1, 0.5), copies=1),
     "diloco, 2 steps late": Row(
-        DiLoCo(delay=2, mixing=0.0), reference.DiLoCo(0.7, 0.9, 2, 0.0), copies=1
+        DiLoCo(delay=2, mixing_rate=0.0), reference.DiLoCo(0.7, 0.9, 2, 0.0), copies=1
     ),
     "leader_sgd": Row(
         LeaderSGD(0.3, loss_smoothing=0.8),
@@ -247,7 +247,7 @@ def poison(module: Toy, rank: int, batch: int, case: Case) -> None:
 def require_copies(center: Center, module: Toy, row: Row) -> None:
     """The rule keeps as many copies of the parameters as it says."""
     fragments = [f for s in center.cohorts for f in s.fragments]
-    kept = [v for f in fragments for part in f.outer for v in part.values()]
+    kept = [v for f in fragments for part in f.rule_state for v in part.values()]
     kept += [part for f in fragments if row.average for part in f.delivered.parts]
     sizes = [tensor.numel() for tensor in kept if tensor.dim()]
     assert sum(sizes) == row.copies * sum(p.numel() for p in module.parameters())

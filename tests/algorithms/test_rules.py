@@ -118,7 +118,7 @@ def moved_late(rank: int) -> Any:
         for end in ENDS:
             module = Slope(rank)
             strategy = EASGDStrategy(
-                algorithm=DiLoCo(1.0, 0.0, delay=1, mixing=0.0),
+                algorithm=DiLoCo(1.0, 0.0, delay=1, mixing_rate=0.0),
                 tau=2,
                 compression=codec,
                 bucket_bytes=2000,
@@ -168,26 +168,26 @@ def held_back(strategy: EASGDStrategy) -> torch.Tensor:
     accounts = strategy._fit.exchange._link.all_reduce.state()["accounts"]
     held = torch.zeros(700, dtype=torch.float64)
     for fragment in strategy._fit.center.cohorts[0].fragments:
-        saved = accounts[f"{fragment.name}, torch.float64"]["unsent"]
+        saved = accounts[f"{fragment.name}, torch.float64"]["residual"]
         vector = FlatVector(fragment.layout, {torch.float64: saved})
-        for piece, view in fragment.values(vector):
-            if piece.name == "more":
-                piece.of(held).add_(view)
+        for slice_, view in fragment.values(vector):
+            if slice_.name == "more":
+                slice_.of(held).add_(view)
     return held
 
 
 def with_hooks(module: Slope, strategy: EASGDStrategy, given_up: torch.Tensor) -> None:
-    """Let the learning rate fall, and note what a worker gives up at a restart, and its end."""
+    """Let the learning rate fall, and note what a worker gives up at a reset, and its end."""
 
     def on_train_start() -> None:
-        restart = strategy._fit.center.restart_worker
+        reset = strategy._fit.center.reset_worker
 
         def noted() -> None:
             given_up.add_(module.more.detach())
-            restart()
+            reset()
             given_up.sub_(module.more.detach())
 
-        strategy._fit.center.restart_worker = noted
+        strategy._fit.center.reset_worker = noted
 
     def on_train_batch_start(batch: Any, batch_idx: int) -> None:
         strategy.optimizers[0].param_groups[0]["lr"] = RATES[batch_idx]
@@ -366,7 +366,7 @@ def test_momentum_of_the_center_widens_what_is_stable(p: int, mu: float) -> None
         (lambda: DiLoCo(optimizer="adam"), "optimizer='adam'"),
         (lambda: DiLoCo(delay=-1), r"delay=-1 .*a whole number of steps, at least 0"),
         (lambda: DiLoCo(delay=True), "delay=True is not allowed"),
-        (lambda: DiLoCo(mixing=1), r"mixing=1 .*Allowed: a number in \[0, 1\)"),
+        (lambda: DiLoCo(mixing_rate=1), r"mixing_rate=1 .*Allowed: a number in \[0, 1\)"),
         (lambda: late(tau=4), r"delay=5 with tau=4 and fragments=1 .*tau of at least 5, or"),
         (lambda: late(tau=8, fragments=2), r"delay=5 with tau=8 .*tau of at least 10, or delay=0"),
         (lambda: late(tau="auto"), "delay=5 with tau='auto' .*a number tau"),

@@ -117,7 +117,7 @@ OPTIONS: dict[str, tuple[int, dict[str, Any]]] = {
     "slowmo": (2, {"algorithm": "slowmo"}),
     "leader": (2, {"algorithm": "leader_sgd"}),
     "sma": (2, {"algorithm": "sma"}),
-    "delayed": (2, {"algorithm": DiLoCo(delay=2, mixing=0.5)}),
+    "delayed": (2, {"algorithm": DiLoCo(delay=2, mixing_rate=0.5)}),
     "averaged": (2, {"center_average": "polyak"}),
     "averaged and slow": (2, {"center_average": "ema", "algorithm": "bmuf"}),
     "int8": (2, {"compression": "int8", "algorithm": "local_sgd"}),
@@ -128,7 +128,7 @@ OPTIONS: dict[str, tuple[int, dict[str, Any]]] = {
     "overflows": (2, {"happens": "overflows"}),
     "unfrozen": (2, {"happens": "unfrozen"}),
     "uneven": (2, {"counts": [7, 5]}),
-    "group": (4, {"groups": 2, "algorithm": DiLoCo(delay=2, mixing=0.5)}),
+    "group": (4, {"groups": 2, "algorithm": DiLoCo(delay=2, mixing_rate=0.5)}),
     "tree": (4, {"groups": Groups(2, tau=2)}),
     "tree, unfrozen": (4, {"groups": Groups(2, tau=2), "happens": "unfrozen"}),
 }

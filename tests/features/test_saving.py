@@ -60,7 +60,7 @@ class Saving(Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
         step = trainer.global_step
         if step in self.steps:
-            with trainer.strategy._fit.exchange.showing():
+            with trainer.strategy._fit.exchange.swapped():
                 self.centers[step] = weights(module)
             trainer.save_checkpoint(f"{self.folder}/{step}.ckpt")
 
@@ -236,7 +236,7 @@ def swap_precise(rank: int) -> Any:
 
     def look(*_: Any) -> None:
         before = note()
-        with fitting.strategy._fit.exchange.showing():
+        with fitting.strategy._fit.exchange.swapped():
             inside = note()
         found.append((before == note(), before == inside))
 
@@ -262,12 +262,12 @@ def swap_in_vain(rank: int) -> Any:
 
     def look(*_: Any) -> None:
         exchange, worker = fitting.strategy._fit.exchange, weights()
-        for outer in (nullcontext(), exchange.showing("center")):
+        for outer in (nullcontext(), exchange.swapped("center")):
             with outer:
                 before = weights()
                 with pytest.MonkeyPatch.context() as patch:
                     patch.setattr(exchange.center.statistics, "load_center", fail)
-                    with pytest.raises(MemoryError), exchange.showing("delivered"):
+                    with pytest.raises(MemoryError), exchange.swapped("delivered"):
                         raise AssertionError
                 found.append(weights() == before)
             found.append(weights() == worker and exchange.trains)

@@ -273,5 +273,5 @@ def train_uneven(rank: int) -> list[str]:
     return [str(w.message) for w in caught if "outside" in str(w.message)]
 
 
-def test_who_is_pulled_while_it_stands_still_is_not_accused() -> None:
+def test_who_is_pulled_while_it_is_idle_is_not_accused() -> None:
     assert run_workers(train_uneven, workers=2) == [[], []]

@@ -174,13 +174,13 @@ class LocalSgd:
     """The center becomes the mean of the workers; after Stich 2019.
 
     Like all that follow, ``move`` says how far the center goes and what is kept, given how far each
-    worker went and what was kept before; ``memory`` names what is kept. Workers go on ``delay``
-    steps later, and keep ``mixing`` of themselves.
+    worker went and what was kept before; ``state`` names what is kept. Workers go on ``delay``
+    steps later, and keep ``mixing_rate`` of themselves.
     """
 
-    memory: tuple[str, ...] = ()
+    state: tuple[str, ...] = ()
     delay = 0
-    mixing = 0.0
+    mixing_rate = 0.0
 
     def move(self, moves: list[np.ndarray], kept: State) -> tuple[np.ndarray, State]:
         return sum(moves) / len(moves), kept
@@ -196,7 +196,7 @@ class Downpour(LocalSgd):
 class MDownpour(LocalSgd):
     """Zhang et al. 2015, Alg. 4 and 5: the master keeps x and v, and hands out x + δ v."""
 
-    memory = ("v",)
+    state = ("v",)
 
     def __init__(self, momentum: float) -> None:
         self.momentum = momentum
@@ -209,7 +209,7 @@ class MDownpour(LocalSgd):
 class SlowMo(LocalSgd):
     """Wang et al. 2020, Alg. 1, line 7 and 8: u with the workers' learning rate γ, any constant."""
 
-    memory = ("u",)
+    state = ("u",)
     gamma = 0.1
 
     def __init__(self, alpha: float, beta: float) -> None:
@@ -223,7 +223,7 @@ class SlowMo(LocalSgd):
 class Bmuf(LocalSgd):
     """Chen and Huo 2016: Δ(t) = η Δ(t-1) + ζ G(t); W(t) = W(t-1) + Δ(t)."""
 
-    memory = ("delta",)
+    state = ("delta",)
 
     def __init__(self, zeta: float, eta: float) -> None:
         self.zeta, self.eta = zeta, eta
@@ -236,11 +236,11 @@ class Bmuf(LocalSgd):
 class DiLoCo(LocalSgd):
     """Douillard et al. 2023, Alg. 1, with Nesterov momentum as torch and Sutskever have it."""
 
-    memory = ("b",)
+    state = ("b",)
 
-    def __init__(self, lr: float, momentum: float, delay: int = 0, mixing: float = 0.0) -> None:
-        """With a delay: Douillard et al. 2025, Alg. 2, ``mixing`` being its α."""
-        self.lr, self.momentum, self.delay, self.mixing = lr, momentum, delay, mixing
+    def __init__(self, lr: float, momentum: float, delay: int = 0, mixing_rate: float = 0) -> None:
+        """With a delay: Douillard et al. 2025, Alg. 2, ``mixing_rate`` being its α."""
+        self.lr, self.momentum, self.delay, self.mixing_rate = lr, momentum, delay, mixing_rate
 
     def move(self, moves: list[np.ndarray], kept: State) -> tuple[np.ndarray, State]:
         gradient = -sum(moves) / len(moves)
@@ -251,7 +251,7 @@ class DiLoCo(LocalSgd):
 class OuterAdam(LocalSgd):
     """The same with Adam (Kingma and Ba 2015) and torch's defaults."""
 
-    memory = ("m", "s", "t")
+    state = ("m", "s", "t")
 
     def __init__(self, lr: float) -> None:
         self.lr = lr
@@ -336,7 +336,7 @@ def restarting(
         average: told of every move of the center.
     """
     workers, center = [dict(start) for _ in batches], dict(start)
-    kept = {k: {name: np.zeros_like(start[k]) for name in rule.memory} for k in start}
+    kept = {k: {name: np.zeros_like(start[k]) for name in rule.state} for k in start}
     turns = turns or [{k: list(range(len(start[k]))) for k in start}]
     pause, turn = tau // len(turns), 0
     steps = max(len(own) for own in batches) // accumulate
@@ -348,7 +348,8 @@ def restarting(
             for x in workers:
                 for k, mine in rows.items():
                     x[k] = x[k].copy()
-                    x[k][mine] = rule.mixing * x[k][mine] + (1 - rule.mixing) * center[k][mine]
+                    kappa = rule.mixing_rate
+                    x[k][mine] = kappa * x[k][mine] + (1 - kappa) * center[k][mine]
 
     for t in range(steps):
         means = {}

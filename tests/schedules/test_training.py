@@ -92,7 +92,7 @@ def test_all_workers_agree_though_they_have_different_batches(name: str) -> None
     (first, longest), *others = runs[1], runs[0], runs[2]
     for end, said in others:
         assert end == first
-        # Who stands still goes on with the others; while all train they say the same.
+        # An idle worker goes on with the others; while all train they say the same.
         assert said[:33] == longest[:33]
     assert len({str(value) for value in longest}) > 2, "it never changed"
 
@@ -236,7 +236,7 @@ class Lookahead(Rule):
     def __init__(self, slow_lr: Any) -> None:
         self.slow_lr = slow_lr
 
-    def move_(self, center: torch.Tensor, total: torch.Tensor, memory: dict[str, Any]) -> None:
+    def move_(self, center: torch.Tensor, total: torch.Tensor, state: dict[str, Any]) -> None:
         center.add_(total, alpha=self.slow_lr)
 
 
@@ -245,7 +245,7 @@ class Following(reference.LocalSgd):
 
     def __init__(self, rule: Any, option: str, value: Any) -> None:
         self.rule, self.option, self.value = rule, option, value
-        self.memory, self.delay, self.mixing = rule.memory, rule.delay, rule.mixing
+        self.state, self.delay, self.mixing_rate = rule.state, rule.delay, rule.mixing_rate
         self.calls = 0
 
     def move(self, moves: Any, kept: Any) -> Any:

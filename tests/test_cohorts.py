@@ -31,10 +31,10 @@ def test_every_element_is_in_one_fragment(shapes: list[tuple[int, ...]], fragmen
     found = cut(named, fragments)
     rows = sum(p.shape[0] if p.dim() else 1 for _, p in named if p.numel())
     assert len(found) == max(1, min(fragments, rows))
-    for pieces in found:
-        assert pieces
-        for piece in pieces:
-            piece.tensor.add_(1)
+    for slices in found:
+        assert slices
+        for slice_ in slices:
+            slice_.tensor.add_(1)
     assert all(bool((parameter == 1).all()) for _, parameter in named)
     assert [p.whole for f in found for p in f if not p.whole.numel()] == [
         parameter for _, parameter in named if not parameter.numel()
@@ -44,18 +44,18 @@ def test_every_element_is_in_one_fragment(shapes: list[tuple[int, ...]], fragmen
 @given(shapes=SHAPES, fragments=st.integers(1, 12))
 def test_fragments_differ_by_a_row_at_most(shapes: list[tuple[int, ...]], fragments: int) -> None:
     named = parameters(shapes)
-    sizes = [sum(piece.tensor.numel() for piece in pieces) for pieces in cut(named, fragments)]
+    sizes = [sum(slice_.tensor.numel() for slice_ in slices) for slices in cut(named, fragments)]
     largest_row = max(math.prod(shape[1:]) for shape in shapes)
     assert max(sizes) <= math.ceil(sum(sizes) / len(sizes)) + 2 * largest_row
 
 
 def test_a_large_vector_is_cut_into_equal_parts() -> None:
     named = [("vector", nn.Parameter(torch.zeros(1_000_003)))]
-    sizes = [sum(p.tensor.numel() for p in pieces) for pieces in cut(named, 3)]
+    sizes = [sum(p.tensor.numel() for p in slices) for slices in cut(named, 3)]
     assert max(sizes) < 1.01 * 1_000_003 / 3
 
 
-def test_pieces_of_any_memory_format_are_views() -> None:
+def test_slices_of_any_memory_format_are_views() -> None:
     weight = nn.Parameter(torch.randn(6, 3, 2, 2).to(memory_format=torch.channels_last))
     turned = nn.Parameter(torch.randn(4, 5).T)
     cohort = ParameterCohort(
@@ -74,7 +74,7 @@ def test_pieces_of_any_memory_format_are_views() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.complex64])
 def test_the_difference_from_a_start_is_zero_where_nothing_was_trained(dtype: torch.dtype) -> None:
-    """The center in the parameters' own precision is where a restart began them."""
+    """The center in the parameters' own precision is where a reset put them."""
     named = [("turned", nn.Parameter(torch.randn(4, 5, dtype=dtype).T))]
     (fragment,) = ParameterCohort(named, 1, Memory(torch.device("cpu"))).fragments
     fragment.center.parts[0].mul_(1 + 1e-4)
@@ -84,17 +84,17 @@ def test_the_difference_from_a_start_is_zero_where_nothing_was_trained(dtype: to
     exact = as_real(named[0][1].detach()).float() - fragment.center.views[0]
     assert fragment.total.views[0].equal(exact)
     assert exact.any()
-    fragment.restart(mixing=0.0)
+    fragment.reset_to_center(mixing_rate=0.0)
     fragment.take_difference(from_start=True)
     assert not fragment.total.parts[0].any()
 
 
-def test_a_piece_follows_a_parameter_whose_memory_was_replaced() -> None:
+def test_a_slice_follows_a_parameter_whose_memory_was_replaced() -> None:
     parameter = nn.Parameter(torch.zeros(4))
-    piece = ParameterSlice("p", parameter, slice(1, 3))
+    slice_ = ParameterSlice("p", parameter, slice(1, 3))
     parameter.data = torch.ones(4)
-    assert piece.tensor.tolist() == [1.0, 1.0]
-    assert str(piece) == "p[1:3]"
+    assert slice_.tensor.tolist() == [1.0, 1.0]
+    assert str(slice_) == "p[1:3]"
 
 
 class Kernels(TorchDispatchMode):
@@ -131,8 +131,8 @@ def exchange(made: list[nn.Parameter], fragment: Fragment) -> int:
         fragment.take_difference(from_start=False)
         LocalOptimizers(lambda: [optimizer]).undo_look_ahead_(fragment.values(fragment.total))
         fragment.pull(fragment.copy_of_total())
-        fragment.restart(0.5)
-        fragment.restart(0.0)
+        fragment.reset_to_center(0.5)
+        fragment.reset_to_center(0.0)
         fragment.take_difference(from_start=True)
     return kernels.count
 
