@@ -9,18 +9,20 @@ import json
 from pathlib import Path
 
 import hydra
-from jobs import attempt, command_line, start_workers
+from jobs import attempt, command_line, read_config, start_workers
 from launching import is_worker
 from omegaconf import DictConfig
+
+READ = ("seconds", "codecs", "arguments")
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="advise")
 def main(cfg: DictConfig) -> None:
     """Measure and advise once."""
     if is_worker():
-        run(cfg)
+        run(read_config(cfg, also=READ))
     else:
-        attempt(lambda cfg: start_workers(cfg, __file__), cfg)
+        attempt(lambda cfg: start_workers(read_config(cfg, also=READ), __file__), cfg)
 
 
 def run(cfg: DictConfig) -> None:

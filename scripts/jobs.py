@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ from hydra.types import RunMode
 from launching import WorkerError, run_workers
 from omegaconf import DictConfig, OmegaConf
 from parting import watch_lifeline
+from plugging import find_own_code, needed, replace_whole
 
 Result = TypeVar("Result")
 
@@ -52,6 +53,15 @@ def start_workers(cfg: DictConfig, script: str) -> Path:
     command = [sys.executable, script, WORKER, str(config)]
     run_workers(command, workers=workers, nodes=cfg.trainer.num_nodes, logs=output)
     return output
+
+
+def read_config(cfg: DictConfig, *, also: Sequence[str] = ()) -> DictConfig:
+    """What a job reads of what Hydra composed.
+
+    Raises:
+        ValueError: something was set that has no effect.
+    """
+    return needed(cfg, HydraConfig.get().overrides.task, also=also)
 
 
 def report_failure(reason: str) -> None:
@@ -106,6 +116,8 @@ def command_line(main: Callable[[], Any], run: Callable[[DictConfig], Any]) -> N
         if sys.argv[1:2] == [WORKER]:
             _work(run, sys.argv[2])
         else:
+            find_own_code(sys.argv[1:])
+            sys.argv[1:] = replace_whole(sys.argv[1:])
             main()
     except KeyboardInterrupt:
         sys.exit(130)

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 import hydra
 from hydra.utils import instantiate
-from jobs import attempt, command_line, quieten, start_workers
+from jobs import attempt, command_line, quieten, read_config, start_workers
 from launching import is_worker
 from omegaconf import DictConfig
+from plugging import several
 
 if TYPE_CHECKING:
     from lightning_easgd.workloads.experiment import Report
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 def main(cfg: DictConfig) -> float | None:
     """Run one job; its test accuracy, for sweepers that optimize it. None if the job failed."""
     if is_worker():
-        return run(cfg).test_accuracy
+        return run(read_config(cfg)).test_accuracy
     return attempt(start, cfg)
 
 
@@ -31,7 +32,7 @@ def start(cfg: DictConfig) -> float | None:
     """Run one job in workers of its own."""
     if cfg.test and not cfg.train and cfg.ckpt_path is None:
         raise ValueError("train=false got nothing to test. Set ckpt_path=PATH, or test=false.")
-    output = start_workers(cfg, __file__)
+    output = start_workers(read_config(cfg), __file__)
     return json.loads((output / "report.json").read_text())["test_accuracy"]
 
 
@@ -42,10 +43,14 @@ def run(cfg: DictConfig) -> Report:
 
     quieten()
     experiment.seed(cfg.seed)
-    datamodule, module = instantiate(cfg.data), instantiate(cfg.module)
-    strategy, logger = instantiate(cfg.strategy), instantiate(cfg.logger)
+    datamodule, module = instantiate(cfg.get("data")) or None, instantiate(cfg.module)
+    strategy, logger = instantiate(cfg.strategy), several(cfg.get("logger")) or False
     checkpoint = instantiate(cfg.checkpoint) if cfg.trainer.enable_checkpointing else None
-    callbacks = experiment.callbacks(strategy, checkpoint, cfg.seed)
+    callbacks = [
+        *experiment.callbacks(strategy, checkpoint, cfg.seed),
+        *several(cfg.get("callbacks")),
+        *several(cfg.trainer.get("callbacks")),
+    ]
     trainer = instantiate(cfg.trainer, strategy=strategy, logger=logger, callbacks=callbacks)
     report = experiment.run(
         trainer, module, datamodule, train=cfg.train, test=cfg.test, ckpt_path=cfg.ckpt_path

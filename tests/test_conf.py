@@ -1,3 +1,4 @@
+import inspect
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -5,11 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from omegaconf import OmegaConf
+from plugging import READ, needed, several
 from torch import nn
 
 from lightning_easgd import EASGDStrategy
@@ -19,15 +22,18 @@ FILES = sorted(CONF.rglob("*.yaml"))
 CHOICES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
 KINDS = {
     "data": LightningDataModule,
-    "logger": (Logger, bool),
+    "module": LightningModule,
     "model": nn.Module,
     "optimizer": partial,
     "strategy": Strategy,
 }
 
+WITHOUT_A_CLASS = {"own", "none"}
+
 
 def of(group):
-    return [name for kind, name in CHOICES if kind == group]
+    names = [name for kind, name in CHOICES if kind == group]
+    return [name for name in names if name not in WITHOUT_A_CLASS]
 
 
 @pytest.fixture
@@ -39,25 +45,65 @@ def config(tmp_path):
         yield build
 
 
-@pytest.mark.parametrize(("group", "name"), [choice for choice in CHOICES if choice[0] in KINDS])
+@pytest.mark.parametrize(
+    ("group", "name"), [(group, name) for group in KINDS for name in of(group)]
+)
 def test_every_choice_is_what_its_group_says(config, group, name):
-    if name == "tensorboard":
-        pytest.importorskip("tensorboard", reason="pip install tensorboard")
     data = ["data=cifar10"] if name == "convnet7" else []
     made = instantiate(config(f"{group}={name}", *data)[group])
     assert isinstance(made, KINDS[group])
 
 
-@pytest.mark.parametrize(("name", "logger"), [*product(of("trainer"), of("logger"))])
-def test_every_trainer_takes_the_strategy_and_any_logger(config, name, logger):
-    if logger == "tensorboard":
-        pytest.importorskip("tensorboard", reason="pip install tensorboard")
-    cfg = config(f"trainer={name}", "strategy=single", f"logger={logger}")
-    strategy, logger = instantiate(cfg.strategy), instantiate(cfg.logger)
-    trainer = instantiate(cfg.trainer, strategy=strategy, logger=logger)
+@pytest.mark.parametrize("name", of("logger"))
+def test_every_logger_takes_what_its_file_says(config, name):
+    # Without what makers of loggers want installed: two of them want much.
+    made = config(f"logger={name}").logger[name]
+    arguments = {str(key): value for key, value in made.items() if key != "_target_"}
+    logger = get_class(made._target_)
+    assert issubclass(logger, Logger)
+    assert set(arguments) <= set(inspect.signature(logger).parameters)
+
+
+@pytest.mark.parametrize("names", ["none", "csv", "tensorboard", "[csv,tensorboard]"])
+def test_a_trainer_takes_the_strategy_and_any_loggers(config, names):
+    cfg = config("strategy=single", f"logger={names}")
+    strategy, loggers = instantiate(cfg.strategy), several(cfg.logger)
+    trainer = instantiate(cfg.trainer, strategy=strategy, logger=loggers or False)
     assert isinstance(trainer, Trainer)
     assert trainer.strategy is strategy
-    assert trainer.loggers == ([logger] if logger else [])
+    assert all(isinstance(logger, Logger) for logger in loggers)
+    assert trainer.loggers == loggers
+    assert len(loggers) == (0 if names == "none" else len(names.split(",")))
+
+
+def test_several_callbacks_are_taken_together_and_each_can_be_set(config):
+    names = of("callbacks")
+    cfg = config(f"callbacks=[{','.join(names)}]", "callbacks.early_stopping.patience=7")
+    made = several(cfg.callbacks)
+    assert len(made) == len(names)
+    assert all(isinstance(callback, Callback) for callback in made)
+    assert cfg.callbacks.early_stopping.patience == 7
+    assert several(config().callbacks) == []
+
+
+def test_every_argument_of_the_checkpoint_can_be_set_and_errors_leave_one(config):
+    arguments = set(inspect.signature(ModelCheckpoint.__init__).parameters) - {"self"}
+    assert arguments == set(config().checkpoint) - {"_target_"}
+    assert config().checkpoint.save_on_exception
+
+
+def test_every_argument_of_the_trainer_is_set_or_has_a_group_or_is_not_for_this(config):
+    arguments = set(inspect.signature(Trainer.__init__).parameters) - {"self"}
+    elsewhere = {"strategy", "logger", "callbacks"}
+    unused = {"barebones", "limit_predict_batches", "enable_autolog_hparams", "model_registry"}
+    assert arguments - elsewhere - unused == set(config().trainer) - {"_target_"}
+
+
+@pytest.mark.parametrize("name", of("debug"))
+def test_every_debugging_makes_a_trainer(config, name):
+    cfg = config(f"debug={name}", "strategy=single")
+    assert isinstance(instantiate(cfg.trainer, logger=False), Trainer)
+    assert cfg.trainer != config("strategy=single").trainer
 
 
 @pytest.mark.parametrize("name", of("experiment"))
@@ -174,6 +220,26 @@ def test_an_elastic_run_takes_its_size_from_torchrun(config, monkeypatch):
 def test_a_misspelt_experiment_is_refused(config):
     with pytest.raises(Exception, match="misspelt"):
         config("experiment=misspelt")
+
+
+def test_all_keys_are_read_and_only_those_that_are_can_be_set(config):
+    cfg = config()
+    assert set(needed(cfg, [])) == set(cfg)
+    own = ["module=own", "module._target_=my.Lit", "data=none"]
+    assert set(needed(config(*own), own)) == {*READ, "tau"} & set(cfg)
+    for typed in (["model=mlp"], ["optimizer.lr=1"], ["schedule=constant"], ["+foo=3"]):
+        with pytest.raises(ValueError, match=r"was set, but nothing reads it"):
+            needed(config(*own, *typed), [*own, *typed])
+    handed = [*own, "model=mlp", "+module.net=${model}"]
+    assert "model" in needed(config(*handed), handed)
+    assert "tau" not in needed(config("strategy=ddp"), ["strategy=ddp", "tau=4"])
+
+
+@pytest.mark.parametrize("key", ["strategy", "logger"])
+def test_what_a_trainer_gets_from_a_group_is_refused_in_it(config, key):
+    typed = [f"+trainer.{key}=ddp"]
+    with pytest.raises(ValueError, match=rf"trainer\.{key} is not allowed.*Write {key}=NAME"):
+        needed(config(*typed), typed)
 
 
 def undocumented(text):

@@ -125,7 +125,7 @@ def require_all_processes(trainer: pl.Trainer) -> None:
 def run(
     trainer: pl.Trainer,
     module: pl.LightningModule,
-    datamodule: pl.LightningDataModule,
+    datamodule: pl.LightningDataModule | None,
     *,
     train: bool,
     test: bool,
@@ -136,7 +136,7 @@ def run(
     Args:
         trainer: knows devices, length, strategy and callbacks.
         module: the model.
-        datamodule: the data.
+        datamodule: the data; None if the module brings its own loaders.
         train: whether to train, from the checkpoint if one is given.
         test: whether to test at the end: what was trained, else the checkpoint.
         ckpt_path: a checkpoint to resume from or to test; "last" for the newest, if there is one.

@@ -142,7 +142,7 @@ class Bench:
         warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*", FutureWarning)
         warnings.filterwarnings("ignore", category=PossibleUserWarning)
         self._cfg = cfg
-        self._datamodule = instantiate(cfg.data)
+        self._datamodule = instantiate(cfg.get("data")) or None
         self._require_sense()
         trainer = self._trainer(self.easgd(tau="auto"))
         experiment.require_all_processes(trainer)
@@ -176,7 +176,8 @@ class Bench:
             elapsed = time.monotonic() - self._began
             print(f"  [{elapsed:3.0f} of {self._cfg.seconds} s] measuring {what}", flush=True)
         experiment.seed(self._cfg.seed)
-        self.module = instantiate(self._cfg.module, schedule="constant")
+        constant = {"schedule": "constant"} if "schedule" in self._cfg.module else {}
+        self.module = instantiate(self._cfg.module, **constant)
         seeds = experiment.SeedWorkers(self._cfg.seed)
         trainer = self._trainer(strategy, callbacks=[seeds, watch])
         trainer.fit(self.module, datamodule=self._datamodule)
@@ -226,7 +227,7 @@ def measure(bench: Bench, seconds: float, codecs: Sequence[str]) -> Measured:
         taken = gather(time.monotonic() - began)[0]
     trained = [p for p in bench.module.parameters() if p.requires_grad]
     return Measured(
-        model=type(bench.module.net).__name__,
+        model=type(getattr(bench.module, "net", bench.module)).__name__,
         parameters=sum(p.numel() for p in trained),
         copy_bytes=sum(p.numel() * max(4, p.itemsize) for p in trained),
         workers=bench.workers,

@@ -116,8 +116,9 @@ def test_sweeps_over_anything_leave_each_job_its_folder(tmp_path: Path) -> None:
 
 def test_help_lists_the_choices_of_every_axis(tmp_path: Path) -> None:
     printed = train(tmp_path, "--help")
-    assert "\ndata: cifar10, digits, fashion_mnist, image_folder, mnist\n" in printed
-    assert "\nlogger: csv, none, tensorboard\n" in printed
+    assert "\ndata: cifar10, digits, fashion_mnist, image_folder, mnist, none, own\n" in printed
+    assert "\nlogger: csv, mlflow, none, own, tensorboard, wandb\n" in printed
+    assert "\nmodule: classifier, own\n" in printed
 
 
 def test_failing_jobs_name_themselves_and_are_listed_at_the_end_of_the_sweep(
