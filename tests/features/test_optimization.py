@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from modules import Gan
 from processes import run_workers
 from spring import Validated, assert_like_on_a_spring, training
 from torch.optim import lr_scheduler
@@ -92,37 +93,22 @@ def test_schedules(make: Any, config: Any, rates: int) -> None:
     assert len({lr for *_, (lr,), _ in seen}) == rates
 
 
-class Gan(Validated):
-    """A generator (w, b) and a discriminator, which step in turn; gradients accumulate in pairs."""
-
-    def __init__(self) -> None:
-        super().__init__(SGD)
-        self.automatic_optimization = False
-        self.judge = torch.nn.Linear(2, 1, dtype=torch.float64)
+class ScheduledGan(Gan, Validated):
+    """Both optimizers have a schedule, which steps with the discriminator's."""
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        x, y = batch
-        fake, (generator, discriminator) = x @ self.w + self.b, self.optimizers()
-        with generator.toggle_model():
-            self.manual_backward(-self.judge(fake).mean() + ((fake - y) ** 2).mean())
-            self.clip_gradients(generator, gradient_clip_val=0.5)
-            generator.step()
-            generator.zero_grad()
-        with discriminator.toggle_model():
-            self.manual_backward((self.judge(fake.detach()) - self.judge(y)).mean())
+        super().training_step(batch, batch_idx)
         if batch_idx % 2:
-            discriminator.step()
-            discriminator.zero_grad()
             for schedule in self.lr_schedulers():
                 schedule.step()
 
     def configure_optimizers(self) -> Any:
-        optimizers = [SGD([self.w, self.b]), torch.optim.Adam(self.judge.parameters(), lr=0.01)]
-        return optimizers, [lr_scheduler.ExponentialLR(o, 0.9) for o in optimizers]
+        optimizers = super().configure_optimizers()
+        return optimizers, [lr_scheduler.ExponentialLR(each, 0.9) for each in optimizers]
 
 
 def test_a_gan_under_manual_optimization() -> None:
-    *_, steps, _ = assert_like_on_a_spring(training(Gan, max_epochs=2))
+    *_, steps, _ = assert_like_on_a_spring(training(ScheduledGan, max_epochs=2))
     assert steps == 16 + 8
 
 
