@@ -46,21 +46,21 @@ def test_a_member_that_is_killed_is_named_to_all_workers(
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.parametrize(
-    ("options", "counts", "who"),
+    ("options", "counts", "who", "within"),
     [
-        pytest.param(MEAN, [22, 5, 22, 20], 3, id="mean, one that trains"),
-        pytest.param(MEAN, [22, 5, 22, 9], 1, id="mean, an idle one"),
-        pytest.param(TREE, [22, 5, 22, 20], 3, id="tree, one that trains"),
-        pytest.param(TREE, [22, 5, 22, 9], 1, id="tree, an idle one"),
-        pytest.param(NEST, [22, 5, 5, 9, 22, 20], 2, id="nest, an idle one"),
+        pytest.param(MEAN, [22, 5, 22, 20], 3, {9, 13, 17}, id="mean, one that trains"),
+        pytest.param(MEAN, [22, 5, 22, 9], 1, {9, 13, 17, 21}, id="mean, an idle one"),
+        pytest.param(TREE, [22, 5, 22, 20], 3, {9, 13, 17}, id="tree, one that trains"),
+        pytest.param(TREE, [22, 5, 22, 9], 1, {9, 13, 17}, id="tree, an idle one"),
+        pytest.param(NEST, [22, 5, 5, 9, 22, 20], 2, {9, 13, 17}, id="nest, an idle one"),
     ],
 )
 def test_a_signal_to_any_member_stops_all_and_they_go_on_bit_for_bit(
-    options: Any, counts: list[int], who: int, tmp_path: Path
+    options: Any, counts: list[int], who: int, within: set[int], tmp_path: Path
 ) -> None:
     taken, own = stop_and_go_on(tmp_path, options, counts, who)
-    # Worker 0 sends the signal after 8 steps; the other may be up to 4 steps behind or ahead.
-    assert taken in {9, 13, 17, 21}
+    # Worker 0 sends the signal after 8 steps; the other may not have sent its header of step 8 yet.
+    assert taken in within
     if options is MEAN:
         assert own[0] == own[1] != own[2] == own[3]
 
