@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,13 +11,12 @@ import pytest
 import reference
 import torch
 from against_reference import reference_optimizers
-from pages import example
+from pages import ROOT, example
 from processes import run_workers
 from toy import Toy, batches, bits, initial_weights, loader, trainer, weights
 
 from lightning_easgd import EASGDStrategy
 
-ROOT = Path(__file__).parents[1]
 STEPS = 14
 
 

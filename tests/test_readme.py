@@ -7,9 +7,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pages
-from pages import Page
-
-ROOT = Path(__file__).parents[1]
+from pages import ROOT, Page
 
 
 def test_every_test_that_a_page_names_exists() -> None:

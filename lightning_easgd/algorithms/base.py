@@ -37,8 +37,8 @@ class Rule(ABC):
         default_tau: τ where none is given, in optimizer steps.
         center_momentum: μ, in [0, 1), with which the center moves on where workers are pulled.
         mixing_rate: κ, what a worker keeps of its own weights at a reset, in [0, 1).
-        delay: steps that a worker that restarts takes meanwhile, while the sum travels; at most
-            those up to the next exchange.
+        delay: steps that a worker takes before its reset, while the sum travels; at most those up
+            to the next exchange.
         warm_up: optimizer steps at the beginning of training in which the workers average their
             gradients, and so stay equal.
     """
