@@ -117,13 +117,13 @@ def _no_effect(name: str, cfg: DictConfig) -> str:
 
 def _reached(cfg: DictConfig, start: Iterable[str]) -> set[str]:
     """The keys at the top that some keys read, or what these name, and so on."""
+    values: Any = OmegaConf.to_container(cfg, resolve=False)
     left, reached = list(start), set[str]()
     while left:
         name = left.pop()
         if name not in reached and name in cfg:
             reached.add(name)
-            node: Any = OmegaConf.to_container(cfg, resolve=False)
-            left += _NAMED.findall(str(node[name]))
+            left += _NAMED.findall(str(values[name]))
     return reached
 
 

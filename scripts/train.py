@@ -43,7 +43,8 @@ def run(cfg: DictConfig) -> Report:
 
     quieten()
     experiment.seed(cfg.seed)
-    datamodule, module = instantiate(cfg.get("data")) or None, instantiate(cfg.module)
+    datamodule = instantiate(cfg.data) if cfg.get("data") else None
+    module = instantiate(cfg.module)
     strategy, logger = instantiate(cfg.strategy), several(cfg.get("logger")) or False
     checkpoint = instantiate(cfg.checkpoint) if cfg.trainer.enable_checkpointing else None
     callbacks = [

@@ -142,7 +142,7 @@ class Bench:
         warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*", FutureWarning)
         warnings.filterwarnings("ignore", category=PossibleUserWarning)
         self._cfg = cfg
-        self._datamodule = instantiate(cfg.get("data")) or None
+        self._datamodule = instantiate(cfg.data) if cfg.get("data") else None
         self._require_sense()
         trainer = self._trainer(self.easgd(tau="auto"))
         experiment.require_all_processes(trainer)
