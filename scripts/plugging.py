@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ def _has_own(group: str) -> bool:
 def _config_folders(arguments: Sequence[str]) -> list[Path]:
     """The values of --config-dir, as Hydra's parser takes them."""
     found = []
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in pairwise([*arguments, ""]):
         name, _, value = argument.partition("=")
         if name in ("--config-dir", "-cd"):
             found.append(Path(value or following))

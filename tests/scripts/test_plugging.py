@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from plugging import replace_whole
+from plugging import find_own_code, replace_whole
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"
 
@@ -139,6 +140,28 @@ def test_an_optimizer_is_handed_to_a_module_of_their_own(folder: Path) -> None:
     printed, *_ = train(folder, *own, "optimizer._target_=torch.optim.RMSprop", "optimizer.lr=0.25")
     assert "optimizer: RMSprop 0.25" in printed
     assert "the callback said listed" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "folders"),
+    [
+        ([], []),
+        (["tau=4"], []),
+        (["--config-dir", "files", "tau=4"], ["files"]),
+        (["tau=4", "--config-dir=files"], ["files"]),
+        (["-cd", "files"], ["files"]),
+    ],
+)
+def test_own_code_is_found_in_its_folders_by_the_workers_too(
+    arguments: list[str], folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["scripts", "site"])
+    monkeypatch.setenv("PYTHONPATH", "given")
+    find_own_code(arguments)
+    found = [str(tmp_path / folder) for folder in folders] + [str(tmp_path)]
+    assert sys.path == ["scripts", *found, "site"]
+    assert os.environ["PYTHONPATH"].split(os.pathsep) == [*found, "given"]
 
 
 def test_a_class_replaces_another_with_all_its_arguments() -> None:
