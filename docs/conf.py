@@ -29,6 +29,7 @@ myst_heading_anchors = 3
 nb_execution_mode = "force"  # a cache knows the cells only, not the package that they run
 nb_execution_raise_on_error = True
 nb_execution_timeout = 100
+exclude_patterns = ["_build", "jupyter_execute"]  # what a build leaves here
 nb_render_markdown_format = "gfm"  # with tables
 
 autodoc_member_order = "bysource"
