@@ -1,4 +1,5 @@
 import inspect
+import re
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -242,15 +243,36 @@ def test_what_a_trainer_gets_from_a_group_is_refused_in_it(config, key):
         needed(config(*typed), typed)
 
 
-def undocumented(text):
-    """Lines with a key that have a comment neither on them nor on the line above."""
-    lines = text.splitlines()
-    for above, line in zip(["", *lines], lines, strict=False):
-        content = line.strip()
-        if content and not content.startswith(("#", "- ")) and "#" not in above + line:
-            yield content
+UNITS = r"""(?x) [αβδζηκλμρτ] | ^\#\ [adLp], | learning\ rate | fraction | pixel
+| \b(?: seconds | steps? | epochs | passes | batch(?:es)? | images | layers | channels
+       | exchanges | validations | checkpoints | parts | ports )\b"""
+SAYS_ALL = {
+    *("dropout", "factor", "hosts", "in_channels", "lr_drop", "min_delta", "num_classes"),
+    *("num_nodes", "num_workers", "repetitions", "seed", "seeds", "target", "threads"),
+    *("weight_decay",),
+}
+"""Keys of numbers that have neither a unit nor a letter."""
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(CONF)))
-def test_every_key_has_a_comment(path):
-    assert list(undocumented(path.read_text())) == []
+def numbers(text):
+    """Keys of numbers, with the comment above or behind each."""
+    comment = ""
+    for line in map(str.strip, text.splitlines()):
+        if line.startswith("#"):
+            comment += line
+            continue
+        if number := re.match(r"(\w+): *-?[\d.]+(?:e-?\d+)?(?: +(#.*))?$", line):
+            yield number[1], comment + (number[2] or "")
+        comment = ""
+
+
+def test_a_number_says_its_unit_or_its_letter_in_the_paper():
+    files = {path.relative_to(CONF): list(numbers(path.read_text())) for path in FILES}
+    found = [(str(path), *number) for path, keys in files.items() for number in keys]
+    silent = [
+        (path, key)
+        for path, key, comment in found
+        if key not in SAYS_ALL and not re.search(UNITS, comment, re.I)
+    ]
+    assert silent == [("strategy/single.yaml", "devices")]  # one process, as its name says
+    assert {key for _, key, _ in found} >= SAYS_ALL
