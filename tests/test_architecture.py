@@ -60,6 +60,11 @@ def test_the_listing_is_short() -> None:
     assert len([path for path in ROOT.iterdir() if path.name != "__pycache__"]) <= 12
 
 
+def test_every_module_is_short() -> None:
+    lengths = {str(path): len(path.read_text().splitlines()) for _, path in modules()}
+    assert {path: lines for path, lines in lengths.items() if lines > 350} == {}
+
+
 def test_imports_run_one_way() -> None:
     for name, path in modules():
         own = {i.split(".")[1] for i in imports(path) if i.startswith("lightning_easgd.")}
