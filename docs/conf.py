@@ -22,6 +22,7 @@ extensions = [
 html_theme = "furo"
 html_title = "lightning-easgd"
 html_show_sphinx = False
+smartquotes = False  # messages have code in them, to be copied
 
 myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3

@@ -6,8 +6,13 @@ import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from pages import Page
 
 import lightning_easgd
+from lightning_easgd.strategy.unsupported import UNSUPPORTED
+from lightning_easgd.strategy.validation import REFUSED
 
 PACKAGE = Path(lightning_easgd.__file__).parent
 PAGE = PACKAGE.parent / "docs" / "errors.md"
@@ -77,6 +82,16 @@ def test_every_entry_is_of_a_message() -> None:
     for entry in entries():
         assert len(entry.replace("…", "")) > 8, entry
         assert any(begins_with(entry, said) for said in found), entry
+
+
+def test_the_tables_are_those_that_the_code_checks() -> None:
+    names: dict[str, Any] = {}
+    shown = ""
+    for cell in Page("docs/errors.md").code("{code-cell} python3"):
+        exec(cell.removeprefix(":tags: [remove-input]\n"), names)
+        shown += "\n".join(names["lines"])
+    assert all(entry.because in shown for entry in UNSUPPORTED)
+    assert all(f"`{entry.option}`" in shown and entry.values in shown for entry in REFUSED)
 
 
 def test_what_is_caught_is_raised() -> None:

@@ -1,10 +1,15 @@
-"""What of Lightning cannot work under elastic averaging, and what a trainer's data tells of it."""
+"""What of Lightning cannot work under elastic averaging, and what a trainer's data tells of it.
+
+[Note: features] What is refused stands in one table, ``UNSUPPORTED``, from which messages and
+documents are made.
+"""
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import lightning.pytorch as pl
 import torch
@@ -66,54 +71,108 @@ def refuse_in_notebooks(name: str) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Unsupported:
+    """What couples all workers at every step, or puts something else in the center's place.
+
+    Attributes:
+        what: in words, for the documents.
+        found: what of it a trainer has, given whether BatchNorm is to be synchronized; empty if
+            nothing.
+        because: why it cannot work.
+        instead: what to do.
+    """
+
+    what: str
+    found: Callable[[pl.Trainer, bool], str]
+    because: str
+    instead: str
+
+
+def _callback(*kinds: type) -> Callable[[pl.Trainer, bool], str]:
+    """The first of a trainer's callbacks that is of one of these kinds."""
+
+    def found(trainer: pl.Trainer, _: bool) -> str:
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        return next((type(c).__name__ for c in callbacks if isinstance(c, kinds)), "")
+
+    return found
+
+
+def _clock(trainer: pl.Trainer, _: bool) -> str:
+    together = trainer.world_size > 1 and validates_by_clock(trainer)
+    return "Trainer(val_check_interval=<a time>)" if together else ""
+
+
+def _synchronized(trainer: pl.Trainer, _: bool) -> str:
+    modules = trainer.lightning_module.named_modules()
+    names = [name for name, part in modules if isinstance(part, nn.SyncBatchNorm)]
+    return f"nn.SyncBatchNorm ({names})" if names and trainer.world_size > 1 else ""
+
+
+def _lazy(trainer: pl.Trainer, _: bool) -> str:
+    module = trainer.lightning_module
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    names = [name for name, tensor in tensors if is_lazy(tensor)]
+    return f"A lazy layer ({names})" if names else ""
+
+
+_WAITS = "makes all workers wait for each other at every step, which EASGD exists to avoid"
+_STATISTICS = "EASGDStrategy(buffers='average') averages the statistics"
+
+UNSUPPORTED: tuple[Unsupported, ...] = (
+    Unsupported(
+        "`Trainer(sync_batchnorm=True)`",
+        lambda _, synchronize: "Trainer(sync_batchnorm=True)" if synchronize else "",
+        _WAITS,
+        f"Remove it; {_STATISTICS}",
+    ),
+    Unsupported(
+        "the callbacks `WeightAveraging`, `EMAWeightAveraging` and `StochasticWeightAveraging`",
+        _callback(StochasticWeightAveraging, WeightAveraging),
+        "averages one worker's weights and puts the result where EASGD delivers the center",
+        "Remove it: the center is an average already;"
+        " EASGDStrategy(center_average='ema') averages it over time, too",
+    ),
+    Unsupported(
+        "the callback `ModelPruning`",
+        _callback(ModelPruning),
+        "prunes the weights of each worker, in other places, and so none of the center, which"
+        " EASGD delivers",
+        "Remove it, and prune after fit",
+    ),
+    Unsupported(
+        "`Trainer(val_check_interval=...)` with a time, and several workers",
+        _clock,
+        "makes every worker validate by its own clock, hence at another step than the others",
+        "Give a number of batches",
+    ),
+    Unsupported(
+        "`nn.SyncBatchNorm`, with several workers",
+        _synchronized,
+        _WAITS,
+        "Use nn.BatchNorm1d, 2d or 3d, or convert back with"
+        f" lightning.pytorch.plugins.TorchSyncBatchNorm().revert(module); {_STATISTICS}",
+    ),
+    Unsupported(
+        "lazy layers that have seen no input (`nn.LazyLinear`)",
+        _lazy,
+        "has no shape yet, so there is nothing to average",
+        "Pass it an example input in configure_model",
+    ),
+)
+"""All of it, in the order in which it is looked for."""
+
+
 def refuse_features(trainer: pl.Trainer, *, sync_batchnorm: bool) -> None:
-    """Refuse what couples all workers at every step, or puts something else in the center's place.
+    """Refuse what cannot work under elastic averaging.
 
     Raises:
         MisconfigurationException: with the reason, and what to do instead.
     """
-    if sync_batchnorm:
-        raise MisconfigurationException(
-            "Trainer(sync_batchnorm=True) makes all workers wait for each other at every step,"
-            " which EASGD exists to avoid. Remove it; EASGDStrategy(buffers='average') averages"
-            " the statistics."
-        )
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
-            raise MisconfigurationException(
-                f"{type(callback).__name__} averages one worker's weights and puts the result"
-                " where EASGD delivers the center. Remove it: the center is an average already;"
-                " EASGDStrategy(center_average='ema') averages it over time, too."
-            )
-        if isinstance(callback, ModelPruning):
-            raise MisconfigurationException(
-                "ModelPruning prunes the weights of each worker, in other places, and so none"
-                " of the center, which EASGD delivers. Remove it, and prune after fit."
-            )
-    if validates_by_clock(trainer) and trainer.world_size > 1:
-        raise MisconfigurationException(
-            "Trainer(val_check_interval=<a time>) makes every worker validate by its own clock,"
-            " hence at another step than the others. Give a number of batches."
-        )
-    module = trainer.lightning_module
-    _refuse_synchronized_statistics(module, trainer.world_size)
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    if lazy := [name for name, tensor in tensors if is_lazy(tensor)]:
-        raise MisconfigurationException(
-            f"The lazy layers with {lazy} have no shapes yet, so there is nothing to average."
-            " Pass them an example input in configure_model."
-        )
-
-
-def _refuse_synchronized_statistics(module: nn.Module, workers: int) -> None:
-    found = [name for name, part in module.named_modules() if isinstance(part, nn.SyncBatchNorm)]
-    if found and workers > 1:
-        raise MisconfigurationException(
-            f"The nn.SyncBatchNorm layers {found} make all workers wait for each other at every"
-            " step, which EASGD exists to avoid. Use nn.BatchNorm1d, 2d or 3d, or convert back with"
-            " lightning.pytorch.plugins.TorchSyncBatchNorm().revert(module);"
-            " EASGDStrategy(buffers='average') averages the statistics."
-        )
+    for entry in UNSUPPORTED:
+        if found := entry.found(trainer, sync_batchnorm):
+            raise MisconfigurationException(f"{found} {entry.because}. {entry.instead}.")
 
 
 def refuse_own_losses(optimizers: Iterable[Optimizer]) -> None:
