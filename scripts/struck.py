@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_easgd import EASGDStrategy
-from lightning_easgd.checkpoint.digest import fingerprint
+from lightning_easgd.center.digest import fingerprint
 from lightning_easgd.workloads.loading import ResumableLoader
 
 EPOCHS, STEPS_PER_EPOCH = 6, 6

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from toy import Batches, Resumable, Toy, trainer, weights
 
 from lightning_easgd import EASGDStrategy
-from lightning_easgd.checkpoint.digest import fingerprint
+from lightning_easgd.center.digest import fingerprint
 from lightning_easgd.checkpoint.files import workers_folder
 from lightning_easgd.strategy.checkpoint_io import AtomicCheckpointIO
 

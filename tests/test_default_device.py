@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from lightning_easgd import DiLoCo, Int8, TopK
+from lightning_easgd.center import digest
 from lightning_easgd.center.spectral import leading_vectors
-from lightning_easgd.center.storage import byte_chunks, components, places
-from lightning_easgd.checkpoint import digest
+from lightning_easgd.center.storage import components, places
 from lightning_easgd.checkpoint.random_state import random_state, restore_random_state
 from lightning_easgd.communication import plain_data
 from lightning_easgd.communication.codecs import waiting_time
@@ -38,7 +38,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "codecs": lambda: [waiting_time(codec, HOST) for codec in (Int8(), TopK(0.1))],
     "checksums": lambda: digest._checksum(MATRIX).item(),
     "places": lambda: places(MATRIX.T).tolist(),
-    "bytes": lambda: b"".join(map(bytes, byte_chunks(MATRIX))),
+    "bytes": lambda: b"".join(map(bytes, digest._byte_chunks(MATRIX))),
     "parts": lambda: [part.tolist() for part in components(quantized())],
     "plain data": lambda: plain_data.gather({"a": 1}, lambda tensor: [tensor.clone()]),
     "random state": lambda: restore_random_state(random_state()),

@@ -16,7 +16,7 @@ from torchmetrics import MeanMetric
 from toy import Resumable, Toy, trainer
 
 from lightning_easgd import EASGDStrategy
-from lightning_easgd.checkpoint.digest import checksums, fingerprint
+from lightning_easgd.center.digest import checksums, fingerprint
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 from bisect import bisect_left, insort
-from collections.abc import Iterator
 from enum import Enum
 from typing import Generic, TypeVar
 
@@ -13,7 +11,6 @@ from torch import Tensor
 
 Item = TypeVar("Item")
 
-_CHUNK = 2**22
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -129,35 +126,12 @@ def seen_from(to: Tensor, like: Tensor, values: Tensor) -> Tensor:
     return memory.as_strided(to.shape, to.stride(), to.storage_offset() - begin)
 
 
-def digest(tensor: Tensor) -> str:
-    """Equal for tensors of equal values, whatever their strides.
-
-    Raises:
-        TypeError: it is of a kind whose values cannot be read.
-    """
-    found = hashlib.sha256()
-    for part in components(tensor.detach()):
-        found.update(f"{part.dtype} {tuple(part.shape)};".encode())
-        for chunk in byte_chunks(part):
-            found.update(chunk)
-    return found.hexdigest()
-
-
 def as_bytes(tensor: Tensor) -> Tensor:
     """The values of a plain tensor; a view if it is contiguous, else a copy."""
     values = tensor.resolve_conj().resolve_neg().contiguous()
     if values.numel() == 1:  # its strides may be anything
         values = values.clone(memory_format=torch.contiguous_format)
     return values.view(-1).view(torch.uint8)
-
-
-def byte_chunks(tensor: Tensor) -> Iterator[memoryview]:
-    """The values of a plain tensor, some megabytes at a time.
-
-    They are copied: a storage that NumPy has seen can never be resized again, as modules may do.
-    """
-    for chunk in torch.split(as_bytes(tensor), _CHUNK):
-        yield torch.empty(chunk.shape, dtype=chunk.dtype, device="cpu").copy_(chunk).numpy().data
 
 
 def as_integers(tensor: Tensor) -> Tensor:

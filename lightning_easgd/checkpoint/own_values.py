@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_easgd.center.center import Center
+from lightning_easgd.center.digest import checksums
 from lightning_easgd.center.storage import is_plain
 from lightning_easgd.center.swap import Swap, put_
-from lightning_easgd.checkpoint.digest import checksums
 
 
 class OwnValues:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lightning_easgd.checkpoint.digest import fingerprint
+from lightning_easgd.center.digest import fingerprint
 from lightning_easgd.checkpoint.files import ENTRY, Storage, is_save_id, worker_file
 from lightning_easgd.checkpoint.own_values import OwnValues
 from lightning_easgd.checkpoint.random_state import restore_random_state

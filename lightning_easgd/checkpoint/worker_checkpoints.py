@@ -26,7 +26,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from lightning_easgd.checkpoint.digest import fingerprint
+from lightning_easgd.center.digest import fingerprint
 from lightning_easgd.checkpoint.files import (
     ENTRY,
     is_link,

@@ -8,7 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_easgd.center.storage import as_bytes, compact, digest, is_plain, overlaps_itself
+from lightning_easgd.center.digest import fingerprint
+from lightning_easgd.center.storage import (
+    as_bytes,
+    compact,
+    components,
+    is_plain,
+    overlaps_itself,
+)
 from lightning_easgd.communication.foreign import quote
 from lightning_easgd.communication.workers import WorkerGroup
 
@@ -89,7 +96,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _digest(name: str, tensor: Tensor) -> str:
     try:
-        return digest(tensor)
+        return fingerprint(components(tensor.detach()))[1]
     except (TypeError, RuntimeError) as error:
         raise ValueError(
             f"The values of {name} ({_kind(tensor)}) cannot be compared between the workers:"

@@ -1,18 +1,20 @@
-"""Whether two nests of tensors hold the same, without keeping both."""
+"""Whether tensors hold the same, on two workers or at two times, without keeping both."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_easgd.center.storage import as_bytes, byte_chunks
+from lightning_easgd.center.storage import as_bytes
 
-_CHUNK = 2**18
+_BYTES = 2**22
+_WORDS = 2**18
+"""How many bytes, or words of 32 bits, are read at once."""
 
 
 def fingerprint(content: Any) -> tuple[int, str]:
@@ -36,7 +38,7 @@ def _digest(node: Any, digest: Any) -> int:
         dense = node.detach().to_dense() if node.layout != torch.strided else node.detach()
         dense = dense.dequantize() if dense.is_quantized else dense
         digest.update(f"tensor {node.dtype} {tuple(node.shape)};".encode())
-        for chunk in byte_chunks(dense):
+        for chunk in _byte_chunks(dense):
             digest.update(chunk)
         return int(dense.nbytes)
     if isinstance(node, Mapping):
@@ -50,6 +52,15 @@ def _digest(node: Any, digest: Any) -> int:
     return 0
 
 
+def _byte_chunks(tensor: Tensor) -> Iterator[memoryview]:
+    """The values of a plain tensor, some megabytes at a time.
+
+    They are copied: a storage that NumPy has seen can never be resized again, as modules may do.
+    """
+    for chunk in torch.split(as_bytes(tensor), _BYTES):
+        yield torch.empty(chunk.shape, dtype=chunk.dtype, device="cpu").copy_(chunk).numpy().data
+
+
 def _checksum(tensor: Tensor) -> Tensor | str:
     if tensor.layout != torch.strided or tensor.is_quantized:
         return fingerprint(tensor)[1]
@@ -58,7 +69,7 @@ def _checksum(tensor: Tensor) -> Tensor | str:
     whole = data.numel() // 4 * 4
     total = torch.tensor(tensor.numel(), device=data.device)
     for words in (data[:whole].view(torch.int32), data[whole:]):
-        for chunk in torch.split(words, _CHUNK):
+        for chunk in torch.split(words, _WORDS):
             # Weighted by place: what a queue holds may only have moved on.
             total = total * 1_000_003 + (_weights(data.device)[: chunk.numel()] * chunk).sum()
     return total
@@ -68,5 +79,5 @@ def _checksum(tensor: Tensor) -> Tensor | str:
 def _weights(device: torch.device) -> Tensor:
     generator = torch.Generator("cpu").manual_seed(0)
     limits = torch.iinfo(torch.int64)
-    weights = torch.randint(limits.min, limits.max, (_CHUNK,), generator=generator, device="cpu")
+    weights = torch.randint(limits.min, limits.max, (_WORDS,), generator=generator, device="cpu")
     return weights.bitwise_or(1).to(device)
