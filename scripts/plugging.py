@@ -22,7 +22,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 CONF = Path(__file__).parents[1] / "conf"
 
 READ = (
-    *("seed", "train", "test", "ckpt_path", "output_dir", "data", "module"),
+    *("seed", "train", "test", "objective", "ckpt_path", "output_dir", "data", "module"),
     *("logger", "callbacks", "checkpoint", "trainer", "strategy"),
 )
 """The keys of conf/train.yaml that train.py reads by itself; others have to be named by these."""

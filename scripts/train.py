@@ -6,8 +6,10 @@ Every key of conf/ can be set: python scripts/train.py model=resnet strategy.tau
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.utils import instantiate
@@ -22,9 +24,10 @@ if TYPE_CHECKING:
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")
 def main(cfg: DictConfig) -> float | None:
-    """Run one job; its test accuracy, for sweepers that optimize it. None if the job failed."""
+    """Run one job; its objective, for sweepers that optimize it. None if the job failed."""
     if is_worker():
-        return run(read_config(cfg)).test_accuracy
+        read = read_config(cfg)
+        return objective(read, asdict(run(read)))
     return attempt(start, cfg)
 
 
@@ -33,7 +36,25 @@ def start(cfg: DictConfig) -> float | None:
     if cfg.test and not cfg.train and cfg.ckpt_path is None:
         raise ValueError("train=false got nothing to test. Set ckpt_path=PATH, or test=false.")
     output = start_workers(read_config(cfg), __file__)
-    return json.loads((output / "report.json").read_text())["test_accuracy"]
+    return objective(cfg, json.loads((output / "report.json").read_text()))
+
+
+def objective(cfg: DictConfig, report: Mapping[str, Any]) -> float | None:
+    """The number that a sweeper optimizes: one that the run tested or logged.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    found = {**report["logged"], **report["tested"]}
+    if cfg.objective is None:
+        return None
+    if cfg.objective not in found:
+        raise ValueError(
+            f"objective={cfg.objective} was neither tested nor logged. Allowed are"
+            f" {', '.join(sorted(found)) or 'none, for nothing was'}. Correct the name, or let the"
+            " module log it."
+        )
+    return found[cfg.objective]
 
 
 def run(cfg: DictConfig) -> Report:

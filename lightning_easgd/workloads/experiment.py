@@ -58,7 +58,10 @@ class Report:
 
     strategy: str
     workers: int
-    test_accuracy: float | None
+    tested: Mapping[str, float]
+    """What ``trainer.test`` returned."""
+    logged: Mapping[str, float]
+    """What training and validation logged last."""
     steps: int
     exchanges: int | None
     bytes_sent: int | None
@@ -75,9 +78,8 @@ class Report:
     def table(self) -> str:
         """The report for a terminal."""
         rows = [("strategy", f"{self.strategy}, {self.workers} worker(s), {self.steps} steps each")]
-        if self.test_accuracy is not None:
-            whose = "of the center" if self.exchanges is not None else ""
-            rows.append((f"test accuracy {whose}".strip(), f"{100 * self.test_accuracy:.2f} %"))
+        whose = ", of the center" if self.exchanges is not None else ""
+        rows += [(name, f"{value:.5g}{whose}") for name, value in self.tested.items()]
         if self.exchanges is not None:
             rows += self._costs()
         rows.append(("checkpoint", self.checkpoint or "none written"))
@@ -153,20 +155,24 @@ def run(
         warnings.filterwarnings("ignore", ".*there is no last checkpoint available")
         warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
     checkpoint: str | None = None
+    logged: dict[str, float] = {}
     if train:
         trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path)
+        logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
         checkpoint = _save_end(trainer)
-    tested: Mapping[str, float] = {}
+    tested: dict[str, float] = {}
     if test:
         path = None if train else ckpt_path
-        (tested,) = trainer.test(module, datamodule=datamodule, ckpt_path=path, verbose=False)
+        for loader in trainer.test(module, datamodule, ckpt_path=path, verbose=False):
+            tested |= loader
         if not train:
             checkpoint = _tested(trainer)
     telemetry = getattr(trainer.strategy, "telemetry", None) if train else None
     return Report(
         strategy=type(trainer.strategy).__name__,
         workers=trainer.world_size,
-        test_accuracy=tested.get("test/accuracy"),
+        tested=tested,
+        logged=logged,
         steps=trainer.global_step,
         exchanges=getattr(telemetry, "exchanges", None),
         bytes_sent=getattr(telemetry, "bytes_sent", None),

@@ -46,4 +46,4 @@ def accuracy_of(folder: str, overrides: list[str], lr: float, seed: int) -> floa
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-    return 100 * json.loads(report.read_text())["test_accuracy"]
+    return 100 * json.loads(report.read_text())["tested"]["test/accuracy"]

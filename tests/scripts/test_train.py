@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from processes import processes_of, run_script
+from train import objective
 
 from lightning_easgd.workloads.experiment import Report
 
@@ -46,15 +48,18 @@ def report(folder: Path) -> dict:
 
 def test_reports_accuracy_bytes_waits_and_the_checkpoint(tmp_path: Path) -> None:
     run = tmp_path / "it's a run, a=b"
-    printed = train(tmp_path, "trainer.devices=2", "strategy.tau=5", f'hydra.run.dir="{run}"')
+    validated = "trainer.check_val_every_n_epoch=1"
+    printed = train(
+        tmp_path, "trainer.devices=2", "strategy.tau=5", validated, f'hydra.run.dir="{run}"'
+    )
     found = report(run)
     assert found["workers"] == 2
     assert found["steps"] == 1437 // 2 // 64
     assert found["exchanges"] == 3  # at steps 5, 10, and the last
     for label in (
-        "test accuracy of the center",
-        "exchanges                    3",
-        "sent by each worker          1.05 MB, 27.3 % of DDP's 3.84 MB",  # in 3 of 11 steps
+        f"test/accuracy           {found['tested']['test/accuracy']:.5g}, of the center",
+        "exchanges               3",
+        "sent by each worker     1.05 MB, 27.3 % of DDP's 3.84 MB",  # in 3 of 11 steps
         "waited for the network",
         str(run / "checkpoints" / "final.ckpt"),
     ):
@@ -66,12 +71,14 @@ def test_reports_accuracy_bytes_waits_and_the_checkpoint(tmp_path: Path) -> None
     assert any(key.startswith("net.") for key in state["state_dict"])
     checkpoint = f'ckpt_path="{run}/checkpoints/final.ckpt"'
     tested = train_as_workers(tmp_path, "train=false", checkpoint, "hydra.run.dir=tested")
-    assert report(tmp_path / "tested")["test_accuracy"] == pytest.approx(found["test_accuracy"])
+    assert report(tmp_path / "tested")["tested"] == pytest.approx(found["tested"])
+    assert set(found["tested"]) == {"test/loss", "test/accuracy"}
+    assert {"train/loss", "val/loss", "val/accuracy"} <= set(found["logged"])
     assert f"checkpoint     {run}/checkpoints/final.ckpt" in tested
 
 
 def test_groups_are_reported_with_what_leaves_them() -> None:
-    known = {"test_accuracy": None, "wait_seconds": 0.0, "checkpoint": None}
+    known = {"tested": {}, "logged": {}, "wait_seconds": 0.0, "checkpoint": None}
     sent = {"exchanges": 3, "bytes_sent": 5_000_000, "ddp_bytes_sent": 10_000_000}
     table = Report("EASGDStrategy", 4, steps=11, bytes_inside=4_000_000, **known, **sent).table()
     assert "sent by worker 0            5.00 MB, 50.0 % of DDP's 10.00 MB" in table
@@ -84,7 +91,21 @@ def test_the_command_of_the_readme_reaches_97_percent_on_the_digits(tmp_path: Pa
     (folder,) = tmp_path.glob("outputs/*/*/")
     found = report(folder)
     assert found["workers"] == 4
-    assert found["test_accuracy"] >= 0.97
+    assert found["tested"]["test/accuracy"] >= 0.97
+
+
+def test_a_sweeper_gets_the_number_that_it_asked_for() -> None:
+    reported = {"logged": {"val/loss": 0.25}, "tested": {"test/loss": 0.5}}
+    for name, value in (("val/loss", 0.25), ("test/loss", 0.5), (None, None)):
+        assert objective(OmegaConf.create({"objective": name}), reported) == value
+    with pytest.raises(ValueError, match=r"objective=loss was .* Allowed are test/loss, val/loss"):
+        objective(OmegaConf.create({"objective": "loss"}), reported)
+
+
+def test_a_number_that_is_not_there_is_an_error_that_lists_what_is(tmp_path: Path) -> None:
+    overrides = ["model=mlp", "strategy=single", "objective=accuracy"]
+    printed = train(tmp_path, *overrides, code=1)
+    assert "Allowed are test/accuracy, test/loss, train/accuracy, train/loss" in printed
 
 
 def test_a_seed_repeats_exactly_and_resuming_too(tmp_path: Path) -> None:
