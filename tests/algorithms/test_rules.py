@@ -222,7 +222,7 @@ def test_a_restart_gives_up_nothing_but_what_workers_kept_for_themselves() -> No
         ({"rho": lambda step: 1.0}, r"rho=.* is not possible"),
         ({"elastic_point": "iterate"}, r"elastic_point='iterate' .* from where a worker is pulled"),
     ],
-    ids=str,
+    ids=["overlap", "tau", "beta", "alpha", "rho", "elastic_point"],
 )
 def test_what_has_no_meaning_under_a_rule_is_refused(options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
