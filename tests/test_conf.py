@@ -38,7 +38,11 @@ def of(group):
 
 
 @pytest.fixture
-def config(tmp_path):
+def config(tmp_path, monkeypatch):
+    for name in ("cat", "dog"):  # what data=image_folder counts
+        (tmp_path / "data" / "train" / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+
     def build(*overrides):
         return compose("train", overrides=[f"output_dir={tmp_path}", *overrides])
 
@@ -128,7 +132,17 @@ def test_every_model_takes_every_set_that_is_large_enough(config, model, data):
             instantiate(cfg.module)
         return
     module = instantiate(cfg.module)
-    assert module(images).shape == (2, cfg.data.num_classes)
+    assert module(images).shape == (2, instantiate(cfg.data).num_classes)
+
+
+def test_the_classes_of_folders_are_counted_unless_their_number_is_typed(config):
+    folders = "data=image_folder"
+    module = instantiate(config(folders).module)
+    assert (module.net[-1].out_features, module.test_accuracy.num_classes) == (2, 2)
+    assert instantiate(config(folders).data).num_classes == 2
+    assert instantiate(config(folders, "data.num_classes=7").module).net[-1].out_features == 7
+    with pytest.raises(Exception, match=r"searched was nowhere/train.*Lay it out as"):
+        instantiate(config(folders, "data.root=nowhere").module)
 
 
 @pytest.mark.parametrize("name", of("optimizer"))

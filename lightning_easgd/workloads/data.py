@@ -10,6 +10,7 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torchvision import datasets
+from torchvision.datasets.folder import find_classes
 from typing_extensions import override
 
 from lightning_easgd.workloads.datamodule import ImageData, Split
@@ -152,6 +153,21 @@ class ImageFolder(ImageData):
         train = split == "train"
         folder = place / "train" if train else _evaluation_folder(place)
         return FolderImages(folder, self.image_size, self.augment, train=train)
+
+
+def count_classes(root: str | Path) -> int:
+    """Number of classes of an :class:`ImageFolder`: of folders in `root`/train.
+
+    Raises:
+        FileNotFoundError: If there are none.
+    """
+    train = Path(root).expanduser() / "train"
+    if not train.is_dir():
+        raise FileNotFoundError(
+            f"{ImageFolder.title} is not on disk; searched was {train} (data.root={root}). "
+            f"{ImageFolder.ways_to_get}"
+        )
+    return len(find_classes(str(train))[0])
 
 
 def _idx_names(split: str) -> tuple[str, str]:
