@@ -1,4 +1,4 @@
-"""Puts an exchange together, whatever brings its sums."""
+"""Puts an exchange together from its parts, whatever its sums travel by."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from lightning_easgd.center.center import Center
 from lightning_easgd.communication import AllReduce
 from lightning_easgd.exchange.agreement import Agreement
 from lightning_easgd.exchange.clock import Clock
+from lightning_easgd.exchange.difference import Participant
 from lightning_easgd.exchange.exchange import Exchange
 from lightning_easgd.exchange.gradient_averaging import GradientAverage
 from lightning_easgd.exchange.level import GroupLevel
-from lightning_easgd.exchange.making import make_link
+from lightning_easgd.exchange.link import CollectiveLink
 from lightning_easgd.exchange.moving_rates import rates_of
 from lightning_easgd.exchange.optimizers import LocalOptimizers
 from lightning_easgd.exchange.parts import Parts
@@ -56,7 +57,7 @@ def assemble(
         all_reduce.participants, all_reduce.participant, optimizers.largest_learning_rate
     )
     agreement = Agreement(rules.companions(view))
-    link = make_link(
+    participant = Participant(
         center,
         all_reduce,
         optimizers=optimizers,
@@ -65,10 +66,8 @@ def assemble(
         telemetry=telemetry,
         from_iterate=rules.elastic_point == "iterate" and not levels,
         may_take_part=lambda: not levels or levels[0].healthy,
-        agreement=agreement,
-        stops=stops,
-        schedules=rules.schedules,
     )
+    link = CollectiveLink(participant, agreement=agreement, stops=stops, schedules=rules.schedules)
     all_levels = Levels(link, levels, telemetry)
     rendezvous = Lockstep(
         all_levels,

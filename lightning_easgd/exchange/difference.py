@@ -91,12 +91,12 @@ class Participant:
         may_take_part: Callable[[], bool],
         from_iterate: bool,
     ) -> None:
-        self._center = center
-        self._all_reduce = all_reduce
+        self.center = center
+        self.all_reduce = all_reduce
         self._optimizers = optimizers
-        self._rule = rule
+        self.rule = rule
         self._rates_at = rates
-        self._telemetry = telemetry
+        self.telemetry = telemetry
         self._may_take_part = may_take_part
         self._gamma = elastic.residual_weight(len(all_reduce.participants), rule.center_momentum)
         self._from_iterate = from_iterate
@@ -104,15 +104,15 @@ class Participant:
     @torch.no_grad()
     def take_difference(self, index: int) -> Difference:
         """Put x - c of the fragments of this index where their sums will be."""
-        fragments = self._center.open(index)
+        fragments = self.center.open(index)
         for fragment in fragments:
             fragment.take_difference(
-                from_start=self._rule.resets_to_center and not self._rule.mixing_rate
+                from_start=self.rule.resets_to_center and not self.rule.mixing_rate
             )
         if self._from_iterate:
             points = Difference(fragments).points
             self._optimizers.undo_look_ahead_(points())
-            for twin in self._center.ties.points(points()):
+            for twin in self.center.ties.points(points()):
                 self._optimizers.undo_look_ahead_([twin])
         return self._measured(fragments)
 
@@ -135,21 +135,21 @@ class Participant:
             rates = self._scale(difference, clock, last)
         else:
             difference.zero_()
-        statistics = self._center.statistics
+        statistics = self.center.statistics
         contributed = statistics.contribute(difference.healthy, last=last) if index == 0 else []
         # After the last exchange no worker goes on.
-        pulls = difference.healthy and not (self._rule.resets_to_center or last)
+        pulls = difference.healthy and not (self.rule.resets_to_center or last)
         pull = [(f, f.copy_of_total()) for f in difference.fragments] if pulls else []
         if not difference.healthy and not last:
-            self._optimizers.forget(self._center.parameters())
-            self._center.overwrite_worker()
-        self._telemetry.exchanges += 1
-        self._telemetry.consensus_distance = difference.distance / max(difference.size, 1e-30)
+            self._optimizers.forget(self.center.parameters())
+            self.center.overwrite_worker()
+        self.telemetry.exchanges += 1
+        self.telemetry.consensus_distance = difference.distance / max(difference.size, 1e-30)
         return Contribution(Payload(difference.totals, contributed), pull, rates)
 
     def nothing(self, index: int) -> Difference:
         """A difference of zero, for residuals to be added to."""
-        difference = Difference(self._center.open(index))
+        difference = Difference(self.center.open(index))
         difference.zero_()
         return difference
 
@@ -161,7 +161,7 @@ class Participant:
         distance = math.hypot(*(fragment.total.norm() for fragment in fragments))
         size = math.hypot(*(fragment.center.norm() for fragment in fragments))
         finite = math.isfinite(distance) or all(f.total.is_finite() for f in fragments)
-        healthy = self._all_reduce.agree(
+        healthy = self.all_reduce.agree(
             finite and self._may_take_part(),
             lambda: sum(fragment.total.checksum() for fragment in fragments) % 2**63,
         )
@@ -169,11 +169,11 @@ class Participant:
 
     def _scale(self, difference: Difference, clock: int, last: bool) -> list[list[float]]:
         """Turn x - c into what is sent of it; with which multiples."""
-        if not self._rule.resets_to_center:
-            self._all_reduce.add_residual_(difference.totals, 1.0 if last else -self._gamma)
+        if not self.rule.resets_to_center:
+            self.all_reduce.add_residual_(difference.totals, 1.0 if last else -self._gamma)
         alphas, default = self._rates_at(clock)
-        alphas = self._center.ties.strongest(alphas)
-        self._telemetry.alpha = max([*alphas.values(), default])
+        alphas = self.center.ties.strongest(alphas)
+        self.telemetry.alpha = max([*alphas.values(), default])
         found = [
             [alphas.get(id(slice_.whole), default) for slice_ in fragment.slices]
             if alphas
@@ -186,9 +186,9 @@ class Participant:
             else:
                 elastic.scale_(fragment.total.views, rates)
         if not last:
-            self._all_reduce.quantize_(difference.totals.values())
-        if self._rule.resets_to_center:
-            self._telemetry.alpha = 1 - self._rule.mixing_rate
+            self.all_reduce.quantize_(difference.totals.values())
+        if self.rule.resets_to_center:
+            self.telemetry.alpha = 1 - self.rule.mixing_rate
         return found
 
 

@@ -8,8 +8,8 @@ from typing import Any
 from lightning_easgd.algorithms import EASGD
 from lightning_easgd.center.center import Center
 from lightning_easgd.communication import AllReduce, Phase
-from lightning_easgd.exchange.difference import Pull
-from lightning_easgd.exchange.making import make_link
+from lightning_easgd.exchange.difference import Participant, Pull
+from lightning_easgd.exchange.link import CollectiveLink
 from lightning_easgd.exchange.moving_rates import MovingRates
 from lightning_easgd.exchange.optimizers import LocalOptimizers
 from lightning_easgd.groups import Groups
@@ -49,7 +49,7 @@ class GroupLevel:
         self._period = groups.period
         reports = all_reduce.participant == 0
         rates = {size: _rates(groups, optimizers, size, reports=reports) for size in sizes}
-        self._link = make_link(
+        participant = Participant(
             center,
             all_reduce,
             optimizers=optimizers,
@@ -59,6 +59,7 @@ class GroupLevel:
             from_iterate=from_iterate and inside is None,
             may_take_part=lambda: inside is None or inside.healthy,
         )
+        self._link = CollectiveLink(participant)
         self.set_clock(0)
 
     @property

@@ -21,10 +21,7 @@ from typing import Any
 
 import torch
 
-from lightning_easgd.algorithms import Rule
-from lightning_easgd.center.center import Center
 from lightning_easgd.communication import (
-    AllReduce,
     ExchangeError,
     Header,
     Payload,
@@ -40,7 +37,6 @@ from lightning_easgd.exchange.states import Exchanged, Free, HeaderSent, InFligh
 from lightning_easgd.exchange.stops import Stops
 from lightning_easgd.exchange.timing import StepTimer
 from lightning_easgd.schedules import Durations, Schedules
-from lightning_easgd.telemetry import Telemetry
 
 _CHECKSUM_EVERY = 16
 
@@ -51,44 +47,36 @@ class CollectiveLink:
     At most one exchange is under way.
 
     Args:
-        center: of this worker's module.
-        all_reduce: how sums travel between the workers.
         participant: takes the differences.
-        rule: how sums move the center.
-        telemetry: where costs are counted.
-        agreement: what the rule wants to be agreed on.
-        stops: what headers say of stopping.
-        schedules: observe what the workers tell of themselves, after every exchange.
+        agreement: what rule and schedules want to be agreed on; None: nothing.
+        stops: what headers say of stopping; None: nobody stops.
+        schedules: observe what the workers tell of themselves, after every exchange; None: none do.
     """
 
     def __init__(
         self,
-        center: Center,
-        all_reduce: AllReduce,
         participant: Participant,
         *,
-        rule: Rule,
-        telemetry: Telemetry,
-        agreement: Agreement,
-        stops: Stops,
-        schedules: Schedules,
+        agreement: Agreement | None = None,
+        stops: Stops | None = None,
+        schedules: Schedules | None = None,
     ) -> None:
-        self.all_reduce = all_reduce
         self.participant = participant
+        self.all_reduce = participant.all_reduce
         self.timer = StepTimer()
-        self.consensus = Consensus(center.fragment_count)
-        self._center = center
-        self._rule = rule
-        self._telemetry = telemetry
-        self._agreement = agreement
-        self._stops = stops
-        self._schedules = schedules
+        self.consensus = Consensus(participant.center.fragment_count)
+        self._center = participant.center
+        self._rule = participant.rule
+        self._telemetry = participant.telemetry
+        self._agreement = agreement or Agreement(())
+        self._stops = stops or Stops()
+        self._schedules = schedules or Schedules({})
         self.arrivals = Arrivals(
-            center,
-            all_reduce,
-            rule=rule,
-            telemetry=telemetry,
-            schedules=schedules,
+            self._center,
+            self.all_reduce,
+            rule=self._rule,
+            telemetry=self._telemetry,
+            schedules=self._schedules,
             consensus=self.consensus,
         )
         self._headers_sent = 0

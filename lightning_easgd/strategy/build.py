@@ -1,4 +1,4 @@
-"""Puts the parts of an exchange together, as the options have it."""
+"""From the options of the strategy to the center and the exchange that a fit has."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def make_exchange(
     trainer: pl.Trainer,
     telemetry: Telemetry,
 ) -> Exchange:
-    """The link between this worker and the others; all of them must call it.
+    """The exchange of this worker with the others; all of them must call it.
 
     Args:
         center: of this worker's module.
