@@ -34,6 +34,7 @@ class Collective:
 
     parts: dict[int, Any] = field(default_factory=dict)
     done: threading.Event = field(default_factory=threading.Event)
+    abandoned: bool = False
 
     def is_completed(self) -> bool:
         return self.done.is_set()
@@ -41,6 +42,8 @@ class Collective:
     def wait(self) -> None:
         if not self.done.wait(TIMEOUT):
             raise RuntimeError(f"only worker(s) {sorted(self.parts)} came")
+        if self.abandoned:
+            raise RuntimeError("another worker failed")
 
 
 class Wire:
@@ -48,6 +51,8 @@ class Wire:
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
+        self.errors: list[BaseException] = []
+        """What workers raised, the first one first."""
         self._lock = threading.Lock()
         self._collectives: dict[tuple[str, int], Collective] = {}
         self._counts: dict[tuple[str, int], int] = {}
@@ -60,11 +65,24 @@ class Wire:
             number = self._counts[channel, rank] = self._counts.get((channel, rank), -1) + 1
             collective = self._collectives.setdefault((channel, number), Collective())
             collective.parts[rank] = part
-            if len(collective.parts) == self.workers:
-                del self._collectives[channel, number]
+            if self.errors:
+                self._abandon()
+            elif len(collective.parts) == self.workers:
                 complete([collective.parts[rank] for rank in range(self.workers)])
+                del self._collectives[channel, number]
                 collective.done.set()
         return collective
+
+    def fail(self, error: BaseException) -> None:
+        """A worker comes to no collective any more: end those that wait for it."""
+        with self._lock:
+            self.errors.append(error)
+            self._abandon()
+
+    def _abandon(self) -> None:
+        for collective in self._collectives.values():
+            collective.abandoned = True
+            collective.done.set()
 
 
 class InMemoryGroup:
@@ -157,9 +175,18 @@ def run_threads(target: Callable[..., Any], *args: Any, workers: int) -> list[An
     """Run ``target(wire, rank, *args)`` in a thread for each worker; what each returned.
 
     Raises:
-        ExchangeError: a worker waited for one that did not come; or what a worker raised.
+        Exception: the first that a worker raised, after which the others wait for nobody.
     """
     wire = Wire(workers)
+
+    def work(rank: int) -> Any:
+        try:
+            return target(wire, rank, *args)
+        except BaseException as error:
+            wire.fail(error)
+
     with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(target, wire, rank, *args) for rank in range(workers)]
-        return [future.result() for future in futures]
+        results = list(pool.map(work, range(workers)))
+    if wire.errors:
+        raise wire.errors[0]
+    return results
