@@ -58,6 +58,9 @@ class Telemetry:
     worker_wait_seconds: list[float] = field(default_factory=list)
     """Seconds waited so far by each worker, in rank order, as of the latest awaited exchange. The
     worker that the others wait for is the one that waits least."""
+    worker_awaited_seconds: list[float] = field(default_factory=list)
+    """Seconds that each worker was waited for in this fit, in rank order: at every exchange the
+    one that waits least, by how much less than the one that waits longest."""
 
     @property
     def bytes_between(self) -> int:
@@ -83,6 +86,16 @@ class Telemetry:
         self.bytes_received += moved
         self.bytes_inside += inside
 
+    def hear_waits(self, waits: list[float]) -> None:
+        """Take in how long each worker has waited so far, of which the others told."""
+        before, self.worker_wait_seconds = self.worker_wait_seconds, waits
+        if len(before) != len(waits):  # of an earlier fit, it is unknown who was waited for
+            self.worker_awaited_seconds = [0.0] * len(waits)
+            return
+        waited = [now - then for now, then in zip(waits, before, strict=True)]
+        last = waited.index(min(waited))
+        self.worker_awaited_seconds[last] += max(waited) - waited[last]
+
     def take_over(self, inside: Telemetry, level: int) -> None:
         """Count what was counted at a level of groups, 0 the outermost, where it begins anew."""
         self.exchanges_inside += inside.exchanges
@@ -104,7 +117,7 @@ class Telemetry:
 
     def metrics(self) -> dict[str, float]:
         """The scalars that are worth a curve, by name."""
-        lists = ("worker_wait_seconds", "rates", "bytes_of_groups")
+        lists = ("worker_wait_seconds", "worker_awaited_seconds", "rates", "bytes_of_groups")
         skipped = ("steps", "ddp_bytes_per_step", *lists)
         scalars = {name: v for name, v in asdict(self).items() if name not in skipped}
         levels = enumerate(self.bytes_per_level if self.bytes_of_groups else [])

@@ -111,6 +111,31 @@ def diagnose(states: Mapping[int, State], mine: Progress, rank: int, *, stuck_af
     )
 
 
+def find_late(states: Mapping[int, State]) -> dict[int, str]:
+    """Who is waited for, while a wait goes on, and how each of them is, in words.
+
+    Of those that are there and do not wait themselves, they are the ones with the fewest steps:
+    where sums travel behind training, others have done their part and go on.
+
+    Args:
+        states: of all other workers.
+    """
+    busy = [s.sign.step for s in states.values() if s.sign is not None and not s.sign.waits_for]
+    return {
+        rank: _how(state)
+        for rank, state in states.items()
+        if state.missing
+        or (state.sign and not state.sign.waits_for and state.sign.step == min(busy))
+    }
+
+
+def _how(state: State) -> str:
+    if not state.missing:
+        assert state.sign is not None
+        return f"is {_where(state.sign)}"
+    return state.missing + (f"; it gave its last {_where(state.sign)}" if state.sign else "")
+
+
 def _where(sign: Sign) -> str:
     return f"at step {sign.step} ({_shown(sign.place)})"
 

@@ -21,7 +21,7 @@ import json
 import time
 from dataclasses import astuple
 
-from lightning_easgd.communication.diagnosis import OVER, Sign, State, diagnose
+from lightning_easgd.communication.diagnosis import OVER, Sign, State, diagnose, find_late
 from lightning_easgd.communication.foreign import quote
 from lightning_easgd.communication.processes import Process, this_process
 from lightning_easgd.communication.progress import Progress
@@ -97,6 +97,24 @@ class Heartbeat:
             states = {other: self._state(other) for other in self._others}
             self._publish(self._explain(states, timeout))
         return self.diagnosis
+
+    def name_the_late(self, waited: float) -> str:
+        """Say who is waited for, while a wait goes on.
+
+        Args:
+            waited: seconds so far.
+
+        Returns:
+            Nothing if it is unknown, or for another worker to say: the first that waits does.
+        """
+        late = find_late({other: self._state(other) for other in self._others})
+        if self._store.is_silent:  # it tells nothing of the others
+            holder = self._store.is_worker_0s and self._rank > 0
+            late = {0: "does not answer (killed, stopped or cut off)"} if holder else {}
+        if not late or not all(other in late for other in range(self._rank)):
+            return ""
+        who = "; and for ".join(f"worker {other}, which {how}" for other, how in late.items())
+        return f"Worker {self._rank} has waited {waited:.0f} s for {who}."
 
     def look_on(self) -> None:
         """Have the signs of the others read from now on, for some seconds."""

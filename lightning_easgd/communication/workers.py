@@ -26,7 +26,7 @@ from lightning_easgd.communication.background import Background
 from lightning_easgd.communication.header import ExchangeError
 from lightning_easgd.communication.heartbeat import Heartbeat
 from lightning_easgd.communication.store_thread import close_connections
-from lightning_easgd.communication.waiting import Watch
+from lightning_easgd.communication.waiting import Rounds, Watch
 
 Work = dist.Work | Background
 """What goes on beside training and can be waited for."""
@@ -67,6 +67,7 @@ class WorkerGroup:
         self._heartbeat = Heartbeat(self.rank, self.size, f"workers-{next(_numbers)}")
         self.progress = self._heartbeat.progress
         """Of this worker, which the others are told."""
+        self._rounds = Rounds()
         try:
             self.everybody = self._meet()
             """For what all workers do at the same time; over gloo."""
@@ -167,6 +168,7 @@ class WorkerGroup:
         """
         assert work is not None  # torch's are, on workers that are in the group
         self.progress.begin_to_wait(what)
+        self._rounds.begin_to_wait(self.progress.step)
         try:
             if poll:
                 self._watch(work, patiently=patiently)
@@ -183,7 +185,8 @@ class WorkerGroup:
         """Return when it is completed; polled, so that signals (Ctrl-C among them) are seen."""
         if work.is_completed():
             return
-        watch = Watch(self._heartbeat, self._timeout, patiently=patiently)
+        long = self._rounds.long
+        watch = Watch(self._heartbeat, self._timeout, patiently=patiently, long=long)
         while not work.is_completed():
             watch.check()
             time.sleep(min(_SLOWEST_POLL_SECONDS, max(_POLL_SECONDS, watch.waited / 50)))

@@ -322,7 +322,7 @@ class CollectiveLink:
     def _apply(self, state: HeaderSent | InFlight, headers: Sequence[Header]) -> None:
         self._stops.hear([header.stop for header in headers], self.all_reduce.ranks)
         self._agreement.hear([header.named for header in headers])
-        self._telemetry.worker_wait_seconds = [1e-6 * h.wait_microseconds for h in headers]
+        self._telemetry.hear_waits([1e-6 * header.wait_microseconds for header in headers])
         if isinstance(state, InFlight):
             if self.arrivals.take_in(state, headers):
                 self.timer.restart()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import random
+import statistics
+import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import lightning.pytorch as pl
 import numpy as np
@@ -37,6 +39,22 @@ class SeedWorkers(Callback):
         random.seed(seed)
 
 
+class Stopwatch(Callback):
+    """Takes the time of training, with its validations and checkpoints."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._began = 0.0
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._began = time.perf_counter()
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.seconds = time.perf_counter() - self._began
+
+
 def seed(value: int) -> None:
     """Make initial weights and shuffling repeatable; the same on all workers."""
     pl.seed_everything(value, workers=True, verbose=False)
@@ -50,6 +68,10 @@ def callbacks(strategy: Strategy, checkpoint: ModelCheckpoint | None, seed: int)
     if isinstance(strategy, EASGDStrategy):
         chosen.append(EASGDMonitor())
     return chosen
+
+
+_WORTH_A_LINE, _STANDS_OUT = 0.01, 2.0
+"""A straggler was waited for longer than this share of training, and so many times the others."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +92,12 @@ class Report:
     ddp_bytes_sent: int | None
     wait_seconds: float | None
     checkpoint: str | None
+    train_seconds: float | None = None
+    """From the first batch to the last, validations and checkpoints among them."""
+    worker_wait_seconds: list[float] = field(default_factory=list)
+    """Waited by each worker, in rank order."""
+    worker_awaited_seconds: list[float] = field(default_factory=list)
+    """Others waited so long for each worker, in rank order."""
 
     def to_json(self) -> str:
         """The report as one JSON object."""
@@ -98,8 +126,19 @@ class Report:
         return [
             ("exchanges", str(self.exchanges)),
             *sent,
-            ("waited for the network", f"{self.wait_seconds:.2f} s"),
+            ("waited", f"{self.wait_seconds:.2f} of {self.train_seconds:.1f} s"),
+            *self._straggler(),
         ]
+
+    def _straggler(self) -> list[tuple[str, str]]:
+        """The worker that stands out as the one that the others waited for."""
+        awaited, total = self.worker_awaited_seconds, self.train_seconds or 0.0
+        *others, longest = sorted(awaited) or [0.0]
+        usual = statistics.median(others) if others else 0.0
+        if longest <= max(_WORTH_A_LINE * total, _STANDS_OUT * usual):
+            return []
+        worker = awaited.index(longest)
+        return [(f"worker {worker} was waited for", f"{longest:.1f} of {total:.1f} s")]
 
     def _amount(self, sent: int) -> str:
         amount = f"{sent / 1e6:.2f} MB"
@@ -156,7 +195,9 @@ def run(
         warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
     checkpoint: str | None = None
     logged: dict[str, float] = {}
+    stopwatch = Stopwatch()
     if train:
+        trainer.callbacks.insert(0, stopwatch)  # type: ignore[attr-defined]
         trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path)
         logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
         checkpoint = _save_end(trainer)
@@ -180,6 +221,9 @@ def run(
         ddp_bytes_sent=getattr(telemetry, "ddp_bytes_sent", None),
         wait_seconds=getattr(telemetry, "wait_seconds", None),
         checkpoint=checkpoint,
+        train_seconds=stopwatch.seconds if train else None,
+        worker_wait_seconds=getattr(telemetry, "worker_wait_seconds", []),
+        worker_awaited_seconds=getattr(telemetry, "worker_awaited_seconds", []),
     )
 
 
