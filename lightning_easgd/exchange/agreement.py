@@ -31,10 +31,10 @@ class Agreement:
         return all(there)
 
     def announce(self) -> dict[str, Any]:
-        """What this worker says of it, as fields of a header.
+        """What the companions say of this worker, as fields of a header.
 
         Raises:
-            ValueError: a companion does not say what it said that it would.
+            ValueError: a companion announced other fields than it declares.
         """
         said: dict[str, Any] = {}
         for name, companion in self._companions.items():

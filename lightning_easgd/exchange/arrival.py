@@ -132,10 +132,10 @@ def report_non_finite(
         clock: the step of the exchange.
         healthy: whether they were, by rank.
         reports: whether this worker warns.
-        all_of_them: whether there are no other workers.
+        all_of_them: whether ``healthy`` has all workers there are.
 
     Raises:
-        NonFiniteError: those of no worker at all were.
+        NonFiniteError: no worker had finite weights.
     """
     sick = [rank for rank, well in healthy.items() if not well]
     if all_of_them and len(sick) == len(healthy):

@@ -5,8 +5,9 @@ and the mean m of the weights in the sum that has arrived,
 
     (1/p) Σ_i ‖x^i - m‖² = (1/p) Σ_i ‖x^i - c‖² - ‖m - c‖².
 
-The sum arrives after its headers, and its norm may differ in the last bit between processors: so
-it travels, in the header of the next exchange, and that of the first worker who knows it counts.
+The sum arrives after its headers, and its norm may differ in the last bit between processors. So
+the variance travels in the header of the next exchange, and all workers take that of the first one
+who knows it.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ _DURATIONS = ("step_microseconds", "exchange_microseconds", "cost_microseconds")
 def fields_observed(schedules: Schedules) -> dict[str, type]:
     """Names and kinds of what workers measure for schedules; none where no schedule observes.
 
-    Durations are in whole microseconds. ``distance`` is ‖x - c‖ of the fragments whose turn it is,
-    before the pull, and ``size`` ‖c‖ of the same. ``variance`` is that of the latest round that has
-    arrived, negative where it is not known, and ``lr`` the largest learning rate.
+    Durations are in whole microseconds. ``distance`` is ‖x - c‖ of the fragments exchanged, before
+    the pull, and ``size`` is ‖c‖ of the same. ``variance`` is that of the latest round that has
+    arrived, negative where it is not known, and ``lr`` is the largest learning rate.
     """
     if not schedules.adaptive:
         return {}
@@ -39,7 +40,7 @@ def fields_observed(schedules: Schedules) -> dict[str, type]:
 
 
 class Consensus:
-    """Adds up what the exchanges of a round tell, in which every fragment has its turn.
+    """Adds up what the exchanges of a round tell; in a round every fragment is exchanged once.
 
     Args:
         fragment_count: fragments of the model.
@@ -103,5 +104,5 @@ def _durations(header: Header) -> Durations:
 
 def _first_known(said: Iterable[Said]) -> tuple[float | None, float]:
     """The variance, and the learning rate, of the first worker who knows it."""
-    known = ((each["variance"], each["lr"]) for each in said if each.get("variance", -1.0) >= 0)
+    known = ((each["variance"], each["lr"]) for each in said if each.get("variance", _UNKNOWN) >= 0)
     return next(known, (None, 0.0))

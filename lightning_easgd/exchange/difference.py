@@ -36,7 +36,7 @@ class Difference:
 
     @property
     def totals(self) -> dict[str, Tensor]:
-        """Its flat tensors, by names that are theirs in every exchange."""
+        """Its flat tensors, by names that are the same in every exchange."""
         return {
             f"{fragment.name}, {part.dtype}": part
             for fragment in self.fragments
@@ -66,7 +66,7 @@ class Contribution:
 
 
 class Participant:
-    """Takes part in exchanges with the weights of one worker, or of what stands in its place.
+    """Takes part in exchanges with the weights of one worker, or of the center of its group.
 
     Args:
         center: of this worker's module.
@@ -75,7 +75,7 @@ class Participant:
         rule: what becomes of the worker.
         rates: with which multiple it takes part.
         telemetry: where exchanges and distances are recorded.
-        may_take_part: whether what takes part in the worker's place, if anything does, can.
+        may_take_part: asked at each exchange; False while the center of the group is not healthy.
         from_iterate: whether x is the paper's iterate where a parameter is its look-ahead point.
     """
 
@@ -120,7 +120,7 @@ class Participant:
     def contribute(
         self, difference: Difference, *, clock: int, index: int, last: bool = False
     ) -> Contribution:
-        """Take part in an exchange with a difference, which becomes what is sent of it.
+        """Take part in an exchange: turn a difference into what is sent of it.
 
         If it is not finite, the worker starts again from the center, with fresh optimizer state.
 

@@ -92,9 +92,9 @@ class Exchange:
         self.writes.begin()
 
     def before_batch(self) -> None:
-        """A training step begins: what hooks wrote before the first is where all begin.
+        """A training step begins; training starts from what hooks wrote before the first one.
 
-        No worker is asked; a checksum of the center tells at the first exchange if they differ.
+        The other workers are not asked. If weights differ, the first exchange tells by a checksum.
         """
         if self._starts:
             self._starts = False
@@ -148,9 +148,9 @@ class Exchange:
 
     @contextmanager
     def step(self, optimizer: Optimizer) -> Iterator[None]:
-        """Surrounds one step of one of the worker's optimizers; begins the exchange that is due.
+        """Surround one step of one of the worker's optimizers, and begin the exchange that is due.
 
-        What was sent is also taken: the pull is applied even if the step raises.
+        The pull is applied even if the step raises, for the center gets it anyway.
         """
         assert not self.swap.is_swapped, "a step was taken while the module showed the center"
         self.writes.before_step()
@@ -186,7 +186,7 @@ class Exchange:
         """Average the gradients of this step with those of other workers, if that is wanted.
 
         Args:
-            anew: whether there are new ones, also if those of this step were averaged.
+            anew: whether a backward pass made new ones, which no optimizer step averages again.
 
         Raises:
             ExchangeError: one of them is missing, or stands in another step.

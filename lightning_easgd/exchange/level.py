@@ -111,7 +111,7 @@ class GroupLevel:
         self._link.announce_idle(clock, phase, compare=False)
 
     def shadow(self, clock: int) -> Pull:
-        """Take part in the exchange that members began, when all have said so; as :meth:`start`."""
+        """Take part in the exchange that members began; returns what :meth:`start` does."""
         self._link.headers()
         # Anew: the group's center may have been pulled since the header left.
         pull = self._link.shadow(clock, anew=True)

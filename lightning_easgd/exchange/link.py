@@ -5,9 +5,9 @@ large it is. What a worker wants to change (a new parameter joins, training stop
 the header of one exchange and takes effect at the next, when every worker has read every header.
 
 [Note: delay] Under a rule with a delay a sum moves the center when it has arrived, but the worker
-goes on from there at a step that is known when it is sent. Nothing reads the center in between but
-who looks at it. So when it arrived, and whether it was awaited for a checkpoint, changes no bit of
-what follows.
+goes on from there at a step that is known when it is sent. In between, only evaluation and
+checkpoints read the center, never training. So no bit of what follows depends on when the sum
+arrived, or on whether a checkpoint waited for it.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class CollectiveLink:
 
     @property
     def resets_workers(self) -> bool:
-        """Whether workers that are pulled go on from the center that is under way."""
+        """Whether workers that are pulled restart at the center that is under way."""
         return isinstance(self._state, InFlight) and self._state.resets
 
     def is_settled(self, clock: int) -> bool:
@@ -110,7 +110,7 @@ class CollectiveLink:
 
     @torch.no_grad()
     def go_on(self, clock: float = math.inf) -> None:
-        """Let the worker go on from the center, if it does by ``clock`` and still has to."""
+        """Let the worker go on from the center, if it has to by ``clock`` and did not yet."""
         if self.owed is None or self.owed.due > clock:
             return
         self.wait()
@@ -126,7 +126,7 @@ class CollectiveLink:
             last: whether no worker goes on after it.
 
         Returns:
-            What the caller owes the worker.
+            The pull, by which the caller moves the participant.
         """
         self.go_on()
         difference = self.participant.take_difference(self._index)
@@ -164,7 +164,7 @@ class CollectiveLink:
             anew: whether the difference is another one than when the header left.
 
         Returns:
-            What the caller owes the worker.
+            The pull, by which the caller moves the participant.
         """
         sent, index = self._state, self._index
         assert isinstance(sent, HeaderSent)

@@ -20,7 +20,7 @@ RateFunction = Callable[[int], tuple[dict[int, float], float]]
 
 _HELD_BELOW_EDGE = 0.99
 _NOT_AT_ONCE = 1.01
-"""Exchanges that a value waits, above which it counts."""
+"""A value that takes more exchanges than this is said to wait."""
 _DEFAULT = ", or leave beta, alpha and rho unset (beta=0.9)"
 
 
@@ -44,7 +44,8 @@ def stable_below(workers: int, *, momentum: float, waits: tuple[float, float]) -
     Args:
         workers: p.
         momentum: μ of the center.
-        waits: how many exchanges a value waits for a worker, and for the owner of its sum.
+        waits: how many exchanges a value takes until its worker has sent it, and until the owner of
+            its sum has added it.
     """
     to_send, to_add = waits
     bound = Bound(elastic.stability_bound(workers))
@@ -104,8 +105,8 @@ class MovingRates:
     def at(self, step: int) -> tuple[dict[int, float], float]:
         """α by parameter identity, and α of the parameters that are not among them.
 
-        An α that a callable or a learning rate carried to the edge of stability or past it is held
-        just below, which is said once.
+        An α that a callable or a learning rate carries to the edge of stability, or past it, is
+        held just below. A warning says so once.
         """
         value = self._strength.at(step)
         if self._strength.kind != "rho":
@@ -163,7 +164,7 @@ def rates_of(
         policy: the strength, and the rule that may need none.
         all_reduce: how sums travel between the workers.
         optimizers: the worker's own.
-        agreement: with what companions make of the multiple.
+        agreement: its companions may set another multiple.
         device: of the center.
 
     Raises:

@@ -114,7 +114,7 @@ def require_complete(optimizers: Iterable[Optimizer]) -> None:
     """Make sure that optimizers have all their options after they were given a state.
 
     Raises:
-        KeyError: the state is another kind of optimizer's, which torch says at the first step.
+        KeyError: the state is another kind of optimizer's. Torch notices only at the first step.
     """
     for optimizer in optimizers:
         for group in optimizer.param_groups:

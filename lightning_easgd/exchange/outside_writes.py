@@ -1,11 +1,12 @@
 """Notices weights that are written outside of the steps that the exchange sees.
 
-[Note: windows] What a step leaves is what the next one must find. This is checked where it costs
-little: from a step with an exchange, from the first batch's hooks and from the end of an epoch, up
-to the next step, and in the training step that this one asks for. A few elements of each parameter
-are kept, and compared at the next exchange, so that no device is awaited for it. Of very many
-parameters only some are looked at, and others the next time. What is frozen, and what no optimizer
-steps, is compared after 1, 2, 4, 8, ... exchanges.
+[Note: windows] A step must find the weights that the step before it left. This is checked in a few
+windows, which cost little. One opens after each step with an exchange, after the hooks of the first
+batch, and at the end of an epoch. It closes at the next optimizer step; another one is open while
+the closure of that step runs. A few elements of each parameter are kept, and compared at the next
+exchange, so that no device is awaited for it. Of very many parameters only some are looked at, and
+others the next time. What is frozen, and what no optimizer steps, is compared after 1, 2, 4, 8, ...
+exchanges.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Copy:
 
     @property
     def is_equal(self) -> bool:
-        """Whether it still is, when it is rounded."""
+        """Whether it still is, rounded to the precision of the parameter."""
         parameter = self.parameter.detach()
         rounded = self.kept.detach().to(parameter.device, parameter.dtype)
         return bool(parameter.any()) and torch.equal(rounded, parameter)
@@ -115,7 +116,7 @@ class OutsideWrites:
             self._open = self._look(self._elastic())
 
     def before_step(self) -> None:
-        """An optimizer step begins, or goes on behind the closure in which the first batch is."""
+        """An optimizer step begins, or goes on after its closure."""
         if self._open is not None:
             named, before = self._open
             self._closed.append((named, before, sample(_tensors(named))))
@@ -123,7 +124,7 @@ class OutsideWrites:
             self._goes_on = True
 
     def before_closure(self) -> None:
-        """The training step begins that an optimizer step asked for; it is looked at, too."""
+        """The closure of an optimizer step begins, in which the training step may be."""
         if self._goes_on:
             self._open = self._look(self._elastic())
 
@@ -138,7 +139,7 @@ class OutsideWrites:
             self._copies = [copy for copy in self._kept() if copy.is_equal]
 
     def after_exchange(self) -> None:
-        """A step is over in which an exchange wrote to the weights, if one did."""
+        """A step with an exchange is over."""
         # What it left alone says nothing: a moment of a parameter without gradients is as zero.
         self._copies = [copy for copy in self._copies if not copy.is_equal]
         self._judge()
@@ -150,7 +151,7 @@ class OutsideWrites:
             self._tell("unknown", self._center.unknown())
 
     def look_at_frozen(self) -> None:
-        """Warn of parameters without gradients that moved, and are no matter of an exchange."""
+        """Warn of parameters without gradients that moved, and that exchanges leave alone."""
         if self._frozen is not None:
             named, before = self._frozen
             moved = before.moved(sample(_tensors(named)))
@@ -180,7 +181,7 @@ class OutsideWrites:
             self._tell("saved", _names(named, before.differing(sample(_tensors(named)))))
 
     def after_dump(self, checkpoint: Mapping[str, Any]) -> None:
-        """Warn of what hooks put into a checkpoint in the place of the center, which is shown."""
+        """Warn of what hooks put into a checkpoint in the place of the center."""
         saved = checkpoint.get("state_dict")
         if isinstance(saved, Mapping) and "dumped" not in self._said:
             pairs = ((name, p.detach(), saved.get(name)) for name, p in self._elastic())

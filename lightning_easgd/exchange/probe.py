@@ -29,7 +29,7 @@ class Sample:
     """Which of the tensors they are of."""
 
     def differing(self, later: Sample) -> list[int]:
-        """Numbers of the tensors of which a later sample of the same found other, finite bits."""
+        """Numbers of the tensors that have other, finite values in a later sample of them."""
         return sorted(self._compared(later, _other_bits))
 
     def moved(self, later: Sample) -> list[int]:
@@ -49,7 +49,7 @@ class Sample:
 def _other_bits(before: Tensor, after: Tensor) -> bool:
     before, after = as_real(before), as_real(after)
     other = as_integers(before) != as_integers(after)
-    return bool((other & after.isfinite()).any())  # what is not is said elsewhere
+    return bool((other & after.isfinite()).any())  # others have a warning of their own
 
 
 def _moved(before: Tensor, after: Tensor) -> bool:

@@ -5,12 +5,12 @@ follow, if they take as long. What does not hide is the work at both ends: diffe
 center's move, and what the network takes from the processor on the way. That is found by comparing:
 rounds with an exchange take longer than as many steps with nothing under way.
 
-Where workers share processors, that is too much: steps with nothing under way are those in which
-others wait for their sums, and leave the processors to them. What rounds take more of the
-processors is too little: the kernel's work for the network is not in it. If it is less, the middle
-of both is the cost.
+Two estimates bound it. The one by time is too high where workers share processors: while nothing
+is under way here, other workers may wait for their sums, and leave their processors to this one.
+The one by processor time is too low, for it misses the kernel's work for the network. Where the
+second is lower, the cost is taken to be halfway between them.
 
-It is a small difference of long times that vary. So all steps count, not only the latest.
+The cost is a small difference of long times that vary. So all steps count, not only the latest.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class StepTimer:
         self._recent.clear()
         self._flights.clear()
         self._idle, self._whole, self._rounds = Total(), Total(), 0
-        self._longest = math.inf  # what is longer is something else than a step
+        self._longest = math.inf  # a longer time holds something else than a step
 
     def interrupt(self) -> None:
         """Forget what is being measured: something else than steps takes its time."""

@@ -15,10 +15,10 @@ One after the other is a product of symmetric maps. Each has no eigenvalue outsi
 own α < 2/(p+1), with the p of that level, and then the product is stable too. (All levels at once
 would need the sum of their strengths to be small.) Every exchange keeps Σ x + Σ g + c.
 
-[Note: headers first] An idle worker learns from its group's headers which exchanges
-members began further up. It sends its headers for all of these before it waits for those of others.
-An idle worker of another group would wait for them: it learns of an exchange only when
-all headers of the level in between are there.
+[Note: headers first] An idle worker learns from its group's headers which exchanges members began
+further up. It sends its headers for all of these before it waits for those of others. Idle workers
+of other groups need them: they learn of an exchange only when all headers of the level in between
+are there.
 """
 
 from __future__ import annotations
@@ -95,8 +95,9 @@ class Levels:
         Args:
             clock: steps taken.
             phase: where this worker is idle.
-            announce: says so where all workers exchange, if they do at a step; whether they do.
-            shadow_top: takes part there, then; what the outermost center is owed.
+            announce: is given a step, and tells whether all workers exchange at it; if they do, it
+                has announced there that this worker is idle.
+            shadow_top: takes part in that exchange; returns what the outermost center is owed.
 
         Yields:
             The step of each exchange, when this worker has taken part.

@@ -18,7 +18,7 @@ _AFTER_A_SAVE = "Trainer.save_checkpoint"
 
 
 class Progress(Protocol):
-    """How far the worker is that comes to a collective."""
+    """Where in training the worker is that comes to a collective."""
 
     @property
     def alone(self) -> bool:
@@ -32,7 +32,7 @@ class Progress(Protocol):
 
 
 class SettingUp:
-    """Of a worker whose fit is not set up yet."""
+    """The progress of a worker whose fit is not set up yet."""
 
     alone = False
 
@@ -45,7 +45,7 @@ class SettingUp:
 
 
 class Collectives:
-    """They end when a worker is missing, and nobody takes part who is alone.
+    """Lightning's, of all workers: they fail when one is missing; see also [Note: alone].
 
     Args:
         group: all workers.
@@ -64,7 +64,7 @@ class Collectives:
 
     def barrier(self, name: object = None) -> None:
         """As Strategy.barrier."""
-        # Who saved has met the others before, and the checkpoint counts no header that follows it.
+        # Workers that saved have just met. The checkpoint does not count a header sent after it.
         met = name == _AFTER_A_SAVE
         if (not self._progress.alone) if met else self.together(Phase.BARRIER):
             monitored.barrier(self.group, self._what("barrier"))
@@ -83,7 +83,7 @@ class Collectives:
         return monitored.reduce_(self.group, value, operation, self._what("reduction"))
 
     def before_gathering(self) -> None:
-        """Wait for all; what is gathered may be differentiated, which the group's is not for."""
+        """Wait for all; Lightning then gathers itself, so that gradients can flow back."""
         self.together(Phase.GATHERING)
         monitored.barrier(self.group, self._what("gathering"))
 

@@ -49,7 +49,7 @@ _BETWEEN_BATCHES = "between two batches: loader, hooks or callbacks"
 
 @dataclass(frozen=True)
 class EqualWorkers:
-    """What there is before the optimizers are: all workers, and the center of their modules."""
+    """What is set up before the optimizers: all workers, and the center of their modules."""
 
     group: WorkerGroup
     center: Center
@@ -179,14 +179,14 @@ class Fit:
 
     def _before_batch(self) -> None:
         self.enter(_BETWEEN_BATCHES)
-        # Between exchanges nobody waits for anybody, but whoever leaves, leaves with all others.
+        # Between exchanges no worker waits for another. But those that leave, leave together.
         if self.exchange.stopping.by_exception:
             self._meet(Phase.STOP)
 
     def _after_batch(self) -> None:
         self.enter(_BETWEEN_BATCHES)
         if stops_early(self.trainer):
-            # Perhaps on this worker alone: the others are told, and waited for, from now on.
+            # Perhaps on this worker alone. It tells the others, and waits for them from now on.
             self.exchange.request_stop(Stop.ENOUGH)
             self._uneven = True
 
@@ -210,7 +210,8 @@ class Fit:
 
     def await_others(self, phase: Phase) -> None:
         """Wait for the others ahead of a collective of Lightning's, where they may come later."""
-        # Metrics may be reduced at every batch: there, batches that differ end in a late error.
+        # Metrics may be reduced at every batch, which is too often to meet. Where workers have
+        # different numbers of batches, an error says so later.
         every_batch = phase in (Phase.REDUCTION, Phase.GATHERING)
         if self._uneven_steps or not every_batch:
             self._meet_if_training(phase)
@@ -286,7 +287,7 @@ class Fit:
             yield
 
     def _finish(self) -> None:
-        """What fit delivers is in the module before the first hook of the end."""
+        """Put what fit delivers into the module, before the first hook of the end."""
         self.enter("at the end of training")
         if not self.finish_exchanging():
             self.stop()

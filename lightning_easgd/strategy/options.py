@@ -1,4 +1,4 @@
-"""What the strategy was told of its exchanges, checked, in the terms of those that make them."""
+"""The options of the strategy that are about exchanges, checked, as what exchanges are made of."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ class Options:
 
     @property
     def name(self) -> str:
-        """Under which a strategy with this rule is registered; EASGD's for one of the user's."""
+        """The registered name of such a strategy; "easgd" if the rule is the user's own."""
         rule = type(self.rules.algorithm)
         name = next((name for name, known in RULES.items() if known is rule), "easgd")
         pair = {"algorithm": name, "center_average": self.averaging and self.averaging.kind}

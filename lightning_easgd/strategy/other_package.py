@@ -29,7 +29,7 @@ def explain_import(names: Iterable[str], cls: type) -> None:
 
     Args:
         names: of the strategies.
-        cls: their class, for who gives an object.
+        cls: their class, for users who give the Trainer an object instead of a name.
     """
     ours = _Ours(list(names), cls)
     if (module := sys.modules.get(_REGISTRY)) is not None:

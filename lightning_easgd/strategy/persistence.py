@@ -98,7 +98,7 @@ class Persistence:
             )
 
     def files(self) -> WorkerCheckpoints:
-        """Those that are written and removed through the strategy's storage of the moment."""
+        """What writes and removes checkpoints, through the storage that the strategy has now."""
         owner, storage = self.owner, self.owner.checkpoint_io
         if self._saved is None or self._saved.writes.storage is not storage:
             self._saved = WorkerCheckpoints(
@@ -139,7 +139,7 @@ class Persistence:
     ) -> dict[str, Any]:
         """Read a checkpoint; where Lightning restores one, all workers do, each its own state."""
         if weights_only is None and path.startswith(("http://", "https://")):
-            weights_only = True  # Lightning's default is not, there
+            weights_only = True  # Lightning's default would unpickle it
         read = partial(read, weights_only=weights_only)
         if not self._restoring or trainer is None:
             return read()
@@ -195,12 +195,12 @@ class Persistence:
             rank_zero_warn(warning)
 
     def take_resumed(self) -> Resumed | None:
-        """From what the fit goes on; let go of, as it is as large as the worker's state."""
+        """What the fit goes on from; forgotten here, for it is as large as a worker's state."""
         resumed, self.resumed = self.resumed, None
         return resumed
 
     def give_up(self) -> None:
-        """Leave what is being saved to nobody."""
+        """Give up what is being saved: other workers may not do their part."""
         if self._saved is not None:
             self._saved.give_up()
 

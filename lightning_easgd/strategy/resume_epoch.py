@@ -13,8 +13,8 @@ state. So that state is given to it when the epoch begins.
 
 [Note: epochs not counted] After a checkpoint of an epoch's last batch Lightning does not count the
 next epoch as begun. A checkpoint that is made in it would, when resumed from, add an epoch. And
-one that a worker made while it stood still after its last batch, waiting to validate with the
-others, would add a batch.
+one that a worker made while it was idle after its last batch, waiting to validate with the others,
+would add a batch.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ batch (since 2.5.2), which makes every worker wait for rank 0 at every step. Its
 collectives that no other rank has been told of, so a signal to one rank hangs: SIGTERM's
 broadcasts, SLURM's saves a checkpoint, a Timer's limit is broadcast after every batch. Under EASGD
 all of them ask for a stop in the header of the next exchange, and so does Ctrl-C, which reaches
-every worker in another step; all workers then stop at the same step. Replaced on the trainer's own
-objects, before Lightning registers its handlers, so that no signal finds the stock one.
+every worker in another step; all workers then stop at the same step. Lightning's handlers are
+replaced on the trainer's own objects before they are registered, so that no signal finds them.
 """
 
 from __future__ import annotations
