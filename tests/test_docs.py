@@ -64,6 +64,45 @@ def test_what_a_page_links_to_is_there(page: Page) -> None:
         assert link.exists(), link
 
 
+PATH = ["README.md", "docs/quickstart.md", "docs/own_module.md", "docs/machines.md"]
+"""What a newcomer reads, in this order."""
+
+KNOWN = {
+    *("GPU", "CPU", "TPU", "MPS", "SGD", "TCP", "SLURM", "MNIST"),
+    *("DOWNPOUR", "EAMSGD"),  # the names of methods, which are links or stand beside what they are
+}
+"""Abbreviations that a newcomer knows, or need not know."""
+
+
+def test_a_newcomer_meets_no_word_before_its_explanation() -> None:
+    text = "\n".join(Page(path).prose for path in PATH)
+    met = []
+    for word in (word for term in glossary() for word in names_of(term)):
+        if first := re.search(rf"(?<!\w){re.escape(word)}s?(?!\w)", text, re.I):
+            met.append(word)
+            # Where a word is explained, it is in italics; or the glossary explains it.
+            around = text[first.start() - 1 : first.end() + 10]
+            assert re.match(r"\*.+\*|\[.+\]\(glossary", around), around
+    assert set(met) >= {"worker", "center", "exchange", "pull", "difference", "group", "τ", "ρ"}
+
+
+def glossary() -> list[str]:
+    return re.findall(r"^(\S.*)\n  \S", Page("docs/glossary.md").text, re.M)
+
+
+def names_of(term: str) -> list[str]:
+    """The letters or the word that an entry of the glossary is about."""
+    first, *others = term.split(", ")
+    return [first, *(other for other in others if len(other) == 1)]
+
+
+def test_a_newcomer_meets_no_abbreviation_before_its_words() -> None:
+    text = "\n".join(Page(path).prose for path in PATH)
+    for short in set(re.findall(r"\b[A-Z]{3,}\b(?!\.)", text)) - KNOWN:
+        at = text.index(short)
+        assert text[at - 1] == "(" or text[at:].startswith(f"{short} for short"), short
+
+
 class Small(lightning.pytorch.Trainer):
     """What an example makes, but for as many workers and steps as a test has."""
 

@@ -31,6 +31,12 @@ def test_the_readme_is_read_in_five_minutes() -> None:
     assert len(readme.text.split()) <= 1500
 
 
+def test_the_source_archive_has_what_the_readme_links_to() -> None:
+    kept = (ROOT / "MANIFEST.in").read_text().split()
+    tops = {link.relative_to(ROOT).parts[0] for link in Page("README.md").links()}
+    assert tops <= {*kept, "LICENSE"}
+
+
 def test_the_picture_is_drawn_for_light_and_dark_pages() -> None:
     (path,) = re.findall(r"!\[.+\]\((.+\.svg)\)", Page("README.md").text)
     picture = (ROOT / path).read_text()

@@ -26,6 +26,12 @@ class Page:
         return (ROOT / self.path).read_text()
 
     @property
+    def prose(self) -> str:
+        """Without what a program prints or reads, pictures, and where links lead."""
+        text = re.sub(r"^```.*?^```$", "", self.text, flags=re.M | re.S)
+        return re.sub(r"`[^`\n]*`|!\[.*?\]\(.*?\)|(?<=\])\((?!glossary).*?\)", "", text)
+
+    @property
     def words(self) -> int:
         """As ``wc -w`` counts them, without what a program prints or reads."""
         return len(re.sub(r"^```.*?^```$", "", self.text, flags=re.M | re.S).split())
