@@ -58,6 +58,25 @@ def test_a_page_is_short(page: Page) -> None:
     assert page.path in REFERENCE or page.words <= 1200
 
 
+DRAWN_BY = {
+    "comparison.png": ("compare", "test_a_small_comparison_and_going_on_with_it"),
+    "schedules.png": ("gallery", "test_a_picture_is_drawn_from_real_runs"),
+}
+"""The script that draws a picture, and the test that runs it small."""
+
+
+def test_a_picture_has_its_command_beside_it_and_a_test() -> None:
+    drawings = {"elastic_link.svg"}  # its text is its source
+    pictures = {
+        path.name for path in (ROOT / "docs").glob("*.*") if path.suffix in (".png", ".svg")
+    }
+    assert pictures == {*DRAWN_BY, *drawings}
+    for picture, (script, test) in DRAWN_BY.items():
+        (page,) = [page for page in SITE if f"]({picture})" in page.text]
+        assert f"`python scripts/{script}.py`" in page.text.partition(f"]({picture})")[2]
+        assert f"def {test}(" in (ROOT / "tests" / "scripts" / f"test_{script}.py").read_text()
+
+
 @pytest.mark.parametrize("page", pages.everywhere(), ids=str)
 def test_what_a_page_links_to_is_there(page: Page) -> None:
     for link in page.links():
