@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_easgd.algorithms.base import Rule, momentum_of, require_momentum
 from lightning_easgd.schedules import Tau
-from lightning_easgd.schedules.checks import require_count
+from lightning_easgd.schedules.checks import require_bools, require_count
 
 
 class LocalSGD(Rule):
@@ -74,8 +74,7 @@ class Downpour(Rule):
     """
 
     def __init__(self, *, average: bool = False) -> None:
-        if not isinstance(average, bool):
-            raise ValueError(f"average={average!r} is not allowed. Allowed: True, False.")
+        require_bools(average=average)
         self.average = average
 
     @override

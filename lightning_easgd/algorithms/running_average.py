@@ -23,7 +23,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_easgd.schedules.checks import is_number
+from lightning_easgd.schedules.checks import is_number, require, require_choice
 
 Kind = Literal["polyak", "ema"]
 
@@ -48,8 +48,7 @@ class CenterAverage:
     rate: float | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise ValueError(f"kind={self.kind!r} is not allowed. Allowed: 'polyak', 'ema'.")
+        require_choice("kind", self.kind, get_args(Kind))
         if self.rate is None:
             return
         if self.kind == "polyak":
@@ -57,8 +56,8 @@ class CenterAverage:
                 f"rate={self.rate!r} has no meaning for 'polyak', whose rate is 1/(t+1) after t"
                 " moves. Leave it out, or set kind='ema'."
             )
-        if not (is_number(self.rate) and 0 < self.rate <= 1):
-            raise ValueError(f"rate={self.rate!r} is not allowed. Allowed: a number in (0, 1].")
+        inside = is_number(self.rate) and 0 < self.rate <= 1
+        require("rate", self.rate, "a number in (0, 1]", inside)
 
     def weight(self, moves: int) -> float:
         """By how much the average goes towards the center after its ``moves``-th move."""

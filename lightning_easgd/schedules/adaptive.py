@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from typing_extensions import override
 
 from lightning_easgd.schedules.base import Observation, Schedule
-from lightning_easgd.schedules.checks import is_number, require_count
+from lightning_easgd.schedules.checks import is_number, require, require_count
 
 _GAIN = 0.25
 _STEADY = 0.75
@@ -53,16 +53,16 @@ class ConsensusTarget(Schedule):
         most: float | None = None,
         factor: float = 1.1,
     ) -> None:
-        _require("target", target, "a number above 0", is_number(target) and target > 0)
-        _require("factor", factor, "a number above 1", is_number(factor) and factor > 1)
-        _require("start", start, "a number", is_number(start))
-        _require(
+        require("target", target, "a number above 0", is_number(target) and target > 0)
+        require("factor", factor, "a number above 1", is_number(factor) and factor > 1)
+        require("start", start, "a number", is_number(start))
+        require(
             "least",
             least,
             f"a number in (0, start={start!r}]",
             is_number(least) and 0 < least <= start,
         )
-        _require(
+        require(
             "most",
             most,
             f"a number of at least start={start!r}, or None",
@@ -146,8 +146,8 @@ class AdaptivePeriod(Schedule):
         self.tau_max = require_count("tau_max", tau_max, "optimizer steps")
         self.sample = require_count("sample", sample, "rounds")
         inside = f"a number from tau_min={tau_min} to tau_max={tau_max}"
-        _require("start", start, inside, tau_min <= start <= tau_max)
-        _require(
+        require("start", start, inside, tau_min <= start <= tau_max)
+        require(
             "tolerance",
             tolerance,
             "a number in [0, 1)",
@@ -189,8 +189,3 @@ class AdaptivePeriod(Schedule):
     def load_state(self, state: Mapping[str, Any]) -> None:
         self._tau = min(max(state["tau"], self.tau_min), self.tau_max)
         self._sampled, self._level = state["sampled"], state["level"]
-
-
-def _require(name: str, value: object, allowed: str, condition: bool) -> None:
-    if not condition:
-        raise ValueError(f"{name}={value!r} is not allowed. Allowed: {allowed}.")

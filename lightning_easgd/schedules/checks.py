@@ -18,16 +18,29 @@ def is_count(value: object, least: int = 1) -> TypeGuard[float]:
     return is_number(value) and value >= least and value == int(value)
 
 
+def require(name: str, value: object, allowed: str, met: bool) -> None:
+    """Refuse a value that is not as it has to be.
+
+    Args:
+        name: of the argument.
+        value: of the argument.
+        allowed: what it may be, in words.
+        met: whether it is.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not met:
+        raise ValueError(f"{name}={value!r} is not allowed. Allowed: {allowed}.")
+
+
 def require_choice(name: str, value: object, allowed: tuple[str | None, ...]) -> None:
     """Check that ``value`` is one of ``allowed``.
 
     Raises:
         ValueError: it is not.
     """
-    if value not in allowed:
-        raise ValueError(
-            f"{name}={value!r} is not allowed. Allowed: {', '.join(map(repr, allowed))}."
-        )
+    require(name, value, ", ".join(map(repr, allowed)), value in allowed)
 
 
 def require_bools(**values: object) -> None:
@@ -37,8 +50,7 @@ def require_bools(**values: object) -> None:
         ValueError: one is not.
     """
     for name, value in values.items():
-        if not isinstance(value, bool):
-            raise ValueError(f"{name}={value!r} is not allowed. Allowed: True, False.")
+        require(name, value, "True, False", isinstance(value, bool))
 
 
 def require_count(name: str, value: object, unit: str, *, least: int = 1, meaning: str = "") -> int:

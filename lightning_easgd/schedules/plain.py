@@ -12,7 +12,7 @@ from typing import ClassVar
 from typing_extensions import override
 
 from lightning_easgd.schedules.base import ScalarOrSchedule, Schedule, TrainingLength
-from lightning_easgd.schedules.checks import is_number, require_count
+from lightning_easgd.schedules.checks import is_number, require, require_count
 
 _STEPS = "optimizer steps"
 
@@ -122,7 +122,9 @@ class Ramp(Schedule):
         self.steps = None if steps is None else require_count("steps", steps, _STEPS)
         self.fraction = None
         if steps is None:
-            self.fraction = _require_fraction("fraction", 1.0 if fraction is None else fraction)
+            self.fraction = 1.0 if fraction is None else fraction
+            inside = is_number(self.fraction) and 0 < self.fraction <= 1
+            require("fraction", self.fraction, "a part of training, in (0, 1]", inside)
         self._length = math.inf if steps is None else steps
 
     @property
@@ -183,11 +185,7 @@ class Exponential(Ramp):
     ) -> None:
         super().__init__(start, stop, steps=steps, fraction=fraction)
         for name, value in {"start": self.start, "stop": self.stop}.items():
-            if value <= 0:
-                raise ValueError(
-                    f"{name}={value!r} is not allowed. Allowed: a positive number; an exponential"
-                    " does not reach 0."
-                )
+            require(name, value, "a positive number; an exponential does not reach 0", value > 0)
 
     @override
     def _between(self, progress: float) -> float:
@@ -221,7 +219,10 @@ class Steps(Schedule):
                 " each value but the first holds."
             )
         self.steps = steps and tuple(require_count("steps", step, _STEPS) for step in steps)
-        self.fractions = fractions and tuple(_require_inner("fractions", f) for f in fractions)
+        self.fractions = fractions and tuple(fractions)
+        for part in self.fractions or ():
+            inside = is_number(part) and 0 < part < 1
+            require("fractions", part, "parts of training, in (0, 1)", inside)
         self._edges: Sequence[float] = self.steps or (math.inf,)
         given = tuple(self.steps or self.fractions or ())
         if len(given) != len(self.values) - 1 or list(given) != sorted(set(given)) or not given:
@@ -315,19 +316,6 @@ def _known_end(schedule: Schedule, training: TrainingLength) -> int:
     return max(1, training.steps)
 
 
-def _require_number(name: str, value: object) -> float:
-    if is_number(value):
-        return value
-    raise ValueError(f"{name}={value!r} is not allowed. Allowed: finite numbers.")
-
-
-def _require_fraction(name: str, value: object) -> float:
-    if is_number(value) and 0 < value <= 1:
-        return value
-    raise ValueError(f"{name}={value!r} is not allowed. Allowed: a part of training, in (0, 1].")
-
-
-def _require_inner(name: str, value: object) -> float:
-    if is_number(value) and 0 < value < 1:
-        return value
-    raise ValueError(f"{name}={value!r} is not allowed. Allowed: parts of training, in (0, 1).")
+def _require_number(name: str, value: float) -> float:
+    require(name, value, "finite numbers", is_number(value))
+    return value

@@ -44,13 +44,8 @@ class Strength:
         Raises:
             ValueError: more than one is given, or a value is out of range.
         """
-        given: dict[Kind, ScalarOrSchedule] = {}
-        if beta is not None:
-            given["beta"] = beta
-        if alpha is not None:
-            given["alpha"] = alpha
-        if rho is not None:
-            given["rho"] = rho
+        kinds: dict[Kind, ScalarOrSchedule | None] = {"beta": beta, "alpha": alpha, "rho": rho}
+        given = {kind: value for kind, value in kinds.items() if value is not None}
         if len(given) > 1:
             text = ", ".join(f"{kind}={value!r}" for kind, value in given.items())
             raise ValueError(

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -35,14 +34,9 @@ from lightning_easgd.communication import (
 )
 from lightning_easgd.groups import arrange_levels
 from lightning_easgd.strategy.build import make_center
-from lightning_easgd.strategy.checkpoint_io import AtomicCheckpointIO
 from lightning_easgd.strategy.collectives import Collectives, SettingUp
 from lightning_easgd.strategy.fit import EqualWorkers, Fit
-from lightning_easgd.strategy.lightning_internals import (
-    LoopHooks,
-    WrappingCheckpointIO,
-    without_processes,
-)
+from lightning_easgd.strategy.lightning_internals import LoopHooks, without_processes
 from lightning_easgd.strategy.options import Options
 from lightning_easgd.strategy.persistence import Persistence
 from lightning_easgd.strategy.signals import SignalRelay
@@ -243,21 +237,6 @@ class Adapter(DDPStrategy):
             self._signals = self._workers = self._collectives = None
             self._persistence.end()
             super().teardown()
-
-    @property
-    @override
-    def checkpoint_io(self) -> CheckpointIO:
-        """What writes files; ours, also within plugins that wrap one, unless it was chosen."""
-        # Not sooner: what is there is taken for the user's choice, and a plugin refused beside it.
-        if self._checkpoint_io is None:
-            self._checkpoint_io = AtomicCheckpointIO()
-        elif isinstance(self._checkpoint_io, WrappingCheckpointIO):
-            self._checkpoint_io.checkpoint_io = AtomicCheckpointIO()  # where it has none
-        return self._checkpoint_io
-
-    @checkpoint_io.setter
-    def checkpoint_io(self, io: CheckpointIO) -> None:
-        self._checkpoint_io = io
 
     @override
     def save_checkpoint(

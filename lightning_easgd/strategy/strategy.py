@@ -1,4 +1,4 @@
-"""EASGDStrategy as its users see it: options, names, how workers start, what is delivered.
+"""EASGDStrategy as its users see it: options, names, launchers, files, what is delivered.
 
 What Lightning calls while it runs is in the base class; see adapter.py.
 """
@@ -28,7 +28,12 @@ from lightning_easgd.schedules.checks import (
     require_timedelta,
 )
 from lightning_easgd.strategy.adapter import Adapter
-from lightning_easgd.strategy.lightning_internals import ForkingLauncher, StrategyRegistry
+from lightning_easgd.strategy.checkpoint_io import AtomicCheckpointIO
+from lightning_easgd.strategy.lightning_internals import (
+    ForkingLauncher,
+    StrategyRegistry,
+    WrappingCheckpointIO,
+)
 from lightning_easgd.strategy.options import Options
 from lightning_easgd.strategy.other_package import explain_import
 from lightning_easgd.strategy.unsupported import refuse_devices, refuse_in_notebooks
@@ -213,6 +218,21 @@ class EASGDStrategy(Adapter):
         assert self._launcher is not None
         if not self._launcher.is_interactive_compatible:
             refuse_in_notebooks(self.options.name)
+
+    @property
+    @override
+    def checkpoint_io(self) -> CheckpointIO:
+        """What writes files; ours, also within plugins that wrap one, unless it was chosen."""
+        # Not sooner: what is there is taken for the user's choice, and a plugin refused beside it.
+        if self._checkpoint_io is None:
+            self._checkpoint_io = AtomicCheckpointIO()
+        elif isinstance(self._checkpoint_io, WrappingCheckpointIO):
+            self._checkpoint_io.checkpoint_io = AtomicCheckpointIO()  # where it has none
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        self._checkpoint_io = io
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
