@@ -35,8 +35,8 @@ class PostLocalSGD(LocalSGD):
 
         t < W:   x^i <- x^i - η (1/p) Σ_j g^j(x^j) ;   after that as LocalSGD
 
-    with any optimizer. Exchanges keep to the multiples of τ, before and after: in the warm-up they
-    find all workers alike, and bring only the center up to date.
+    Any optimizer will do. Exchanges are at the multiples of τ, in the warm-up too. There all
+    workers are alike, so an exchange only brings the center up to date.
 
     Lin, Stich, Patel, Jaggi 2018, "Don't use large mini-batches, use local SGD", arXiv:1808.07217.
 
@@ -59,9 +59,9 @@ class Downpour(Rule):
 
         c <- c + Σ_i (x^i - c) ;   x^i <- c
 
-    x^i - c is what a worker accumulated in its τ steps. The sum is as large as p times the mean: it
-    wants a learning rate p times smaller, and is unstable where τ is large. With ``average`` the
-    mean takes its place, which in this form is local SGD.
+    x^i - c is what a worker accumulated in its τ steps. The sum is p times the mean. So the
+    learning rate must be p times smaller, and a large τ is unstable. With ``average`` the center
+    moves by the mean instead, which is local SGD.
 
     Dean et al. 2012, "Large scale distributed deep networks"; as the comparator of Zhang et al.
     2015, arXiv:1412.6651, section 5.
@@ -87,9 +87,9 @@ class MDownpour(Downpour):
 
         v <- δ v + Σ_i (x^i - c) ;   c <- c + Σ_i (x^i - c) + δ v ;   x^i <- c
 
-    The center c is the paper's look-ahead point, at which workers take their gradients: of one step
-    of SGD without momentum x^i - c is -η g^i(c). As under torch's Nesterov momentum it is also what
-    is evaluated and delivered. With ``average`` and p workers that equals DDP with
+    The center c is the paper's look-ahead point, at which workers take their gradients. After one
+    step of SGD without momentum, x^i - c is -η g^i(c). As under torch's Nesterov momentum, the
+    look-ahead point is also what is evaluated and delivered. With ``average`` this equals DDP with
     ``torch.optim.SGD(momentum=δ, nesterov=True)``.
 
     Zhang et al. 2015, arXiv:1412.6651, Alg. 4 and 5: a comparator, there with δ = 0.99.

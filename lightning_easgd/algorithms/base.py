@@ -1,8 +1,8 @@
 """What an update rule is: how the center moves by an exchange, and what becomes of the workers.
 
-All rules share one exchange. What a worker x brings is a multiple of x - c, its difference from the
-center c; what arrives is the sum over all p workers, and moves the center. A rule says which
-multiple, how the center moves, and which of two things the workers do then::
+All rules share one exchange. A worker x brings a multiple of x - c, its difference from the center
+c. The sum over all p workers arrives, and moves the center. A rule says which multiple that is, how
+the center moves, and which of two things the workers do then::
 
     pulled   x <- x - α (x - c)   by what each sent itself, so that nobody waits for the sum
     reset    x <- c+              to the new center, for which they wait

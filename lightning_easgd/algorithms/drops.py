@@ -1,7 +1,7 @@
 """When workers that are pulled start again at the center: after a drop of the learning rate.
 
-A learning rate may be what one worker alone knows. So one that saw its own fall says so with an
-exchange, and all workers restart with the next one, which they wait for.
+Perhaps one worker alone knows its learning rate. So a worker that saw its own fall says so with an
+exchange. All workers restart with the next exchange, and wait for its sum.
 """
 
 from __future__ import annotations

@@ -73,20 +73,19 @@ class SMA(EASGD):
         v   <- μ v + Σ_i α (x^i - c) ;   c <- c + v
 
     as under EASGD with ``center_momentum``. When the learning rate falls, averaging begins anew
-    from the center: x^i <- c, v <- 0. What remained of x^i - c is given up; optimizers keep their
-    state. That is done with the exchange after the one at which a worker saw its learning rate
-    fallen, behind the local step and the pull. All wait for that one exchange; the others overlap
-    exactly.
+    from the center: x^i <- c, v <- 0. What remained of x^i - c is given up. Optimizers keep their
+    state. A worker says with an exchange that its learning rate has fallen. All workers restart
+    with the exchange after that, behind their step and the pull, and wait for its sum. All other
+    exchanges overlap exactly.
 
     Koliousis et al. 2019, "Crossbow: scaling deep learning with small batch sizes on multi-GPU
     servers", arXiv:1901.02244, Alg. 1 and section 3; there α = 1/p, here the strategy's ``beta=1``.
 
     Args:
         center_momentum: μ, in [0, 1).
-        lr_drop: what counts as a fall: the highest learning rate of any parameter of one worker
-            is, at an exchange, at most this part of its peak since the last restart; in (0, 1).
-            With a schedule that falls slowly, each such fall is a restart; with ``rho``, a worker's
-            α falls along.
+        lr_drop: what counts as a fall, in (0, 1). It is one if the highest learning rate of a
+            worker's parameters is at most this part of its peak since the last restart. A schedule
+            that falls slowly leads to many restarts. With ``rho``, α falls along.
 
     Raises:
         ValueError: one is out of range.

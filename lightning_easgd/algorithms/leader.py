@@ -22,11 +22,11 @@ class LeaderSGD(Rule):
 
         c <- x^L ;   x^i <- x^i - λ (x^i - c)
 
-    So the center, which is evaluated and delivered, is the leader's weights as last sent. The
-    leader is the worker with the lowest loss in the headers of the exchange before; of equal ones,
-    the leader so far. At first it is worker 0; at the end of ``fit`` the latest losses count. A
-    loss is what training_step returns, also under manual optimization. The others add zeros to the
-    sum, so that it costs what an exchange costs.
+    So the center, which is evaluated and delivered, has the leader's weights as last sent. The
+    leader is the worker that had the lowest loss at the exchange before. If several had it, the
+    leader so far stays. Worker 0 leads at first, and at the end of ``fit`` the latest losses count.
+    A loss is what training_step returns, also under manual optimization. Workers that do not lead
+    add zeros to the sum, so an exchange costs as much as under other rules.
 
     Teng et al. 2019, "Leader stochastic gradient descent for distributed training of deep learning
     models", arXiv:1905.10395, with one leader for all; synchronous as the authors' code.

@@ -1,8 +1,8 @@
 """Rules that move the center by an optimizer of its own; workers restart at it.
 
-The workers' mean displacement from where they began, m - c, takes the place of the negative
-gradient. Letters: p workers, x^i a worker, c the center, m = (1/p) Σ_i x^i their mean, v what is
-kept, s `outer_lr`, μ `outer_momentum`, γ the learning rate of the workers.
+The mean move of the workers since they began at the center, m - c, takes the place of the negative
+gradient. Letters: p workers, x^i a worker, c the center, m = (1/p) Σ_i x^i their mean, v the kept
+momentum, s `outer_lr`, μ `outer_momentum`, γ the learning rate of the workers.
 
 [Note: stable outer rates] Where workers converge between two exchanges, m stays and c - m becomes
 the gradient of a quadratic of curvature 1. There heavy-ball momentum is stable for s < 2 (1 + μ)
@@ -28,8 +28,8 @@ class SlowMo(Rule):
 
         v <- μ v + (m - c) ;   c <- c + s v ;   x^i <- c
 
-    The paper keeps u = v / γ. That is the same while γ is; where a schedule changes it, v keeps its
-    size here, so that the center never depends on the learning rate that one worker has.
+    The paper keeps u = v / γ, which is the same while γ is constant. If a schedule changes γ, v
+    keeps its size here. So the center never depends on the learning rate of one worker.
 
     Wang, Tantia, Ballas, Rabbat 2020, "SlowMo: improving communication-efficient distributed SGD
     with slow momentum", arXiv:1910.00643.
@@ -58,8 +58,8 @@ class BMUF(Rule):
 
         v <- μ v + ζ (m - c) ;   c <- c + v ;   x^i <- c
 
-    SlowMo keeps v / s: while ζ = s is constant, they are one rule. Where a schedule changes it, ζ
-    counts from the next difference on, and s at once for all that v has gathered.
+    SlowMo keeps v / s, so both are one rule while ζ = s is constant. If a schedule changes them, a
+    new ζ counts for later differences only, and a new s for all that v has gathered.
 
     Chen, Huo 2016, "Scalable training of deep learning machines by incremental block training with
     intra-block parallel optimization and blockwise model-update filtering", ICASSP.
@@ -91,16 +91,16 @@ class DiLoCo(Rule):
     Douillard et al. 2023, "DiLoCo: distributed low-communication training of language models",
     arXiv:2311.08105, with AdamW inside; the defaults are the paper's.
 
-    With a ``delay`` of d steps this is Streaming DiLoCo, where workers train on while the sum
-    travels, which hides behind d steps. What is sent at step t, after it, is applied after step
-    t + d on all workers, however early it came::
+    With a ``delay`` of d steps this is Streaming DiLoCo: the sum travels behind d steps of
+    training. What is sent after step t is applied after step t + d on all workers, even if it came
+    earlier::
 
         after t        send x^i - c
         after t + d    c <- optimizer(c, c - m(t)) ;   x^i <- κ x^i + (1 - κ) c
 
-    The next difference counts from the new center. So of what a worker did in between, κ is part of
-    it, once, and the rest is given up with x^i. A worker that has no step to take until then, at
-    the end of ``fit`` or with fewer batches, applies it where it stands.
+    The next difference counts from the new center. So κ of what a worker did in between is part of
+    it, and the rest is given up. A worker that has no step left until then, at the end of ``fit``
+    or with fewer batches, applies the sum where it stands.
 
     Douillard et al. 2025, "Streaming DiLoCo with overlapping communication: towards a distributed
     free lunch", arXiv:2501.18512, Alg. 2, with ``fragments`` for its streams.

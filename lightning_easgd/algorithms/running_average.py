@@ -4,8 +4,8 @@
     ema         z <- (1 - a) z + a c                the latest count most, some 1/a of them
 
 z_0 = c_0, and t = 1, 2, ... counts the moves of the center. With DOWNPOUR this is ADOWNPOUR and
-MVADOWNPOUR; with one worker, τ = 1 and a rule whose workers restart, ASGD and MVASGD. Letters: c
-the center, z `average`, t `moves`, a `rate`.
+MVADOWNPOUR. With one worker, τ = 1 and a rule whose workers restart, it is ASGD and MVASGD.
+Letters: c the center, z `average`, t `moves`, a `rate`.
 
 On a quadratic of curvature h with gradient noise σ and τ = 1, t times the variance of the first
 goes to σ²/(p h²), whatever the strength of the pull and the learning rate: as low as it can be.
@@ -37,8 +37,8 @@ class CenterAverage:
 
     Args:
         kind: "polyak", the mean of all centers, or "ema", which forgets the early ones.
-        rate: a of "ema", in (0, 1]; None: 0.001, which remembers some 1000 moves and wants several
-            times as many exchanges. Not with "polyak".
+        rate: a of "ema", in (0, 1]; None: 0.001, which remembers some 1000 moves. So training must
+            have several thousand exchanges. Not with "polyak".
 
     Raises:
         ValueError: the kind is unknown, or the rate out of range.

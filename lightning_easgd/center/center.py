@@ -1,9 +1,9 @@
 """WHERE the shared weights live: the center and its statistics.
 
 [Note: two copies] The center and the sum in flight are the only model-sized buffers that outlive a
-step. While nothing is in flight the second one is free, so it keeps the worker's own weights when
-the module holds the center; see swap.py. With several fragments it holds the one that is in flight,
-and is made larger for as long as the module holds the center.
+step. While nothing is in flight, the second one is free. So it keeps the worker's own weights when
+the module holds the center; see swap.py. With several fragments it is as large as the one in
+flight, and is made larger for as long as the module holds the center.
 """
 
 from __future__ import annotations

@@ -56,8 +56,8 @@ def as_real(tensor: Tensor) -> Tensor:
 def without_collection() -> Iterator[None]:
     """Let no garbage be searched for meanwhile.
 
-    A module of 20,000 parameters has as many views made for a moment. That many new objects let
-    Python look through all that there are, which takes longer than what is done with the views.
+    For a module of 20,000 parameters as many views are made for a moment. So many new objects make
+    Python search all objects for garbage, which takes longer than the work on the views.
     """
     collects = gc.isenabled()
     gc.disable()
@@ -123,8 +123,8 @@ class FlatLayout:
 class Memory:
     """Where flat buffers lie; ``pinned`` host memory is what a GPU copies from and to directly.
 
-    Large buffers in other host memory have huge pages: a copy of a model that is made in ordinary
-    ones takes several times as long for the page faults.
+    Large buffers in other host memory have huge pages. In ordinary pages a copy of a model takes
+    several times as long, because of page faults.
     """
 
     device: torch.device

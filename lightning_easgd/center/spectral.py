@@ -1,9 +1,9 @@
 """Spectral norm's vectors u and v, which belong to a weight: computed anew for the center's.
 
 [Note: recompute] While a worker trains, its vectors follow its own weight by a power iteration at
-each forward pass. Their mean over the workers belongs to no weight. So they do not travel: where
-the module is given the center, they are computed from the center's weight alone, which gives all
-workers the same, whenever they ask for it.
+each forward pass. Their mean over the workers belongs to no weight. So they do not travel. Where
+the module is given the center, they are computed from the center's weight alone, and so are the
+same on all workers.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Buffers of a module that the center has too: BatchNorm's running statistics and others.
 
 [Note: constants] A buffer that nobody writes to keeps its bits, whatever they are. What travels is
-the difference from the center, in double precision: it is exactly zero where nothing changed, and
-neither it nor the sum of all overflows. What is not finite has no mean. It travels as a number that
-is far from all others, so that the sum tells whether all workers have the same infinity. Else the
-center keeps its value there, and only there.
+the difference from the center, in double precision. It is exactly zero where nothing changed, and
+neither it nor the sum of all overflows. A value that is not finite has no mean. It travels as a
+number that is far from all others, so the sum tells whether all workers have the same infinity. If
+they do not, the center keeps its value in that element.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ possible at any time: between a forward and a backward pass, or while gradients 
 
 [Note: what stays] User code that runs meanwhile may write to the module. Weights and averaged
 buffers are the worker's afterwards, whatever was written. All other buffers stay as they were
-written, as under DDP, unless something is undone: a flag that says "initialised" must not outlive
-the weights that it reports of. So if the center's weights were written to, all buffers are undone.
+written, as under DDP. But if the center's weights were written to, all buffers are undone: a flag
+that says "initialised" must not outlive the weights that it is about.
 """
 
 from __future__ import annotations

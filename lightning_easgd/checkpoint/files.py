@@ -1,8 +1,8 @@
 """The names of the workers' files beside a checkpoint, and the removal of those, and only those.
 
-[Note: what is removed] Only what saves left that were replaced or failed is removed from a folder
-of ours: files, under names that only a save gives. What lies behind a link stays, whether the
-folder is a link or something in it.
+[Note: what is removed] From a folder of ours only files are removed that an earlier save left,
+which was replaced or failed. They have names that only a save gives. What lies behind a link stays,
+whether the folder is a link or something in it.
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
 """What a worker's file holds of its module: the values that the main file does not have.
 
-[Note: what moved] The elastic parameters are each worker's own. Of everything else (frozen
-parameters, buffers that the state dict holds, what submodules add to it) a worker's file holds what
-moved on any worker since training began, found by checksums. A run that resumes has the rest
-already: from the main file, or from the module where the main file leaves it out, as those of
-adapters leave out the backbone. A teacher that follows the student by hand moves; a backbone does
-not, and neither does a mask. When a run resumes, what moved is counted from before a worker's own
-values are put back.
+[Note: what moved] The elastic parameters are each worker's own. Everything else is in a worker's
+file only if it moved on any worker since training began, as checksums tell: frozen parameters,
+buffers of the state dict, what submodules add to it. A teacher that follows the student by hand
+moves. A backbone or a mask does not. A run that resumes has what did not move already: from the
+main file, or from the module if the main file leaves it out, as that of an adapter leaves out the
+backbone. What moved is then counted from before a worker's own values are put back.
 
 The values go by the names of the parameters and buffers, not through ``module.state_dict()``, which
 modules override.

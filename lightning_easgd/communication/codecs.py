@@ -1,8 +1,8 @@
 """Codecs: how a flat tensor of differences is written for the wire, and read from it.
 
-A codec is exact about its size: a tensor of ``numel`` elements always takes ``wire_bytes(numel)``
-bytes, so that all workers know what to expect. It need not be exact about the values; what it loses
-is kept by whoever encoded it, see compressed.py.
+A codec is exact about the size: a tensor of ``numel`` elements always takes ``wire_bytes(numel)``
+bytes, so all workers know what to expect. It need not be exact about the values. The worker that
+encoded them keeps what was lost; see compressed.py.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ class Codec(ABC):
     """Writes flat tensors as bytes.
 
     Attributes:
-        block: how many elements are encoded together, independently of all others; then every
-            worker sums a part of the whole and traffic does not grow with the number of workers.
-            None if a tensor can only be encoded as a whole; then every worker sends it to all.
+        block: how many elements are encoded together, independently of all others. Then every
+            worker sums a part of the whole, and traffic does not grow with the number of workers.
+            None: a tensor is encoded as a whole. Then every worker sends it to all.
         feedback: whether a worker keeps what encoding lost for the next exchange, and reckons with
-            it where that is much, see algorithms/elastic.py. If not, it is pulled by what was
-            sent, and what was lost stays in its weights; encoding what was decoded must then lose
-            nothing.
+            it where that is much; see algorithms/elastic.py. If not, the worker is pulled by what
+            was sent, and what was lost stays in its weights. Then encoding a second time what was
+            decoded must lose nothing.
     """
 
     block: ClassVar[int | None]

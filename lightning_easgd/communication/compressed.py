@@ -5,12 +5,12 @@ encoded (all-to-all); the owner decodes and adds, encodes the sum, and sends it 
 Each worker moves 2 (p-1)/p of the encoded bucket, as in a ring all-reduce, however many there are,
 and all decode the same bytes: the centers stay equal, bit for bit.
 
-[Note: what encoding loses] is kept where it was lost and goes with the next exchange (error
-feedback; Seide et al. 2014, Karimireddy et al. 2019, arXiv:1901.09847): by the worker, what it did
-not send, and by the owner, what it did not add to the center. So the weights of the workers, of the
-center and what is kept always add up. Where a worker that is pulled keeps much, it reckons with
-that; see algorithms/elastic.py, [Note: residual]. The last exchange is not encoded. It
-takes along what owners and workers kept; but workers that reckoned with it take it back instead.
+[Note: what encoding loses] What encoding loses is kept where it was lost, and goes with the next
+exchange (error feedback; Seide et al. 2014, Karimireddy et al. 2019, arXiv:1901.09847). The worker
+keeps what it did not send, and the owner what it did not add to the center. So the weights of the
+workers, of the center and what is kept always add up. A worker that is pulled, and keeps much,
+reckons with that; see algorithms/elastic.py, [Note: residual]. The last exchange is not encoded. It
+takes along what owners and workers kept. Only workers that reckoned with it take it back instead.
 """
 
 from __future__ import annotations

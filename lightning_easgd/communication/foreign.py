@@ -1,7 +1,7 @@
 """Words of other workers, or out of the store that they meet in: shown as theirs, never as ours.
 
-Whoever reaches the store can write anything there. A message is read by people in terminals and by
-programs in logs, so what others say fits into one line, ends, and stands in quotation marks.
+Whoever reaches the store can write anything there. People read messages in terminals, and programs
+read them in logs. So what others say is one line of limited length, in quotation marks.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 [Note: signs of life] A thread of every worker tells the key-value store that the workers met in,
 once a second, that it lives and how far its worker is; see [Note: progress]. Nobody reads this
-while all goes well. A worker that waits for others does: one that gives no sign is killed, stopped
-or cut off; one that gives signs and takes no step is stuck; one that ended with an error has said
+while all goes well. A worker that waits for others does. One that gives no sign is killed, stopped
+or cut off. One that gives signs and takes no step is stuck. One that ended with an error has said
 so.
 
 [Note: diagnosis] The first worker that finds out who is missing publishes it, and the threads of

@@ -1,9 +1,9 @@
 """Sums between groups of workers, over a slow network, that all of their members get.
 
 [Note: one sends] All members of a group bring the same differences. The first of them sums them
-with the first members of the other groups, and passes the sum on inside the group. Statistics,
-which members do not share, are summed inside before. All of this goes on beside training, in a
-thread, since a sum must have arrived before it is passed on.
+with the first members of the other groups, and passes the sum on inside the group. Statistics
+differ between members, so they are summed inside before. All of this goes on beside training, in a
+thread, because a sum must arrive before it is passed on.
 """
 
 from __future__ import annotations

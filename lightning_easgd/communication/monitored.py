@@ -1,11 +1,11 @@
 """Lightning's own collectives, monitored while they wait.
 
-[Note: whose collectives] Exchanges are not the only place where a worker that is gone is waited
-for. Lightning's own collectives (barriers, decisions, reduced metrics) go through the group as well
-while training is set up, so that waiting for them ends in time and tells who is missing. Those that
-torchmetrics, or the user, calls on torch's default group cannot be monitored: that group waits no
-longer than the workers do meanwhile, and who is missing is added to the error. Older torch (2.6 is
-one) does not let gloo change its timeout (pytorch/pytorch#165422); there they wait for all of it.
+[Note: whose collectives] Workers wait for each other outside of exchanges too. While training is
+set up, Lightning's own collectives (barriers, decisions, reduced metrics) go through our group. So
+a wait ends in time, and tells who is missing. Collectives of torchmetrics, or of the user, on
+torch's default group cannot be monitored. That group then waits no longer than the workers do, and
+who is missing is added to the error. Older torch (2.6 is one) does not let gloo change its timeout
+(pytorch/pytorch#165422), so there they wait for all of it.
 
 [Note: Lightning's objects] Lightning and its users may broadcast any object that can be pickled. So
 broadcasting is torch's own, as under DDP: every worker but the source unpickles. Nothing that this

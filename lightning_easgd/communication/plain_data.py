@@ -1,9 +1,9 @@
 """Plain data on the wire: numbers, texts, tensors, lists and dictionaries of them; never code.
 
-[Note: nothing runs] Whoever reaches the port where workers meet can send what a worker would. What
-pickle reads may run anything, so nothing that came from the network is read by it. A message is a
-text in JSON, which names every kind of container, and the bytes of tensors behind it. Reading it
-makes objects of a few types that are listed here, or fails.
+[Note: nothing runs] Whoever reaches the port where workers meet can send what a worker would.
+pickle may run anything, so it reads nothing that came from the network. A message is a text in
+JSON, which names every kind of container, and then the bytes of tensors. Reading it makes objects
+of the few types that are listed here, or fails.
 """
 
 from __future__ import annotations

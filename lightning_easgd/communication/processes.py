@@ -1,7 +1,7 @@
 """Processes of this machine, and whether they are gone.
 
-A killed process may leave its connections behind: whatever it forked, the processes of a data
-loader for one, holds them open. So workers on one machine look at each other's processes.
+A killed process may leave its connections behind. What it forked holds them open, such as the
+processes of a data loader. So workers on one machine look at each other's processes.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """How far a worker is, as its training thread says it and its sign of life tells the others.
 
 [Note: progress] A worker may be alive and stuck: in storage, in a loader, in a deadlock. So others
-wait not for life but for progress: every batch, every optimizer step and every collective raises a
-count. The training thread pays an assignment; the thread of the sign of life notices how long the
-count has stood.
+wait for progress, not for life. Every batch, every optimizer step and every collective raises a
+count. This costs the training thread one assignment. The thread of the sign of life notices how
+long the count has stood.
 """
 
 from __future__ import annotations

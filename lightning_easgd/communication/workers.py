@@ -2,8 +2,8 @@
 
 [Note: idle groups] Every gloo group has a thread that looks a hundred times a second whether it is
 to end. Two of them took half a percent from training on a CPU. So a group is made only for what
-goes on beside training. What all workers do at the same time, in the order in which Lightning's
-collectives have to come under any strategy, goes through the default group.
+goes on beside training. All else goes through the default group: there all workers do the same at
+the same time, in the order in which Lightning's collectives come under any strategy.
 """
 
 from __future__ import annotations

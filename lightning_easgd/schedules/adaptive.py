@@ -19,17 +19,19 @@ class ConsensusTarget(Schedule):
 
         β <- β · clip((d / target)^(1/4), 1/f, f)      d = sqrt((1/p) Σ_i ‖x^i - c‖²) / ‖c‖
 
-    once in a round, in which every fragment has its turn; the same for α. A stronger pull brings
-    workers closer. Since d is known an exchange later, a large power would swing around the target,
-    and 1 without end. It stays in its bounds, and below α = 2/(p+1), which is stable.
+    once in a round, in which every fragment has its turn. The same holds for α. A stronger pull
+    brings workers closer. d is known an exchange later, so a larger power than 1/4 would swing
+    around the target, and a power of 1 without end. The strength stays in its bounds, and α below
+    2/(p+1), where it is stable.
 
-    Close to that a stronger pull drives workers away, since their mean swings around the center:
-    under noise, d² is proportional to (p-1)/(α (2-α)) + 1/((p+1)α (2 - (p+1)α)). For 2 to 64
-    workers three quarters of it are within 14 % of the least d, and 0.99 of it up to 3.2 times d.
+    Close to 2/(p+1) a stronger pull drives workers away, since their mean swings around the center.
+    Under noise, d² is proportional to (p-1)/(α (2-α)) + 1/((p+1)α (2 - (p+1)α)). For 2 to 64
+    workers three quarters of 2/(p+1) give a d within 14 % of the least one, and 0.99 of it up to
+    3.2 times the least.
 
     Kong et al. 2021, "Consensus control for decentralized deep learning", arXiv:2102.04828, show
-    that workers closer than a critical distance lose nothing against full synchrony (theirs is from
-    the mean, and follows the gradient); the controller is our own.
+    that workers closer than a critical distance lose nothing against full synchrony. Their distance
+    is from the mean, and follows the gradient. The controller is our own.
 
     Args:
         target: wanted distance, a fraction of ‖c‖, above 0; telemetry has ``consensus_distance``.

@@ -1,8 +1,8 @@
 """The period that is found by measuring: the smallest τ behind which an exchange hides.
 
-What an exchange costs is a small difference of long times that vary, so τ is chosen again as more
-of them are known. It falls to half at most at a time: one that is too small costs time, and one
-that is too large for a while costs little.
+The cost of an exchange is a small difference between long times that vary. So τ is chosen again
+when more times are known. It falls to half at most at a time: a τ that is too small costs time, and
+one that is too large for a while costs little.
 """
 
 from __future__ import annotations
@@ -77,9 +77,10 @@ Tau = ScalarOrSchedule | Auto | Literal["auto"]
 class AutomaticPeriod(Schedule):
     """The smallest τ at which an exchange hides behind training, as far as one can.
 
-    The sums arrive within τ steps, and what cannot hide takes at most 2 % of the time. It is chosen
-    from what all workers measured, by all alike: the slowest worker's step, and the exchange as the
-    last to begin it sees it. It is chosen again when either changes by more than a quarter.
+    The sums arrive within τ steps, and what cannot hide takes at most 2 % of the time. All workers
+    choose the same τ from what all have measured: the slowest worker's step, and the exchange as
+    the last worker to begin it sees it. They choose again when either changes by more than a
+    quarter.
 
     Args:
         within: the bounds of τ.

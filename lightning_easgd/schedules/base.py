@@ -1,8 +1,8 @@
 """What a schedule is: a value that follows training, and is the same on all workers.
 
 [Note: when schedules react] What one worker measures is known to no other. It travels in the header
-of its next exchange and counts from the exchange after that on: there all workers have read all
-headers, so that all schedules see the same and say the same, however late the sums arrive.
+of its next exchange, and counts from the exchange after that on. There all workers have read all
+headers. So all schedules see the same and say the same, even if sums arrive late.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ class Observation:
 class Schedule(ABC):
     """The value of a parameter after so many optimizer steps.
 
-    It depends on the step, and for adaptive ones on what they observed; on nothing that only one
-    worker knows. Public attributes are options, by which workers are compared.
+    It depends on the step, and if it is adaptive on what all workers observed. It must not depend
+    on what one worker alone knows. Public attributes are options, by which workers are compared.
 
     Attributes:
         of: names of the parameters that it can set; empty: any.

@@ -1,9 +1,8 @@
 """What a rule or a schedule needs of the workers besides its own maths.
 
-Its maths are pure. Where it depends on what a worker alone knows, it brings a companion along,
-which says that to the others with every exchange, in fields of the header, and hears what all say.
-So all workers draw the same conclusion from the same words; see base.py, [Note: when schedules
-react].
+Its maths are pure. If it depends on what one worker alone knows, it brings a companion along. The
+companion tells the others with every exchange, in fields of the header, and hears what all say. So
+all workers draw the same conclusion from the same words; see base.py, [Note: when schedules react].
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ class Period:
         fragments: parts of the model that are exchanged in turn.
 
     Raises:
-        ValueError: τ is not a whole number of at least 1 or not a multiple of the fragments (at
-            construction, or when a callable returns it), or a schedule's are out of range.
+        ValueError: τ is not a whole number of at least 1, or no multiple of the fragments; of a
+            callable, when it returns such a τ. Or a schedule may leave the range.
     """
 
     def __init__(self, tau: ScalarOrSchedule, fragments: int = 1) -> None:

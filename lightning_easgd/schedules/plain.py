@@ -250,8 +250,8 @@ class Steps(Schedule):
 class Anneal(Schedule):
     """A strength that rises as Parle's: start (1 + 1 / (2B))^⌊t / L⌋, at most ``stop``.
 
-    With B batches in an epoch it grows by a factor of e^(1/2) every L epochs, so that workers that
-    are free at first end close together.
+    With B batches in an epoch it grows by a factor of e^(1/2) every L epochs. So workers are free
+    at first, and close together in the end.
 
     Chaudhari et al. 2017, "Parle: parallelizing stochastic gradient descent", arXiv:1707.00424:
     its scoping of ρ, in the form, and with the numbers, of the authors' code.
