@@ -54,7 +54,7 @@ def config(tmp_path, monkeypatch):
     ("group", "name"), [(group, name) for group in KINDS for name in of(group)]
 )
 def test_every_choice_is_what_its_group_says(config, group, name):
-    data = ["data=cifar10"] if name == "convnet7" else []
+    data = {"convnet7": ["data=cifar10"], "gpt": ["data=text"]}.get(name, [])
     made = instantiate(config(f"{group}={name}", *data)[group])
     assert isinstance(made, KINDS[group])
 
@@ -123,7 +123,11 @@ def test_every_experiment_can_be_built(config, name):
     assert other.optimizer == cfg.optimizer
 
 
-@pytest.mark.parametrize(("model", "data"), [*product(of("model"), of("data"))])
+IMAGES = [name for name in of("data") if name != "text"]
+CLASSIFIERS = [name for name in of("model") if name != "gpt"]
+
+
+@pytest.mark.parametrize(("model", "data"), [*product(CLASSIFIERS, IMAGES)])
 def test_every_model_takes_every_set_that_is_large_enough(config, model, data):
     cfg = config(f"model={model}", f"data={data}")
     images = torch.rand(2, cfg.data.in_channels, cfg.data.image_size, cfg.data.image_size)
@@ -156,6 +160,23 @@ def test_eamsgd_is_easgd_with_nesterov_momentum(config):
     cfg = config("strategy=eamsgd")
     assert cfg.strategy == config("strategy=easgd").strategy
     assert cfg.optimizer == config("optimizer=nesterov").optimizer
+
+
+def test_a_text_chooses_what_predicts_bytes_unless_the_command_line_does(config):
+    cfg = config("data=text")
+    for group, choice in (("module", "language"), ("optimizer", "adamw"), ("model", "gpt")):
+        chosen = config("data=text", f"{group}={choice}")
+        assert cfg == chosen
+    assert cfg.trainer == config("trainer=one_epoch").trainer
+    assert cfg.trainer.max_epochs == 1
+    logits = instantiate(cfg.module)(torch.zeros(2, cfg.data.context, dtype=torch.int64))
+    assert logits.shape == (2, cfg.data.context, 256)
+    assert config("data=text", "trainer.max_epochs=3").trainer.max_epochs == 3
+    assert config("data=text", "trainer=default").trainer == config().trainer
+    assert config("data=text", "optimizer=sgd").optimizer == config().optimizer
+    assert (
+        config("data=text", "strategy=eamsgd").optimizer == config("optimizer=nesterov").optimizer
+    )
 
 
 def test_the_command_line_has_the_last_word_on_eamsgd(config):
@@ -259,7 +280,8 @@ def test_what_a_trainer_gets_from_a_group_is_refused_in_it(config, key):
 
 UNITS = r"""(?x) [αβδζηκλμρτ] | ^\#\ [adLp], | learning\ rate | fraction | pixel
 | \b(?: seconds | steps? | epochs | passes | batch(?:es)? | images | layers | channels
-       | exchanges | validations | checkpoints | parts | ports )\b"""
+       | exchanges | validations | checkpoints | parts | ports | bytes | windows | tokens | units
+       | blocks | heads )\b"""
 SAYS_ALL = {
     *("dropout", "factor", "hosts", "in_channels", "lr_drop", "min_delta", "num_classes"),
     *("num_nodes", "num_workers", "repetitions", "seed", "seeds", "target", "threads"),

@@ -1,25 +1,19 @@
-"""The `LightningModule` of all experiments: cross-entropy, accuracy, a learning-rate schedule."""
+"""The `LightningModule` that classifies: cross-entropy and accuracy."""
 
-import math
-from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
 
-Batch = tuple[Tensor, Tensor]
-Schedule = Literal["cosine", "constant"]
+from lightning_easgd.workloads.scheduled import MakeOptimizer, Schedule, Scheduled
+from lightning_easgd.workloads.sets import Batch
 
 
-class Classifier(LightningModule):
+class Classifier(Scheduled):
     """Trains a network to classify images.
 
     Logged are `train/loss` at each step, `train/accuracy` at the end of each epoch, and `val/loss`,
@@ -30,7 +24,7 @@ class Classifier(LightningModule):
     def __init__(
         self,
         net: nn.Module,
-        optimizer: Callable[[Iterator[nn.Parameter]], Optimizer],
+        optimizer: MakeOptimizer,
         *,
         schedule: Schedule = "cosine",
         num_classes: int = 10,
@@ -47,23 +41,12 @@ class Classifier(LightningModule):
         Raises:
             ValueError: If the schedule is none of these.
         """
-        super().__init__()
-        if schedule not in {"cosine", "constant"}:
-            raise ValueError(f"Got schedule={schedule!r}; allowed are 'cosine' and 'constant'.")
-        self.net = net
-        self._make_optimizer = optimizer
-        self._schedule = schedule
+        super().__init__(net, optimizer, schedule=schedule)
         self.train_accuracy = _accuracy(num_classes, sync_on_compute=False)
         self.val_accuracy = _accuracy(num_classes)
         self.test_accuracy = _accuracy(num_classes)
         self.val_loss = MeanMetric()
         self.test_loss = MeanMetric()
-
-    @override
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits of shape (batch, num_classes) of images of shape (batch, C, H, W)."""
-        logits: Tensor = self.net(images)
-        return logits
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -90,41 +73,12 @@ class Classifier(LightningModule):
         self.log("test/loss", self.test_loss)
         self.log("test/accuracy", self.test_accuracy)
 
-    @override
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer, and with "cosine" a schedule that Lightning steps once a batch.
-
-        Raises:
-            ValueError: If the schedule is "cosine" and the run has no end.
-        """
-        optimizer = self._make_optimizer(self.parameters())
-        if self._schedule == "constant":
-            return optimizer
-        steps = self.trainer.estimated_stepping_batches
-        if not isinstance(steps, int) or steps < 1:
-            raise ValueError(
-                f"schedule='cosine' got a run of {steps} steps; allowed is a known end. Set "
-                "max_epochs or max_steps, or schedule='constant'."
-            )
-        # Unlike CosineAnnealingLR's, its length is not saved: a run that is resumed to another end
-        # falls to zero there.
-        scheduler = LambdaLR(optimizer, lambda step: _cosine(step / steps))
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
-
     def _evaluate(self, batch: Batch, loss: MeanMetric, accuracy: MulticlassAccuracy) -> None:
         images, labels = batch
         logits = self(images)
         # Summed with its weight: the last batch of a rank is smaller than the others.
         loss.update(cross_entropy(logits, labels), torch.tensor(len(labels)))
         accuracy.update(logits, labels)
-
-
-def _cosine(progress: float) -> float:
-    """Fraction of the first learning rate after a fraction of the run; 0 beyond its end."""
-    return (1 + math.cos(math.pi * min(progress, 1.0))) / 2
 
 
 def _accuracy(num_classes: int, **options: Any) -> MulticlassAccuracy:

@@ -4,43 +4,36 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_easgd.workloads.images import (
     Augment,
-    Batch,
     ImageSet,
     TensorImages,
     center_crop,
     random_crop_flip,
 )
-from lightning_easgd.workloads.loading import ResumableLoader
-from lightning_easgd.workloads.sampling import (
-    Sampling,
-    evaluation_shard,
-    require_full_batch,
-    whole_set_sampler,
-)
+from lightning_easgd.workloads.sampled import SampledData
+from lightning_easgd.workloads.sampling import Sampling
+from lightning_easgd.workloads.sets import Batch
 
 Split = Literal["train", "test"]
 
 
-class ImageData(LightningDataModule, ABC):
+class ImageData(SampledData, ABC):
     """Training and evaluation loaders of a set of images; subclasses know where the set is.
 
     The validation set is the test set: the experiments report the test error as it falls, as the
     paper does, and choose nothing by it. Choose nothing by it either, or hold out images first.
 
     Batches are float32 images of shape (batch, in_channels, image_size, image_size), in [0, 1]
-    before they are standardized, and int64 labels of shape (batch,). The last incomplete training
-    batch is dropped so that all workers make equally many steps; evaluation sees each image once
-    over all ranks.
+    before they are standardized, and int64 labels of shape (batch,).
     """
+
+    _val_split = "test"
 
     title: ClassVar[str]
     ways_to_get: ClassVar[str]
@@ -72,38 +65,31 @@ class ImageData(LightningDataModule, ABC):
             mean: Subtracted from every pixel value in [0, 1].
             std: Divides every pixel value after that.
             download: Whether to download what is not under `root`.
-            sampling: "sharded" gives each worker its share of the training set, newly drawn in each
-                epoch; "whole" lets each worker shuffle all of it by itself, as in the paper.
+            sampling: Who sees which training image: "sharded" or "whole".
             augment: "none" cuts out the center; "crop_flip" cuts each training image at an offset
                 of its own and mirrors half of them.
-            num_workers: Loader processes per worker; sets in memory are fastest with 0.
-            seed: Of the shuffling under sampling="whole"; Lightning's own seeds the rest.
+            num_workers: Loader processes per worker.
+            seed: Of the shuffling under sampling="whole".
 
         Raises:
             ValueError: If `batch_size`, `std`, `sampling` or `augment` is not allowed.
         """
-        super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"Got data.batch_size={batch_size}; allowed is 1 or more.")
+        super().__init__(
+            batch_size=batch_size, sampling=sampling, num_workers=num_workers, seed=seed
+        )
         if not std > 0:
             raise ValueError(f"Got data.std={std}; allowed is a number above 0, 1 for no scaling.")
-        if sampling not in {"sharded", "whole"}:
-            raise ValueError(f"Got data.sampling={sampling!r}; allowed are 'sharded' and 'whole'.")
         if augment not in {"none", "crop_flip"}:
             raise ValueError(f"Got data.augment={augment!r}; allowed are 'none' and 'crop_flip'.")
         self.root = Path(root).expanduser()
-        self.batch_size = batch_size
         self.image_size = image_size
         self.in_channels = in_channels
         self.num_classes = num_classes
         self.mean = mean
         self.std = std
         self.download = download
-        self.sampling = sampling
         self.augment = augment
-        self.num_workers = num_workers
-        self.seed = seed
-        self._sets: dict[Split, ImageSet] = {}
+        self._collate = partial(_standardize, mean=mean, std=std)
 
     @abstractmethod
     def places(self) -> list[Path]:
@@ -143,60 +129,6 @@ class ImageData(LightningDataModule, ABC):
         for split in splits:
             if split not in self._sets:
                 self._sets[split] = self._checked(self.load(self._require_place(), split))
-
-    @override
-    def train_dataloader(self) -> DataLoader[Batch]:
-        """Shuffled batches; Lightning shards them among the workers unless sampling is "whole".
-
-        Raises:
-            ValueError: If a worker would have less than one batch.
-        """
-        images = self._sets["train"]
-        rank, world_size = self._rank_and_world_size()
-        require_full_batch(
-            images, sampling=self.sampling, batch_size=self.batch_size, world_size=world_size
-        )
-        if self.sampling == "sharded":
-            return self._loader(ResumableLoader, images, shuffle=True, drop_last=True)
-        sampler = whole_set_sampler(images, seed=self.seed, rank=rank)
-        return self._loader(ResumableLoader, images, sampler=sampler, drop_last=True)
-
-    @override
-    def val_dataloader(self) -> DataLoader[Batch]:
-        """This rank's part of the test set, which is the validation set too.
-
-        Raises:
-            ValueError: If there are fewer images than ranks.
-        """
-        rank, world_size = self._rank_and_world_size()
-        shard, sampler = evaluation_shard(self._sets["test"], rank=rank, world_size=world_size)
-        return self._loader(DataLoader, shard, sampler=sampler)
-
-    @override
-    def test_dataloader(self) -> DataLoader[Batch]:
-        """This rank's part of the test set.
-
-        Raises:
-            ValueError: If there are fewer images than ranks.
-        """
-        return self.val_dataloader()
-
-    def _loader(
-        self, kind: type[DataLoader[Batch]], images: Any, **options: Any
-    ) -> DataLoader[Batch]:
-        return kind(
-            images,
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            collate_fn=partial(_standardize, mean=self.mean, std=self.std),
-            **options,
-        )
-
-    def _rank_and_world_size(self) -> tuple[int, int]:
-        if self.trainer is None:
-            return 0, 1
-        return self.trainer.global_rank, self.trainer.world_size
 
     def _place(self) -> Path | None:
         return next((place for place in self.places() if self.is_complete(place)), None)

@@ -1,27 +1,21 @@
-"""Sets of labelled images that hand out whole batches.
+"""Sets of labelled images that hand out whole batches."""
 
-`DataLoader` asks a data set that has `__getitems__` for all the images of a batch at once. That
-replaces one Python call, one tensor and one copy per image by one gather per batch, and the
-loader's `collate_fn` becomes the identity.
-"""
-
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from typing_extensions import override
 
-Batch = tuple[Tensor, Tensor]
+from lightning_easgd.workloads.sets import Batch, BatchSet
+
 Augment = Literal["none", "crop_flip"]
 
 
-class ImageSet(Dataset[Batch], ABC):
+class ImageSet(BatchSet):
     """Labelled images: float32 of shape (C, H, W) in [0, 1] and an int64 scalar.
 
     Attributes:
@@ -29,20 +23,6 @@ class ImageSet(Dataset[Batch], ABC):
     """
 
     num_classes: int
-
-    @abstractmethod
-    def __len__(self) -> int:
-        """Number of images."""
-
-    @abstractmethod
-    def __getitems__(self, indices: list[int]) -> Batch:
-        """Images of shape (batch, C, H, W) and their labels of shape (batch,)."""
-
-    @override
-    def __getitem__(self, index: int) -> Batch:
-        """One image of shape (C, H, W) and its label."""
-        images, labels = self.__getitems__([index])
-        return images[0], labels[0]
 
 
 class TensorImages(ImageSet):

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_easgd.workloads.images import Batch
+from lightning_easgd.workloads.sets import Batch
 
 
 class ResumableLoader(DataLoader[Batch]):

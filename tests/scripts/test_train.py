@@ -132,6 +132,15 @@ def test_a_seed_repeats_exactly_and_resuming_too(tmp_path: Path) -> None:
     assert report(tmp_path / "resumed")["bytes_sent"] == report(tmp_path / "straight")["bytes_sent"]
 
 
+def test_a_gpt_learns_bytes_of_the_standard_library(tmp_path: Path) -> None:
+    text = ["model=gpt", "data=text", "data.max_bytes=60000", "data.batch_size=16"]
+    train(tmp_path, *text, "strategy=diloco", "trainer.devices=2", "hydra.run.dir=run")
+    found = report(tmp_path / "run")
+    assert found["steps"] == 54_000 // 64 // 2 // 16
+    assert 1 < found["tested"]["test/bits_per_byte"] < 6.5
+    assert 1 < found["logged"]["val/bits_per_byte"] < 6.5
+
+
 def test_sweeps_over_anything_leave_each_job_its_folder(tmp_path: Path) -> None:
     overrides = ["trainer.devices=2,1", "model=mlp", "logger=none", "hydra.sweep.dir=sweep"]
     train(tmp_path, *overrides, multirun=True)
@@ -142,9 +151,11 @@ def test_sweeps_over_anything_leave_each_job_its_folder(tmp_path: Path) -> None:
 
 def test_help_lists_the_choices_of_every_axis(tmp_path: Path) -> None:
     printed = train(tmp_path, "--help")
-    assert "\ndata: cifar10, digits, fashion_mnist, image_folder, mnist, none, own\n" in printed
+    assert (
+        "\ndata: cifar10, digits, fashion_mnist, image_folder, mnist, none, own, text\n" in printed
+    )
     assert "\nlogger: csv, mlflow, none, own, tensorboard, wandb\n" in printed
-    assert "\nmodule: classifier, own\n" in printed
+    assert "\nmodule: classifier, language, own\n" in printed
 
 
 def test_failing_jobs_name_themselves_and_are_listed_at_the_end_of_the_sweep(

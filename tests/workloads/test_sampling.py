@@ -36,7 +36,7 @@ def test_evaluation_shards_are_disjoint_and_complete(count, world_size):
 
 
 def test_every_process_needs_an_evaluation_image():
-    with pytest.raises(ValueError, match=r"3 images; allowed is at least one.* 4 processes"):
+    with pytest.raises(ValueError, match=r"3 examples; allowed is at least one.* 4 processes"):
         evaluation_shard(images(3), rank=0, world_size=4)
 
 
