@@ -40,7 +40,9 @@ class Aliases:
         if isinstance(value, tuple):
             items = [self.copied(item) for item in value]
             same = all(new is old for new, old in zip(items, value, strict=True))
-            return value if same else _tuple_like(value, items)
+            if same:
+                return value
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
         return self._array(value)
 
     def _container(self, value: Any, items: Iterable[tuple[Any, Any]]) -> Any:
@@ -79,7 +81,3 @@ class Aliases:
         at = interface["data"][0]
         inside = any(ptr <= at < ptr + s.nbytes() for ptr, s in self._storages.items())
         return value.copy() if inside else value
-
-
-def _tuple_like(value: tuple[Any, ...], items: list[Any]) -> Any:
-    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)

@@ -88,7 +88,9 @@ class OwnValues:
                 _register(module, name, value.to(device))
         for prefix, owner, _ in _added(module):
             if prefix in values["added"]:
-                _load_added(owner, prefix, _moved_to(values["added"][prefix], device))
+                entries, version = values["added"][prefix], {"version": owner._version}
+                entries = _moved_to(entries, device)
+                owner._load_from_state_dict(entries, prefix, version, False, [], [], [])
 
     def _elastic(self) -> set[str]:
         return {name for cohort in self._center.cohorts for name in cohort.names}
@@ -120,11 +122,6 @@ def _added(module: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, Any]]]
         }
         if entries:
             yield prefix, owner, entries
-
-
-def _load_added(owner: nn.Module, prefix: str, entries: dict[str, Any]) -> None:
-    version = {"version": owner._version}
-    owner._load_from_state_dict(entries, prefix, version, False, [], [], [])
 
 
 def _register(module: nn.Module, name: str, value: Tensor) -> None:

@@ -28,9 +28,8 @@ def quote(words: str | bytes, limit: int = _MOST_CHARACTERS) -> str:
 
 def escape(name: str, limit: int = _MOST_CHARACTERS) -> str:
     """What another worker calls itself or a thing, without control characters."""
-    return "".join(map(_escaped, name[:limit]))
-
-
-def _escaped(character: str) -> str:
     # Not printable: control characters, line ends of all scripts, marks that turn the direction.
-    return character if character.isprintable() else character.encode("unicode_escape").decode()
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in name[:limit]
+    )

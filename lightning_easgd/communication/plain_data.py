@@ -50,8 +50,9 @@ def pack(value: Any) -> Tensor:
     """
     tensors: list[Tensor] = []
     text = json.dumps(_written(value, tensors), separators=(",", ":")).encode()
-    start = len(text).to_bytes(_START, "little")
-    pieces = [torch.frombuffer(bytearray(_padded(start + text)), dtype=torch.uint8)]
+    content = len(text).to_bytes(_START, "little") + text
+    padded = bytearray(content + bytes(-len(content) % _ALIGNMENT))
+    pieces = [torch.frombuffer(padded, dtype=torch.uint8)]
     for tensor in tensors:
         data = as_bytes(tensor.detach().cpu())
         pieces += [data, data.new_zeros(-data.numel() % _ALIGNMENT)]
@@ -129,10 +130,6 @@ def require_size(size: int, most: int, who: str) -> None:
 def most_bytes_of_state(elements: int) -> int:
     """Of weights and the states of optimizers for so many elements of parameters."""
     return MOST_BYTES + _STATE_COPIES * torch.float64.itemsize * elements
-
-
-def _padded(content: bytes) -> bytes:
-    return content + bytes(-len(content) % _ALIGNMENT)
 
 
 def _written(value: Any, tensors: list[Tensor]) -> Any:
