@@ -8,14 +8,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from lightning_easgd.algorithms import Rule, elastic
-from lightning_easgd.center.center import Center
-from lightning_easgd.communication import AllReduce, Header
+from lightning_easgd.algorithms import elastic
+from lightning_easgd.communication import Header
 from lightning_easgd.exchange.consensus import Consensus
-from lightning_easgd.exchange.difference import Contribution, Difference
+from lightning_easgd.exchange.difference import Contribution, Difference, Participant
 from lightning_easgd.exchange.states import InFlight
 from lightning_easgd.schedules import Schedules
-from lightning_easgd.telemetry import Telemetry
 
 
 class NonFiniteError(RuntimeError):
@@ -26,30 +24,20 @@ class Arrivals:
     """Takes in sums that have arrived.
 
     Args:
-        center: of this worker's module.
-        all_reduce: between whom they travelled.
-        rule: how sums move the center.
-        telemetry: where rates are recorded, and differences that were left out.
+        participant: whose center they move.
         schedules: observe what the workers tell of themselves, after every exchange.
         consensus: what they tell of their distances.
     """
 
     def __init__(
-        self,
-        center: Center,
-        all_reduce: AllReduce,
-        *,
-        rule: Rule,
-        telemetry: Telemetry,
-        schedules: Schedules,
-        consensus: Consensus,
+        self, participant: Participant, *, schedules: Schedules, consensus: Consensus
     ) -> None:
         self.healthy = True
         """Whether a worker had finite weights at the latest exchange that has arrived."""
-        self._center = center
-        self._all_reduce = all_reduce
-        self._rule = rule
-        self._telemetry = telemetry
+        self._center = participant.center
+        self._all_reduce = participant.all_reduce
+        self._rule = participant.rule
+        self._telemetry = participant.telemetry
         self._schedules = schedules
         self._consensus = consensus
 

@@ -71,14 +71,7 @@ class CollectiveLink:
         self._agreement = agreement or Agreement(())
         self._stops = stops or Stops()
         self._schedules = schedules or Schedules({})
-        self.arrivals = Arrivals(
-            self._center,
-            self.all_reduce,
-            rule=self._rule,
-            telemetry=self._telemetry,
-            schedules=self._schedules,
-            consensus=self.consensus,
-        )
+        self.arrivals = Arrivals(participant, schedules=self._schedules, consensus=self.consensus)
         self._headers_sent = 0
         self._state: Free | HeaderSent | InFlight = Free()
         self.start_training()
