@@ -10,7 +10,6 @@ from pathlib import Path
 
 import hydra
 from jobs import attempt, command_line, read_config, start_workers
-from launching import is_worker
 from omegaconf import DictConfig
 
 READ = ("seconds", "codecs", "arguments")
@@ -19,10 +18,12 @@ READ = ("seconds", "codecs", "arguments")
 @hydra.main(version_base="1.3", config_path="../conf", config_name="advise")
 def main(cfg: DictConfig) -> None:
     """Measure and advise once."""
-    if is_worker():
-        run(read_config(cfg, also=READ))
-    else:
-        attempt(lambda cfg: start_workers(read_config(cfg, also=READ), __file__), cfg)
+    attempt(start, cfg)
+
+
+def start(cfg: DictConfig) -> None:
+    """Measure in workers of its own, or be one of them."""
+    start_workers(read_config(cfg, also=READ), run)
 
 
 def run(cfg: DictConfig) -> None:
@@ -43,4 +44,4 @@ def run(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    command_line(main, run)
+    command_line(main, "advise")

@@ -1,31 +1,34 @@
 """What the scripts with workers have in common: one job of them, or a sweep of jobs, under Hydra.
 
-The process that the user starts composes the configuration and starts the same script again as its
-workers, which read it from a file; under torchrun, srun and the like every process is a worker.
+The process that the user starts composes the configuration, imports what it names, checks it, and
+forks the workers; under torchrun, srun and the like every process is a worker.
 """
 
 from __future__ import annotations
 
+import atexit
 import logging
+import os
+import signal
 import sys
-import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import answering
 import configs
+from answering import cause, explain
+from forking import write_to
+from going_on import advice
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.types import RunMode
-from launching import WorkerError, run_workers
+from launching import WorkerError, log_of, rank_of_worker, run_workers, writes_to_terminal
 from omegaconf import DictConfig, OmegaConf
-from parting import watch_lifeline
+from parting import leave_with_parent
 from plugging import find_own_code, needed, replace_whole
 
 Result = TypeVar("Result")
-
-WORKER = "--worker"
-"""The argument by which a run starts its script as one of its workers."""
 
 failed: list[str] = []
 """The jobs of a sweep that failed, and why, a line each."""
@@ -35,24 +38,46 @@ def attempt(start: Callable[[DictConfig], Result], cfg: DictConfig) -> Result | 
     """Do one job, and report if it fails; None then, if it is one of a sweep."""
     try:
         return start(cfg)
-    except WorkerError as error:  # its traceback stands above
-        report_failure(str(error))
     except Exception as error:
-        traceback.print_exc()
-        report_failure(f"{type(error).__name__}: {error}")
+        report_failure(error, cfg)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if told := advice(cfg):
+            how = "by Ctrl-C" if isinstance(stop, KeyboardInterrupt) else "by SIGTERM"
+            print(f"\nThe run was stopped {how}.\n{told}", file=sys.stderr)
+        raise
     return None
 
 
-def start_workers(cfg: DictConfig, script: str) -> Path:
-    """Run a script as the workers that ``cfg.trainer`` asks for; the folder of the job."""
+def start_workers(cfg: DictConfig, run: Callable[[DictConfig], Result]) -> list[Result]:
+    """Call ``run`` in the workers that ``cfg.trainer`` asks for, or be one that a launcher started.
+
+    Returns:
+        What each of them returned.
+    """
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # look for GPUs without CUDA, to fork
+    from checking import check, count_workers
+
     output = Path(HydraConfig.get().runtime.output_dir)
-    config = output / "config.yaml"
-    configs.save(cfg, config)
-    devices = cfg.trainer.devices
-    workers = devices if isinstance(devices, int) and devices > 0 else count_devices(cfg)
-    command = [sys.executable, script, WORKER, str(config)]
-    run_workers(command, workers=workers, nodes=cfg.trainer.num_nodes, logs=output)
-    return output
+    if (rank := rank_of_worker()) is not None:
+        return [_be_worker(run, cfg, rank, output)]
+    configs.save(cfg, output / "config.yaml")
+    workers = count_workers(cfg)
+    check(cfg)
+    cfg = OmegaConf.create(configs.resolved(cfg))
+    return run_workers(_work, run, cfg, workers=workers, nodes=cfg.trainer.num_nodes, logs=output)
+
+
+def _be_worker(
+    run: Callable[[DictConfig], Result], cfg: DictConfig, rank: int, output: Path
+) -> Result:
+    """A worker that torchrun or the like started: all but the first write to a file."""
+    from checking import check
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    if rank:
+        write_to(log_of(rank, output))
+    check(cfg)
+    return record(run)(cfg)  # torchrun names the first that failed, and its error
 
 
 def read_config(cfg: DictConfig, *, also: Sequence[str] = ()) -> DictConfig:
@@ -64,29 +89,39 @@ def read_config(cfg: DictConfig, *, also: Sequence[str] = ()) -> DictConfig:
     return needed(cfg, HydraConfig.get().overrides.task, also=also)
 
 
-def report_failure(reason: str) -> None:
-    """Say which job failed; the end of the program, unless it is a sweep."""
+def report_failure(error: Exception, cfg: DictConfig) -> None:
+    """Say which job failed, and why, in a line; the end of the program, unless it is a sweep.
+
+    If it failed in training, further lines say what is there to go on with.
+    """
     hydra_cfg = HydraConfig.get()
-    sweep = hydra_cfg.mode == RunMode.MULTIRUN
-    name = f"job {hydra_cfg.job.num}" if sweep else "the run"
-    overrides = " ".join(hydra_cfg.overrides.task)
-    message = f"{name} [{overrides}] in {hydra_cfg.runtime.output_dir} failed: {reason}"
-    if not sweep:
-        sys.exit(message)
-    print(message, file=sys.stderr)
-    failed.append(message.splitlines()[0])
+    answering.write_traceback(error, Path(hydra_cfg.runtime.output_dir))
+    message = explain(error, hydra_cfg.job.config_name, hydra_cfg.overrides.task)
+    further = _further(error, cfg)
+    if hydra_cfg.mode != RunMode.MULTIRUN:
+        sys.exit(f"error: {message}{further}")
+    job = f"job {hydra_cfg.job.num} [{' '.join(hydra_cfg.overrides.task)}]"
+    failed.append(f"{job} in {hydra_cfg.runtime.output_dir} failed: {message}")
+    print(f"{failed[-1]}{further}", file=sys.stderr)
 
 
-def count_devices(cfg: DictConfig) -> int:
-    """The number of workers per node that ``trainer.devices=auto``, -1 or a list stands for."""
-    from lightning.pytorch import Trainer
-
-    devices = OmegaConf.to_object(cfg.trainer)["devices"]
-    return Trainer(accelerator=cfg.trainer.accelerator, devices=devices, logger=False).num_devices
+def _further(error: Exception, cfg: DictConfig) -> str:
+    """Where the traceback is, and how the run goes on, if it came as far as that."""
+    lines = []
+    if isinstance(error, WorkerError):
+        told = advice(cfg)
+        if error.outcome.trace and (told or not error.alike):
+            lines.append(f"  traceback   {HydraConfig.get().runtime.output_dir}/error.log")
+        lines += [told] * bool(told)
+    return "".join(f"\n{line}" for line in lines)
 
 
 def quieten() -> None:
-    """Leave out Lightning's tip to install its makers' service."""
+    """Have Lightning speak as without Hydra, and without its tip to install its makers' service."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logger = logging.getLogger(name)
+        logger.propagate = False
+        logger.handlers = [logging.StreamHandler()]
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "litlogger" not in record.getMessage()
     )
@@ -104,23 +139,27 @@ def refuse_what_is_gone(arguments: Iterable[str]) -> None:
             )
 
 
-def command_line(main: Callable[[], Any], run: Callable[[DictConfig], Any]) -> None:
-    """Be a worker, a job, or a sweep, whose failed jobs are listed at its end.
+def command_line(main: Callable[[], Any], config: str) -> None:
+    """Be a job, or a sweep, whose failed jobs are listed at its end.
 
     Args:
         main: what Hydra decorated.
-        run: what one worker does.
+        config: its file of conf/, without .yaml.
     """
-    refuse_what_is_gone(sys.argv[1:])
+    arguments = sys.argv[1:]
+    refuse_what_is_gone(arguments)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # what Hydra meets is said here
     try:
-        if sys.argv[1:2] == [WORKER]:
-            _work(run, sys.argv[2])
-        else:
-            find_own_code(sys.argv[1:])
-            sys.argv[1:] = replace_whole(sys.argv[1:])
-            main()
+        find_own_code(arguments)
+        sys.argv[1:] = replace_whole(arguments)
+        main()
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        if answering.FULL:
+            raise
+        # Without a folder yet, workers that a launcher started all meet the same.
+        sys.exit(f"error: {explain(error, config, arguments)}" if writes_to_terminal() else 1)
     finally:
         if failed:
             print(
@@ -130,11 +169,13 @@ def command_line(main: Callable[[], Any], run: Callable[[DictConfig], Any]) -> N
         sys.exit(1)
 
 
-def _work(run: Callable[[DictConfig], Any], config: str) -> None:
-    watch_lifeline()
-    cfg = OmegaConf.load(config)
-    assert isinstance(cfg, DictConfig)
+def _work(_: int, run: Callable[[DictConfig], Result], cfg: DictConfig) -> Result:
+    """What one worker does."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning ends training by it
+    leave_with_parent()
     try:
-        run(cfg)
+        return run(cfg)
     except InstantiationException as error:
-        raise error.__cause__ or error from None  # one traceback, which ends with the reason
+        raise cause(error) from None
+    finally:
+        atexit._run_exitfuncs()  # as at the end of a process that was not forked

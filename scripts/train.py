@@ -5,7 +5,6 @@ Every key of conf/ can be set: python scripts/train.py model=resnet strategy.tau
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from hydra.utils import instantiate
 from jobs import attempt, command_line, quieten, read_config, start_workers
-from launching import is_worker
 from omegaconf import DictConfig
 from plugging import several
 
@@ -25,18 +23,15 @@ if TYPE_CHECKING:
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")
 def main(cfg: DictConfig) -> float | None:
     """Run one job; its objective, for sweepers that optimize it. None if the job failed."""
-    if is_worker():
-        read = read_config(cfg)
-        return objective(read, asdict(run(read)))
     return attempt(start, cfg)
 
 
 def start(cfg: DictConfig) -> float | None:
-    """Run one job in workers of its own."""
+    """Run one job in workers of its own, or be one of them."""
     if cfg.test and not cfg.train and cfg.ckpt_path is None:
         raise ValueError("train=false got nothing to test. Set ckpt_path=PATH, or test=false.")
-    output = start_workers(read_config(cfg), __file__)
-    return objective(cfg, json.loads((output / "report.json").read_text()))
+    read = read_config(cfg)
+    return objective(read, asdict(start_workers(read, run)[0]))
 
 
 def objective(cfg: DictConfig, report: Mapping[str, Any]) -> float | None:
@@ -59,6 +54,8 @@ def objective(cfg: DictConfig, report: Mapping[str, Any]) -> float | None:
 
 def run(cfg: DictConfig) -> Report:
     """What one worker does."""
+    from progress import Progress
+
     from lightning_easgd.communication import leave_all_groups
     from lightning_easgd.workloads import experiment
 
@@ -68,12 +65,16 @@ def run(cfg: DictConfig) -> Report:
     module = instantiate(cfg.module)
     strategy, logger = instantiate(cfg.strategy), several(cfg.get("logger")) or False
     checkpoint = instantiate(cfg.checkpoint) if cfg.trainer.enable_checkpointing else None
+    progress = Progress(Path(cfg.output_dir))
     callbacks = [
+        progress,
         *experiment.callbacks(strategy, checkpoint, cfg.seed),
         *several(cfg.get("callbacks")),
         *several(cfg.trainer.get("callbacks")),
     ]
     trainer = instantiate(cfg.trainer, strategy=strategy, logger=logger, callbacks=callbacks)
+    if cfg.train:
+        progress.begin(trainer)
     report = experiment.run(
         trainer, module, datamodule, train=cfg.train, test=cfg.test, ckpt_path=cfg.ckpt_path
     )
@@ -86,4 +87,4 @@ def run(cfg: DictConfig) -> Report:
 
 
 if __name__ == "__main__":
-    command_line(main, run)
+    command_line(main, "train")

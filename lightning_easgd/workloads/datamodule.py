@@ -107,6 +107,15 @@ class ImageData(SampledData, ABC):
     def load(self, place: Path, split: Split) -> ImageSet:
         """Reads one split from a folder that is complete."""
 
+    def check(self) -> None:
+        """Looks for the files, and reads none.
+
+        Raises:
+            FileNotFoundError: If files are missing that are not to be downloaded.
+        """
+        if not self.download:
+            self._require_place()
+
     @override
     def prepare_data(self) -> None:
         """Downloads what is missing, if asked to; called on one process of each node."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from benchmarking.plan import rotated
-from launching import free_port
+from forking import free_port
 from torch import Tensor, nn
 
 from lightning_easgd import CenterAverage, Rule

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import runpy
 import sys
@@ -12,9 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import launching
 from emulation import EmulatedHosts
 from forking import Workers
+from forking import free_port as free
 
 __all__ = [
     "Workers",
@@ -56,25 +55,31 @@ def run_script(
     arguments: Sequence[str],
     *,
     folder: Path,
-    workers: int,
+    workers: int | None,
     code: int = 0,
     hosts: EmulatedHosts | None = None,
 ) -> str:
-    """Run a script in ``folder``, or each of its workers as under torchrun; what they printed.
+    """Run a script in ``folder`` as each of its workers under torchrun; what they printed.
 
-    They are forked, and so need not import torch and Lightning, which takes most of a short job.
+    With ``workers=None`` it runs as typed by a user, and starts its workers by itself. All are
+    forked, and so need not import torch and Lightning, which takes most of a short job.
     With ``hosts``, each runs on one of them.
     """
     target = (_be_script,) if hosts is None else (on_host, hosts, _be_script)
-    ended = run_workers(*target, script, arguments, folder, workers=workers, timeout=150)
+    options = {"workers": workers or 1, "timeout": 150}
+    ended = run_workers(*target, script, arguments, folder, workers is None, **options)
     printed = "\n".join(text for _, text in ended)
-    assert [found for found, _ in ended] == [code] * workers, printed
+    assert [found for found, _ in ended] == [code] * len(ended), printed
     return printed
 
 
-def _be_script(rank: int, script: Path, arguments: Sequence[str], folder: Path) -> tuple[int, str]:
+def _be_script(
+    rank: int, script: Path, arguments: Sequence[str], folder: Path, typed: bool
+) -> tuple[int, str]:
     """Its exit code, and what it printed."""
-    multiprocessing.current_process().daemon = False  # it may start processes
+    if typed:
+        for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            del os.environ[name]
     os.chdir(folder)
     path = folder / f"printed by {rank}"
     with path.open("w") as printed:
@@ -98,7 +103,7 @@ def _be_script(rank: int, script: Path, arguments: Sequence[str], folder: Path) 
 
 
 def free_port() -> int:
-    return int(launching.free_port())
+    return int(free())
 
 
 def processes_of(folder: Path) -> dict[int, str]:

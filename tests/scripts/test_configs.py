@@ -65,7 +65,7 @@ def test_no_file_of_a_run_holds_what_the_environment_does(tmp_path: Path) -> Non
         text=True,
         check=False,
     )
-    assert "unexpected keyword argument 'token'" in done.stderr  # the worker has read its file
+    assert "unexpected keyword argument 'token'" in done.stderr
     written = [path for path in tmp_path.rglob("config.yaml") if path.parent.name != ".hydra"]
     assert "again: ${oc.env:EASGD_TOKEN}" in written[0].read_text()
     for path in tmp_path.rglob("*"):

@@ -11,27 +11,40 @@ import time
 from pathlib import Path
 
 import launching
+import parting
 import pytest
 from launching import WorkerError, is_worker, run_workers
 
-SLEEP = "import time; time.sleep(60)"
+NAMES = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR")
 
 
-def program(text: str) -> list[str]:
-    return [sys.executable, "-S", "-c", text]
+def say_ranks(rank: int) -> int:
+    print(*[os.environ[name] for name in NAMES])
+    return rank
+
+
+def sleep(rank: int, folder: Path) -> None:
+    """For a minute, with the process's number in a file."""
+    (folder / f"{rank}.tmp").write_text(str(os.getpid()))
+    (folder / f"{rank}.tmp").rename(folder / f"{rank}.pid")
+    time.sleep(60)
+
+
+def sleep_deaf(rank: int, folder: Path) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sleep(rank, folder)
+
+
+def wait_for(folder: Path, count: int) -> None:
+    deadline = time.monotonic() + 30
+    while len(list(folder.glob("*.pid"))) < count and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 def alive(folder: Path) -> list[int]:
     """Process numbers that workers wrote into ``folder`` and that still run."""
     pids = [int(path.read_text()) for path in folder.glob("*.pid")]
     return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
-
-
-WRITE_PID = """
-import os, sys
-rank = os.environ["LOCAL_RANK"]
-open(sys.argv[1] + "/" + rank + ".pid", "w").write(str(os.getpid()))
-"""
 
 
 @pytest.mark.parametrize(
@@ -55,9 +68,7 @@ def test_a_shell_under_srun_is_no_worker_and_what_a_launcher_starts_is(
 
 
 def test_every_worker_gets_its_rank_and_a_log(tmp_path: Path) -> None:
-    names = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR")
-    text = f"import os; print(*[os.environ[n] for n in {names}])"
-    run_workers(program(text), workers=3, nodes=1, logs=tmp_path)
+    assert run_workers(say_ranks, workers=3, nodes=1, logs=tmp_path) == [0, 1, 2]
     assert not (tmp_path / "worker0.log").exists()
     for rank in (1, 2):
         assert (tmp_path / f"worker{rank}.log").read_text() == f"{rank} {rank} 0 3 127.0.0.1\n"
@@ -69,125 +80,180 @@ def test_workers_of_a_later_node_are_numbered_on(
 ) -> None:
     for name, value in {"NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "7"}.items():
         monkeypatch.setenv(name, value)
-    text = "import os; print(*[os.environ[n] for n in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR')])"
-    run_workers(program(text), workers=2, nodes=3, logs=tmp_path)
-    assert (tmp_path / "worker1.log").read_text() == "3 6 10.0.0.1\n"
+    run_workers(say_ranks, workers=2, nodes=3, logs=tmp_path)
+    assert (tmp_path / "worker1.log").read_text() == "3 1 1 6 10.0.0.1\n"
 
 
 def test_a_multi_node_job_without_its_variables_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="NODE_RANK, MASTER_ADDR, MASTER_PORT is not set"):
-        run_workers(program(""), workers=1, nodes=2, logs=tmp_path)
+        run_workers(say_ranks, workers=1, nodes=2, logs=tmp_path)
 
 
-def test_a_failing_worker_ends_the_others_and_shows_its_log(tmp_path: Path) -> None:
-    text = WRITE_PID + f"if rank == '1': raise KeyError('broken here')\n{SLEEP}"
-    with pytest.raises(WorkerError, match=r"(?s)worker 1 failed with exit code 1.*broken here"):
-        run_workers([*program(text), str(tmp_path)], workers=3, nodes=1, logs=tmp_path)
+def test_where_there_are_threads_workers_are_no_forks(tmp_path: Path) -> None:
+    held = threading.Event()
+    thread = threading.Thread(target=held.wait)
+    thread.start()
+    try:
+        assert run_workers(int, workers=2, nodes=1, logs=tmp_path) == [0, 1]
+        assert launching._context().get_start_method() == "spawn"
+    finally:
+        held.set()
+        thread.join()
+    assert launching._context().get_start_method() == "fork"
+
+
+def fail_in_one(rank: int, folder: Path, who: int, how: str) -> None:
+    """Worker ``who`` fails once the others sleep; worker 0 follows, and says so first."""
+    if rank != who:
+        sleep(rank, folder)
+    wait_for(folder, 2)
+    if how == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "exit":
+        os._exit(3)
+    raise KeyError("broken here")
+
+
+@pytest.mark.parametrize("who", [0, 1])
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("raise", "worker {} failed: KeyError: 'broken here'"),
+        ("kill", "worker {} was killed by signal 9 (out of memory? see dmesg)"),
+        ("exit", "worker {} ended without a result (exit code 3)"),
+    ],
+)
+def test_a_failing_worker_ends_the_others_and_says_why(
+    tmp_path: Path, who: int, how: str, words: str
+) -> None:
+    with pytest.raises(WorkerError) as caught:
+        run_workers(fail_in_one, tmp_path, who, how, workers=3, nodes=1, logs=tmp_path)
+    assert str(caught.value) == words.format(who)
     assert alive(tmp_path) == []
+    if how == "raise":
+        assert "Traceback" in (tmp_path / f"worker{who}.log").read_text()
+
+
+def fail_late(rank: int, folder: Path) -> None:
+    """Worker 1 fails first, and worker 0 is the first to end."""
+    if rank == 1:
+        error = LookupError("the cause")
+        error.raised_at = time.monotonic()
+        (folder / "1.pid").touch()
+        try:
+            time.sleep(20)  # its teardown, until the others have ended
+        finally:
+            raise error
+    wait_for(folder, 1)
+    raise RuntimeError("worker 1 is gone")
+
+
+def terminated(*_: object) -> None:
+    raise SystemExit
+
+
+def fail_late_when_asked(rank: int, folder: Path) -> None:
+    signal.signal(signal.SIGTERM, terminated)
+    fail_late(rank, folder)
+
+
+def test_the_first_failure_is_the_cause_though_another_ends_before(tmp_path: Path) -> None:
+    with pytest.raises(WorkerError, match=r"^worker 1 failed: LookupError: the cause$"):
+        run_workers(fail_late_when_asked, tmp_path, workers=2, nodes=1, logs=tmp_path)
+    assert "worker 1 is gone" in (tmp_path / "worker0.log").read_text()
+
+
+def refuse(rank: int) -> None:
+    raise ValueError("tau=0")
+
+
+def test_what_all_workers_say_is_said_of_none(tmp_path: Path) -> None:
+    with pytest.raises(WorkerError, match=r"^ValueError: tau=0$"):
+        run_workers(refuse, workers=2, nodes=1, logs=tmp_path)
+
+
+def fail_beside_the_deaf(rank: int, folder: Path) -> None:
+    if rank:
+        sleep_deaf(rank, folder)
+    wait_for(folder, 1)
+    sys.exit(3)
 
 
 def test_a_worker_that_ignores_sigterm_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launching, "_GRACE_SECONDS", 0.5)
-    ignore = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-    ignore += "import parting; parting.watch_lifeline()\n"
-    # Worker 0 fails once worker 1 has written its number, which it does last.
-    fail_late = """
-if rank == "0":
-    import time
-    while not os.path.exists(sys.argv[1] + "/1.pid"):
-        time.sleep(0.01)
-    sys.exit(3)
+    with pytest.raises(WorkerError, match="worker 0 failed: SystemExit: 3"):
+        run_workers(fail_beside_the_deaf, tmp_path, workers=2, nodes=1, logs=tmp_path)
+    assert alive(tmp_path) == []
+
+
+INTERRUPTED = """
+import os, signal, sys, threading, time
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import launching
+from test_launching import *
+
+launching._GRACE_SECONDS = 1.0
+folder = Path({folder!r})
+before = signal.getsignal(signal.SIGTERM)
+try:
+    launching.run_workers({target}, folder, workers=2, nodes=1, logs=folder)
+finally:
+    assert signal.getsignal(signal.SIGTERM) is before
 """
-    text = ignore + WRITE_PID + fail_late + SLEEP
-    with pytest.raises(WorkerError, match="worker 0 failed with exit code 3"):
-        run_workers([*program(text), str(tmp_path)], workers=2, nodes=1, logs=tmp_path)
-    assert alive(tmp_path) == []
-    assert (tmp_path / "worker1.log").read_text() == ""  # its launcher lives, and it knows
 
 
-def test_a_second_ctrl_c_leaves_no_worker_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(launching, "_GRACE_SECONDS", 1.0)
-    ignore = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-
-    def interrupt_twice() -> None:
-        deadline = time.monotonic() + 30
-        while len(list(tmp_path.glob("*.pid"))) < 2 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
+def interrupted(folder: Path, target: str, *numbers: signal.Signals) -> int:
+    """The exit code of a program that runs workers, and is sent signals."""
+    text = INTERRUPTED.format(tests=str(Path(__file__).parent), folder=str(folder), target=target)
+    program = subprocess.Popen([sys.executable, "-c", text], stderr=subprocess.DEVNULL)
+    try:
+        wait_for(folder, 2)
+        for number in numbers:
+            program.send_signal(number)
             time.sleep(0.3)
-
-    killer = threading.Thread(target=interrupt_twice)
-    killer.start()
-    with pytest.raises(KeyboardInterrupt):
-        run_workers(
-            [*program(ignore + WRITE_PID + SLEEP), str(tmp_path)],
-            workers=2,
-            nodes=1,
-            logs=tmp_path,
-        )
-    killer.join()
-    assert alive(tmp_path) == []
+        return program.wait(40)
+    finally:
+        program.kill()
+        program.wait()
 
 
 @pytest.mark.parametrize(
-    ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+    ("numbers", "target", "code"),
+    [
+        ([signal.SIGINT], "sleep", -signal.SIGINT),
+        ([signal.SIGTERM], "sleep", 143),
+        ([signal.SIGINT, signal.SIGINT], "sleep_deaf", -signal.SIGINT),
+    ],
 )
-def test_signals_end_all_workers(
-    tmp_path: Path, number: signal.Signals, error: type[BaseException]
+def test_signals_end_all_workers_also_if_they_come_twice(
+    tmp_path: Path, numbers: list[signal.Signals], target: str, code: int
 ) -> None:
-    def interrupt() -> None:
-        deadline = time.monotonic() + 30
-        while len(list(tmp_path.glob("*.pid"))) < 2 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        os.kill(os.getpid(), number)
-
-    killer = threading.Thread(target=interrupt)
-    killer.start()
-    handler = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(error):
-        run_workers([*program(WRITE_PID + SLEEP), str(tmp_path)], workers=2, nodes=1, logs=tmp_path)
-    killer.join()
+    assert interrupted(tmp_path, target, *numbers) == code
     assert alive(tmp_path) == []
-    assert signal.getsignal(signal.SIGTERM) is handler
 
 
-def launcher(tmp_path: Path, worker: str, *, by_pipe: bool) -> int:
-    """The exit code of a program that starts workers, once it is killed."""
-    text = f"""
-import os, signal, sys, threading, time
-from pathlib import Path
-import parting
-from launching import run_workers
-
-if {by_pipe}:
-    parting._prctl = None  # as where there is none
-folder = Path({str(tmp_path)!r})
-
-def be_killed():
-    while len(list(folder.glob("*.pid"))) < 2:
-        time.sleep(0.01)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-threading.Thread(target=be_killed).start()
-command = [sys.executable, "-S", "-c", {worker!r}, str(folder)]
-run_workers(command, workers=2, nodes=1, logs=folder)
-"""
-    return subprocess.run([sys.executable, "-c", text], timeout=60).returncode
+def sleep_watching(rank: int, folder: Path) -> None:
+    """Until the parent is gone."""
+    parting.leave_with_parent()
+    sleep(rank, folder)
 
 
-@pytest.mark.parametrize("by_pipe", [False, True])
-def test_workers_end_with_a_launcher_that_is_killed(tmp_path: Path, by_pipe: bool) -> None:
-    if not by_pipe and sys.platform != "linux":
+def sleep_deaf_watching_a_pipe(rank: int, folder: Path) -> None:
+    """As where the kernel sends no signal, or it is not heeded."""
+    parting._prctl(1, 0)
+    parting._prctl, parting._GRACE_SECONDS = None, 1.0
+    parting.leave_with_parent()
+    sleep_deaf(rank, folder)
+
+
+@pytest.mark.parametrize("target", ["sleep_watching", "sleep_deaf_watching_a_pipe"])
+def test_workers_end_with_a_launcher_that_is_killed(tmp_path: Path, target: str) -> None:
+    if sys.platform != "linux":
         pytest.skip("needs Linux, whose kernel signals that a parent is gone: run pytest there")
-    watching = "import parting; parting._GRACE_SECONDS = 1; parting.watch_lifeline()\n"
-    deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-    worker = (watching + deaf if by_pipe else "") + WRITE_PID + SLEEP
-    assert launcher(tmp_path, worker, by_pipe=by_pipe) == -signal.SIGKILL
+    assert interrupted(tmp_path, target, signal.SIGKILL) == -signal.SIGKILL
     deadline = time.monotonic() + 20
     while alive(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.05)

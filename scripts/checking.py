@@ -1,0 +1,108 @@
+"""What can be known to be wrong before workers are started; imports what they will need."""
+
+from __future__ import annotations
+
+import logging
+import pydoc
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from lightning.pytorch import Trainer
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_easgd.workloads.datamodule import ImageData
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse what cannot work.
+
+    Nothing of the user's own is made here, and no tensor is computed: threads for it would not
+    survive a fork.
+
+    Raises:
+        ValueError: something is not possible, or another error of whoever finds it.
+    """
+    for key, target in _targets(OmegaConf.to_container(cfg, resolve=False)):
+        _import(key, target)
+    if cfg.strategy._target_.startswith(("lightning.", "lightning_easgd.")):
+        instantiate(cfg.strategy)
+    _require_checkpoint(cfg)
+    _require_data(cfg)
+
+
+def count_workers(cfg: DictConfig) -> int:
+    """The workers on this machine that ``trainer.devices`` stands for.
+
+    Raises:
+        ValueError: it has no such devices.
+    """
+    settings = OmegaConf.to_object(cfg.trainer)
+    chosen = {name: settings[name] for name in ("accelerator", "devices", "num_nodes")}
+    try:
+        with _silence():
+            return Trainer(**chosen, logger=False, enable_checkpointing=False).num_devices
+    except Exception as error:
+        given = ", ".join(f"trainer.{name}={value}" for name, value in chosen.items())
+        raise ValueError(f"{given} is not possible here. {error}") from error
+
+
+def _targets(values: Any, above: str = "") -> Iterator[tuple[str, str]]:
+    """The classes that a configuration names, and under which keys."""
+    if isinstance(values, list):
+        values = dict(enumerate(values))
+    if isinstance(values, dict):
+        target = values.get("_target_", "${")
+        if "${" not in target:
+            yield above, target
+        for name, value in values.items():
+            yield from _targets(value, f"{above}.{name}" if above else str(name))
+
+
+def _import(key: str, target: str) -> None:
+    try:
+        found = pydoc.locate(target)
+    except pydoc.ErrorDuringImport as error:
+        raise ValueError(f"{key}._target_={target} cannot be imported: {error.value!r}") from error
+    if found is None:
+        raise ValueError(
+            f"{key}._target_={target}: there is no such class. It is looked for among installed"
+            " packages, in the folder of --config-dir and in the one where the command is typed."
+        )
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Without what Lightning says of every trainer, which workers let it say."""
+    said = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    before, said.disabled = said.disabled, True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        said.disabled = before
+
+
+def _require_checkpoint(cfg: DictConfig) -> None:
+    path = cfg.get("ckpt_path")
+    if path is None or path in ("last", "best", "hpc", "registry") or "://" in path:
+        return
+    if not Path(path).exists():
+        raise ValueError(
+            f"ckpt_path={path} does not exist. A relative path starts where the command is typed;"
+            " last stands for the newest of hydra.run.dir, if there is one."
+        )
+
+
+def _require_data(cfg: DictConfig) -> None:
+    if cfg.get("data") and issubclass(_class(cfg.data), ImageData):
+        instantiate(cfg.data).check()
+
+
+def _class(cfg: DictConfig) -> type:
+    found = pydoc.locate(cfg._target_)
+    return found if isinstance(found, type) else type(None)
