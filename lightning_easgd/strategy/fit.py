@@ -7,7 +7,7 @@ Lightning sets a fit up, and go together when it tears it down. Nothing in here 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass
 from functools import cached_property
@@ -133,6 +133,24 @@ class Fit:
         Args:
             resumed: what it goes on from; None: it starts afresh.
         """
+        first = self._agree(resumed)
+        hooks = self._signals.hooks
+        if resumed is None:
+            self.exchange.start_clock(first)
+        else:
+            self.exchange.resume(goes_on=resumed.own is not None)
+            resumed.restore_random_state()
+            begin_epoch_as_usual(self.trainer, hooks)
+        hooks.on_time_limit(self._signals.time_is_over)
+        hooks.after_batch(self._after_batch)
+        hooks.before_epoch_end(self._before_epoch_end)
+
+    def _agree(self, resumed: Resumed | None) -> int:
+        """Hear how all workers begin, and draw the conclusions that all draw.
+
+        Returns:
+            The step after which the clock starts.
+        """
         trainer, exchange = self.trainer, self.exchange
         data = batches_per_epoch(trainer), may_skip_batches(trainer), may_skip_steps(trainer)
         length, written = astuple(expected_training(trainer)), exchange.was_written()
@@ -146,20 +164,16 @@ class Fit:
             self._begin_equal()
         lengths = [TrainingLength(*each) for each in expected]
         self._options.rules.schedules.begin(TrainingLength.of_all(lengths))
-        hooks = self._signals.hooks
-        if resumed is None:
-            exchange.start_clock(max(steps))
-        else:
-            exchange.resume(goes_on=resumed.own is not None)
-            resumed.restore_random_state()
-            begin_epoch_as_usual(trainer, hooks)
-        hooks.on_time_limit(self._signals.time_is_over)
+        self._expect(told)
+        first: int = max(steps)
+        return first
+
+    def _expect(self, told: Sequence[tuple[int | None, bool, bool]]) -> None:
+        """Learn from the data of all whether workers may take different numbers of steps."""
         batches, skip_batches, skip_steps = zip(*told, strict=True)
         self._uneven_steps = self.group.size > 1 and any(skip_steps)
         differ = len(set(batches)) > 1 or None in batches or any(skip_batches)
         self._uneven = self._uneven_steps or (self.group.size > 1 and differ)
-        hooks.after_batch(self._after_batch)
-        hooks.before_epoch_end(self._before_epoch_end)
 
     def _begin_equal(self) -> None:
         """User code wrote to weights before training: those of worker 0 count where they differ."""
