@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from plugging import find_own_code, replace_whole
+from processes import run_script
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"
 
@@ -90,30 +91,32 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+SHORT = ["trainer.devices=2", "trainer.max_epochs=1", "trainer.enable_progress_bar=false"]
+
+
 def train(folder: Path, *arguments: str) -> tuple[str, dict[str, torch.Tensor], int]:
-    """What is printed, the weights that are delivered, and the steps."""
-    short = ("trainer.devices=2", "trainer.max_epochs=1", "trainer.enable_progress_bar=false")
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments, *short, "hydra.run.dir=run"],
-        cwd=folder,
-        timeout=150,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    """What is printed, the weights that are delivered, and the steps; as under torchrun."""
+    options = [*arguments, *SHORT, "hydra.run.dir=run"]
+    printed = run_script(SCRIPT, options, folder=folder, workers=2)
+    return printed, *delivered(folder)
+
+
+def delivered(folder: Path) -> tuple[dict[str, torch.Tensor], int]:
     weights = torch.load(folder / "run" / "checkpoints" / "final.ckpt", weights_only=True)
     steps = json.loads((folder / "run" / "report.json").read_text())["steps"]
-    return done.stdout, weights["state_dict"], steps
+    return weights["state_dict"], steps
 
 
 def test_a_module_and_data_by_their_classes_with_arguments(folder: Path) -> None:
     callback = ["callbacks.mine._target_=my.Said", "callbacks.mine.word=hello"]
     own = ["module._target_=my.Lit", "module.width=7", "data._target_=my.Data", "data.number=96"]
-    printed, weights, steps = train(folder, *own, *callback)
+    command = [sys.executable, str(SCRIPT), *own, *callback, *SHORT, "hydra.run.dir=run"]
+    done = subprocess.run(command, cwd=folder, timeout=150, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    weights, steps = delivered(folder)
     assert weights["layers.0.weight"].shape == (7, 4)
     assert steps == 96 // 2 // 16
-    assert "the callback said hello" in printed
+    assert "the callback said hello" in done.stdout
 
 
 def test_files_of_their_own_outside_the_repository(folder: Path) -> None:
