@@ -77,5 +77,6 @@ def test_a_test_that_is_slow_unmarked_is_said() -> None:
         marks = dict.fromkeys(keywords, 1)
         return pytest.TestReport(name, ("", 0, ""), marks, "passed", None, when, duration=seconds)
 
-    reports = [report("a", 12), report("a", 9, when="setup"), report("b", 19)]
-    assert tiers.unmarked([*reports, report("c", 100, "slow")]) == ["21 s  a"]
+    reports = [report("a", 4), report("a", 3, when="setup"), report("b", 4)]
+    reports += [report("c", 100, "slow"), report("tests/test_golden.py::test_a[b]", 100)]
+    assert tiers.unmarked(reports) == ["7 s  a"]
