@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from plugging import several
 
 if TYPE_CHECKING:
-    from lightning_easgd.workloads.experiment import Report
+    from lightning_easgd.workloads.report import Report
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")

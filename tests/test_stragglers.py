@@ -141,17 +141,8 @@ def test_who_waits_least_at_an_exchange_is_the_one_that_others_wait_for() -> Non
 )
 def test_the_report_names_a_worker_that_stands_out(awaited: list[float], named: int | None) -> None:
     report = experiment.Report(
-        "easgd",
+        strategy="easgd",
         workers=len(awaited),
-        tested={},
-        logged={},
-        steps=9,
-        exchanges=3,
-        bytes_sent=10,
-        bytes_inside=0,
-        ddp_bytes_sent=40,
-        wait_seconds=1.0,
-        checkpoint=None,
         train_seconds=20.0,
         worker_awaited_seconds=awaited,
     )

@@ -135,6 +135,12 @@ class Options:
         pair = {"algorithm": name, "center_average": self.averaging and self.averaging.kind}
         return next((named for named, options in AVERAGED.items() if options == pair), name)
 
+    @property
+    def rule_name(self) -> str:
+        """:attr:`name`; that of the class for a rule of the user's."""
+        rule = type(self.rules.algorithm)
+        return self.name if rule in RULES.values() else rule.__name__
+
     def lines(self) -> list[str]:
         """What must be equal on all workers, a line each.
 

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
-import statistics
-import time
 import warnings
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
 
 import lightning.pytorch as pl
 import numpy as np
@@ -19,6 +14,7 @@ from lightning.pytorch.strategies import Strategy
 from typing_extensions import override
 
 from lightning_easgd import EASGDMonitor, EASGDStrategy
+from lightning_easgd.workloads.report import Report, Stopwatch, describe
 
 
 class SeedWorkers(Callback):
@@ -39,22 +35,6 @@ class SeedWorkers(Callback):
         random.seed(seed)
 
 
-class Stopwatch(Callback):
-    """Takes the time of training, with its validations and checkpoints."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self._began = 0.0
-
-    @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._began = time.perf_counter()
-
-    @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.seconds = time.perf_counter() - self._began
-
-
 def seed(value: int) -> None:
     """Make initial weights and shuffling repeatable; the same on all workers."""
     pl.seed_everything(value, workers=True, verbose=False)
@@ -68,84 +48,6 @@ def callbacks(strategy: Strategy, checkpoint: ModelCheckpoint | None, seed: int)
     if isinstance(strategy, EASGDStrategy):
         chosen.append(EASGDMonitor())
     return chosen
-
-
-_WORTH_A_LINE, _STANDS_OUT = 0.01, 2.0
-"""A straggler was waited for longer than this share of training, and so many times the others."""
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a run reached and cost. Bytes and seconds are of this node's first worker."""
-
-    strategy: str
-    workers: int
-    tested: Mapping[str, float]
-    """What ``trainer.test`` returned."""
-    logged: Mapping[str, float]
-    """What training and validation logged last."""
-    steps: int
-    exchanges: int | None
-    bytes_sent: int | None
-    bytes_inside: int | None
-    """Of those, to workers of its own group."""
-    ddp_bytes_sent: int | None
-    wait_seconds: float | None
-    checkpoint: str | None
-    train_seconds: float | None = None
-    """From the first batch to the last, validations and checkpoints among them."""
-    worker_wait_seconds: list[float] = field(default_factory=list)
-    """Waited by each worker, in rank order."""
-    worker_awaited_seconds: list[float] = field(default_factory=list)
-    """Others waited so long for each worker, in rank order."""
-
-    def to_json(self) -> str:
-        """The report as one JSON object."""
-        return json.dumps(asdict(self), indent=2)
-
-    def table(self) -> str:
-        """The report for a terminal."""
-        rows = [("strategy", f"{self.strategy}, {self.workers} worker(s), {self.steps} steps each")]
-        whose = ", of the center" if self.exchanges is not None else ""
-        rows += [(name, f"{value:.5g}{whose}") for name, value in self.tested.items()]
-        if self.exchanges is not None:
-            rows += self._costs()
-        rows.append(("checkpoint", self.checkpoint or "none written"))
-        width = max(len(name) for name, _ in rows)
-        return "\n" + "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
-
-    def _costs(self) -> list[tuple[str, str]]:
-        assert self.bytes_sent is not None
-        sent = [("sent by each worker", self._amount(self.bytes_sent))]
-        if self.bytes_inside:  # the first worker of a group sends more than others
-            between = self._amount(self.bytes_sent - self.bytes_inside)
-            sent = [
-                ("sent by worker 0", self._amount(self.bytes_sent)),
-                ("  of that, to other groups", between),
-            ]
-        return [
-            ("exchanges", str(self.exchanges)),
-            *sent,
-            ("waited", f"{self.wait_seconds:.2f} of {self.train_seconds:.1f} s"),
-            *self._straggler(),
-        ]
-
-    def _straggler(self) -> list[tuple[str, str]]:
-        """The worker that stands out as the one that the others waited for."""
-        awaited, total = self.worker_awaited_seconds, self.train_seconds or 0.0
-        *others, longest = sorted(awaited) or [0.0]
-        usual = statistics.median(others) if others else 0.0
-        if longest <= max(_WORTH_A_LINE * total, _STANDS_OUT * usual):
-            return []
-        worker = awaited.index(longest)
-        return [(f"worker {worker} was waited for", f"{longest:.1f} of {total:.1f} s")]
-
-    def _amount(self, sent: int) -> str:
-        amount = f"{sent / 1e6:.2f} MB"
-        if self.ddp_bytes_sent:
-            share = sent / self.ddp_bytes_sent
-            amount += f", {100 * share:.1f} % of DDP's {self.ddp_bytes_sent / 1e6:.2f} MB"
-        return amount
 
 
 def require_all_processes(trainer: pl.Trainer) -> None:
@@ -208,23 +110,8 @@ def run(
             tested |= loader
         if not train:
             checkpoint = _tested(trainer)
-    telemetry = getattr(trainer.strategy, "telemetry", None) if train else None
-    return Report(
-        strategy=type(trainer.strategy).__name__,
-        workers=trainer.world_size,
-        tested=tested,
-        logged=logged,
-        steps=trainer.global_step,
-        exchanges=getattr(telemetry, "exchanges", None),
-        bytes_sent=getattr(telemetry, "bytes_sent", None),
-        bytes_inside=getattr(telemetry, "bytes_inside", None),
-        ddp_bytes_sent=getattr(telemetry, "ddp_bytes_sent", None),
-        wait_seconds=getattr(telemetry, "wait_seconds", None),
-        checkpoint=checkpoint,
-        train_seconds=stopwatch.seconds if train else None,
-        worker_wait_seconds=getattr(telemetry, "worker_wait_seconds", []),
-        worker_awaited_seconds=getattr(telemetry, "worker_awaited_seconds", []),
-    )
+    described = describe(trainer, module, datamodule, stopwatch if train else None)
+    return Report(**described, tested=tested, logged=logged, checkpoint=checkpoint)
 
 
 def _save_end(trainer: pl.Trainer) -> str | None:

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from processes import processes_of, run_script
 from train import objective
 
-from lightning_easgd.workloads.experiment import Report
+from lightning_easgd.workloads.report import Report
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"
 SHORT = ["data.batch_size=64", "trainer.max_epochs=1", "trainer.enable_progress_bar=false"]
@@ -51,6 +51,10 @@ def test_reports_accuracy_bytes_waits_and_the_checkpoint(tmp_path: Path) -> None
     assert found["exchanges"] == 3  # at steps 5, 10, and the last
     for label in (
         f"test/accuracy {found['tested']['test/accuracy']:.5g}, of the center",
+        "strategy easgd, tau=5, beta=0.9, lr=0.3",
+        "model Classifier of CNN, 87,178 parameters",
+        "data Digits, seed 42",
+        "workers 2, 11 steps each",
         "exchanges 3",
         "sent by each worker 1.05 MB, 27.3 % of DDP's 3.84 MB",  # in 3 of 11 steps
         " waited ",
@@ -71,15 +75,8 @@ def test_reports_accuracy_bytes_waits_and_the_checkpoint(tmp_path: Path) -> None
 
 
 def test_groups_are_reported_with_what_leaves_them() -> None:
-    known = {
-        "tested": {},
-        "logged": {},
-        "wait_seconds": 0.0,
-        "checkpoint": None,
-        "train_seconds": 9.0,
-    }
     sent = {"exchanges": 3, "bytes_sent": 5_000_000, "ddp_bytes_sent": 10_000_000}
-    table = Report("EASGDStrategy", 4, steps=11, bytes_inside=4_000_000, **known, **sent).table()
+    table = Report(strategy="easgd", workers=4, bytes_inside=4_000_000, **sent).table()
     assert "sent by worker 0            5.00 MB, 50.0 % of DDP's 10.00 MB" in table
     assert "  of that, to other groups  1.00 MB, 10.0 % of DDP's 10.00 MB" in table
 
@@ -179,7 +176,9 @@ def test_baselines_and_workers_started_by_torchrun(tmp_path: Path) -> None:
         capture_output=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    assert report(tmp_path / "ddp")["strategy"] == "DDPStrategy"
+    found = report(tmp_path / "ddp")
+    assert found["strategy"] == "ddp"
+    assert found["bytes_sent"] == found["parameters"] * 4 * found["steps"]  # 2 (p - 1) / p is 1
 
 
 MY = """
