@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import copy
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 _COUNTERS = (
@@ -116,10 +116,27 @@ class Telemetry:
             setattr(self, name, copy(value))
 
     def metrics(self) -> dict[str, float]:
-        """The scalars that are worth a curve, by name."""
-        lists = ("worker_wait_seconds", "worker_awaited_seconds", "rates", "bytes_of_groups")
-        skipped = ("steps", "ddp_bytes_per_step", *lists)
-        scalars = {name: v for name, v in asdict(self).items() if name not in skipped}
+        """The numbers that are worth a curve, by name; one per worker or level has its number."""
+        per_worker = ("worker_wait_seconds", "worker_awaited_seconds")
+        skipped = ("steps", "ddp_bytes_per_step", "rates", "bytes_of_groups", *per_worker)
+        found = {name: value for name, value in vars(self).items() if name not in skipped}
+        found["ddp_bytes_sent"] = self.ddp_bytes_sent
         levels = enumerate(self.bytes_per_level if self.bytes_of_groups else [])
-        scalars |= {f"bytes_level_{level}": sent for level, sent in levels}
-        return {name: float(v) for name, v in {**scalars, **self.rates}.items()}
+        found |= {f"bytes_level_{level}": sent for level, sent in levels}
+        for name in per_worker:
+            found |= {f"{name}/{rank}": value for rank, value in enumerate(getattr(self, name))}
+        return {name: float(value) for name, value in {**found, **self.rates}.items()}
+
+    def __str__(self) -> str:
+        """As a table for the terminal."""
+        shown = {"steps": self.steps, **self.metrics()}
+        width = max(map(len, shown))
+        return "\n".join(f"{name:<{width}}  {_in_words(name, v)}" for name, v in shown.items())
+
+
+def _in_words(name: str, value: float) -> str:
+    if "bytes" in name:
+        return f"{value / 1e6:.2f} MB"
+    if "seconds" in name:
+        return f"{value:.3g} s" if value >= 0.1 or not value else f"{1e3 * value:.3g} ms"
+    return f"{value:g}"

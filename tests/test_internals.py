@@ -32,6 +32,9 @@ CLASSES = {
     f"{PYTORCH}.trainer.connectors.checkpoint_connector:_CheckpointConnector": [
         *("resume_start", "dump_checkpoint"),
     ],
+    f"{PYTORCH}.trainer.connectors.logger_connector.logger_connector:_LoggerConnector": [
+        "log_metrics",
+    ],
     f"{PYTORCH}.plugins.io.wrapper:_WrappingCheckpointIO": ["checkpoint_io"],
     f"{PYTORCH}.loops.fetchers:_DataLoaderIterDataFetcher": [],
     f"{PYTORCH}.strategies.launchers.multiprocessing:_MultiProcessingLauncher": [
@@ -46,10 +49,10 @@ CLASSES = {
 
 ATTRIBUTES = {
     "_val_check_time_interval": type(None),
+    "_logger_connector._progress_bar_metrics": dict,
     "_signal_connector.received_sigterm": bool,
     "fit_loop._combined_loader": type(None),
     "fit_loop._data_fetcher": type(None),
-    "fit_loop.epoch_loop._batches_that_stepped": int,
     "fit_loop.epoch_loop.restarting": bool,
     "fit_loop.epoch_loop.batch_progress.current.ready": int,
     "strategy._checkpoint_io": type(None),

@@ -590,12 +590,6 @@ def test_telemetry_counts_bytes_and_reaches_the_logger(tmp_path: Any) -> None:
     assert len(rows) >= 4
 
 
-def test_the_monitor_refuses_other_strategies() -> None:
-    fitting = trainer(1, "auto", callbacks=[EASGDMonitor()])
-    with pytest.raises(pl.utilities.exceptions.MisconfigurationException, match="SingleDevice"):
-        fitting.fit(Toy(SGD), loader(0, 1))
-
-
 def hold(rank: int) -> Any:
     """α = lr ρ rises past 2/3 with the learning rate."""
     module, strategy, alphas = Toy(SGD), EASGDStrategy(tau=1, rho=5.0), []

@@ -55,6 +55,7 @@ class LoopHooks:
         self._epoch_loop = trainer.fit_loop.epoch_loop
         self._connector = trainer._signal_connector
         self._checkpoints = trainer._checkpoint_connector
+        self._logging = trainer._logger_connector
         self._replaced: dict[tuple[int, str], tuple[Any, Any]] = {}
 
     def restore(self) -> None:
@@ -120,6 +121,16 @@ class LoopHooks:
             self._epoch_loop.on_run_start(data_fetcher)
 
         self._replace(self._epoch_loop, "on_run_start", once)
+
+    def add_to_rows(self, more: Callable[[], dict[str, Any]]) -> None:
+        """Add what ``more()`` gives to every row of metrics that Lightning logs while it trains."""
+        log_row = self._logging.log_metrics
+
+        def log_metrics(metrics: Any, step: int | None = None) -> None:
+            adds = self._trainer.training and self._trainer.loggers
+            log_row({**metrics, **more()} if adds else metrics, step)
+
+        self._replace(self._logging, "log_metrics", log_metrics)
 
     def on_time_limit(self, action: Callable[[], None]) -> None:
         """Call ``action`` when a step ends past a Timer's limit, instead of broadcasting it.
@@ -327,9 +338,9 @@ def stops_early(trainer: pl.Trainer) -> bool:
     return trainer.should_stop and trainer.fit_loop._can_stop_early
 
 
-def logged_step(trainer: pl.Trainer) -> int:
-    """The step under which Lightning's loggers file what is logged now."""
-    return trainer.fit_loop.epoch_loop._batches_that_stepped
+def show_in_bar(trainer: pl.Trainer, name: str, text: str) -> None:
+    """Show a text among the metrics in Lightning's progress bar, which takes numbers else."""
+    trainer._logger_connector._progress_bar_metrics[name] = text  # type: ignore[assignment]
 
 
 def validates_by_clock(trainer: pl.Trainer) -> bool:

@@ -46,7 +46,7 @@ def callbacks(strategy: Strategy, checkpoint: ModelCheckpoint | None, seed: int)
     if checkpoint is not None:
         chosen.append(checkpoint)
     if isinstance(strategy, EASGDStrategy):
-        chosen.append(EASGDMonitor())
+        chosen.append(EASGDMonitor(progress_bar=True))
     return chosen
 
 
