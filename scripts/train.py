@@ -5,6 +5,7 @@ Every key of conf/ can be set: python scripts/train.py model=resnet strategy.tau
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -83,7 +84,19 @@ def run(cfg: DictConfig) -> Report:
     if trainer.local_rank == 0:
         Path(cfg.output_dir, "report.json").write_text(report.to_json())
     leave_all_groups()  # under DDP too, which does not
+    if trainer.is_global_zero and cfg.train:
+        draw_curves(Path(cfg.output_dir))
     return report
+
+
+def draw_curves(folder: Path) -> None:
+    """Draw ``curves.png``, if the run has logged a table; a picture is no reason to fail."""
+    try:
+        from seeing.curves import draw
+
+        draw(folder)
+    except Exception as error:
+        print(f"{folder}/curves.png was not drawn: {error!r}", file=sys.stderr)
 
 
 if __name__ == "__main__":

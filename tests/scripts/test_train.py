@@ -15,7 +15,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from processes import processes_of, run_script
-from train import objective
+from train import draw_curves, objective
 
 from lightning_easgd.workloads.report import Report
 
@@ -63,6 +63,7 @@ def test_reports_accuracy_bytes_waits_and_the_checkpoint(tmp_path: Path) -> None
         assert label in " ".join(printed.split())  # how wide names are is by chance
     assert "litlogger" not in printed
     assert not (run / "train.log").exists()
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "easgd/wait_seconds" in (run / "csv" / "version_0" / "metrics.csv").read_text()
     state = torch.load(run / "checkpoints" / "final.ckpt", weights_only=True)
     assert any(key.startswith("net.") for key in state["state_dict"])
@@ -79,6 +80,14 @@ def test_groups_are_reported_with_what_leaves_them() -> None:
     table = Report(strategy="easgd", workers=4, bytes_inside=4_000_000, **sent).table()
     assert "sent by worker 0            5.00 MB, 50.0 % of DDP's 10.00 MB" in table
     assert "  of that, to other groups  1.00 MB, 10.0 % of DDP's 10.00 MB" in table
+
+
+def test_a_picture_that_cannot_be_drawn_is_said_and_no_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "metrics.csv").write_text("step,loss\n1,no number\n")
+    draw_curves(tmp_path)
+    assert f"{tmp_path}/curves.png was not drawn: ValueError(" in capsys.readouterr().err
 
 
 def test_the_command_of_the_readme_reaches_97_percent_on_the_digits(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""What a run has written, as curves and on the screen."""
