@@ -25,6 +25,9 @@ from lightning_easgd import EASGDStrategy, Telemetry
 _WORTH_A_LINE, _STANDS_OUT = 0.01, 2.0
 """A straggler was waited for longer than this share of training, and so many times the others."""
 
+_FEW = 8
+"""So many workers have a number each in the table."""
+
 _COUNTED = (
     *("tau", "exchanges", "bytes_sent", "bytes_inside", "ddp_bytes_sent", "wait_seconds"),
     *("worker_wait_seconds", "worker_awaited_seconds"),
@@ -151,8 +154,14 @@ class Report:
         if self.bytes_sent is not None:
             rows += self._sent(self.bytes_sent)
         if self.wait_seconds is not None:
-            rows.append(("waited", f"{self.wait_seconds:.2f} of {self.train_seconds:.1f} s"))
+            rows.append(self._waited(self.wait_seconds))
         return rows + self._straggler()
+
+    def _waited(self, by_this: float) -> tuple[str, str]:
+        everybody = self.worker_wait_seconds
+        few = 1 < len(everybody) <= _FEW
+        waits = ", ".join(f"{wait:.2f}" for wait in (everybody if few else [by_this]))
+        return f"waited{' by each worker' * few}", f"{waits} of {self.train_seconds:.1f} s"
 
     def _sent(self, sent: int) -> list[tuple[str, str]]:
         if self.bytes_inside:  # the first worker of a group sends more than others
