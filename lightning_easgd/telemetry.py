@@ -59,8 +59,8 @@ class Telemetry:
     """Seconds waited so far by each worker, in rank order, as of the latest awaited exchange. The
     worker that the others wait for is the one that waits least."""
     worker_awaited_seconds: list[float] = field(default_factory=list)
-    """Seconds that each worker was waited for in this fit, in rank order: at every exchange the
-    one that waits least, by how much less than the one that waits longest."""
+    """Seconds that each worker was waited for in this fit, in rank order. The others wait for the
+    worker that waits least at an exchange, by as much as the one that waits longest waits more."""
 
     @property
     def bytes_between(self) -> int:
