@@ -22,6 +22,8 @@ extensions = [
 html_theme = "furo"
 html_title = "lightning-easgd"
 html_show_sphinx = False
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
 smartquotes = False  # messages have code in them, to be copied
 
 myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist", "dollarmath"]

@@ -41,10 +41,12 @@ from lightning_easgd.schedules.companion import Companion, WorkerView
 
 
 class EASGD(Rule):
-    """Synchronous EASGD, and EAMSGD where workers use Nesterov momentum; see the module.
+    """Synchronous EASGD, and EAMSGD where workers use Nesterov momentum.
 
-    With ``center_momentum`` the center moves by v <- μ v + Σ_i α (x^i - c), as under SMA but for
-    its restarts.
+        x^i <- x^i - η g^i(x^i) - α (x^i - c) ;   c <- c + Σ_i α (x^i - c)
+
+    Both read the weights before the step. With ``center_momentum`` the center moves by
+    v <- μ v + Σ_i α (x^i - c), as under SMA but without restarts.
 
     Args:
         center_momentum: μ, in [0, 1); 0 is the paper.
