@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from plugging import find_own_code, replace_whole
 from processes import run_script
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"
+TEMPLATE = Path(__file__).parents[2] / "docs" / "template"
 
 MY = """
 import lightning.pytorch as pl
@@ -143,6 +145,24 @@ def test_an_optimizer_is_handed_to_a_module_of_their_own(folder: Path) -> None:
     printed, *_ = train(folder, *own, "optimizer._target_=torch.optim.RMSprop", "optimizer.lr=0.25")
     assert "optimizer: RMSprop 0.25" in printed
     assert "the callback said listed" in printed
+
+
+@pytest.mark.parametrize(("name", "least"), [("tabular", 0.9), ("transformer", 0.8)])
+def test_a_template_that_is_copied_trains(name: str, least: float, tmp_path: Path) -> None:
+    copytree(TEMPLATE / name, tmp_path / "mine")
+    quiet = ["trainer.enable_progress_bar=false", "hydra.run.dir=run"]
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--config-dir", "mine", "experiment=mine", *quiet],
+        cwd=tmp_path,
+        timeout=150,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["tested"]["test/accuracy"] > least
+    assert report["logged"].keys() >= {"val/loss", "val/accuracy", "train/loss"}
 
 
 @pytest.mark.parametrize(
