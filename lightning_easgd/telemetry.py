@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,8 +56,8 @@ class Telemetry:
     ddp_bytes_per_step: int = 0
     """Bytes this worker would send per optimizer step if gradients were all-reduced."""
     worker_wait_seconds: list[float] = field(default_factory=list)
-    """Seconds waited so far by each worker, in rank order, as of the latest awaited exchange. The
-    worker that the others wait for is the one that waits least."""
+    """Seconds waited by each worker in this fit, in rank order, up to the exchange before the
+    latest. The worker that the others wait for is the one that waits least."""
     worker_awaited_seconds: list[float] = field(default_factory=list)
     """Seconds that each worker was waited for in this fit, in rank order. The others wait for the
     worker that waits least at an exchange, by as much as the one that waits longest waits more."""
@@ -86,14 +86,14 @@ class Telemetry:
         self.bytes_received += moved
         self.bytes_inside += inside
 
-    def hear_waits(self, waits: list[float]) -> None:
-        """Take in how long each worker has waited so far, of which the others told."""
-        before, self.worker_wait_seconds = self.worker_wait_seconds, waits
-        if len(before) != len(waits):  # of an earlier fit, it is unknown who was waited for
-            self.worker_awaited_seconds = [0.0] * len(waits)
-            return
-        waited = [now - then for now, then in zip(waits, before, strict=True)]
-        last = waited.index(min(waited))
+    def count_waits(self, waited: Sequence[float]) -> None:
+        """Count how long each worker has waited since the exchange before."""
+        if not self.worker_wait_seconds:
+            self.worker_wait_seconds = [0.0] * len(waited)
+            self.worker_awaited_seconds = [0.0] * len(waited)
+        for rank, seconds in enumerate(waited):
+            self.worker_wait_seconds[rank] += seconds
+        last = min(range(len(waited)), key=waited.__getitem__)
         self.worker_awaited_seconds[last] += max(waited) - waited[last]
 
     def take_over(self, inside: Telemetry, level: int) -> None:

@@ -141,7 +141,7 @@ def test_exchanges_that_stop_hiding_are_said_once(watched: Any) -> None:
 
 def test_telemetry_is_a_table() -> None:
     telemetry = Telemetry(steps=10, bytes_sent=2_500_000, wait_seconds=0.0123, tau=5)
-    telemetry.hear_waits([0.5, 12.0])
+    telemetry.count_waits([0.5, 12.0])
     lines = dict(line.split(maxsplit=1) for line in str(telemetry).splitlines())
     assert lines["steps"] == "10"
     assert lines["bytes_sent"] == "2.50 MB"

@@ -73,6 +73,7 @@ class CollectiveLink:
         self._schedules = schedules or Schedules({})
         self.arrivals = Arrivals(participant, schedules=self._schedules, consensus=self.consensus)
         self._headers_sent = 0
+        self._waits: list[float] = []
         self._state: Free | HeaderSent | InFlight = Free()
         self.start_training()
 
@@ -315,10 +316,15 @@ class CollectiveLink:
     def _apply(self, state: HeaderSent | InFlight, headers: Sequence[Header]) -> None:
         self._stops.hear([header.stop for header in headers], self.all_reduce.ranks)
         self._agreement.hear([header.named for header in headers])
-        self._telemetry.hear_waits([1e-6 * header.wait_microseconds for header in headers])
+        self._hear_waits([1e-6 * header.wait_microseconds for header in headers])
         if isinstance(state, InFlight):
             if self.arrivals.take_in(state, headers):
                 self.timer.restart()
             if state.resets:
                 self._center.reset_worker()
         self._center.join(state.cohorts)
+
+    def _hear_waits(self, waits: list[float]) -> None:
+        """Take in how long each worker has waited, also in fits that this one goes on from."""
+        before, self._waits = self._waits or waits, waits
+        self._telemetry.count_waits([now - then for now, then in zip(waits, before, strict=True)])

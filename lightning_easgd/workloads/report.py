@@ -110,10 +110,11 @@ class Report:
     """Of those, to workers of its own group."""
     ddp_bytes_sent: int | None = None
     wait_seconds: float | None = None
+    """Those of runs that this one went on from included, as all that is counted above."""
     worker_wait_seconds: list[float] = field(default_factory=list)
-    """Waited by each worker, in rank order."""
+    """Waited by each worker in this run, in rank order."""
     worker_awaited_seconds: list[float] = field(default_factory=list)
-    """Others waited so long for each worker, in rank order."""
+    """Others waited so long for each worker in this run, in rank order."""
     checkpoint: str | None = None
 
     def to_json(self) -> str:
@@ -153,15 +154,17 @@ class Report:
             rows.append(("exchanges", str(self.exchanges)))
         if self.bytes_sent is not None:
             rows += self._sent(self.bytes_sent)
-        if self.wait_seconds is not None:
-            rows.append(self._waited(self.wait_seconds))
-        return rows + self._straggler()
+        return rows + self._waited() + self._straggler()
 
-    def _waited(self, by_this: float) -> tuple[str, str]:
-        everybody = self.worker_wait_seconds
-        few = 1 < len(everybody) <= _FEW
-        waits = ", ".join(f"{wait:.2f}" for wait in (everybody if few else [by_this]))
-        return f"waited{' by each worker' * few}", f"{waits} of {self.train_seconds:.1f} s"
+    def _waited(self) -> list[tuple[str, str]]:
+        waits = sorted(self.worker_wait_seconds)
+        if not waits or not self.train_seconds:
+            return []
+        if len(waits) <= _FEW:
+            shown = ", ".join(f"{wait:.2f}" for wait in self.worker_wait_seconds)
+        else:
+            shown = f"{waits[0]:.2f} to {waits[-1]:.2f}"
+        return [("waited by each worker", f"{shown} of {self.train_seconds:.1f} s")]
 
     def _sent(self, sent: int) -> list[tuple[str, str]]:
         if self.bytes_inside:  # the first worker of a group sends more than others

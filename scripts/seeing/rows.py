@@ -60,9 +60,16 @@ class Rows:
         return {name: self.curves[name] for name in sorted(own, key=lambda n: ("loss" not in n, n))}
 
     def seconds(self, steps: Sequence[int]) -> list[float]:
-        """When these steps were taken, between the rows that tell; empty if none does."""
+        """When these steps were taken, between the rows that tell; empty if none does.
+
+        A run that goes on begins to count anew, and is put behind what was before.
+        """
         known = self.curves.get(SECONDS)
-        return [] if known is None else np.interp(steps, known.steps, known.values).tolist()
+        if known is None:
+            return []
+        begins = np.diff(known.values, prepend=0.0) < 0
+        before = np.where(begins, np.roll(known.values, 1), 0.0).cumsum()
+        return np.interp(steps, known.steps, before + known.values).tolist()
 
 
 def _read(path: Path) -> list[dict[str, str]]:

@@ -115,6 +115,13 @@ def test_curves_are_drawn_over_steps_and_time(run: Path) -> None:
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
+def test_time_goes_on_where_a_run_does(tmp_path: Path) -> None:
+    rows = [(9, 10.0), (19, 20.0), (29, 5.0), (39, 15.0), (49, 1.0)]
+    text = "".join(f"{step},{seconds}\n" for step, seconds in rows)
+    (tmp_path / "metrics.csv").write_text(f"step,easgd/seconds\n{text}")
+    assert Rows(tmp_path).seconds([9, 19, 29, 34, 39, 49]) == [10.0, 20.0, 25.0, 30.0, 35.0, 36.0]
+
+
 def test_a_run_that_logged_nothing_has_no_curves(tmp_path: Path) -> None:
     assert draw(tmp_path) is None
     assert list(tmp_path.iterdir()) == []
