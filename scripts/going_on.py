@@ -69,7 +69,8 @@ def command(
     """What was typed, with where it goes on."""
     kept = [each for each in overrides if not each.lstrip("+").startswith(("ckpt_path=", "hydra."))]
     further = [f"ckpt_path={_quoted(checkpoint)}", f"hydra.run.dir={_quoted(folder)}"]
-    return shlex.join(["python", script, *flags, *kept, *further])
+    program = ["python", script] if script.endswith(".py") else [script]
+    return shlex.join([*program, *flags, *kept, *further])
 
 
 def _flags(arguments: Sequence[str]) -> list[str]:

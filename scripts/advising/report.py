@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 from advising.judging import WORTH, Advice, Memory, Option
 
@@ -48,7 +50,8 @@ def command(advice: Advice, arguments: Iterable[str]) -> str:
         kept.append(f"strategy.tau={advice.best.tau}")
         if advice.best.compression is not None:
             kept.append(f"strategy.compression={advice.best.compression}")
-    return f"python scripts/train.py {shlex.join(kept)}"
+    installed = Path(sys.argv[0]).name == "easgd-advise"
+    return f"{'easgd-train' if installed else 'python scripts/train.py'} {shlex.join(kept)}"
 
 
 def milliseconds(seconds: float) -> str:

@@ -188,12 +188,14 @@ TYPED = ["model=resnet", "seconds=9", "strategy=eamsgd", "strategy.tau=4", "stra
     ],
 )
 def test_the_command_is_what_was_typed_with_what_was_found(
-    ddp_ms: float, typed: list[str], expected: str
+    ddp_ms: float, typed: list[str], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = advice(exchanges(None, 400), exchanges("int8", 100), ddp_ms=ddp_ms)
     if not found.take_ddp:
         expected += " strategy.compression=int8"
     assert command(found, typed) == f"python scripts/train.py {expected}"
+    monkeypatch.setattr(sys, "argv", ["/bin/easgd-advise", *typed])
+    assert command(found, typed) == f"easgd-train {expected}"
 
 
 def advise(folder: Path, *overrides: str, code: int = 0) -> str:

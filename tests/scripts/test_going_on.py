@@ -136,6 +136,11 @@ def test_a_stopped_run_says_the_step_the_checkpoint_and_the_command(
     assert "Traceback" not in printed
 
 
+def test_the_installed_command_is_its_own_program() -> None:
+    typed = command("/bin/easgd-train", [], ["tau=4"], Path("/run/last.ckpt"), Path("/run"))
+    assert typed == "/bin/easgd-train tau=4 ckpt_path=/run/last.ckpt hydra.run.dir=/run"
+
+
 @pytest.mark.parametrize("name", ["run", "it's a run, a=b", 'a"b\\c', "$x"])
 def test_the_command_is_read_as_the_folder_it_names(name: str) -> None:
     folder = Path("/runs") / name
