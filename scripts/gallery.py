@@ -1,6 +1,6 @@
 """Draw how the schedules of conf/vary go, from real runs on digits.
 
-python scripts/gallery.py                     docs/schedules.png, in a few minutes
+python scripts/gallery.py                     outputs/gallery/schedules.png, in a few minutes
 python scripts/gallery.py --folder runs       finished runs are kept there, and not done again
 """
 
@@ -112,15 +112,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--folder", type=Path, default=Path("outputs/gallery"), help="of the runs")
-    parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "schedules.png")
+    parser.add_argument("--picture", type=Path, help="default: schedules.png in that folder")
     parser.add_argument("overrides", nargs="*", help="of scripts/train.py, for all runs")
     options = parser.parse_args()
     runs = []
     for panel in PANELS:
         print(f"  {panel.name}", flush=True)
         runs.append((panel, train(panel, options.folder, options.overrides)))
-    draw(runs, options.picture)
-    print(f"  {options.picture}")
+    picture = options.picture or options.folder / "schedules.png"
+    draw(runs, picture)
+    print(f"  {picture}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,10 @@ from advising.judging import WORTH, Advice, Memory, Option
 _OWN = ("seconds", "codecs")
 _FOUND = ("tau", "strategy.tau", "strategy.tau.min", "strategy.tau.max", "strategy.compression")
 _FEWER = 4
+_FEW = 10_000
+"""Parameters that are no hundredth of a million."""
+_SMALL = 100_000
+"""Bytes that travel in less time than it takes to begin: the time says nothing of the bandwidth."""
 
 
 def table(advice: Advice) -> str:
@@ -19,14 +23,14 @@ def table(advice: Advice) -> str:
     measured, ddp = advice.measured, advice.measured.ddp_step_seconds
     longer = f"{ddp / measured.step_seconds:.2f} times as long"
     rows = [
-        ("model", f"{measured.model}, {measured.parameters / 1e6:.2f} M parameters trained"),
+        ("model", f"{measured.model}, {parameters(measured.parameters)} parameters trained"),
         ("workers", f"{measured.workers} on {measured.device}"),
         ("a step without exchanges", milliseconds(measured.step_seconds)),
         (
             "a step under DDP",
             f"{milliseconds(ddp)}, {longer}; {amount(advice.ddp_bytes_per_hour)} an hour",
         ),
-        ("bandwidth, each way", f"{advice.bandwidth_bits / 1e6:.0f} Mbit/s"),
+        ("bandwidth, each way", _bandwidth(advice)),
         *_memory(advice),
     ]
     lines = [*aligned(rows), "", *aligned(_options(advice)), "", *_verdict(advice)]
@@ -54,6 +58,11 @@ def command(advice: Advice, arguments: Iterable[str]) -> str:
     return f"{'easgd-train' if installed else 'python scripts/train.py'} {shlex.join(kept)}"
 
 
+def parameters(number: int) -> str:
+    """A number of parameters."""
+    return f"{number / 1e6:.2f} M" if number >= _FEW else f"{number:,}"
+
+
 def milliseconds(seconds: float) -> str:
     """A duration."""
     return f"{1e3 * seconds:.1f} ms"
@@ -77,6 +86,13 @@ def aligned(rows: Iterable[tuple[str, ...]]) -> list[str]:
 
 def _key(argument: str) -> str:
     return argument.lstrip("+~").split("=")[0]
+
+
+def _bandwidth(advice: Advice) -> str:
+    sent = advice.measured.exchanges[0].trials[0].sent_bytes / advice.measured.fragments
+    if sent < _SMALL:
+        return f"too small to tell: an exchange sends {sent / 1e3:.1f} kB"
+    return f"{advice.bandwidth_bits / 1e6:.0f} Mbit/s"
 
 
 def _memory(advice: Advice) -> list[tuple[str, str]]:

@@ -78,6 +78,17 @@ def test_a_slow_network_calls_for_a_codec_and_a_small_tau() -> None:
     assert "bandwidth, each way          79 Mbit/s" in printed
 
 
+def test_a_model_too_small_to_tell_the_bandwidth_says_so() -> None:
+    small = advice(exchanges(None, 1, sent=5_200), parameters=1_300)
+    assert "CNN, 1,300 parameters trained" in table(small)
+    assert "bandwidth, each way          too small to tell: an exchange sends 5.2 kB" in table(
+        small
+    )
+    large = advice(exchanges(None, 1, sent=MEGABYTE))
+    assert "CNN, 1.00 M parameters trained" in table(large)
+    assert "bandwidth, each way          8000 Mbit/s" in table(large)
+
+
 @pytest.mark.parametrize(
     ("ddp_ms", "ddp", "nothing_to_gain"), [(10.4, True, True), (10.8, False, False)]
 )

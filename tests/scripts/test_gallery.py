@@ -8,6 +8,7 @@ from pathlib import Path
 
 import gallery
 import pages
+import pytest
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,6 +39,18 @@ def test_the_picture_is_small_and_its_command_is_beside_it() -> None:
     assert 0 < picture.stat().st_size < 200_000
     (page,) = [page for page in pages.everywhere() if "schedules.png)" in page.text]
     assert "python scripts/gallery.py" in page.text
+
+
+def test_a_picture_of_the_documents_is_replaced_only_if_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Path] = []
+    monkeypatch.setattr(gallery, "PANELS", ())
+    monkeypatch.setattr(gallery, "draw", lambda runs, path: drawn.append(path))
+    for named in ([], ["--picture", "docs/schedules.png"]):
+        monkeypatch.setattr(sys, "argv", ["gallery.py", "--folder", str(tmp_path), *named])
+        gallery.main()
+    assert drawn == [tmp_path / "schedules.png", Path("docs/schedules.png")]
 
 
 def test_the_script_says_how_it_is_used() -> None:
