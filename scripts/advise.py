@@ -12,6 +12,12 @@ import hydra
 from jobs import attempt, command_line, read_config, start_workers
 from omegaconf import DictConfig
 
+TITLE = "Measure a minute of training, and say which τ and compression to take, or to take DDP."
+COMMANDS = """\
+  python scripts/advise.py                                the default run of train.py
+  python scripts/advise.py data=fashion_mnist model=resnet trainer.devices=4
+  python scripts/advise.py seconds=20 codecs=[int8]       a shorter measurement
+"""
 READ = ("seconds", "codecs", "arguments")
 
 
@@ -44,4 +50,4 @@ def run(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    command_line(main, "advise")
+    command_line(main, "advise", title=TITLE, commands=COMMANDS)

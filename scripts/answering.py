@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from helping import groups
 from hydra import compose, initialize_config_dir
 from hydra.errors import (
     ConfigCompositionException,
@@ -88,7 +89,7 @@ def _wrong_choice(file: str, options: Iterable[str]) -> str:
 
 def _wrong_key(key: str, config: str, arguments: Iterable[str]) -> str:
     known = OmegaConf.to_container(_composed(config, key, arguments), resolve=False)
-    meant = _meant("", key, [*_keys(known), *_groups(config)])
+    meant = _meant("", key, [*_keys(known), *(group for group, _ in groups(config))])
     return f"there is no key {key}.{meant} A new one needs a plus sign: +{key}=VALUE"
 
 
@@ -111,13 +112,6 @@ def _keys(values: Any, above: str = "") -> Iterator[str]:
     for name, value in values.items() if isinstance(values, dict) else ():
         yield f"{above}{name}"
         yield from _keys(value, f"{above}{name}.")
-
-
-def _groups(config: str) -> list[str]:
-    """What a script's file chooses files of, also where it chooses none."""
-    entries = OmegaConf.load(CONF / f"{config}.yaml").defaults
-    named = [name for entry in entries if isinstance(entry, DictConfig) for name in entry]
-    return [name for name in named if not name.startswith("override ")]
 
 
 def _first_line(error: BaseException) -> str:

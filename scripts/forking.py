@@ -78,10 +78,12 @@ class Workers:
 
     def _start(self, rank: int, target: Any, args: Any, variables: Any, log: Any) -> None:
         receiver, sender = self._context.Pipe(duplex=False)
-        process = self._context.Process(
-            target=_worker, args=(target, rank, args, variables, log, sender, os.getpid())
-        )
-        process.start()
+        with _stdin_for(rank, self._context) as stdin:
+            process = self._context.Process(
+                target=_worker,
+                args=(target, rank, args, variables, log, stdin, sender, os.getpid()),
+            )
+            process.start()
         sender.close()
         self.pipes.append(receiver)
         self.processes.append(process)
@@ -201,8 +203,32 @@ def _how_it_died(code: int | None) -> str:
     return f"was killed by signal {-code}{hint}"
 
 
+@contextmanager
+def _stdin_for(rank: int, context: Any) -> Iterator[int | None]:
+    """A copy of what this process reads from, which a forked worker 0 keeps, for a debugger in it.
+
+    multiprocessing takes it from all processes that it starts.
+    """
+    try:
+        copy = os.dup(0) if rank == 0 and context is FORK else None
+    except OSError:  # there is none
+        copy = None
+    try:
+        yield copy
+    finally:
+        if copy is not None:
+            os.close(copy)
+
+
 def _worker(
-    target: Any, rank: int, args: Any, variables: Any, log: Any, sender: Any, parent: int
+    target: Any,
+    rank: int,
+    args: Any,
+    variables: Any,
+    log: Any,
+    stdin: int | None,
+    sender: Any,
+    parent: int,
 ) -> None:
     for number in _ENDING:  # not as the process that was forked
         signal.signal(number, signal.SIG_DFL)
@@ -210,6 +236,10 @@ def _worker(
     os.environ.update(variables)
     if log is not None:
         write_to(log)
+    if stdin is not None:
+        os.dup2(stdin, 0)
+        os.close(stdin)
+        sys.stdin = os.fdopen(0, closefd=False)
     try:
         outcome = Outcome(value=target(rank, *args))
     except BaseException as error:

@@ -11,6 +11,7 @@ from mmap import mmap
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
+from launching import is_worker
 from omegaconf import DictConfig
 
 _WIDTH = 20
@@ -52,6 +53,8 @@ def advice(cfg: DictConfig) -> str:
     if checkpoint is None:
         return "\n".join([*lines, "  checkpoint  none was written"])
     typed = command(sys.argv[0], _flags(sys.argv[1:]), hydra_cfg.overrides.task, checkpoint, folder)
+    if is_worker():
+        typed = f"the same command with {shlex.join(_further(checkpoint, folder))}"
     return "\n".join([*lines, f"  checkpoint  {_described(checkpoint)}", f"  to go on    {typed}"])
 
 
@@ -68,9 +71,12 @@ def command(
 ) -> str:
     """What was typed, with where it goes on."""
     kept = [each for each in overrides if not each.lstrip("+").startswith(("ckpt_path=", "hydra."))]
-    further = [f"ckpt_path={_quoted(checkpoint)}", f"hydra.run.dir={_quoted(folder)}"]
     program = ["python", script] if script.endswith(".py") else [script]
-    return shlex.join([*program, *flags, *kept, *further])
+    return shlex.join([*program, *flags, *kept, *_further(checkpoint, folder)])
+
+
+def _further(checkpoint: Path, folder: Path) -> list[str]:
+    return [f"ckpt_path={_quoted(checkpoint)}", f"hydra.run.dir={_quoted(folder)}"]
 
 
 def _flags(arguments: Sequence[str]) -> list[str]:

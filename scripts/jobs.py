@@ -11,18 +11,20 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import answering
 import configs
+import helping
+import sweeping
 from answering import cause, explain
 from forking import write_to
 from going_on import advice
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
-from hydra.types import RunMode
 from launching import WorkerError, log_of, rank_of_worker, run_workers, writes_to_terminal
 from omegaconf import DictConfig, OmegaConf
 from parting import leave_with_parent
@@ -30,22 +32,22 @@ from plugging import find_own_code, needed, replace_whole
 
 Result = TypeVar("Result")
 
-failed: list[str] = []
-"""The jobs of a sweep that failed, and why, a line each."""
-
 
 def attempt(start: Callable[[DictConfig], Result], cfg: DictConfig) -> Result | None:
     """Do one job, and report if it fails; None then, if it is one of a sweep."""
+    began = time.time()
     try:
-        return start(cfg)
+        result = start(cfg)
     except Exception as error:
-        report_failure(error, cfg)
+        report_failure(error, cfg, began)
+        return None
     except (KeyboardInterrupt, SystemExit) as stop:
         if told := advice(cfg):
             how = "by Ctrl-C" if isinstance(stop, KeyboardInterrupt) else "by SIGTERM"
             print(f"\nThe run was stopped {how}.\n{told}", file=sys.stderr)
         raise
-    return None
+    sweeping.record(began, objective=result)
+    return result
 
 
 def start_workers(cfg: DictConfig, run: Callable[[DictConfig], Result]) -> list[Result]:
@@ -89,7 +91,7 @@ def read_config(cfg: DictConfig, *, also: Sequence[str] = ()) -> DictConfig:
     return needed(cfg, HydraConfig.get().overrides.task, also=also)
 
 
-def report_failure(error: Exception, cfg: DictConfig) -> None:
+def report_failure(error: Exception, cfg: DictConfig, began: float) -> None:
     """Say which job failed, and why, in a line; the end of the program, unless it is a sweep.
 
     If it failed in training, further lines say what is there to go on with.
@@ -97,23 +99,22 @@ def report_failure(error: Exception, cfg: DictConfig) -> None:
     hydra_cfg = HydraConfig.get()
     answering.write_traceback(error, Path(hydra_cfg.runtime.output_dir))
     message = explain(error, hydra_cfg.job.config_name, hydra_cfg.overrides.task)
-    further = _further(error, cfg)
-    if hydra_cfg.mode != RunMode.MULTIRUN:
-        sys.exit(f"error: {message}{further}")
-    job = f"job {hydra_cfg.job.num} [{' '.join(hydra_cfg.overrides.task)}]"
-    failed.append(f"{job} in {hydra_cfg.runtime.output_dir} failed: {message}")
-    print(f"{failed[-1]}{further}", file=sys.stderr)
+    if not sweeping.is_sweep():
+        sys.exit(f"error: {message}{_further(error, cfg)}")
+    sweeping.record(began, error=message)
+    print(f"error: job {hydra_cfg.job.num}: {message}{_further(error, cfg)}", file=sys.stderr)
 
 
 def _further(error: Exception, cfg: DictConfig) -> str:
     """Where the traceback is, and how the run goes on, if it came as far as that."""
-    lines = []
+    if not isinstance(error, WorkerError) and rank_of_worker() is None:
+        return ""  # no worker was started
+    told = advice(cfg)
+    traced = bool(told)
     if isinstance(error, WorkerError):
-        told = advice(cfg)
-        if error.outcome.trace and (told or not error.alike):
-            lines.append(f"  traceback   {HydraConfig.get().runtime.output_dir}/error.log")
-        lines += [told] * bool(told)
-    return "".join(f"\n{line}" for line in lines)
+        traced = bool(error.outcome.trace) and (traced or not error.alike)
+    log = f"  traceback   {HydraConfig.get().runtime.output_dir}/error.log"
+    return "".join(f"\n{line}" for line in (log * traced, told) if line)
 
 
 def quieten() -> None:
@@ -139,14 +140,19 @@ def refuse_what_is_gone(arguments: Iterable[str]) -> None:
             )
 
 
-def command_line(main: Callable[[], Any], config: str) -> None:
-    """Be a job, or a sweep, whose failed jobs are listed at its end.
+def command_line(main: Callable[[], Any], config: str, *, title: str, commands: str) -> None:
+    """Be a job, or a sweep, which ends with the table of its jobs.
 
     Args:
         main: what Hydra decorated.
         config: its file of conf/, without .yaml.
+        title: what the script does, for --help.
+        commands: the usual ones, for --help.
     """
     arguments = sys.argv[1:]
+    if {"--help", "-h"} & set(arguments):
+        print(helping.text(title, commands, config))
+        return
     refuse_what_is_gone(arguments)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # what Hydra meets is said here
     try:
@@ -161,11 +167,8 @@ def command_line(main: Callable[[], Any], config: str) -> None:
         # Without a folder yet, workers that a launcher started all meet the same.
         sys.exit(f"error: {explain(error, config, arguments)}" if writes_to_terminal() else 1)
     finally:
-        if failed:
-            print(
-                f"{len(failed)} job(s) of the sweep failed:", *failed, sep="\n  ", file=sys.stderr
-            )
-    if failed:
+        succeeded = sweeping.close()
+    if not succeeded:
         sys.exit(1)
 
 

@@ -37,6 +37,8 @@ class WorkerError(RuntimeError):
     def __str__(self) -> str:
         if self.outcome.error == DIED:
             return f"worker {self.rank} {self.outcome.message}"
+        if self.outcome.error == "SIGTERMException":  # Lightning's, without words
+            return f"worker {self.rank} was asked to end by SIGTERM"
         words = f"{self.outcome.error}: {self.outcome.message}"
         return words if self.alike else f"worker {self.rank} failed: {words}"
 
@@ -148,7 +150,7 @@ def _require_success(outcomes: Mapping[int, Outcome], logs: Path) -> None:
     if failed:
         rank = min(failed, key=lambda rank: _when(failed[rank]))
         words = {(outcome.error, outcome.message) for outcome in failed.values()}
-        alike = len(words) == 1 and len(failed) == len(outcomes)
+        alike = len(words) == 1 and len(failed) == len(outcomes) and failed[rank].message != ""
         raise WorkerError(rank, failed[rank], alike=alike)
 
 

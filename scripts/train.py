@@ -17,6 +17,15 @@ from jobs import attempt, command_line, quieten, read_config, start_workers
 from omegaconf import DictConfig
 from plugging import several
 
+TITLE = "Train a model under elastic averaging (or DDP, or alone), and report cost and result."
+COMMANDS = """\
+  python scripts/train.py                                         four workers on the digits
+  python scripts/train.py data=fashion_mnist model=cnn tau=16     other data, and rarer exchanges
+  python scripts/train.py module._target_=my.Lit data._target_=my.Data    your own classes
+  python scripts/train.py -m strategy=easgd,diloco,ddp tau=4,16   a sweep over all combinations
+  python scripts/train.py ckpt_path=RUN/checkpoints/last.ckpt hydra.run.dir=RUN    go on with a run
+"""
+
 if TYPE_CHECKING:
     from lightning_easgd.workloads.report import Report
 
@@ -100,4 +109,4 @@ def draw_curves(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    command_line(main, "train")
+    command_line(main, "train", title=TITLE, commands=COMMANDS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -156,8 +157,23 @@ def test_the_commands_of_a_page_are_understood(page: Page) -> None:
             if "hydra.main" in source:
                 if "--config-dir" in arguments:  # the choices are in a folder of the reader's
                     continue
+                if any(lacks(plugin) for word, plugin in PLUGINS.items() if word in arguments):
+                    continue
                 for overrides in jobs(replace_whole(arguments)):
                     compose(script, overrides=overrides)
+
+
+PLUGINS = {
+    "hparams_search=optuna": "hydra_optuna_sweeper",
+    "launcher=joblib": "hydra_joblib_launcher",
+    "launcher=slurm": "hydra_submitit_launcher",
+}
+"""Choices that need a plugin of Hydra."""
+
+
+def lacks(plugin: str) -> bool:
+    """Whether it is not installed here."""
+    return not find_spec("hydra_plugins") or not find_spec(f"hydra_plugins.{plugin}")
 
 
 def jobs(arguments: list[str]) -> list[tuple[str, ...]]:

@@ -235,6 +235,18 @@ def test_signals_end_all_workers_also_if_they_come_twice(
     assert alive(tmp_path) == []
 
 
+def test_worker_0_reads_what_is_typed(tmp_path: Path) -> None:
+    text = (
+        "from launching import run_workers; from pathlib import Path\n"
+        "def read(rank): return input() if rank == 0 else None\n"
+        f"print(run_workers(read, workers=2, nodes=1, logs=Path({str(tmp_path)!r})))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", text], input="continue\n", timeout=60, capture_output=True, text=True
+    )
+    assert done.stdout == "['continue', None]\n", done.stderr
+
+
 def sleep_watching(rank: int, folder: Path) -> None:
     """Until the parent is gone."""
     parting.leave_with_parent()

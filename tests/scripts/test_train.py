@@ -13,7 +13,9 @@ from pathlib import Path
 import answering
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from plugging import replace_whole
 from processes import processes_of, run_script
 from train import draw_curves, objective
 
@@ -148,28 +150,23 @@ def test_sweeps_over_anything_leave_each_job_its_folder(tmp_path: Path) -> None:
     assert not [path for folder in folders for path in folder.rglob("metrics.csv")]
 
 
-def test_help_lists_the_choices_of_every_axis(tmp_path: Path) -> None:
-    printed = train(tmp_path, "--help")
-    assert (
-        "\ndata: cifar10, digits, fashion_mnist, image_folder, mnist, none, own, text\n" in printed
-    )
-    assert "\nlogger: csv, mlflow, none, own, tensorboard, wandb\n" in printed
-    assert "\nmodule: classifier, language, own\n" in printed
-
-
-def test_failing_jobs_name_themselves_and_are_listed_at_the_end_of_the_sweep(
+def test_help_lists_the_usual_commands_and_its_own_choices_with_their_comments(
     tmp_path: Path,
 ) -> None:
-    overrides = ["strategy.tau=0,4,x", "trainer.devices=2", "model=mlp", "hydra.sweep.dir=sweep"]
-    printed = train(tmp_path, *overrides, code=1, multirun=True)
-    assert report(tmp_path / "sweep" / "1")["exchanges"] > 0
-    during, at_the_end = printed.split("2 job(s) of the sweep failed:\n")
-    for job, tau in ((0, "0"), (2, "'x'")):
-        (line,) = [line for line in at_the_end.splitlines() if line.startswith(f"  job {job} ")]
-        assert f"in {tmp_path}/sweep/{job} failed: tau={tau} is not a " in line
-        assert "Traceback" in (tmp_path / "sweep" / str(job) / "error.log").read_text()
-        assert line.strip() in during
-        assert not (tmp_path / "sweep" / str(job) / "report.json").exists()
+    printed = train(tmp_path, "--help")
+    assert "\nlogger=csv\n  csv          Metrics as a table, " in printed
+    assert "\nexperiment=NAME\n  cifar10_paper  The paper's CIFAR-10 experiment" in printed
+    for path in (SCRIPT.parents[1] / "conf").glob("*/*.yaml"):
+        listed = f"\n  {path.stem} " in printed
+        assert listed or path.parent.name in ("compared", "contenders", "sweep"), path
+    assert "contenders" not in printed
+    commands = [line for line in printed.splitlines() if line.startswith("  python ")]
+    assert len(commands) == 5
+    with initialize_config_dir(str(SCRIPT.parents[1] / "conf"), version_base="1.3"):
+        for command in commands:
+            typed = command.strip().split("  ")[0].split()[2:]
+            if "-m" not in typed:
+                compose("train", replace_whole(typed))
 
 
 def test_baselines_and_workers_started_by_torchrun(tmp_path: Path) -> None:

@@ -1,0 +1,133 @@
+"""The jobs of a sweep side by side: what varied, what each reached and cost, or why it failed.
+
+Each job leaves a record in its folder, wherever a launcher runs it. The process that started the
+sweep gathers them at its end, also if it ends early.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from launching import rank_of_worker
+from omegaconf import DictConfig
+
+_RECORD = "job.json"
+
+_begun: list[tuple[Path, float]] = []
+"""Folder and time of the sweep that this process started."""
+
+
+class Sweep(Callback):
+    """What Hydra tells of a sweep's beginning; see conf/train.yaml."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Keep in mind where its jobs will be."""
+        _begun.append((Path(config.hydra.sweep.dir), time.time()))
+
+
+def is_sweep() -> bool:
+    """Whether this job is one of several."""
+    return bool(HydraConfig.get().mode == RunMode.MULTIRUN)
+
+
+def record(began: float, *, objective: object = None, error: str | None = None) -> None:
+    """Leave in this job's folder what it reached and cost, if it is one of a sweep.
+
+    Args:
+        began: when it did, in seconds since the epoch.
+        objective: what it returned.
+        error: why it failed.
+    """
+    if not is_sweep() or rank_of_worker():  # of several that Slurm started for one job, the first
+        return
+    hydra_cfg = HydraConfig.get()
+    folder = Path(hydra_cfg.runtime.output_dir)
+    report = folder / "report.json"
+    found = json.loads(report.read_text()) if error is None and report.exists() else {}
+    values = {
+        "job": hydra_cfg.job.num,
+        "folder": str(folder),
+        "overrides": list(hydra_cfg.overrides.task),
+        "began": began,
+        "seconds": round(time.time() - began, 1),
+        "objective": objective,
+        "tested": found.get("tested", {}),
+        "bytes_sent": found.get("bytes_sent"),
+        "error": error,
+    }
+    (folder / _RECORD).write_text(json.dumps(values, indent=2))
+
+
+def close() -> bool:
+    """Print the table of the sweep that ends, write it to ``sweep.csv``; whether no job failed."""
+    if not _begun:
+        return True
+    folder, since = _begun.pop()
+    found = [json.loads(path.read_text()) for path in folder.rglob(_RECORD)]
+    jobs = sorted((job for job in found if job["began"] >= since), key=lambda job: job["job"])
+    if jobs:
+        rows = table(jobs)
+        with (folder / "sweep.csv").open("w", newline="") as file:
+            csv.writer(file).writerows(rows)
+        print(f"\n{_aligned(rows)}\n\n  {folder}/sweep.csv")
+    failed = [job for job in jobs if job["error"] is not None]
+    if failed:
+        lines = [
+            f"  job {job['job']} [{' '.join(job['overrides'])}] in {job['folder']}: {job['error']}"
+            for job in failed
+        ]
+        print(f"{len(failed)} job(s) of the sweep failed:", *lines, sep="\n", file=sys.stderr)
+    return not failed
+
+
+def table(jobs: Sequence[dict[str, Any]]) -> list[list[Any]]:
+    """A row for each job, under their names: what varied, what was reached, what it took."""
+    typed = [_values(job["overrides"]) for job in jobs]
+    varied = [key for key in _all(typed) if len({each.get(key) for each in typed}) > 1]
+    tested = _all(job["tested"] for job in jobs)
+    optimizes = any(job["objective"] is not None for job in jobs)
+    rows = [["job", *varied, *["objective"] * optimizes, *tested, "seconds", "MB sent", "error"]]
+    for job, values in zip(jobs, typed, strict=True):
+        sent = job["bytes_sent"]
+        rows.append(
+            [
+                *(job["job"], *(values.get(key, "") for key in varied)),
+                *[job["objective"]] * optimizes,
+                *(job["tested"].get(name) for name in tested),
+                *(job["seconds"], None if sent is None else sent / 1e6, job["error"]),
+            ]
+        )
+    return rows
+
+
+def _values(overrides: Iterable[str]) -> dict[str, str]:
+    """Of the keys that a job sets."""
+    return {key: value for key, _, value in (each.lstrip("+").partition("=") for each in overrides)}
+
+
+def _all(mappings: Iterable[dict[str, Any]]) -> list[str]:
+    """The keys of several, in the order in which they come."""
+    return list(dict.fromkeys(key for mapping in mappings for key in mapping))
+
+
+def _aligned(rows: Sequence[Sequence[Any]]) -> str:
+    """For a terminal, without the errors, which follow."""
+    cells = [[_shown(value) for value in row[:-1]] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(map(str.rjust, row, widths)) for row in cells]
+    return "\n".join(f"  {line}" for line in lines)
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
