@@ -16,7 +16,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.live import Live
-from seeing.screen import has_ended, screen
+from seeing.screen import end, screen
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
         console.print(screen(options.run))
         return
     with Live(screen(options.run), console=console, auto_refresh=False) as live:
-        while not has_ended(options.run):
+        while not end(options.run):
             time.sleep(options.seconds)
             live.update(screen(options.run), refresh=True)
 

@@ -20,9 +20,18 @@ _TROUBLE = ("error", "warning", "traceback", "waited")
 _LINES_OF_LOGS = 6
 
 
-def has_ended(folder: Path) -> bool:
-    """Whether a run has written its report."""
-    return (folder / "report.json").exists()
+_ENDS = {"report.json": "ended", "error.log": "failed, see error.log"}
+
+
+def end(folder: Path) -> str:
+    """How a run ended; empty while it goes on, also if an earlier start of it has ended."""
+    last_sign = max(map(_written, [*folder.rglob("metrics.csv"), folder / "steps"]))
+    ends = {how: _written(folder / name) for name, how in _ENDS.items()}
+    return next((how for how, at in ends.items() if at and at >= last_sign), "")
+
+
+def _written(path: Path) -> float:
+    return path.stat().st_mtime if path.exists() else 0.0
 
 
 def screen(folder: Path) -> RenderableType:
@@ -37,13 +46,19 @@ def screen(folder: Path) -> RenderableType:
 
 
 def _state(folder: Path, rows: Rows) -> str:
-    if has_ended(folder):
-        return f"{folder}: ended"
+    if how := end(folder):
+        return f"{folder}: {how}"
     if rows.path is None:
         return f"{folder}: nothing is logged yet"
     age = time.time() - rows.path.stat().st_mtime
-    step = max(curve.steps[-1] for curve in rows.curves.values()) + 1 if rows.curves else 0
-    return f"{folder}: runs, at step {step}; the latest row is {age:.0f} s old"
+    return f"{folder}: runs, at step {_step(folder, rows)}; the latest row is {age:.0f} s old"
+
+
+def _step(folder: Path, rows: Rows) -> int:
+    taken = folder / "steps"  # of train.py, at every step
+    if taken.exists():
+        return int(taken.read_text())
+    return max((curve.steps[-1] for curve in rows.curves.values()), default=-1) + 1
 
 
 def _numbers(rows: Rows) -> list[tuple[str, str]]:
@@ -86,7 +101,7 @@ def _waits(waited: Curve, awaited: Curve, seconds: float) -> str:
 
 def _report(folder: Path) -> list[tuple[str, str]]:
     """What the report has that the rows have not."""
-    if not has_ended(folder):
+    if end(folder) != "ended":
         return []
     found: dict[str, Any] = json.loads((folder / "report.json").read_text())
     names = ("strategy", "strength", "learning_rate", "model", "data", "workers", "steps")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from seeing.curves import choose_panels, draw
 from seeing.rows import Rows
-from seeing.screen import sparkline
+from seeing.screen import end, sparkline
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "watch.py"
 HEADER = (
@@ -37,7 +38,7 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
-def end(run: Path) -> None:
+def finish(run: Path) -> None:
     report = {"strategy": "easgd", "model": "CNN", "train_seconds": 20.5, "strength": None}
     (run / "report.json").write_text(json.dumps(report))
 
@@ -73,11 +74,23 @@ def test_a_run_under_way_is_shown_once(run: Path) -> None:
 
 
 def test_a_run_that_ended_is_shown_with_its_report(run: Path) -> None:
-    end(run)
+    finish(run)
     shown = watch(str(run))
     assert f"{run}: ended" in shown
     assert "strategy easgd model CNN train_seconds 20.5" in shown
     assert "strength" not in shown
+
+
+def test_a_run_that_goes_on_after_its_end_is_under_way(run: Path) -> None:
+    finish(run)
+    (run / "steps").write_text("57          ")
+    later = (run / "report.json").stat().st_mtime + 10
+    os.utime(run / "steps", (later, later))
+    assert end(run) == ""
+    assert f"{run}: runs, at step 57; " in watch(str(run), "--once")
+    (run / "error.log").write_text("Traceback")
+    os.utime(run / "error.log", (later + 1, later + 1))
+    assert f"{run}: failed, see error.log" in watch(str(run))
 
 
 def test_watching_ends_with_the_run(run: Path) -> None:
@@ -89,7 +102,7 @@ def test_watching_ends_with_the_run(run: Path) -> None:
         try:
             with pytest.raises(subprocess.TimeoutExpired):
                 watching.wait(2)
-            end(run)
+            finish(run)
             shown, _ = watching.communicate(timeout=30)
         finally:
             watching.kill()
