@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_easgd.workloads.datamodule import ImageData
+from lightning_easgd.workloads.sampled import SampledData
 
 
 def check(cfg: DictConfig) -> None:
@@ -99,7 +99,7 @@ def _require_checkpoint(cfg: DictConfig) -> None:
 
 
 def _require_data(cfg: DictConfig) -> None:
-    if cfg.get("data") and issubclass(_class(cfg.data), ImageData):
+    if cfg.get("data") and issubclass(_class(cfg.data), SampledData):
         instantiate(cfg.data).check()
 
 

@@ -1,6 +1,6 @@
 """The `LightningDataModule` that all sources of images share; `data` has the sources."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from lightning_easgd.workloads.sets import Batch
 Split = Literal["train", "test"]
 
 
-class ImageData(SampledData, ABC):
+class ImageData(SampledData):
     """Training and evaluation loaders of a set of images; subclasses know where the set is.
 
     The validation set is the test set: the experiments report the test error as it falls, as the
@@ -107,12 +107,8 @@ class ImageData(SampledData, ABC):
     def load(self, place: Path, split: Split) -> ImageSet:
         """Reads one split from a folder that is complete."""
 
+    @override
     def check(self) -> None:
-        """Looks for the files, and reads none.
-
-        Raises:
-            FileNotFoundError: If files are missing that are not to be downloaded.
-        """
         if not self.download:
             self._require_place()
 

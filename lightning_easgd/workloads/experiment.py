@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
 from lightning_easgd import EASGDMonitor, EASGDStrategy
@@ -65,6 +66,21 @@ def require_all_processes(trainer: pl.Trainer) -> None:
         )
 
 
+def require_test(module: pl.LightningModule, datamodule: pl.LightningDataModule | None) -> None:
+    """Check that there is a test to make after training, not when training is over.
+
+    Raises:
+        ValueError: the module has no test step, or nobody has data for it.
+    """
+    data = module if datamodule is None else datamodule
+    for name, owner in (("test_step", module), ("test_dataloader", data)):
+        if not is_overridden(name, owner):
+            raise ValueError(
+                f"test=true, but {type(owner).__name__} has no {name}. Write one, or set"
+                " test=false."
+            )
+
+
 def run(
     trainer: pl.Trainer,
     module: pl.LightningModule,
@@ -85,10 +101,12 @@ def run(
         ckpt_path: a checkpoint to resume from or to test; "last" for the newest, if there is one.
 
     Raises:
-        ValueError: the strategy does not use all processes that were started, or there is neither
-            training nor a checkpoint to test.
+        ValueError: the strategy does not use all processes that were started, there is nothing to
+            test, or neither training nor a checkpoint to test.
     """
     require_all_processes(trainer)
+    if test:
+        require_test(module, datamodule)
     # Lightning 2.6 on newer torch warns of itself, on every worker.
     warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*", FutureWarning)
     if ckpt_path == "last":

@@ -1,5 +1,6 @@
 """The loaders that all data of this package share: who sees what, and where an epoch goes on."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -17,7 +18,7 @@ from lightning_easgd.workloads.sampling import (
 from lightning_easgd.workloads.sets import Batch, BatchSet
 
 
-class SampledData(LightningDataModule):
+class SampledData(LightningDataModule, ABC):
     """Shuffled training batches for every worker, and each example once in evaluation.
 
     The last incomplete training batch is dropped so that all workers make equally many steps;
@@ -57,6 +58,14 @@ class SampledData(LightningDataModule):
         self.seed = seed
         self._sets: dict[str, Any] = {}
         self._collate: Callable[[Any], Batch] = _unchanged
+
+    @abstractmethod
+    def check(self) -> None:
+        """Looks for the files, and reads none.
+
+        Raises:
+            FileNotFoundError: If files are missing that are not to be downloaded.
+        """
 
     @override
     def train_dataloader(self) -> DataLoader[Batch]:

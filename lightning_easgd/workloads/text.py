@@ -62,6 +62,10 @@ class TextData(SampledData):
         self.max_bytes = max_bytes
 
     @override
+    def check(self) -> None:
+        files(self.path)
+
+    @override
     def setup(self, stage: str) -> None:
         """Reads the text, once.
 

@@ -98,3 +98,24 @@ def test_a_network_in_a_module_is_named_with_it() -> None:
 
     assert name_model(Wraps()) == "Wraps of Linear"
     assert name_model(Toy(SGD)) == "Toy"
+
+
+class WithTest(Toy):
+    """Has a test, but no data for it."""
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Logs nothing."""
+
+
+def test_a_missing_test_is_said_before_training() -> None:
+    empty = pl.LightningDataModule()
+    for module, data, said in (
+        (Toy(SGD), None, "Toy has no test_step"),
+        (WithTest(SGD), None, "WithTest has no test_dataloader"),
+        (WithTest(SGD), empty, "LightningDataModule has no test_dataloader"),
+    ):
+        with pytest.raises(ValueError, match=rf"test=true, but {said}\. Write one, or set"):
+            experiment.require_test(module, data)
+    module = WithTest(SGD)
+    module.test_dataloader = lambda: loader(0, 8)
+    experiment.require_test(module, None)

@@ -67,6 +67,9 @@ def test_without_a_path_it_is_the_standard_librarys_source():
 def test_what_cannot_be_cut_into_windows_is_refused(arguments, kind, message):
     with pytest.raises(kind, match=message):
         TextData(**{"batch_size": 1, **arguments}).setup("fit")
+    if kind is FileNotFoundError:
+        with pytest.raises(kind, match=message):
+            TextData(**{"batch_size": 1, **arguments}).check()
 
 
 def test_a_prediction_does_not_see_what_it_predicts():
