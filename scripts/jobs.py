@@ -119,7 +119,7 @@ def _further(error: Exception, cfg: DictConfig) -> str:
 
 def quieten() -> None:
     """Have Lightning speak as without Hydra, and without its tip to install its makers' service."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning_easgd"):
         logger = logging.getLogger(name)
         logger.propagate = False
         logger.handlers = [logging.StreamHandler()]

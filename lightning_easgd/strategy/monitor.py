@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from itertools import pairwise
 from typing import Any
 
 import lightning.pytorch as pl
@@ -23,7 +24,7 @@ from lightning_easgd.telemetry import Telemetry
 
 _FAR, _FAR_ROUNDS = 1.0, 3
 _ROUNDS, _ROUNDS_SECONDS, _WAITED = 10, 5.0, 1 / 3
-"""So large a part of so many rounds, which take so long at least, is waited for too much."""
+"""In more than half of so many rounds, which take so long at least, such a part of it is waited."""
 
 
 class EASGDMonitor(Callback):
@@ -138,13 +139,18 @@ class _Watched:
     def _look_at_the_waits(self) -> None:
         (began, before), (now, waited) = self._rounds[0], self._rounds[-1]
         share = (waited - before) / max(now - began, 1e-9)
-        if len(self._rounds) > _ROUNDS and now - began > _ROUNDS_SECONDS and share > _WAITED:
+        long = [wait > _WAITED * took for took, wait in self._took_and_waited()]
+        if sum(long) > _ROUNDS / 2 and now - began > _ROUNDS_SECONDS:
             self._warn(
                 f"Exchanges do not hide behind training: worker 0 has waited {100 * share:.0f} % of"
                 f" the latest {_ROUNDS} rounds. If one worker stands out in"
                 " telemetry.worker_awaited_seconds, look at its machine. Else raise tau (now"
                 f" {self._telemetry.tau}) or set tau='auto' or compression='int8'."
             )
+
+    def _took_and_waited(self) -> list[tuple[float, float]]:
+        """Of each of the latest rounds, in seconds."""
+        return [(now - at, waited - w) for (at, w), (now, waited) in pairwise(self._rounds)]
 
     def _warn(self, text: str) -> None:
         kind, _, _ = text.partition(":")
