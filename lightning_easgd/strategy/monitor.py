@@ -143,7 +143,7 @@ class _Watched:
         if sum(long) > _ROUNDS / 2 and now - began > _ROUNDS_SECONDS:
             self._warn(
                 f"Exchanges do not hide behind training: worker 0 has waited {100 * share:.0f} % of"
-                f" the latest {_ROUNDS} rounds. If one worker stands out in"
+                f" the latest {len(long)} rounds. If one worker stands out in"
                 " telemetry.worker_awaited_seconds, look at its machine. Else raise tau (now"
                 f" {self._telemetry.tau}) or set tau='auto' or compression='int8'."
             )
