@@ -20,8 +20,8 @@ from lightning_easgd.workloads.sampled import SampledData
 def check(cfg: DictConfig) -> None:
     """Refuse what cannot work.
 
-    Nothing of the user's own is made here, and no tensor is computed: threads for it would not
-    survive a fork.
+    Of the user's own only what the strategy checks is made here, such as a rule. Modules and data
+    may compute, and threads for that would not survive a fork.
 
     Raises:
         ValueError: something is not possible, or another error of whoever finds it.
