@@ -77,8 +77,12 @@ def _environment() -> dict[str, str]:
 def curve(rows: Sequence[dict[str, str]], name: str) -> tuple[list[int], list[float]]:
     """Steps and values of a counter, from the first exchange on."""
     column = f"easgd/{name}"
-    known = [row for row in rows if row.get(column) and float(row["easgd/exchanges"]) > 0]
-    return [int(row["step"]) for row in known], [float(row[column]) for row in known]
+    known = {
+        int(row["step"]): float(row[column])  # the last of a step that has several rows
+        for row in rows
+        if row.get(column) and float(row["easgd/exchanges"]) > 0
+    }
+    return list(known), list(known.values())
 
 
 def draw(runs: Sequence[tuple[Panel, Sequence[dict[str, str]]]], path: Path) -> None:

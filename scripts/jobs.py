@@ -44,7 +44,9 @@ def attempt(start: Callable[[DictConfig], Result], cfg: DictConfig) -> Result | 
     except (KeyboardInterrupt, SystemExit) as stop:
         if told := advice(cfg):
             how = "by Ctrl-C" if isinstance(stop, KeyboardInterrupt) else "by SIGTERM"
-            print(f"\nThe run was stopped {how}.\n{told}", file=sys.stderr)
+            told = f"The run was stopped {how}.\n{told}"
+            print(f"\n{told}", file=sys.stderr)
+            Path(HydraConfig.get().runtime.output_dir, "stopped.log").write_text(f"{told}\n")
         raise
     sweeping.record(began, objective=result)
     return result

@@ -20,7 +20,11 @@ _TROUBLE = ("error", "warning", "traceback", "waited")
 _LINES_OF_LOGS = 6
 
 
-_ENDS = {"report.json": "ended", "error.log": "failed, see error.log"}
+_ENDS = {
+    "report.json": "ended",
+    "error.log": "failed, see error.log",
+    "stopped.log": "stopped, see stopped.log",
+}
 
 
 def end(folder: Path) -> str:

@@ -129,6 +129,7 @@ def test_a_stopped_run_says_the_step_the_checkpoint_and_the_command(
             process.kill()
     assert processes_of(tmp_path) == {}
     assert f"The run was stopped {how}.\n" in printed
+    assert (run / "stopped.log").read_text() in printed
     found = told(printed)
     reached = int(found["reached"].removeprefix("step "))
     assert found["checkpoint"] == f"{checkpoint}, step {reached}"  # one was written at the end

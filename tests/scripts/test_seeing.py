@@ -88,8 +88,12 @@ def test_a_run_that_goes_on_after_its_end_is_under_way(run: Path) -> None:
     os.utime(run / "steps", (later, later))
     assert end(run) == ""
     assert f"{run}: runs, at step 57; " in watch(str(run), "--once")
+    (run / "stopped.log").write_text("The run was stopped by Ctrl-C.")
+    os.utime(run / "stopped.log", (later + 1, later + 1))
+    assert f"{run}: stopped, see stopped.log" in watch(str(run))
+    os.utime(run / "steps", (later + 2, later + 2))
     (run / "error.log").write_text("Traceback")
-    os.utime(run / "error.log", (later + 1, later + 1))
+    os.utime(run / "error.log", (later + 3, later + 3))
     assert f"{run}: failed, see error.log" in watch(str(run))
 
 
