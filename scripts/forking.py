@@ -38,7 +38,7 @@ class Outcome:
     at: float = field(default_factory=time.monotonic)
     """When it ended, or its exception was raised, as far as it says so."""
     killed: bool = False
-    """Whether it was killed, by somebody else than these workers' parent."""
+    """Whether it died without a word, by itself or by somebody else than these workers' parent."""
 
 
 class Workers:
@@ -152,7 +152,7 @@ class Workers:
             pass
         self.processes[rank].join(1)  # it closed its pipe by ending
         code = self.processes[rank].exitcode
-        killed = code == -signal.SIGKILL
+        killed = code != -signal.SIGTERM  # by which the parent asks it to end
         return Outcome(error=DIED, message=_how_it_died(code), killed=killed)
 
 

@@ -157,6 +157,28 @@ def fail_late_when_asked(rank: int, folder: Path) -> None:
     fail_late(rank, folder)
 
 
+def notice(rank: int, folder: Path, number: int) -> None:
+    """Worker 1 dies; worker 0 notices before the parent does, which asks it to end."""
+    if rank == 1:
+        wait_for(folder, 1)
+        os.kill(os.getpid(), number)
+    signal.signal(signal.SIGTERM, terminated)
+    try:
+        sleep(rank, folder)
+    finally:
+        error = RuntimeError("worker 1 is gone")
+        error.raised_at = 0.1
+        raise error
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGUSR1])
+def test_a_worker_that_died_is_the_cause_though_another_noticed_before(
+    tmp_path: Path, number: int
+) -> None:
+    with pytest.raises(WorkerError, match=rf"^worker 1 was killed by signal {number:d}\b"):
+        run_workers(notice, tmp_path, number, workers=2, nodes=1, logs=tmp_path)
+
+
 def test_the_first_failure_is_the_cause_though_another_ends_before(tmp_path: Path) -> None:
     with pytest.raises(WorkerError, match=r"^worker 1 failed: LookupError: the cause$"):
         run_workers(fail_late_when_asked, tmp_path, workers=2, nodes=1, logs=tmp_path)
