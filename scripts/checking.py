@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import pydoc
 import warnings
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ def check(cfg: DictConfig) -> None:
     Raises:
         ValueError: something is not possible, or another error of whoever finds it.
     """
+    _require_restartable()
     for key, target in _targets(OmegaConf.to_container(cfg, resolve=False)):
         _import(key, target)
     if cfg.strategy._target_.startswith(("lightning.", "lightning_easgd.")):
@@ -85,6 +87,17 @@ def _silence() -> Iterator[None]:
             yield
     finally:
         said.disabled = before
+
+
+def _require_restartable() -> None:
+    """Else workers that torchrun starts again read where those before were (pytorch#135712)."""
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if restarts != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise ValueError(
+            f"torchrun --max-restarts={restarts} would hang: the workers that it starts again would"
+            " look for those before. Type export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and start it"
+            " again, or leave --max-restarts out."
+        )
 
 
 def _require_checkpoint(cfg: DictConfig) -> None:
