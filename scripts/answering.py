@@ -81,10 +81,11 @@ def write_traceback(error: BaseException, folder: Path) -> None:
 
 def _wrong_choice(file: str, options: Iterable[str]) -> str:
     group, _, name = file.rpartition("/")
-    meant = _meant(f"{group}=", name, options)
-    return f"{group}={name} is not possible: there is no such file.{meant} Allowed: " + ", ".join(
-        sorted(options)
-    )
+    options = sorted(options)
+    why = f"there is no such file.{_meant(f'{group}=', name, options)}"
+    if group.startswith("hydra/"):
+        why = "Hydra has no such plugin here. pip install 'lightning-easgd[sweep]' brings some."
+    return f"{group}={name} is not possible: {why} Allowed: {', '.join(options)}"
 
 
 def _wrong_key(key: str, config: str, arguments: Iterable[str]) -> str:

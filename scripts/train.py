@@ -57,7 +57,8 @@ def objective(cfg: DictConfig, report: Mapping[str, Any]) -> float | None:
         raise ValueError(
             f"objective={cfg.objective} was neither tested nor logged. Allowed are"
             f" {', '.join(sorted(found)) or 'none, for nothing was'}. Correct the name, or let the"
-            " module log it."
+            " module log it. What validation logs is there once it has run: see"
+            " trainer.check_val_every_n_epoch."
         )
     return found[cfg.objective]
 

@@ -167,3 +167,10 @@ def test_the_report_names_a_worker_that_stands_out(awaited: list[float], named: 
     )
     found = re.findall(r"worker (\d) was waited for +([\d.]+ of 20.0 s)", report.table())
     assert found == ([] if named is None else [(str(named), f"{awaited[named]:.1f} of 20.0 s")])
+
+
+def test_the_report_of_a_short_run_names_nobody_who_was_waited_for_0_seconds() -> None:
+    report = experiment.Report(
+        strategy="easgd", workers=2, train_seconds=0.4, worker_awaited_seconds=[0.0, 0.04]
+    )
+    assert "was waited for" not in report.table()

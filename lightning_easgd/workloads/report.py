@@ -22,8 +22,9 @@ from typing_extensions import override
 
 from lightning_easgd import EASGDStrategy, Telemetry
 
-_WORTH_A_LINE, _STANDS_OUT = 0.01, 2.0
-"""A straggler was waited for longer than this share of training, and so many times the others."""
+_WORTH_A_LINE, _SHOWN, _STANDS_OUT = 0.01, 0.1, 2.0
+"""A straggler was waited for longer than this share of training, than these seconds, which are what
+the line can show, and so many times as long as the others."""
 
 _FEW = 8
 """So many workers have a number each in the table."""
@@ -180,7 +181,7 @@ class Report:
         awaited, total = self.worker_awaited_seconds, self.train_seconds or 0.0
         *others, longest = sorted(awaited) or [0.0]
         usual = statistics.median(others) if others else 0.0
-        if longest <= max(_WORTH_A_LINE * total, _STANDS_OUT * usual):
+        if longest <= max(_WORTH_A_LINE * total, _SHOWN, _STANDS_OUT * usual):
             return []
         worker = awaited.index(longest)
         return [(f"worker {worker} was waited for", f"{longest:.1f} of {total:.1f} s")]

@@ -203,6 +203,7 @@ class Net(torch.nn.Module):
             ["strategy=easgdd"],
             "strategy=easgdd is not possible: there is no such file. Did you mean strategy=easgd?",
         ),
+        (["hydra/launcher=x"], "hydra/launcher=x is not possible: Hydra has no such plugin here."),
         (["strategy.tua=4"], "there is no key strategy.tua. Did you mean strategy.tau?"),
         (["debg=fast"], "there is no key debg. Did you mean debug?"),
         (
@@ -245,6 +246,17 @@ def test_the_traceback_is_in_the_folder_or_shown_to_who_asks(
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     monkeypatch.setattr(answering, "FULL", True)
     assert "Traceback" in train(tmp_path, *overrides, code=1)
+
+
+def test_restarts_that_would_hang_are_refused_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    said = train_as_workers(tmp_path, workers=2, code=1)
+    assert said.count("error:") == 1
+    assert "error: torchrun --max-restarts=3 would hang: " in said
+    assert "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in said
 
 
 @pytest.mark.parametrize(
