@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
 from lightning_easgd.algorithms import (
@@ -27,24 +26,26 @@ from lightning_easgd.strategy.validation import refuse_combinations
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
-@dataclass(frozen=True, kw_only=True)
+_AS_GIVEN = {"codec": "compression", "averaging": "center_average"}
+"""What the strategy calls an option whose value is known here by what it is."""
+
+
 class Options:
-    """Everything that the workers must have in common for their exchanges."""
+    """Everything that the workers must have in common for their exchanges.
 
-    rules: ExchangePolicy
-    groups: Members | Groups | None
-    """Who forms a group; None: every worker takes part in exchanges by itself."""
-    codec: Codec | None
-    buffers: Policies
-    averaging: CenterAverage | None
-    offload: bool
-    """Whether the center lies in host memory."""
-    final_exchange: bool
-    bucket_bytes: int
+    Args: those of EASGDStrategy, and
+        log: told what tau="auto" chose, and why.
 
-    @classmethod
-    def check(
-        cls,
+    Attributes:
+        rules: what an exchange does, when, and how strongly.
+        groups: who forms a group; None: every worker takes part in exchanges by itself.
+
+    Raises:
+        ValueError: one is out of range, or not possible with another one.
+    """
+
+    def __init__(
+        self,
         *,
         algorithm: str | Rule,
         tau: Tau | None,
@@ -62,25 +63,19 @@ class Options:
         center_average: Literal["polyak", "ema"] | CenterAverage | None,
         bucket_bytes: int,
         log: Callable[[str], None],
-    ) -> Options:
-        """The options of EASGDStrategy.
-
-        Args: those of EASGDStrategy, and
-            log: told what tau="auto" chose, and why.
-
-        Raises:
-            ValueError: one is out of range, or not possible with another one.
-        """
+    ) -> None:
         # Values by themselves come first: what is said of a combination takes them for valid.
-        policies = Policies.check(buffers)
+        self.buffers = Policies.check(buffers)
         if elastic_point is not None:
             require_choice("elastic_point", elastic_point, get_args(ElasticPoint))
         require_bools(final_exchange=final_exchange)
+        self.final_exchange = final_exchange
         require_choice("center_device", center_device, ("cpu", None))
-        bucket_bytes = require_count("bucket_bytes", bucket_bytes, "bytes")
+        self.center_device = center_device
+        self.bucket_bytes = require_count("bucket_bytes", bucket_bytes, "bytes")
         fragments = require_count("fragments", fragments, "parts of the model")
-        groups = groups if isinstance(groups, Groups) else require_groups(groups)
-        averaging, codec = choose_average(center_average), choose_codec(compression)
+        self.groups = groups if isinstance(groups, Groups) else require_groups(groups)
+        self.averaging, self.codec = choose_average(center_average), choose_codec(compression)
         rule = choose_rule(algorithm)
         overlap = rule.overlaps if overlap is None else overlap
         require_bools(overlap=overlap)
@@ -99,28 +94,23 @@ class Options:
             elastic_point=elastic_point,
             compression=compression,
             fragments=fragments,
-            groups=groups,
+            groups=self.groups,
             center_device=center_device,
             center_average=center_average,
         )
-        rules = ExchangePolicy(
+        self.rules = ExchangePolicy(
             period,
             strength,
             overlap=overlap,
             elastic_point=elastic_point or ("parameter" if rule.resets_to_center else "iterate"),
             algorithm=rule,
         )
-        rules.require_fields()
-        return cls(
-            rules=rules,
-            groups=groups,
-            codec=codec,
-            buffers=policies,
-            averaging=averaging,
-            offload=center_device == "cpu",
-            final_exchange=final_exchange,
-            bucket_bytes=bucket_bytes,
-        )
+        self.rules.require_fields()
+
+    @property
+    def offload(self) -> bool:
+        """Whether the center lies in host memory."""
+        return self.center_device == "cpu"
 
     @property
     def tied(self) -> Groups | None:
@@ -147,19 +137,14 @@ class Options:
         Callables cannot be compared. Nor can addresses, which tell objects apart that have no
         description of their own.
         """
+        kept = {name: value for name, value in vars(self).items() if name != "rules"}
         lines = [
             f"algorithm={self.rules.algorithm}",
             f"tau={self.rules.period}",
             str(self.rules.strength),
             f"elastic_point={self.rules.elastic_point}",
-            f"buffers={self.buffers}",
-            f"final_exchange={self.final_exchange}",
-            f"compression={self.codec}",
             f"fragments={self.rules.period.fragments}",
-            f"groups={self.groups}",
-            f"center_device={'cpu' if self.offload else None}",
-            f"center_average={self.averaging}",
-            f"bucket_bytes={self.bucket_bytes}",
+            *(f"{_AS_GIVEN.get(name, name)}={value}" for name, value in kept.items()),
             f"fields of headers: {', '.join(self.rules.require_fields())}",
         ]
         return [_ADDRESS.sub("", line) for line in lines]

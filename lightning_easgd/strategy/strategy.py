@@ -6,6 +6,7 @@ What Lightning calls while it runs is in the base class; see adapter.py.
 from __future__ import annotations
 
 from datetime import timedelta
+from inspect import signature
 from typing import Any, Literal, get_args
 
 import torch
@@ -156,27 +157,12 @@ class EASGDStrategy(Adapter):
         start_method: StartMethod = "popen",
         **unsupported: Any,
     ) -> None:
+        given = locals()  # so that an option of the exchanges is handed on by its name
         refuse(unsupported, of=type(self))
         require_choice("evaluate_on", evaluate_on, get_args(EvaluateOn))
         require_bools(strict_resume=strict_resume)
-        options = Options.check(
-            algorithm=algorithm,
-            tau=tau,
-            beta=beta,
-            alpha=alpha,
-            rho=rho,
-            overlap=overlap,
-            buffers=buffers,
-            elastic_point=elastic_point,
-            final_exchange=final_exchange,
-            compression=compression,
-            fragments=fragments,
-            groups=groups,
-            center_device=center_device,
-            center_average=center_average,
-            bucket_bytes=bucket_bytes,
-            log=rank_zero_info,
-        )
+        shared = {name: given[name] for name in given.keys() & signature(Options).parameters}
+        options = Options(**shared, log=rank_zero_info)
         super().__init__(
             options,
             validates_center=evaluate_on == "center",
