@@ -11,6 +11,8 @@ import os
 import signal
 import sys
 import threading
+import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -106,9 +108,25 @@ def _context() -> Any:
     """How processes are started: by a fork, where that is safe."""
     torch = sys.modules.get("torch")
     on_gpu = torch is not None and torch.cuda.is_initialized()
-    if sys.platform == "linux" and not on_gpu and threading.active_count() == 1:
-        return FORK
-    return multiprocessing.get_context("spawn")
+    alone = sys.platform == "linux" and not on_gpu and threading.active_count() == 1
+    return FORK if alone and _is_alone_after_fork() else multiprocessing.get_context("spawn")
+
+
+def _is_alone_after_fork() -> bool:
+    """Whether no thread of a library outlives a fork: OpenMP's would be waited for in the child.
+
+    Those of OpenBLAS end before each fork, so that one has to be tried.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python's own, of these threads
+        child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    deadline = time.monotonic() + 0.2  # one that ends is listed for a moment more
+    while (several := len(os.listdir("/proc/self/task")) > 1) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    return not several
 
 
 def _variables(workers: int, nodes: int) -> Mapping[str, str]:

@@ -75,6 +75,26 @@ def test_every_worker_gets_its_rank_and_a_log(tmp_path: Path) -> None:
     assert "LOCAL_RANK" not in os.environ
 
 
+AFTER_COMPUTING = """
+import numpy, torch
+import launching
+numpy.ones((500, 500)) @ numpy.ones((500, 500))
+print(launching._context().get_start_method())
+torch.set_num_threads(2)
+torch.ones(500, 500) @ torch.ones(500, 500)
+print(launching._context().get_start_method())
+"""
+
+
+def test_where_torch_has_computed_workers_are_no_forks() -> None:
+    if sys.platform != "linux":
+        pytest.skip("needs Linux, where workers are forked: run pytest there")
+    python = [sys.executable, "-c", AFTER_COMPUTING]
+    variables = {"PYTHONPATH": str(Path(launching.__file__).parent)}
+    said = subprocess.check_output(python, env=os.environ | variables, text=True, timeout=60)
+    assert said.split() == ["fork", "spawn"]
+
+
 def test_workers_of_a_later_node_are_numbered_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
