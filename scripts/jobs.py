@@ -28,7 +28,7 @@ from hydra.errors import InstantiationException
 from launching import WorkerError, log_of, rank_of_worker, run_workers, writes_to_terminal
 from omegaconf import DictConfig, OmegaConf
 from parting import leave_with_parent
-from plugging import find_own_code, needed, replace_whole
+from plugging import find_own_code, flags_first, needed, replace_whole
 
 Result = TypeVar("Result")
 
@@ -159,7 +159,7 @@ def command_line(main: Callable[[], Any], config: str, *, title: str, commands: 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # what Hydra meets is said here
     try:
         find_own_code(arguments)
-        sys.argv[1:] = replace_whole(arguments)
+        sys.argv[1:] = flags_first(replace_whole(arguments))
         main()
     except KeyboardInterrupt:
         sys.exit(130)

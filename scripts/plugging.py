@@ -35,6 +35,14 @@ _NAMED = re.compile(r"\$\{\s*\.*(\w+)\s*[.\[}]")
 _LISTED = re.compile(r"^\+*callbacks=\[\s*\{")
 """Callbacks without names, which the group cannot take."""
 
+_WITH_VALUE = frozenset(
+    {
+        *("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn"),
+        *("--package", "-p", "--cfg", "-c", "--experimental-rerun"),
+    }
+)
+"""Flags of Hydra that a value follows."""
+
 _GIVEN_TO_TRAINER = {
     "strategy": "strategy=NAME, or strategy._target_=my.Strategy",
     "logger": "logger=NAME (none for no logger), or logger._target_=my.Logger",
@@ -60,6 +68,17 @@ def replace_whole(arguments: Sequence[str]) -> list[str]:
         emptied.add(path)
         found.append(f"++{argument.lstrip('+')}")
     return found
+
+
+def flags_first(arguments: Sequence[str]) -> list[str]:
+    """A command line that Hydra's parser reads, which takes overrides on one side of flags only."""
+    if {"--info", "-i"} & set(arguments):  # whose value may be left out
+        return list(arguments)
+    flags, overrides = [], []
+    for before, argument in pairwise(["", *arguments]):
+        is_flag = argument.startswith("-") or before in _WITH_VALUE
+        (flags if is_flag else overrides).append(argument)
+    return flags + overrides
 
 
 def find_own_code(arguments: Sequence[str]) -> None:

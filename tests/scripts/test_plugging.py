@@ -11,7 +11,7 @@ from shutil import copytree
 
 import pytest
 import torch
-from plugging import find_own_code, replace_whole
+from plugging import find_own_code, flags_first, replace_whole
 from processes import run_script
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"
@@ -205,3 +205,10 @@ def test_a_class_replaces_another_with_all_its_arguments() -> None:
     assert replace_whole(["callbacks=[lr_monitor]"]) == ["callbacks=[lr_monitor]"]
     assert replace_whole(["data=own", "data._target_=a.B"]) == ["data=own", "++data._target_=a.B"]
     assert replace_whole(["trainer._target_=my.Trainer"]) == ["trainer._target_=my.Trainer"]
+
+
+def test_flags_may_stand_between_what_is_set() -> None:
+    typed = ["seed=1", "--config-dir", "a=b", "-m", "experiment=mine", "--config-name=x", "~logger"]
+    flags = ["--config-dir", "a=b", "-m", "--config-name=x"]
+    assert flags_first(typed) == [*flags, "seed=1", "experiment=mine", "~logger"]
+    assert flags_first(["seed=1", "--info", "tau=1"]) == ["seed=1", "--info", "tau=1"]
