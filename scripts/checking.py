@@ -28,6 +28,8 @@ def check(cfg: DictConfig) -> None:
         ValueError: something is not possible, or another error of whoever finds it.
     """
     _require_restartable()
+    if not isinstance(seed := cfg.get("seed", 0), int):
+        raise ValueError(f"seed={seed} is not allowed. Allowed: a whole number, such as seed=1.")
     for key, target in _targets(OmegaConf.to_container(cfg, resolve=False)):
         _import(key, target)
     if cfg.strategy._target_.startswith(("lightning.", "lightning_easgd.")):

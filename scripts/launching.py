@@ -20,6 +20,8 @@ from typing import Any
 from forking import DIED, FORK, Outcome, Workers, one_node
 
 _GRACE_SECONDS = 60.0
+_FOLLOW_SECONDS = 0.5
+"""So long after the first that fails, others may fail too, perhaps with the same words."""
 _ENDING = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -151,6 +153,7 @@ def _outcomes(group: Workers, workers: int) -> dict[int, Outcome]:
             found[rank] = outcome
             if outcome.error:
                 break
+        found |= dict(group.ended(set(range(workers)) - set(found), _FOLLOW_SECONDS))
     finally:
         # A second Ctrl-C must not keep a worker alive.
         ignored = {number: signal.signal(number, signal.SIG_IGN) for number in _ENDING}

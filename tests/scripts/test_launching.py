@@ -205,13 +205,15 @@ def test_the_first_failure_is_the_cause_though_another_ends_before(tmp_path: Pat
     assert "worker 1 is gone" in (tmp_path / "worker0.log").read_text()
 
 
-def refuse(rank: int) -> None:
+def refuse(rank: int, folder: Path) -> None:
+    (folder / f"{rank}.pid").touch()
+    wait_for(folder, 2)
     raise ValueError("tau=0")
 
 
 def test_what_all_workers_say_is_said_of_none(tmp_path: Path) -> None:
     with pytest.raises(WorkerError, match=r"^ValueError: tau=0$"):
-        run_workers(refuse, workers=2, nodes=1, logs=tmp_path)
+        run_workers(refuse, tmp_path, workers=2, nodes=1, logs=tmp_path)
 
 
 def fail_beside_the_deaf(rank: int, folder: Path) -> None:
