@@ -12,6 +12,7 @@ from pathlib import Path
 
 import launching
 import parting
+import processes
 import pytest
 from launching import WorkerError, is_worker, run_workers
 
@@ -109,17 +110,23 @@ def test_a_multi_node_job_without_its_variables_is_refused(tmp_path: Path) -> No
         run_workers(say_ranks, workers=1, nodes=2, logs=tmp_path)
 
 
-def test_where_there_are_threads_workers_are_no_forks(tmp_path: Path) -> None:
+def start_methods(_: int, folder: Path) -> list[str]:
+    """Of a process of one thread: while it has a second one, and afterwards."""
     held = threading.Event()
     thread = threading.Thread(target=held.wait)
     thread.start()
     try:
-        assert run_workers(int, workers=2, nodes=1, logs=tmp_path) == [0, 1]
-        assert launching._context().get_start_method() == "spawn"
+        assert run_workers(int, workers=2, nodes=1, logs=folder) == [0, 1]
+        beside = launching._context().get_start_method()
     finally:
         held.set()
         thread.join()
-    assert launching._context().get_start_method() == "fork"
+    return [beside, launching._context().get_start_method()]
+
+
+def test_where_there_are_threads_workers_are_no_forks(tmp_path: Path) -> None:
+    (methods,) = processes.run_workers(start_methods, tmp_path, workers=1)
+    assert methods == ["spawn", "fork"]
 
 
 def fail_in_one(rank: int, folder: Path, who: int, how: str) -> None:
