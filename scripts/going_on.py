@@ -13,6 +13,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from launching import is_worker
 from omegaconf import DictConfig
+from plugging import config_folders
 
 _WIDTH = 20
 _PLAIN = re.compile(r"[\w./:@~+-]+")
@@ -81,12 +82,7 @@ def _further(checkpoint: Path, folder: Path) -> list[str]:
 
 def _flags(arguments: Sequence[str]) -> list[str]:
     """Where Hydra looks for files, which is not among its overrides."""
-    found = []
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        name, _, value = argument.partition("=")
-        if name in ("--config-dir", "-cd"):
-            found += ["--config-dir", value or following]
-    return found
+    return [each for folder in config_folders(arguments) for each in ("--config-dir", str(folder))]
 
 
 def _quoted(path: Path) -> str:

@@ -21,7 +21,7 @@ from forking import DIED, FORK, Outcome, Workers, one_node
 
 _GRACE_SECONDS = 60.0
 _FOLLOW_SECONDS = 0.5
-"""So long after the first that fails, others may fail too, perhaps with the same words."""
+"""How long others may take to fail after the first, perhaps with the same words."""
 _ENDING = (signal.SIGINT, signal.SIGTERM)
 
 

@@ -83,11 +83,21 @@ def flags_first(arguments: Sequence[str]) -> list[str]:
 
 def find_own_code(arguments: Sequence[str]) -> None:
     """Let this process and its workers import from the folder of --config-dir and from this one."""
-    folders = [*_config_folders(arguments), Path.cwd()]
+    folders = [*config_folders(arguments), Path.cwd()]
     paths = [str(folder.absolute()) for folder in folders]
     sys.path[1:1] = paths  # behind the scripts themselves
     given = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([*paths, *([given] if given else [])])
+
+
+def config_folders(arguments: Sequence[str]) -> list[Path]:
+    """The values of --config-dir, as Hydra's parser takes them."""
+    found = []
+    for argument, following in pairwise([*arguments, ""]):
+        name, _, value = argument.partition("=")
+        if name in ("--config-dir", "-cd"):
+            found.append(Path(value or following))
+    return found
 
 
 def several(cfg: Any) -> list[Any]:
@@ -153,13 +163,3 @@ def _key(argument: str) -> str:
 
 def _has_own(group: str) -> bool:
     return (CONF / group / "own.yaml").exists()
-
-
-def _config_folders(arguments: Sequence[str]) -> list[Path]:
-    """The values of --config-dir, as Hydra's parser takes them."""
-    found = []
-    for argument, following in pairwise([*arguments, ""]):
-        name, _, value = argument.partition("=")
-        if name in ("--config-dir", "-cd"):
-            found.append(Path(value or following))
-    return found

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from going_on import taken
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -59,9 +60,8 @@ def _state(folder: Path, rows: Rows) -> str:
 
 
 def _step(folder: Path, rows: Rows) -> int:
-    taken = folder / "steps"  # of train.py, at every step
-    if taken.exists():
-        return int(taken.read_text())
+    if (step := taken(folder)) is not None:  # of train.py, at every step
+        return step
     return max((curve.steps[-1] for curve in rows.curves.values()), default=-1) + 1
 
 
@@ -84,10 +84,9 @@ def _exchanges(rows: Rows) -> list[tuple[str, str]]:
     seconds = rows.latest("easgd/seconds") or 0.0
     shown = [("exchanges", f"{latest['exchanges']:.0f}, τ = {latest['tau']:.0f}")]
     if latest["ddp_bytes_sent"]:
-        share = 100 * (latest["bytes_sent"] or 0.0) / latest["ddp_bytes_sent"]
-        shown.append(
-            ("sent", f"{(latest['bytes_sent'] or 0) / 1e6:.2f} MB, {share:.3g} % of DDP's")
-        )
+        sent = latest["bytes_sent"] or 0.0
+        share = 100 * sent / latest["ddp_bytes_sent"]
+        shown.append(("sent", f"{sent / 1e6:.2f} MB, {share:.3g} % of DDP's"))
     distance = rows.curves["easgd/consensus_distance"].values
     shown.append(("distance", f"{distance[-1]:<10.3g} {sparkline(distance)}"))
     waited = rows.per_worker("easgd/worker_wait_seconds")

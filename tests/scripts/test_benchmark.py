@@ -187,10 +187,12 @@ def test_all_contenders_on_two_hosts_and_going_on_with_it(tmp_path: Path) -> Non
         assert one["peak_bytes"] > 4 * one["parameters"]
         assert one["accuracy"] is None
         assert one["steps"] == (2 if name.startswith("ddp") else 16)
-    # As many bytes on the wire as the ring all-reduces of the measured steps carry; a part of the
-    # last may be under way yet.
+    # As many bytes on the wire as the ring all-reduces of the measured steps carry. Where nobody
+    # waits for them, a part of the last may be under way yet when bytes are counted.
     to_ring = {name: one["bytes_to_ring"] for name, one in found.items()}
-    for name in ("ddp", "local_sgd", "easgd", "easgd_blocking", "easgd_fragments"):
+    for name in ("ddp", "local_sgd", "easgd_blocking"):
+        assert 0.9 < to_ring[name] < 1.2
+    for name in ("easgd", "easgd_fragments"):
         assert 0.8 < to_ring[name] < 1.2
     for name in ("ddp_fp16", "ddp_bf16", "easgd_bf16"):
         assert 0.4 < to_ring[name] < 0.7
