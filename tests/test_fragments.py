@@ -64,7 +64,9 @@ def costs(rank: int, fragments: int) -> Any:
     strategy = EASGDStrategy(tau=8, fragments=fragments, final_exchange=False)
 
     def note(outputs: Any, batch: Any, batch_idx: int) -> None:
-        largest.append(sum(part.numel() for part in strategy._fit.center._sums._buffers.values()))
+        largest.append(
+            sum(part.numel() for part in strategy._fit.center.main._sums._buffers.values())
+        )
 
     module.on_train_batch_end = note
     trainer(2, strategy).fit(module, loader(rank, STEPS))

@@ -324,7 +324,7 @@ class Finetuned(pl.LightningModule):
         self.names: list[int] = []
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        self.names.append(self.trainer.strategy._fit.center.joined)
+        self.names.append(self.trainer.strategy._fit.center.main.joined)
         return ((self.head(self.backbone(batch[0])) - batch[1]) ** 2).mean()
 
     def configure_optimizers(self) -> Any:

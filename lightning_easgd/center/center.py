@@ -18,9 +18,9 @@ from lightning_easgd.algorithms import CenterAverage
 from lightning_easgd.center.flat import FlatVector, Memory, as_real
 from lightning_easgd.center.fragments import Fragment, ParameterCohort, ParameterSlice, put_together
 from lightning_easgd.center.policies import Buffers, Policies
+from lightning_easgd.center.portion import Portion
 from lightning_easgd.center.statistics import Statistics
 from lightning_easgd.center.structure import Structure
-from lightning_easgd.center.sums import Sums
 from lightning_easgd.center.tying import Ties
 
 SwappedIn = Literal["center", "delivered"]
@@ -65,7 +65,8 @@ class Center:
     ) -> None:
         self.module = module
         self.group = group
-        self.fragment_count = fragment_count
+        self.main = Portion(fragment_count)
+        """What workers exchange every τ steps."""
         self._averaging = averaging
         self._statistics_of = buffers, rank
         self._offload = offload
@@ -78,9 +79,8 @@ class Center:
         self._begin()
 
     def _begin(self) -> None:
-        module, count = self.module, self.fragment_count
+        module, count = self.module, self.main.fragment_count
         self.cohorts: list[ParameterCohort] = []
-        self.joined = 0
         self.ties = Ties()
         self.structure: Structure | None = Structure(module)
         """Of the module, until training begins."""
@@ -92,11 +92,11 @@ class Center:
                 " unfreeze one."
             )
         self._memory = _memory(self._dormant[0][1].device, self._offload)
-        self._sums = Sums(self._memory)
+        self.main.begin(self._memory)
         self.statistics = Statistics(module, *self._statistics_of, self._memory)
         self.adopt_unfrozen()
-        self.join(len(self.cohorts))
-        if (found := len(self.cohorts[0].fragments)) < count:
+        self.main.join(len(self.cohorts))
+        if (found := len(self.main.cohorts[0])) < count:
             raise ValueError(
                 f"fragments={count} is too many: the trained parameters of"
                 f" {type(module).__name__} can be cut into at most {found}, along their first"
@@ -116,7 +116,7 @@ class Center:
         self._dormant = [(n, p) for n, p in self._dormant if not p.requires_grad]
         if not named:
             return False
-        self.cohorts.append(self._cohort(named))
+        self._add(named)
         if self.group is not None:
             self.group.adopt_unfrozen()
             self._tie(self.group)
@@ -135,51 +135,22 @@ class Center:
         for mine, theirs in pairs:
             mine.group = theirs.center
 
-    def _cohort(self, named: Sequence[tuple[str, nn.Parameter]]) -> ParameterCohort:
-        return ParameterCohort(named, self.fragment_count, self._memory, self._averaging)
+    def _add(self, named: Sequence[tuple[str, nn.Parameter]]) -> None:
+        """Give parameters a cohort, which waits to join."""
+        count = self.main.fragment_count
+        cohort = ParameterCohort(named, count, self._memory, self._averaging)
+        self.cohorts.append(cohort)
+        self.main.cohorts.append(cohort.fragments)
 
     @property
     def device(self) -> torch.device:
         """Where it lies."""
         return self._memory.device
 
-    def join(self, cohorts: int) -> None:
-        """Let the first ``cohorts`` cohorts take part in exchanges from now on."""
-        self.joined = cohorts
-
-    def open(self, index: int) -> list[Fragment]:
-        """The fragments that are exchanged at this index, with memory for their sums.
-
-        Nothing may be in flight.
-        """
-        fragments = self.fragments(index, self.joined)
-        self._sums.provide(fragments)
-        return fragments
-
-    def fragments(self, index: int, joined: int) -> list[Fragment]:
-        """Those of the first ``joined`` cohorts that are exchanged at this index."""
-        return [
-            cohort.fragments[index]
-            for cohort in self.cohorts[:joined]
-            if index < len(cohort.fragments)
-        ]
-
-    def fingerprint(self, cohorts: int, index: int = 0) -> int:
-        """A hash of the first ``cohorts`` cohorts' names and shapes and the index, in 56 bits."""
-        value = index
-        for fragment in _fragments(self.cohorts[:cohorts]):
-            value = (value * 1_000_003 + fragment.layout.fingerprint) % 2**56
-        return value
-
     def parameters(self) -> list[nn.Parameter]:
         """All that take part in exchanges."""
-        firsts = [p for cohort in self.cohorts[: self.joined] for _, p in cohort.named]
+        firsts = [p for cohort in self.cohorts[: self.main.joined] for _, p in cohort.named]
         return firsts + self.ties.twins_of(firsts)
-
-    def checksum(self) -> int:
-        """A sum over the bits of all elastic center values, within 63 bits."""
-        elastic = _fragments(self.cohorts[: self.joined])
-        return sum(fragment.center.checksum() for fragment in elastic) % 2**63
 
     def shared_state(self, *, at_the_end: bool = False) -> dict[str, Any]:
         """What the state dict does not tell of the center, for a checkpoint.
@@ -195,7 +166,7 @@ class Center:
         exact = [(p, v) for p, v in slices if at_the_end or as_real(p.tensor).dtype != v.dtype]
         return {
             "cohorts": [cohort.names for cohort in self.cohorts],
-            "joined": self.joined,
+            "joined": self.main.joined,
             "exact": put_together(exact),
             "rule_state": {
                 f.name: f.rule_state for f in _fragments(self.cohorts) if any(f.rule_state)
@@ -242,9 +213,12 @@ class Center:
             self.ties.add((n, named.pop(n)) for n in names if n in named)
             for names in state["cohorts"]
         ]
-        self.cohorts = [self._cohort(group) for group in groups if group]
+        self.cohorts = []
+        self.main.begin(self._memory)
+        for group in filter(None, groups):
+            self._add(group)
         self._dormant = list(named.items())
-        self.join(min(state["joined"], len(self.cohorts)))
+        self.main.join(min(state["joined"], len(self.cohorts)))
         self.adopt_unfrozen()
         self.read_module()
         for slice_, view in self.slices("center"):
@@ -265,11 +239,9 @@ class Center:
         Args:
             in_flight: whether it is not.
         """
-        fragments = list(_fragments(self.cohorts))
         if in_flight:
-            return [(fragment, fragment.center.clone()) for fragment in fragments]
-        self._sums.provide(fragments)
-        return [(fragment, fragment.total) for fragment in fragments]
+            return [(fragment, fragment.center.clone()) for fragment in _fragments(self.cohorts)]
+        return list(self.main.provide_vectors())
 
     def named_tensors(self) -> dict[str, Tensor]:
         """All parameters and the statistics, by what they are called in messages."""
@@ -286,8 +258,7 @@ class Center:
 
     def release_sums(self) -> None:
         """Let go of memory that is larger than exchanges need."""
-        if self.fragment_count > 1:
-            self._sums.release()
+        self.main.release_sums()
 
     def write(self, which: SwappedIn) -> None:
         """Make the module's weights and statistics those of the center or of what is delivered."""
@@ -307,12 +278,6 @@ class Center:
         self.write("center")
         if self.group is not None:
             self.group.read_module()
-
-    def reset_worker(self) -> None:
-        """Let the weights that take part in exchanges go on from the center, without momentum."""
-        for fragment in _fragments(self.cohorts[: self.joined]):
-            fragment.center.write_to(fragment.tensors())
-            fragment.forget_rule_state()
 
     def read_module(self, *, statistics: bool = True) -> None:
         """Make the module's weights, equal on all workers, those of the center.

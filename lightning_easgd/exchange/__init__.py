@@ -21,6 +21,7 @@ Glossary: one word for one thing, in code and documents.
     residual        what a codec did not send yet; it is added to a later difference (flushed)
     cohort          parameters that joined the exchanges at the same time
     fragment        a part of a cohort that one exchange moves; its index says which
+    portion         the fragments that one link exchanges
     slice           rows of a parameter that lie in one fragment
     statistics      buffers that the center has, too
     link            how a difference reaches a center, and what comes back (start, wait)

@@ -92,6 +92,7 @@ class Participant:
         from_iterate: bool,
     ) -> None:
         self.center = center
+        self.portion = center.main
         self.all_reduce = all_reduce
         self._optimizers = optimizers
         self.rule = rule
@@ -104,7 +105,7 @@ class Participant:
     @torch.no_grad()
     def take_difference(self, index: int) -> Difference:
         """Put x - c of the fragments of this index where their sums will be."""
-        fragments = self.center.open(index)
+        fragments = self.portion.open(index)
         for fragment in fragments:
             fragment.take_difference(
                 from_start=self.rule.resets_to_center and not self.rule.mixing_rate
@@ -149,7 +150,7 @@ class Participant:
 
     def nothing(self, index: int) -> Difference:
         """A difference of zero, for residuals to be added to."""
-        difference = Difference(self.center.open(index))
+        difference = Difference(self.portion.open(index))
         difference.zero_()
         return difference
 

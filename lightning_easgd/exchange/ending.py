@@ -41,7 +41,7 @@ def weights_owed(center: Center, owed: Owed | None) -> list[tuple[Fragment, Flat
     """
     if owed is None:
         return []
-    found = [(f, f.center.clone()) for f in center.fragments(owed.index, owed.joined)]
+    found = [(f, f.center.clone()) for f in center.main.fragments(owed.index, owed.joined)]
     for fragment, vector in found:
         vector.read_(fragment.tensors())
     return found

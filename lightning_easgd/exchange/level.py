@@ -120,7 +120,11 @@ class GroupLevel:
 
     def state(self) -> dict[str, Any]:
         """What the members share, for a checkpoint."""
-        return {"healthy": self.healthy, "joined": self._center.joined, **self._center.values()}
+        return {
+            "healthy": self.healthy,
+            "joined": self._center.main.joined,
+            **self._center.values(),
+        }
 
     def restore(self, saved: Mapping[str, Any] | None) -> None:
         """Go on with what members saved; all of them must call it.
@@ -145,7 +149,7 @@ class GroupLevel:
             state, _ = subgroup.broadcast(saved, having.index(True), what, elements=elements)
         assert state is not None
         self._link.arrivals.healthy = state["healthy"]
-        self._center.join(min(state["joined"], len(self._center.cohorts)))
+        self._center.main.join(min(state["joined"], len(self._center.cohorts)))
         self._center.load_values(state["center"])
         if saved is None:
             self._center.overwrite_worker()

@@ -64,8 +64,8 @@ class CollectiveLink:
         self.participant = participant
         self.all_reduce = participant.all_reduce
         self.timer = StepTimer()
-        self.consensus = Consensus(participant.center.fragment_count)
-        self._center = participant.center
+        self.consensus = Consensus(participant.portion.fragment_count)
+        self._portion = participant.portion
         self._rule = participant.rule
         self._telemetry = participant.telemetry
         self._agreement = agreement or Agreement(())
@@ -95,7 +95,7 @@ class CollectiveLink:
     def is_settled(self, clock: int) -> bool:
         """Whether workers restarted at ``clock`` with all parameters, and have nothing to add."""
         return self._rule.resets_to_center and self._exchanged == Exchanged(
-            clock, self._center.joined
+            clock, self._portion.joined
         )
 
     def arrived(self) -> bool:
@@ -109,7 +109,7 @@ class CollectiveLink:
             return
         self.wait()
         owed, self.owed = self.owed, None
-        for fragment in self._center.fragments(owed.index, owed.joined):
+        for fragment in self._portion.fragments(owed.index, owed.joined):
             fragment.reset_to_center(self._rule.mixing_rate)
 
     def start(self, clock: int, *, last: bool = False) -> Pull:
@@ -212,12 +212,12 @@ class CollectiveLink:
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state`, perhaps with another number of fragments."""
-        self._index = state["fragment_index"] % self._center.fragment_count
+        self._index = state["fragment_index"] % self._portion.fragment_count
         exchanged, owed = state["exchanged"], state["owed"]
         self._exchanged = None if exchanged is None else Exchanged(*exchanged)
         if self._rule.delay and owed:
             due, index, joined = owed
-            self.owed = Owed(due, index % self._center.fragment_count, joined)
+            self.owed = Owed(due, index % self._portion.fragment_count, joined)
         self.consensus.load_state(state["consensus"])
 
     def _send(
@@ -237,7 +237,7 @@ class CollectiveLink:
         self._telemetry.count_bytes(*self.all_reduce.sum_bytes(given.payload, last=last))
         self._state = InFlight(
             pending,
-            len(self._center.cohorts),
+            len(self._portion.cohorts),
             difference,
             given,
             clock,
@@ -254,7 +254,7 @@ class CollectiveLink:
         header = self._header(clock, difference, phase=phase, compare=compare)
         pending = self.all_reduce.start(Payload(), header)
         self._telemetry.count_bytes(*self.all_reduce.header_bytes(header))
-        self._state = HeaderSent(pending, len(self._center.cohorts), difference)
+        self._state = HeaderSent(pending, len(self._portion.cohorts), difference)
 
     def _header(
         self, clock: int, difference: Difference, *, phase: Phase, compare: bool = True
@@ -267,12 +267,12 @@ class CollectiveLink:
         self._telemetry.exchange_cost_seconds = 1e-6 * measured.cost
         return Header(
             clock=clock,
-            fingerprint=self._center.fingerprint(self._center.joined, self._index),
-            announced=self._center.fingerprint(len(self._center.cohorts)),
+            fingerprint=self._portion.fingerprint(self._portion.joined, self._index),
+            announced=self._portion.fingerprint(len(self._portion.cohorts)),
             phase=phase,
             stop=self._stops.requested,
             non_finite=not difference.healthy,
-            checksum=self._center.checksum() if compare and due else 0,
+            checksum=self._portion.checksum() if compare and due else 0,
             wait_microseconds=int(1e6 * self._telemetry.wait_seconds),
             named=self._observed(difference, measured) | self._agreement.announce(),
         )
@@ -286,11 +286,11 @@ class CollectiveLink:
         return self.consensus.announce(measured, difference.distance, difference.size, lr=lr)
 
     def _advance(self, clock: int) -> None:
-        joined = self._center.joined
+        joined = self._portion.joined
         self._exchanged = Exchanged(clock, joined)
         if self._rule.delay:
             self.owed = Owed(clock + self._rule.delay, self._index, joined)
-        self._index = (self._index + 1) % self._center.fragment_count
+        self._index = (self._index + 1) % self._portion.fragment_count
 
     def _await_headers(self, pending: PendingSum, *, patiently: bool = False) -> list[Header]:
         with self._waiting():
@@ -321,8 +321,8 @@ class CollectiveLink:
             if self.arrivals.take_in(state, headers):
                 self.timer.restart()
             if state.resets:
-                self._center.reset_worker()
-        self._center.join(state.cohorts)
+                self._portion.reset_worker()
+        self._portion.join(state.cohorts)
 
     def _hear_waits(self, waits: list[float]) -> None:
         """Take in how long each worker has waited, also in fits that this one goes on from."""

@@ -166,8 +166,8 @@ class Lockstep(Rendezvous):
         if exchange:
             self._levels.finish(clock)
         settled = self._link.is_settled(clock)
-        for index in range(self._center.fragment_count):
-            is_new = not (settled and index == self._center.fragment_count - 1)
+        for index in range(self._center.main.fragment_count):
+            is_new = not (settled and index == self._center.main.fragment_count - 1)
             if exchange and is_new:
                 self._link.start(clock, last=True)
             else:

@@ -105,7 +105,7 @@ class SavedState:
             warnings.warn(
                 "The center's momentum starts afresh: the checkpoint holds that of"
                 f" {shared['algorithm']}, by fragment, and this is {kind}"
-                f" in {self.center.fragment_count} fragment(s). Keep algorithm and fragments to"
-                " go on with it.",
+                f" in {self.center.main.fragment_count} fragment(s). Keep algorithm and fragments"
+                " to go on with it.",
                 stacklevel=2,
             )
