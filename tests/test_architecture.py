@@ -17,6 +17,7 @@ LAYERS = [
     {"algorithms", "groups"},
     {"center"},
     {"communication"},
+    {"server"},
     {"exchange"},
     {"checkpoint"},
     {"strategy"},
@@ -57,7 +58,7 @@ def test_every_module_has_a_layer() -> None:
 
 
 def test_the_listing_is_short() -> None:
-    assert len([path for path in ROOT.iterdir() if path.name != "__pycache__"]) <= 12
+    assert len([path for path in ROOT.iterdir() if path.name != "__pycache__"]) <= 13
 
 
 def test_every_module_is_short() -> None:
@@ -75,6 +76,22 @@ def test_imports_run_one_way() -> None:
             continue
         for other in own - {name}:
             assert layer_of(other) < layer_of(name), f"{path} imports {other}"
+
+
+def test_the_server_takes_pure_parts_only() -> None:
+    """It knows no collectives, and of what workers do the rules, codecs and flat vectors only."""
+    pure = (
+        "algorithms",
+        "schedules",
+        "server",
+        "center.flat",
+        "center.names",
+        "communication.codecs",
+    )
+    for name, path in modules():
+        for found in imports(path) if name == "server" else ():
+            within = found.removeprefix("lightning_easgd.")
+            assert found == within or within.startswith(pure), f"{path} imports {found}"
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:

@@ -1,0 +1,349 @@
+"""The center of workers that come at their own pace: state, rule and table of workers.
+
+One pure object: time is handed in, and whoever has it calls one method at a time. A method does
+all that it was asked, or raises ``Refused`` and leaves the center as it was.
+
+[Note: exactly once] The key of a difference is (worker, incarnation, sequence). The last sequence
+of each worker and its receipt are kept, in snapshots too, together with the center that has them.
+A worker asks again with the same sequence until it has the receipt, and sends no other difference
+before. So a center, also one that was restored, has every difference once, or not yet.
+
+Letters: c the center, d `difference`, α `alpha`, β `beta`, p the number of workers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lightning_easgd.algorithms import RULES
+from lightning_easgd.center.flat import FlatLayout, FlatVector
+from lightning_easgd.schedules.checks import is_number
+from lightning_easgd.server.model import (
+    describe,
+    layout_of,
+    parts_by_name,
+    require_same_model,
+    vector_from,
+)
+from lightning_easgd.server.refusal import Refusal, Refused
+from lightning_easgd.server.roster import Receipt, Roster, Worker
+from lightning_easgd.server.settings import Settings
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a worker takes from the server.
+
+    Args:
+        algorithm: the name of the rule.
+        tau: τ, the steps between two exchanges.
+        alpha: α; 1 under a rule whose workers restart at the center.
+        version: of the center.
+        sequence: of the last difference of this incarnation that was added; 0 if none was.
+        has_center: whether the server has a center. If not, join with weights that shall be it.
+    """
+
+    algorithm: str
+    tau: int
+    alpha: float
+    version: int
+    sequence: int
+    has_center: bool
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A server at one moment: tensors with memory of their own, and plain data."""
+
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+
+
+class SnapshotError(Exception):
+    """A snapshot cannot be restored."""
+
+
+class CenterServer:
+    """The center, and the table of its workers.
+
+    Args:
+        settings: algorithm, strength and limits.
+
+    Attributes:
+        version: how many differences the center has taken in.
+        refusals: how often what was asked was refused, by reason.
+    """
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        self.settings = settings or Settings()
+        self.version = 0
+        self.refusals: Counter[Refusal] = Counter()
+        self._roster = Roster(self.settings)
+        self._center: FlatVector | None = None
+        self._average: FlatVector | None = None
+        self._rule_state: list[dict[str, Any]] = []
+
+    @property
+    def layout(self) -> FlatLayout | None:
+        """Of the model; None before the first worker brought it."""
+        return self._center.layout if self._center else None
+
+    def join(
+        self,
+        worker: str,
+        incarnation: int,
+        model: FlatLayout,
+        *,
+        now: float,
+        weights: FlatVector | None = None,
+    ) -> Terms:
+        """Let a worker in; asked again, the answer is the same.
+
+        Args:
+            worker: its name.
+            incarnation: of its process; larger than that of any earlier one of this name.
+            model: of the worker.
+            now: seconds, of any clock that does not go back.
+            weights: become the center if there is none yet; copied.
+
+        Raises:
+            Refused: the model is another one, the weights are not finite, a later process has
+                this name, or there are too many workers.
+        """
+        with self._counting():
+            if self._center:
+                require_same_model(model, self._center.layout)
+            elif weights:
+                require_same_model(weights.layout, model)
+                _require_finite(weights.norm(), "The start")
+            known = self._roster.join(worker, incarnation, version=self.version, now=now)
+            if weights and not self._center:
+                self._begin_at(weights.clone())
+            return Terms(
+                algorithm=self._rule_name(),
+                tau=self.settings.tau,
+                alpha=self.alpha(now),
+                version=self.version,
+                sequence=known.receipt.sequence,
+                has_center=self._center is not None,
+            )
+
+    def alpha(self, now: float) -> float:
+        """α = β/p of the next difference; 1 under a rule whose workers restart at the center."""
+        if self.settings.rule.resets_to_center:
+            return 1.0
+        return self.settings.beta / self._roster.count(now)
+
+    def get(self, worker: str, incarnation: int, *, now: float) -> tuple[int, FlatVector]:
+        """The version of the center, and a copy of it.
+
+        Raises:
+            Refused: the worker is not known, there is no center, or it is another worker's turn.
+        """
+        with self._counting():
+            known = self._roster.find(worker, incarnation, now=now)
+            center = self._require_center()
+            self._roster.require_turn(worker, now=now)
+            known.got = self.version
+            return self.version, center.clone()
+
+    def delivered(self) -> FlatVector:
+        """A copy of the average of the center if there is one, else of the center.
+
+        Raises:
+            Refused: there is no center.
+        """
+        return (self._average or self._require_center()).clone()
+
+    def add(
+        self,
+        worker: str,
+        incarnation: int,
+        sequence: int,
+        difference: FlatVector,
+        *,
+        now: float,
+        samples: float = 1.0,
+    ) -> Receipt:
+        """Add a difference to the center, once; asked again, the answer is the same.
+
+        Args:
+            worker: its name.
+            incarnation: of its process.
+            sequence: of the difference: 1, 2, ... in this incarnation.
+            difference: α (x - c), or what the worker's steps made, as the rule has it; may be
+                overwritten.
+            now: as of :meth:`join`.
+            samples: that the worker learned from since its last difference.
+
+        Raises:
+            Refused: the worker is not known, the sequence is an earlier one, the difference is not
+                finite or of another model, it came too soon, or it is another worker's turn.
+        """
+        with self._counting():
+            known = self._roster.find(worker, incarnation, now=now)
+            if sequence == known.receipt.sequence and sequence > 0:
+                known.repeated += 1
+                return known.receipt
+            _require_later(sequence, known.receipt.sequence)
+            center = self._require_center()
+            require_same_model(difference.layout, center.layout)
+            self._roster.require_turn(worker, now=now)
+            _require_samples(samples)
+            norm = difference.norm()
+            _require_finite(norm, "The difference")
+            self._roster.take_token(known, now=now)
+            staleness = self.version - known.got
+            weight = self._weight(worker, samples, staleness, norm, now)
+            self._move_(center, difference, weight)
+            self._roster.pass_turn(worker)
+            return _note(known, Receipt(sequence, self.version, staleness, weight), norm, samples)
+
+    def leave(self, worker: str, incarnation: int, *, now: float) -> None:
+        """Let a worker go.
+
+        Raises:
+            Refused: it is not known.
+        """
+        with self._counting():
+            self._roster.leave(worker, incarnation, now=now)
+
+    def workers(self, now: float) -> dict[str, Worker]:
+        """The workers that are there, by name."""
+        return {name: self._roster.workers[name] for name in self._roster.live(now)}
+
+    def snapshot(self) -> Snapshot:
+        """All that the server knows, as a copy.
+
+        Raises:
+            Refused: there is no center.
+        """
+        center = self._require_center()
+        tensors = parts_by_name("center", center.clone())
+        if self._average:
+            tensors |= parts_by_name("average", self._average.clone())
+        for place, state in enumerate(self._rule_state):
+            tensors |= {f"rule.{place}.{name}": each.clone() for name, each in state.items()}
+        facts = {
+            "algorithm": self._rule_name(),
+            "average": repr(self.settings.average),
+            "model": describe(center.layout),
+            "version": self.version,
+            "roster": self._roster.state(),
+        }
+        return Snapshot(tensors, facts)
+
+    def restore(self, snapshot: Snapshot, *, now: float) -> None:
+        """Go on from a snapshot, in place of all that the server knew.
+
+        Raises:
+            SnapshotError: it is of another algorithm or average.
+        """
+        facts, tensors = snapshot.facts, snapshot.tensors
+        ours = (self._rule_name(), repr(self.settings.average))
+        if (facts["algorithm"], facts["average"]) != ours:
+            raise SnapshotError(
+                f"The snapshot is of algorithm={facts['algorithm']} with"
+                f" center_average={facts['average']}, and this server has {ours[0]} with {ours[1]}."
+                " Give the server the same options, or begin in an empty folder."
+            )
+        layout = layout_of(facts["model"], self.settings.limits.model_bytes)
+        center = vector_from("center", layout, tensors)
+        average = vector_from("average", layout, tensors) if self.settings.average else None
+        roster = Roster(self.settings)
+        roster.load_state(facts["roster"], now=now)
+        self._rule_state = [
+            {
+                name.split(".", 2)[2]: each.clone()
+                for name, each in tensors.items()
+                if name.startswith(f"rule.{place}.")
+            }
+            for place in range(len(center.parts))
+        ]
+        self._center, self._average, self._roster = center, average, roster
+        self.version = facts["version"]
+
+    @contextmanager
+    def _counting(self) -> Iterator[None]:
+        try:
+            yield
+        except Refused as refused:
+            self.refusals[refused.reason] += 1
+            raise
+
+    def _rule_name(self) -> str:
+        rule = type(self.settings.rule)
+        return next(name for name, known in RULES.items() if known is rule)
+
+    def _begin_at(self, center: FlatVector) -> None:
+        self._center = center
+        self._average = center.clone() if self.settings.average else None
+        self._rule_state = [{} for _ in center.parts]
+
+    def _require_center(self) -> FlatVector:
+        if self._center is None:
+            raise Refused(
+                Refusal.NO_CENTER,
+                "The server has no center yet. Join with weights, which become the center.",
+            )
+        return self._center
+
+    def _weight(
+        self, worker: str, samples: float, staleness: int, norm: float, now: float
+    ) -> float:
+        weight = 1.0
+        if self.settings.staleness == "scale":
+            weight /= 1 + staleness
+        if self.settings.weight == "samples":
+            weight *= self._roster.samples_weight(worker, samples, now=now)
+        most = self.settings.max_norm
+        if most is not None and weight * norm > most:
+            weight = most / norm
+        return weight
+
+    def _move_(self, center: FlatVector, difference: FlatVector, weight: float) -> None:
+        parts = zip(center.parts, difference.parts, self._rule_state, strict=True)
+        for part, total, state in parts:
+            self.settings.rule.move_(part, total.mul_(weight) if weight != 1 else total, state)
+        self.version += 1
+        if self._average and self.settings.average:
+            self.settings.average.follow_(self._average.parts, center.parts, self.version)
+
+
+def _note(worker: Worker, receipt: Receipt, norm: float, samples: float) -> Receipt:
+    worker.adds += 1
+    worker.missing += receipt.sequence - worker.receipt.sequence - 1
+    worker.norm, worker.samples, worker.receipt = norm, samples, receipt
+    return receipt
+
+
+def _require_later(sequence: int, last: int) -> None:
+    if sequence <= last:
+        raise Refused(
+            Refusal.SUPERSEDED,
+            f"Difference {sequence} came after difference {last} of the same worker, and was not"
+            " added. Send one when the one before has its receipt.",
+        )
+
+
+def _require_samples(samples: float) -> None:
+    if not (is_number(samples) and samples > 0):
+        raise Refused(
+            Refusal.MALFORMED, f"samples={samples!r} is not allowed. Allowed: a positive number."
+        )
+
+
+def _require_finite(norm: float, what: str) -> None:
+    if not math.isfinite(norm):
+        raise Refused(
+            Refusal.NOT_FINITE,
+            f"{what} of this worker has values that are not finite, or too large a norm, and was"
+            " left out. Let the worker start again at the center, with a smaller learning rate.",
+        )

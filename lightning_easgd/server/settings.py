@@ -1,0 +1,127 @@
+"""What a server is told: the algorithm, how strongly it pulls, and what it allows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lightning_easgd.algorithms import RULES, CenterAverage, Rule, choose_average, choose_rule
+from lightning_easgd.schedules.checks import is_number, require, require_choice, require_count
+
+ADDING = ("easgd", "downpour", "mdownpour")
+"""The rules that need one worker at a time; all others need the mean over the workers."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one worker, or all of them, may ask of a server.
+
+    Args:
+        workers: that are there at a time.
+        model_bytes: of the flat center.
+        adds_per_second: of one worker, on average; None: as many as come.
+        burst: differences of one worker that may come at once.
+
+    Raises:
+        ValueError: one is out of range.
+    """
+
+    workers: int = 256
+    model_bytes: int = 2**36
+    adds_per_second: float | None = None
+    burst: int = 10
+
+    def __post_init__(self) -> None:
+        require_count("workers", self.workers, "workers")
+        require_count("model_bytes", self.model_bytes, "bytes")
+        require_count("burst", self.burst, "differences")
+        _require_positive("adds_per_second", self.adds_per_second)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a server moves its center.
+
+    Args:
+        algorithm: "easgd", "downpour" or "mdownpour", or such a rule.
+        center_average: "polyak" or "ema", or a CenterAverage, which the server keeps. With
+            "downpour" these are ADOWNPOUR and MVADOWNPOUR.
+        beta: β = pα, in (0, 1).
+        workers: p; or "live", the number that is there, which rises at once and falls slowly.
+        tau: τ, the steps between two exchanges of a worker.
+        staleness: "scale" divides a difference by 1 + staleness.
+        weight: "samples" weights a difference by the samples behind it, over their mean.
+        order: "round_robin" lets workers come in the order of their names only, so that a run
+            repeats bit for bit. It needs a number of ``workers``, for whom it waits at first.
+        max_norm: Euclidean norm to which a larger difference is shortened.
+        smoothing: seconds in which a live p falls most of the way.
+        lease: seconds of silence after which a worker does not count as there.
+        limits: what workers may ask.
+
+    Raises:
+        ValueError: one is out of range, or the rule needs all workers at once.
+    """
+
+    algorithm: str | Rule = "easgd"
+    center_average: str | CenterAverage | None = None
+    beta: float = 0.9
+    workers: int | Literal["live"] = "live"
+    tau: int = 10
+    staleness: Literal["none", "scale"] = "none"
+    weight: Literal["none", "samples"] = "none"
+    order: Literal["any", "round_robin"] = "any"
+    max_norm: float | None = None
+    smoothing: float = 30.0
+    lease: float = 60.0
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "algorithm", _require_rule(self.algorithm))
+        object.__setattr__(self, "center_average", choose_average(self.center_average))
+        inside = is_number(self.beta) and 0 < self.beta < 1
+        require("beta", self.beta, "a number in (0, 1)", inside)
+        require_count("tau", self.tau, "steps")
+        if self.workers != "live":
+            require_count("workers", self.workers, "workers, or 'live'")
+        require_choice("staleness", self.staleness, ("none", "scale"))
+        require_choice("weight", self.weight, ("none", "samples"))
+        require_choice("order", self.order, ("any", "round_robin"))
+        in_turn = self.order == "round_robin"
+        require(
+            "workers",
+            self.workers,
+            "with order='round_robin' a number",
+            not in_turn or self.workers != "live",
+        )
+        for name in ("max_norm", "smoothing", "lease"):
+            _require_positive(name, getattr(self, name))
+
+    @property
+    def rule(self) -> Rule:
+        """How a difference moves the center."""
+        assert isinstance(self.algorithm, Rule)
+        return self.algorithm
+
+    @property
+    def average(self) -> CenterAverage | None:
+        """Of the center; None: it has none."""
+        assert not isinstance(self.center_average, str)
+        return self.center_average
+
+
+def _require_rule(algorithm: str | Rule) -> Rule:
+    rule = choose_rule(algorithm)
+    adds = type(rule) in [RULES[name] for name in ADDING]
+    require(
+        "algorithm",
+        algorithm,
+        f"behind a server one of {', '.join(map(repr, ADDING))}, without center_momentum and"
+        " without average",
+        adds and not rule.average and not rule.center_momentum and not rule.schedules,
+    )
+    return rule
+
+
+def _require_positive(name: str, value: float | None) -> None:
+    inside = value is None or (is_number(value) and value > 0)
+    require(name, value, "a positive number", inside)
