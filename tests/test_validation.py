@@ -6,17 +6,22 @@ from typing import Any
 
 import pytest
 
-from lightning_easgd import AdaptivePeriod, Auto, EASGDStrategy, Groups
-from lightning_easgd.strategy.validation import REFUSED
+from lightning_easgd import EASGD, AdaptivePeriod, Auto, EASGDStrategy, Groups, Linear, TopK
+from lightning_easgd.strategy.validation import REFUSED, Combination
 
 RESTARTS: dict[str, Any] = {"algorithm": "local_sgd"}
 CENTERS: dict[str, Any] = {"groups": Groups(2)}
+
+PULL: dict[str, Any] = {"algorithm": EASGD(pull=0.4)}
 
 EXAMPLES: dict[tuple[str, str], dict[str, Any]] = {
     ("beta", "algorithm"): {"beta": 0.9, **RESTARTS},
     ("alpha", "algorithm"): {"alpha": 0.0, **RESTARTS},
     ("rho", "algorithm"): {"rho": 1.0, **RESTARTS},
     ("elastic_point", "algorithm"): {"elastic_point": "iterate", **RESTARTS},
+    ("alpha", "algorithm with pull"): {"alpha": 0.1, **PULL},
+    ("rho", "algorithm with pull"): {"rho": 1.0, **PULL},
+    ("compression", "algorithm with pull"): {"compression": TopK(0.1), **PULL},
     ("tau", "algorithm"): {"tau": Auto(), **RESTARTS},
     ("groups", "algorithm"): {"groups": 2, "algorithm": "post_local_sgd"},
     ("algorithm", "groups"): {"algorithm": "sma", **CENTERS},
@@ -34,16 +39,35 @@ EXAMPLES: dict[tuple[str, str], dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("entry", REFUSED, ids=lambda entry: f"{entry.option}-{entry.beside}")
+def key(entry: Combination) -> tuple[str, str]:
+    return entry.option, entry.beside + (" with pull" if "pull" in entry.where else "")
+
+
+@pytest.mark.parametrize("entry", REFUSED, ids=lambda entry: "-".join(key(entry)))
 def test_every_combination_of_the_table_is_refused_with_a_way_out(entry: Any) -> None:
     with pytest.raises(ValueError, match=f"^{entry.option}=.* is not possible with ") as raised:
-        EASGDStrategy(**EXAMPLES[entry.option, entry.beside])
+        EASGDStrategy(**EXAMPLES[key(entry)])
     assert entry.because in str(raised.value)
     assert entry.instead.split("{")[0] in str(raised.value)
 
 
 def test_every_example_is_of_a_row_of_its_own() -> None:
-    assert sorted(EXAMPLES) == sorted((entry.option, entry.beside) for entry in REFUSED)
+    assert list(EXAMPLES) == [key(entry) for entry in REFUSED]
+
+
+@pytest.mark.parametrize("options", [{"algorithm": EASGD(pull=0.4), **CENTERS}])
+def test_a_row_may_have_more_than_one_example(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="centers of groups are tied elastically"):
+        EASGDStrategy(**options)
+
+
+BETA = r"beta=1.2 diverges with EASGD\(.*pull=0.5.*\), which is stable for beta below 1\. "
+
+
+@pytest.mark.parametrize("beta", [1.2, Linear(0.5, 1.2, steps=9), lambda step: 1.2])
+def test_a_beta_that_is_not_stable_with_the_pull_is_refused(beta: Any) -> None:
+    with pytest.raises(ValueError, match=BETA):
+        EASGDStrategy(algorithm=EASGD(pull=0.5, look_ahead=1), beta=beta)
 
 
 @pytest.mark.parametrize(

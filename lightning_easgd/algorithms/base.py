@@ -1,20 +1,23 @@
 """What an update rule is: how the center moves by an exchange, and what becomes of the workers.
 
 All rules share one exchange. A worker x brings a multiple of x - c, its difference from the center
-c. The sum over all p workers arrives, and moves the center. A rule says which multiple that is, how
-the center moves, and which of two things the workers do then::
+c. The sum over all p workers arrives, and moves the center. A rule says three things: what a worker
+sends, what it is drawn to and how far, and how the center moves. Workers are drawn in one of two
+ways::
 
     pulled   x <- x - α (x - c)   by what each sent itself, so that nobody waits for the sum
     reset    x <- c+              to the new center, for which they wait
 
-with α per parameter from the strategy's beta, alpha or rho. With ``mixing_rate`` κ a reset goes
-only part of the way: x <- κ x + (1 - κ) c+. A worker's optimizer state stays its own either way.
+with α per parameter from the strategy's beta, alpha or rho. A rule may pull by anything else that a
+worker knows by itself, and no worker waits then either. With ``mixing_rate`` κ a reset goes only
+part of the way: x <- κ x + (1 - κ) c+. A worker's optimizer state stays its own in any case.
 """
 
 from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -33,7 +36,7 @@ class Rule(ABC):
     Attributes:
         resets_to_center: whether workers go on from the new center; else they are pulled.
         average: whether the center moves by the mean of the differences over the workers; else by
-            their sum. Under rules that pull, each is weighted with α before.
+            their sum. Under an elastic rule each is weighted with α before.
         default_tau: τ where none is given, in optimizer steps.
         center_momentum: μ, in [0, 1), with which the center moves on where workers are pulled.
         mixing_rate: κ, what a worker keeps of its own weights at a reset, in [0, 1).
@@ -51,6 +54,21 @@ class Rule(ABC):
     delay: int = 0
     warm_up: int = 0
 
+    @property
+    def elastic(self) -> bool:
+        """Whether the strategy's beta, alpha or rho sets what workers send; else share does."""
+        return not self.resets_to_center
+
+    @property
+    def moving_rate(self) -> float | None:
+        """How far an exchange draws a worker; None: by just what it sends, α (x - c)."""
+        return 1 - self.mixing_rate if self.resets_to_center else None
+
+    @property
+    def beta_bound(self) -> float | None:
+        """β at and above which the rule diverges; None: what α = 2/(p+1) makes of it."""
+        return None
+
     @abstractmethod
     def move_(self, center: Tensor, total: Tensor, state: dict[str, Any]) -> None:
         """Move the center, in place. A pure function; equal arguments give equal bits everywhere.
@@ -61,6 +79,19 @@ class Rule(ABC):
             state: what the rule keeps of this part from one exchange to the next, empty at first;
                 tensors and numbers, which checkpoints hold.
         """
+
+    def pull_(self, moved: Tensor, *, center: Tensor, state: Mapping[str, Any]) -> None:
+        """Turn x - c of a worker into what it loses by the exchange, in place.
+
+        Asked where workers are pulled and the rule has a moving rate. A pure function, as
+        :meth:`move_`; an exchange that is under way has not moved the center yet.
+
+        Args:
+            moved: the difference x - c of a flat part.
+            center: that part of the center.
+            state: as of :meth:`move_`, to read.
+        """
+        raise NotImplementedError
 
     def companions(self, worker: WorkerView) -> list[Companion]:
         """What the rule needs of the workers besides its maths; see Companion.
@@ -74,7 +105,7 @@ class Rule(ABC):
         return []
 
     def share(self, workers: int) -> float:
-        """The multiple of x - c that each of ``workers`` workers adds, if they restart."""
+        """The multiple of x - c that each of ``workers`` workers adds, if it is not elastic."""
         return 1 / workers if self.average else 1.0
 
     @property

@@ -23,11 +23,22 @@ when all send, what is left of the difference is 1 - (p+1)/(1+γ) of it. With γ
 α < 2/(p+1) (checked numerically, as that γ <= (p-1)/2 is not). With momentum μ in the center what
 is sent goes 1/(1-μ) times as far, so γ = p/(2(1-μ)); then α <= 1/(1+γ) is stable for every T.
 A last exchange has nothing to wait for. Workers take e back and send α (x + e - c) as it is.
+
+[Note: look-ahead pull] The pull α (x - c) also brakes what all workers do alike, so the center goes
+only p/(p+1) as far as they would. With a pull a of its own, and a center that moves by b = β of the
+way to the mean m, l being its last move::
+
+    x <- x - a (x - T), T = c + λ l ;  when the sum arrives  l <- b (m - c) ;  c <- c + l
+
+the center goes b / (b + a - λab) as far: with a = 0.4, b = 0.9 and λ = 1 it is 0.96, for any p. T
+is known to each worker by itself, so overlap stays exact. As η -> 0, alike workers have
+z² - (1 - a - b) z - λab = 0, whose roots lie within the unit circle iff λab < a + b and
+λab < 2 - a - b; then λab < 1, too. How workers differ from their mean shrinks by 1 - a.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +47,7 @@ from typing_extensions import override
 
 from lightning_easgd.algorithms.base import Rule, momentum_of, require_momentum
 from lightning_easgd.algorithms.drops import LearningRateDrops
-from lightning_easgd.schedules.checks import is_number
+from lightning_easgd.schedules.checks import is_number, require
 from lightning_easgd.schedules.companion import Companion, WorkerView
 
 
@@ -48,22 +59,57 @@ class EASGD(Rule):
     Both read the weights before the step. With ``center_momentum`` the center moves by
     v <- μ v + Σ_i α (x^i - c), as under SMA but without restarts.
 
+    With ``pull`` workers are pulled by a, and the strategy's ``beta`` says how far the center goes
+    to the mean m of the workers. With ``look_ahead`` they are pulled to where its last move l
+    leads::
+
+        x^i <- x^i - η g^i(x^i) - a (x^i - c - λ l) ;   l <- β (m - c) ;   c <- c + l
+
+    Then the center lags less behind the workers, of whose common way the elastic pull takes away
+    1/(p+1). It is stable where λaβ < a + β and λaβ < 2 - a - β, for any p.
+
     Args:
         center_momentum: μ, in [0, 1); 0 is the paper.
+        pull: a, in (0, 1]; None: α, as in the paper.
+        look_ahead: λ, at least 0; 1 goes as far as the center's last move did.
 
     Raises:
-        ValueError: it is out of its stable range.
+        ValueError: one is out of range, or not possible with another one; where the strategy is
+            made, ``beta`` is not stable with them.
     """
 
     resets_to_center = False
     average = False
+    pull: float | None = None
+    look_ahead: float = 0.0
 
-    def __init__(self, center_momentum: float = 0.0) -> None:
+    def __init__(
+        self, center_momentum: float = 0.0, *, pull: float | None = None, look_ahead: float = 0.0
+    ) -> None:
         self.center_momentum = require_momentum("center_momentum", center_momentum)
+        if pull is not None or look_ahead:
+            self.pull, self.look_ahead = _require_pull(pull, look_ahead, self.center_momentum)
+
+    @property
+    @override
+    def moving_rate(self) -> float | None:
+        return self.pull
+
+    @property
+    @override
+    def beta_bound(self) -> float | None:
+        return None if self.pull is None else pull_bound(self.pull, self.look_ahead)
+
+    @override
+    def pull_(self, moved: Tensor, *, center: Tensor, state: Mapping[str, Any]) -> None:
+        assert self.pull is not None
+        if "momentum" in state:
+            moved.sub_(state["momentum"], alpha=self.look_ahead)
+        moved.mul_(self.pull)
 
     @override
     def move_(self, center: Tensor, total: Tensor, state: dict[str, Any]) -> None:
-        if self.center_momentum:
+        if self.center_momentum or self.look_ahead:
             total = momentum_of(state, center).mul_(self.center_momentum).add_(total)
         move_center_([center], [total])
 
@@ -125,6 +171,13 @@ def stability_bound(workers: int, *, waits: float = 1.0) -> float:
     return 1.0 - float(((workers - 1) / (workers + 1)) ** (1.0 / waits))
 
 
+def pull_bound(pull: float, look_ahead: float) -> float:
+    """The β at and above which a pull of its own diverges; see [Note: look-ahead pull]."""
+    ahead = look_ahead * pull
+    swings = (2 - pull) / (1 + ahead)
+    return min(swings, pull / (ahead - 1)) if ahead > 1 else swings
+
+
 def residual_weight(workers: int, momentum: float = 0.0) -> float:
     """γ, with which a worker reckons with what it holds back; see [Note: residual]."""
     return workers / (2.0 * (1.0 - momentum))
@@ -163,3 +216,22 @@ def undo_look_ahead_(
     at x = y + δ * lr * momentum_buffer. Works in place.
     """
     torch._foreach_add_(list(point), list(momentum_buffer), alpha=momentum * lr)
+
+
+def _require_pull(
+    pull: float | None, look_ahead: float, center_momentum: float
+) -> tuple[float, float]:
+    if pull is None:
+        raise ValueError(
+            f"look_ahead={look_ahead!r} is not possible without pull: a worker then loses just what"
+            " it sends. Give pull a number in (0, 1], for example 0.4, or leave look_ahead out."
+        )
+    require("pull", pull, "a number in (0, 1], or None", is_number(pull) and 0 < pull <= 1)
+    known = is_number(look_ahead) and look_ahead >= 0
+    require("look_ahead", look_ahead, "a number of at least 0, for example 1", known)
+    if center_momentum:
+        raise ValueError(
+            f"pull={pull!r} is not possible with center_momentum={center_momentum!r}: what is"
+            " stable is known of each alone. Leave one of them out."
+        )
+    return float(pull), float(look_ahead)

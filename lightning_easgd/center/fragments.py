@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_easgd.algorithms import CenterAverage, elastic
+from lightning_easgd.algorithms import CenterAverage, Rule, elastic
 from lightning_easgd.center.flat import FlatLayout, FlatVector, Memory, Scratch, as_real, as_reals
 
 _MOST_CUTS_PER_PARAMETER = 1024
@@ -117,7 +117,7 @@ class Fragment:
         self._total = total
 
     def copy_of_total(self) -> FlatVector:
-        """What is sent of this worker's difference; for :meth:`pull`, before the next one."""
+        """This worker's difference, or what is sent of it; for :meth:`pull`, before the next."""
         if not self._has_small_tensors:
             return self.total.clone()
         if self._scratch is None:
@@ -125,8 +125,15 @@ class Fragment:
         self._scratch.fill_(self.total)
         return self._scratch
 
+    def lost_by(self, rule: Rule) -> FlatVector:
+        """What the rule lets a worker lose whose x - c is in the total; for :meth:`pull`."""
+        lost = self.copy_of_total()
+        for part, center, state in zip(lost.parts, self.center.parts, self.rule_state, strict=True):
+            rule.pull_(part, center=center, state=state)
+        return lost
+
     def pull(self, vector: FlatVector) -> None:
-        """Subtract a copy of the total, for once, from what takes part in exchanges."""
+        """Subtract what is lost, for once, from what takes part in exchanges."""
         vector.subtract_from(self.brought())
         if isinstance(vector, Scratch):
             vector.release()

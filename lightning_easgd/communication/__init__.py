@@ -1,7 +1,14 @@
 """HOW the bytes move: the only folder that calls torch.distributed."""
 
 from lightning_easgd.communication.all_reduce import AllReduce, Level, Payload, PendingSum
-from lightning_easgd.communication.codecs import CODECS, Codec, Int8, TopK, choose_codec
+from lightning_easgd.communication.codecs import (
+    CODECS,
+    Codec,
+    Int8,
+    TopK,
+    choose_codec,
+    waiting_time,
+)
 from lightning_easgd.communication.compressed import CompressedAllReduce
 from lightning_easgd.communication.header import (
     ExchangeError,
@@ -46,4 +53,5 @@ __all__ = [
     "start_equal_",
     "verify",
     "verify_phases",
+    "waiting_time",
 ]

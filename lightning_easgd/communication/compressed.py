@@ -127,7 +127,7 @@ class CompressedAllReduce(AllReduce):
         bucket_bytes: the most that one collective carries, uncompressed.
         codec: how differences are written.
         feedback: whether a worker keeps what encoding lost, also if the codec leaves it in the
-            worker's weights: these do not last where workers restart.
+            worker's weights: these do not last where workers restart, or lose what was not sent.
         level: the workers that sum; their ``data`` group carries nothing else.
         control: as of AllReduce.
     """

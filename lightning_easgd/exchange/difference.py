@@ -19,7 +19,7 @@ from lightning_easgd.exchange.optimizers import LocalOptimizers
 from lightning_easgd.telemetry import Telemetry
 
 Pull = list[tuple[Fragment, FlatVector]]
-"""What a worker loses: α (x - c) of each fragment."""
+"""What a worker loses of each fragment: α (x - c), or what its rule says."""
 
 
 @dataclass(frozen=True)
@@ -132,15 +132,20 @@ class Participant:
             last: whether the difference travels as it is, and the worker stays as it is.
         """
         rates: list[list[float]] = []
+        pull: Pull = []
         if difference.healthy:
+            # After the last exchange no worker goes on.
+            pulls = not (self.rule.resets_to_center or last)
+            if pulls and self.rule.moving_rate is not None:
+                rule = self.rule.at(clock)
+                pull = [(f, f.lost_by(rule)) for f in difference.fragments]
             rates = self._scale(difference, clock, last)
+            if pulls and self.rule.moving_rate is None:
+                pull = [(f, f.copy_of_total()) for f in difference.fragments]
         else:
             difference.zero_()
         statistics = self.center.statistics
         contributed = statistics.contribute(difference.healthy, last=last) if index == 0 else []
-        # After the last exchange no worker goes on.
-        pulls = difference.healthy and not (self.rule.resets_to_center or last)
-        pull = [(f, f.copy_of_total()) for f in difference.fragments] if pulls else []
         if not difference.healthy and not last:
             self._optimizers.forget(self.center.parameters())
             self.center.overwrite_worker()
@@ -188,12 +193,12 @@ class Participant:
                 elastic.scale_(fragment.total.views, rates)
         if not last:
             self.all_reduce.quantize_(difference.totals.values())
-        if self.rule.resets_to_center:
-            self.telemetry.alpha = 1 - self.rule.mixing_rate
+        if self.rule.moving_rate is not None:
+            self.telemetry.alpha = self.rule.moving_rate
         return found
 
 
 def pull_worker(pull: Pull) -> None:
-    """Move the worker towards the center: x <- x - α (x - c)."""
+    """Take from the worker what it loses: x <- x - α (x - c), or what its rule says."""
     for fragment, vector in pull:
         fragment.pull(vector)

@@ -19,7 +19,7 @@ RateFunction = Callable[[int], tuple[dict[int, float], float]]
 """The multiples of x - c that a worker adds at a step, as of MovingRates.at."""
 
 _HELD_BELOW_EDGE = 0.99
-_NOT_AT_ONCE = 1.01
+NOT_AT_ONCE = 1.01
 """A value that takes more exchanges than this is said to wait."""
 _DEFAULT = ", or leave beta, alpha and rho unset (beta=0.9)"
 
@@ -49,14 +49,14 @@ def stable_below(workers: int, *, momentum: float, waits: tuple[float, float]) -
     """
     to_send, to_add = waits
     bound = Bound(elastic.stability_bound(workers))
-    if to_add > _NOT_AT_ONCE:
+    if to_add > NOT_AT_ONCE:
         bound = Bound(
             elastic.stability_bound(workers, waits=to_add),
             f"1 - ((workers - 1)/(workers + 1))^(1/{to_add:.3g})",
             f", since with this codec the center gets a value only every {to_add:.3g} exchanges",
             ", or take a codec that loses less or has block=None",
         )
-    if momentum and to_send > _NOT_AT_ONCE:
+    if momentum and to_send > NOT_AT_ONCE:
         value = 1 / (1 + elastic.residual_weight(workers, momentum))
         if value < bound.value:
             bound = Bound(
@@ -171,9 +171,13 @@ def rates_of(
         ValueError: the strength is unstable for this number of workers.
     """
     rule, workers = policy.algorithm, len(all_reduce.participants)
-    if rule.resets_to_center:
+    if not rule.elastic:
         return lambda step: ({}, agreement.share(rule.share(workers)))
-    bound = stable_below(workers, momentum=rule.center_momentum, waits=all_reduce.waits(device))
+    if rule.beta_bound is None:
+        waits = all_reduce.waits(device)
+        bound = stable_below(workers, momentum=rule.center_momentum, waits=waits)
+    else:
+        bound = Bound(rule.beta_bound / workers, f"{rule.beta_bound:.4g}/workers with {rule}")
     reports = all_reduce.group.rank == 0
     return MovingRates(
         policy.strength, optimizers, workers=workers, reports=reports, bound=bound

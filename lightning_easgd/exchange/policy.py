@@ -17,7 +17,7 @@ ElasticPoint = Literal["iterate", "parameter"]
 class ExchangePolicy:
     """When to exchange, how strongly, from which point of the worker, and what happens then.
 
-    Under an algorithm whose workers restart there is no strength, no overlap and no such point.
+    Under an algorithm that is not elastic there is no strength and no such point.
     """
 
     period: Period
@@ -31,7 +31,7 @@ class ExchangePolicy:
         """Whatever follows training."""
         named = {f"algorithm.{name}": s for name, s in self.algorithm.schedules.items()}
         named["tau"] = self.period.schedule
-        if not self.algorithm.resets_to_center:
+        if self.algorithm.elastic:
             named[self.strength.kind] = self.strength.schedule
         return Schedules(named)
 

@@ -86,7 +86,7 @@ def make_exchange(
         group,
         options.bucket_bytes,
         options.codec,
-        feedback=rules.algorithm.resets_to_center,
+        feedback=rules.algorithm.moving_rate is not None,
         subgroup=subgroups[0] if subgroups else None,
         agrees=not levels,
     )

@@ -21,7 +21,7 @@ from lightning_easgd.groups import Groups, Members, require_groups
 from lightning_easgd.schedules import Auto, Period, ScalarOrSchedule, Strength, Tau
 from lightning_easgd.schedules.automatic import AutomaticPeriod
 from lightning_easgd.schedules.checks import require_bools, require_choice, require_count
-from lightning_easgd.strategy.validation import refuse_combinations
+from lightning_easgd.strategy.validation import refuse_combinations, refuse_unstable
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
@@ -98,11 +98,12 @@ class Options:
             center_device=center_device,
             center_average=center_average,
         )
+        refuse_unstable(rule, strength)
         self.rules = ExchangePolicy(
             period,
             strength,
             overlap=overlap,
-            elastic_point=elastic_point or ("parameter" if rule.resets_to_center else "iterate"),
+            elastic_point=elastic_point or ("iterate" if rule.elastic else "parameter"),
             algorithm=rule,
         )
         self.rules.require_fields()

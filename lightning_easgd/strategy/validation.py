@@ -11,17 +11,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_easgd.algorithms import EASGD, Rule
-from lightning_easgd.communication import choose_codec
+from lightning_easgd.communication import choose_codec, waiting_time
+from lightning_easgd.exchange.moving_rates import NOT_AT_ONCE
 from lightning_easgd.groups import Groups
-from lightning_easgd.schedules import Auto, Schedule
+from lightning_easgd.schedules import Auto, Schedule, Strength
 from lightning_easgd.schedules.checks import is_number
 
 _RESTARTS = "a rule whose workers go on from the new center"
 _AT_THE_CENTER = "its workers wait for the new center and go on from there"
+_PULL = "EASGD(pull=...)"
 _CENTERS = "Groups(...), which have centers of their own"
 _UNTIED = "it is not made for centers that are tied to another one"
 _OR_MEMBERS = "or groups={groups.members!r}, whose members average their gradients instead"
@@ -57,6 +60,11 @@ class Combination:
         return f"{self.option}={given!r} is not possible with {named}: {self.because}. {instead}."
 
 
+def _holds_back(compression: Any) -> bool:
+    codec = choose_codec(compression)
+    return codec is not None and waiting_time(codec, torch.device("cpu")) > NOT_AT_ONCE
+
+
 def _sends_a_part(compression: Any) -> bool:
     codec = choose_codec(compression)
     return codec is not None and codec.block is None
@@ -66,7 +74,7 @@ REFUSED: tuple[Combination, ...] = (
     *(
         Combination(
             *(name, "any", "algorithm", _RESTARTS),
-            lambda strength, rule: strength is not None and rule.resets_to_center,
+            lambda strength, rule: strength is not None and not rule.elastic,
             f"it sets how strongly workers and center pull at each other, but {_AT_THE_CENTER}",
             "Leave it out, or set algorithm='easgd'",
         )
@@ -74,9 +82,24 @@ REFUSED: tuple[Combination, ...] = (
     ),
     Combination(
         *("elastic_point", "'iterate'", "algorithm", _RESTARTS),
-        lambda point, rule: point == "iterate" and rule.resets_to_center,
+        lambda point, rule: point == "iterate" and not rule.elastic,
         f"it says from where a worker is pulled, but {_AT_THE_CENTER}",
         "Leave it out, or set algorithm='easgd'",
+    ),
+    *(
+        Combination(
+            *(name, "any", "algorithm", _PULL),
+            lambda strength, rule: strength is not None and rule.beta_bound is not None,
+            "pull says how far workers are drawn, and beta how far the center goes",
+            "Set beta instead, or leave pull out",
+        )
+        for name in ("alpha", "rho")
+    ),
+    Combination(
+        *("compression", "'topk', or a codec that holds as much back", "algorithm", _PULL),
+        lambda compression, rule: rule.beta_bound is not None and _holds_back(compression),
+        "workers would lose at once what the center gets many exchanges later",
+        "Take compression='int8', 'bf16', 'fp16' or None, or leave pull out",
     ),
     Combination(
         *("tau", "'auto', Auto(...)", "algorithm", _RESTARTS),
@@ -91,8 +114,10 @@ REFUSED: tuple[Combination, ...] = (
         "Remove groups, or set algorithm='local_sgd' or another one that has no warm-up",
     ),
     Combination(
-        *("algorithm", "any but 'easgd'", "groups", _CENTERS),
-        lambda rule, groups: isinstance(groups, Groups) and type(rule) is not EASGD,
+        *("algorithm", "any but 'easgd', or one with pull", "groups", _CENTERS),
+        lambda rule, groups: (
+            isinstance(groups, Groups) and (type(rule) is not EASGD or rule.pull is not None)
+        ),
         "centers of groups are tied elastically",
         f"Set algorithm='easgd', {_OR_MEMBERS}",
     ),
@@ -166,6 +191,21 @@ def refuse_combinations(rule: Rule, **options: Any) -> None:
             raise ValueError(entry.message(options))
     if isinstance(groups, Groups):
         groups.require_multiple(tau)
+
+
+def refuse_unstable(rule: Rule, strength: Strength) -> None:
+    """Refuse a β that is not stable under the rule, whatever the number of workers.
+
+    Raises:
+        ValueError: it is not, or may not be where a schedule takes it.
+    """
+    bound, most = rule.beta_bound, strength.schedule.bounds[1]
+    if bound is not None and most >= bound:
+        raise ValueError(
+            f"beta={most:g} diverges with {rule}, which is stable for beta below {bound:.4g}."
+            f" Allowed: beta in (0, {bound:.4g}), also where a schedule takes it; or a smaller"
+            " pull or look_ahead."
+        )
 
 
 _GONE = {"tau_min": "min", "tau_max": "max"}

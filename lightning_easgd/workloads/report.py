@@ -245,11 +245,10 @@ def _describe_strategy(trainer: pl.Trainer) -> dict[str, Any]:
         plain = type(strategy).__name__.removesuffix("Strategy").lower()  # DDP's has no name
         return {"strategy": getattr(strategy, "strategy_name", plain)}
     options = strategy.options
-    pulls = not options.rules.algorithm.resets_to_center
     return {
         "strategy": options.rule_name,
         "rule": str(options.rules.algorithm),
-        "strength": str(options.rules.strength) if pulls else None,
+        "strength": str(options.rules.strength) if options.rules.algorithm.elastic else None,
     }
 
 

@@ -97,6 +97,8 @@ ROWS = {
     "easgd": Row("easgd"),
     "easgd alpha=0": Row("easgd", options={"alpha": 0.0}),
     "easgd with momentum": Row(EASGD(center_momentum=0.6), copies=1),
+    "easgd with a pull": Row(EASGD(pull=0.3)),
+    "easgd, looking ahead": Row(EASGD(pull=0.4, look_ahead=1.0), copies=1),
     "sma": Row(SMA(0.6, lr_drop=0.5), copies=1),
     "local_sgd": Row("local_sgd", reference.LocalSgd()),
     "post_local_sgd": Row(PostLocalSGD(warm_up=6), reference.PostLocalSgd(6)),
@@ -337,6 +339,8 @@ def expected(row: Row, case: Case, workers: int) -> dict[str, np.ndarray]:
         alpha=alpha,
         center_momentum=momentum,
         lr_drop=getattr(row.rule, "lr_drop", None) or 0.0,
+        pull=getattr(row.rule, "pull", None),
+        look_ahead=getattr(row.rule, "look_ahead", 0.0),
         sick=case.sick,
         final_exchange=True,
     )

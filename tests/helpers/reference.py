@@ -121,8 +121,13 @@ def easgd(
     lr_drop: float = 0.0,
     sick: tuple[int, int] | None = None,
     average: Average | None = None,
+    pull: float | None = None,
+    look_ahead: float = 0.0,
 ) -> tuple[State, list[State]]:
     """The center and the workers' iterates after all batches; ``batches`` by worker.
+
+    With ``pull`` workers lose that much of x - c - λ l, l being the center's last move, and send
+    ``alpha`` of x - c all the same.
 
     A worker whose batch is None, or that has no more, takes no step but takes part in exchanges;
     one that is ``sick`` at a step starts again at the center instead. All do, without momentum,
@@ -138,10 +143,18 @@ def easgd(
         restart = False
         rates = dict.fromkeys(start, 0.0)
         workers = [dict(center) if (i, t) == sick else x for i, x in enumerate(workers)]
-        pulls = [{k: 0.0 * x[k] for k in x} for x in workers]
+        pulls = lost = [{k: 0.0 * x[k] for k in x} for x in workers]
         if (t % tau == 0 and t < steps) or (final_exchange and t == steps):
             rates = {k: alpha(k, t) for k in start}
             pulls = [{k: rates[k] * (x[k] - center[k]) for k in x} for x in workers]
+            lost = pulls
+            if pull is not None:
+                far = {k: np.where(rates[k], pull, 0.0) for k in start}
+                ahead = {k: center[k] + look_ahead * v[k] for k in start}
+                lost = [
+                    d if (i, t) == sick else {k: far[k] * (x[k] - ahead[k]) for k in x}
+                    for i, (x, d) in enumerate(zip(workers, pulls, strict=True))
+                ]
             if t and lr_drop:
                 restart = agreed
                 now = [max(optimizer.lr(k, t) for k in start) for optimizer in optimizers]
@@ -157,9 +170,9 @@ def easgd(
                 gradients = [toy_gradient(point, batch) for batch in micro]
                 mean = {k: sum(g[k] for g in gradients) / accumulate for k in point}
                 workers[i] = optimizers[i].step(workers[i], mean, t)
-        workers = [{k: x[k] - pull[k] for k in x} for x, pull in zip(workers, pulls, strict=True)]
+        workers = [{k: x[k] - d[k] for k in x} for x, d in zip(workers, lost, strict=True)]
         for k in center:
-            moved = center_momentum * v[k] + sum(pull[k] for pull in pulls)
+            moved = center_momentum * v[k] + sum(d[k] for d in pulls)
             v[k] = np.where(rates[k], moved, v[k])  # rows whose fragment has its turn
             center[k] = center[k] + np.where(rates[k], moved, 0.0)
             if average is not None and np.any(rates[k]):

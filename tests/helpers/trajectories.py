@@ -120,6 +120,8 @@ RULES: dict[str, Case] = {
     "eamsgd": Case(PULL, momentum=0.5),
     "easgd from the parameter": Case(PULL | {"elastic_point": "parameter"}, momentum=0.5),
     "easgd with momentum": Case({"algorithm": EASGD(center_momentum=0.5), **PULL}),
+    "easgd with a pull": Case({"algorithm": EASGD(pull=0.25), **PULL}),
+    "easgd, looking ahead": Case({"algorithm": EASGD(pull=0.5, look_ahead=1.0), **PULL}),
     "sma": Case({"algorithm": SMA(0.5), **PULL}),
     "local_sgd": Case({"algorithm": LocalSGD()}),
     "post_local_sgd": Case({"algorithm": PostLocalSGD(warm_up=3)}),
