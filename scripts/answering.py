@@ -27,7 +27,10 @@ from plugging import CONF
 FULL = os.environ.get("HYDRA_FULL_ERROR") == "1"
 """Whether the user asked to see tracebacks."""
 
-_IN_OWN_WORDS = ("ValueError", "TypeError", "FileNotFoundError", "MisconfigurationException")
+_IN_OWN_WORDS = (
+    *("ValueError", "TypeError", "FileNotFoundError", "MisconfigurationException"),
+    "CheckpointError",
+)
 """Errors whose text says enough without their type."""
 _UNKNOWN_KEY = re.compile(r"Could not override '(.+?)'")
 

@@ -1,4 +1,4 @@
-"""The commands of the installed package: easgd-train and easgd-advise are train.py and advise.py.
+"""The commands of the installed package: easgd-train is train.py, and the others are so, too.
 
 In the wheel this folder and conf/ lie side by side in ``lightning_easgd_commands``, as they do in
 the repository, so that scripts find each other and their configurations as they always do.
@@ -23,6 +23,11 @@ def train() -> None:
 def advise() -> None:
     """What ``python scripts/advise.py`` does."""
     _run("advise")
+
+
+def evaluate() -> None:
+    """What ``python scripts/evaluate.py`` does."""
+    _run("evaluate")
 
 
 def _run(script: str) -> None:

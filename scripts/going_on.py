@@ -50,7 +50,7 @@ def advice(cfg: DictConfig) -> str:
     if steps is None:
         return ""
     lines = [f"  reached     step {steps}"]
-    checkpoint = newest_checkpoint(cfg)
+    checkpoint = newest_checkpoint((cfg.get("checkpoint") or {}).get("dirpath"))
     if checkpoint is None:
         return "\n".join([*lines, "  checkpoint  none was written"])
     typed = command(sys.argv[0], _flags(sys.argv[1:]), hydra_cfg.overrides.task, checkpoint, folder)
@@ -59,9 +59,8 @@ def advice(cfg: DictConfig) -> str:
     return "\n".join([*lines, f"  checkpoint  {_described(checkpoint)}", f"  to go on    {typed}"])
 
 
-def newest_checkpoint(cfg: DictConfig) -> Path | None:
-    """From which a run can be resumed."""
-    folder = (cfg.get("checkpoint") or {}).get("dirpath")
+def newest_checkpoint(folder: str | Path | None) -> Path | None:
+    """From which a run can be resumed, among those in a folder."""
     found = Path(folder).glob("*.ckpt") if folder else []
     left = [path for path in found if path.name != "final.ckpt"]  # weights alone
     return max(left, key=lambda path: path.stat().st_mtime, default=None)
@@ -77,7 +76,7 @@ def command(
 
 
 def _further(checkpoint: Path, folder: Path) -> list[str]:
-    return [f"ckpt_path={_quoted(checkpoint)}", f"hydra.run.dir={_quoted(folder)}"]
+    return [f"ckpt_path={quoted(checkpoint)}", f"hydra.run.dir={quoted(folder)}"]
 
 
 def _flags(arguments: Sequence[str]) -> list[str]:
@@ -85,7 +84,8 @@ def _flags(arguments: Sequence[str]) -> list[str]:
     return [each for folder in config_folders(arguments) for each in ("--config-dir", str(folder))]
 
 
-def _quoted(path: Path) -> str:
+def quoted(path: str | Path) -> str:
+    """A path as Hydra's parser reads it."""
     text = os.fspath(path)
     if _PLAIN.fullmatch(text):
         return text

@@ -62,9 +62,10 @@ def start_workers(cfg: DictConfig, run: Callable[[DictConfig], Result]) -> list[
     from checking import check, count_workers
 
     output = Path(HydraConfig.get().runtime.output_dir)
-    if (rank := rank_of_worker()) is not None:
+    if not (rank := rank_of_worker()):
+        configs.save(cfg, output / "config.yaml")
+    if rank is not None:
         return [_be_worker(run, cfg, rank, output)]
-    configs.save(cfg, output / "config.yaml")
     workers = count_workers(cfg)
     check(cfg)
     cfg = OmegaConf.create(configs.resolved(cfg))

@@ -78,7 +78,7 @@ def close() -> bool:
         rows = table(jobs)
         with (folder / "sweep.csv").open("w", newline="") as file:
             csv.writer(file).writerows(rows)
-        print(f"\n{_aligned(rows)}\n\n  {folder}/sweep.csv")
+        print(f"\n{aligned([row[:-1] for row in rows])}\n\n  {folder}/sweep.csv")  # errors follow
     failed = [job for job in jobs if job["error"] is not None]
     if failed:
         lines = [
@@ -119,9 +119,9 @@ def _all(mappings: Iterable[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(key for mapping in mappings for key in mapping))
 
 
-def _aligned(rows: Sequence[Sequence[Any]]) -> str:
-    """For a terminal, without the errors, which follow."""
-    cells = [[_shown(value) for value in row[:-1]] for row in rows]
+def aligned(rows: Sequence[Sequence[Any]]) -> str:
+    """Rows of a table for a terminal."""
+    cells = [[_shown(value) for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(map(str.rjust, row, widths)) for row in cells]
     return "\n".join(f"  {line}" for line in lines)

@@ -62,35 +62,9 @@ class OwnValues:
         }
 
     def write(self, values: Mapping[str, Any]) -> None:
-        """Put values of :meth:`read` into the module, which holds the worker.
-
-        In place, where that is possible; what the module does not have is left out.
-
-        Raises:
-            ValueError: a parameter has another shape.
-        """
-        module = self._center.module
-        parameters = dict(module.named_parameters())
-        buffers = dict(module.named_buffers())
-        device = next(iter(parameters.values())).device
-        elastic = self._elastic()
+        """Put values of :meth:`read` into the module, which holds the worker; see write_values."""
         # Elastic ones last: what lies in their memory may be the center's, which the module held.
-        for name, value in sorted(values["tensors"].items(), key=lambda item: item[0] in elastic):
-            now = parameters.get(name, buffers.get(name))
-            if now is not None and now.shape == value.shape and is_plain(now) and is_plain(value):
-                put_(now.detach(), value.to(now.device))
-            elif name in parameters:
-                raise ValueError(
-                    f"Parameter '{name}' has shape {tuple(parameters[name].shape)}, and had"
-                    f" {tuple(value.shape)} when the checkpoint was saved."
-                )
-            else:
-                _register(module, name, value.to(device))
-        for prefix, owner, _ in _added(module):
-            if prefix in values["added"]:
-                entries, version = values["added"][prefix], {"version": owner._version}
-                entries = _moved_to(entries, device)
-                owner._load_from_state_dict(entries, prefix, version, False, [], [], [])
+        write_values(self._center.module, values, last=self._elastic())
 
     def _elastic(self) -> set[str]:
         return {name for cohort in self._center.cohorts for name in cohort.names}
@@ -102,6 +76,42 @@ class OwnValues:
         for _, _, entries in _added(self._center.module):
             rest |= {key: value for key, value in entries.items() if isinstance(value, Tensor)}
         return checksums(rest)
+
+
+def write_values(
+    module: nn.Module, values: Mapping[str, Any], *, last: Collection[str] = ()
+) -> None:
+    """Put values of :meth:`OwnValues.read` into a module.
+
+    In place, where that is possible; what the module does not have is left out.
+
+    Args:
+        module: where they go.
+        values: of a worker.
+        last: names of parameters that are written after all others.
+
+    Raises:
+        ValueError: a parameter has another shape.
+    """
+    parameters = dict(module.named_parameters())
+    buffers = dict(module.named_buffers())
+    device = next(iter(parameters.values())).device
+    for name, value in sorted(values["tensors"].items(), key=lambda item: item[0] in last):
+        now = parameters.get(name, buffers.get(name))
+        if now is not None and now.shape == value.shape and is_plain(now) and is_plain(value):
+            put_(now.detach(), value.to(now.device))
+        elif name in parameters:
+            raise ValueError(
+                f"Parameter '{name}' has shape {tuple(parameters[name].shape)}, and had"
+                f" {tuple(value.shape)} when the checkpoint was saved."
+            )
+        else:
+            _register(module, name, value.to(device))
+    for prefix, owner, _ in _added(module):
+        if prefix in values["added"]:
+            entries, version = values["added"][prefix], {"version": owner._version}
+            entries = _moved_to(entries, device)
+            owner._load_from_state_dict(entries, prefix, version, False, [], [], [])
 
 
 def _added(module: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, Any]]]:

@@ -141,7 +141,7 @@ class Restorer:
             checkpoint, entry = _read_main(path, read)
             mine, problem = None, None
             if entry is not None and own:
-                mine, problem = self._load_own(entry, path, weights_only)
+                mine, problem = self.load_own(entry, path, weights_only=weights_only)
             found = Found(path, checkpoint, entry, mine, problem)
         except CheckpointError as raised:
             error = raised
@@ -199,9 +199,16 @@ class Restorer:
             own = replace(own, checkpoint={})  # as large as the worker's optimizers
         return Resumed(found.path, entry, own, problems)
 
-    def _load_own(
-        self, entry: SharedState, path: str, weights_only: bool | None
+    def load_own(
+        self, entry: SharedState, path: str, *, weights_only: bool | None
     ) -> tuple[WorkerState | None, str | None]:
+        """This worker's own state; None, and why, where it should have had one.
+
+        Args:
+            entry: of the main file.
+            path: of the main file.
+            weights_only: as of :meth:`read`.
+        """
         if self._rank >= entry.workers:
             return None, None
         # A link (ModelCheckpoint's save_last="link") points to a main file with another name.

@@ -1,0 +1,1 @@
+"""Tests every model that a checkpoint holds."""
