@@ -4,9 +4,9 @@
     python scripts/measure.py ends         cost of an exchange without its way, under every rule
     python scripts/measure.py exchange     cost of an exchange with its way, on emulated hosts
     python scripts/measure.py memory       extra memory per worker, in copies of the parameters
-    python scripts/measure.py accuracy     Fashion-MNIST: center against DDP, at equal samples
 
-Throughput on a network is scripts/benchmark.py's.
+Throughput on a network is scripts/benchmark.py's. Accuracy at equal samples is that of
+scripts/compare.py, against DDP at its best learning rate with preset=accuracy.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import os
 # One thread per worker, before torch reads it; Lightning would choose by the number of devices.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from measurements.accuracy import accuracy
 from measurements.ends import ends
 from measurements.exchange import exchange
 from measurements.memory import memory
@@ -43,25 +42,16 @@ def main() -> None:
     three.add_argument("--tensors", type=int, default=160, help="in how many tensors")
     three.add_argument("--device", default="cpu", help="cpu or cuda")
     three.add_argument("--repetitions", type=int, default=30)
-    four = commands.add_parser("accuracy", help="Fashion-MNIST against DDP (half an hour)")
-    four.add_argument("--seeds", type=int, default=3)
-    four.add_argument("--folder", default="outputs/accuracy", help="finished runs are kept here")
-    five = commands.add_parser("exchange", help="cost of an exchange with its way (8 minutes)")
-    five.add_argument("--network", default="100mbit", help="as of scripts/benchmark.py")
-    five.add_argument("--hosts", type=int, default=4, help="one worker each")
-    five.add_argument("--tau", type=int, default=6, help="where exchanges hide behind τ steps")
-    five.add_argument("--pairs", type=int, default=16, help="of blocks, in a repetition")
-    five.add_argument("--repetitions", type=int, default=4)
-    five.add_argument("--data", default="fashion_mnist", choices=("fashion_mnist", "digits"))
-    five.add_argument("--folder", default="outputs/exchange", help="what the hosts print")
+    four = commands.add_parser("exchange", help="cost of an exchange with its way (8 minutes)")
+    four.add_argument("--network", default="100mbit", help="as of scripts/benchmark.py")
+    four.add_argument("--hosts", type=int, default=4, help="one worker each")
+    four.add_argument("--tau", type=int, default=6, help="where exchanges hide behind τ steps")
+    four.add_argument("--pairs", type=int, default=16, help="of blocks, in a repetition")
+    four.add_argument("--repetitions", type=int, default=4)
+    four.add_argument("--data", default="fashion_mnist", choices=("fashion_mnist", "digits"))
+    four.add_argument("--folder", default="outputs/exchange", help="what the hosts print")
     options = vars(parser.parse_args())
-    measurements = {
-        "overhead": overhead,
-        "ends": ends,
-        "exchange": exchange,
-        "memory": memory,
-        "accuracy": accuracy,
-    }
+    measurements = {"overhead": overhead, "ends": ends, "exchange": exchange, "memory": memory}
     measurements[options.pop("command")](**options)
 
 

@@ -260,11 +260,17 @@ def _describe_training(
         "learning_rate": stopwatch.learning_rate,
         "train_seconds": stopwatch.seconds,
         "samples_per_second": samples / stopwatch.seconds if samples else None,
-        **_count_bytes(trainer, module),
+        **count_bytes(trainer, module),
     }
 
 
-def _count_bytes(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
+def count_bytes(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
+    """What this worker sent, and DDP would have: fields of a report; none if it did not train so.
+
+    Args:
+        trainer: that has trained.
+        module: that it trained.
+    """
     telemetry = getattr(trainer.strategy, "telemetry", None)
     if isinstance(telemetry, Telemetry):
         return {name: getattr(telemetry, name) for name in _COUNTED}

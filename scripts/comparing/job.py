@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-import time
+import statistics
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from forking import Workers
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import nn
@@ -21,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from lightning_easgd import CenterAverage, NonFiniteError
 from lightning_easgd.workloads import experiment
+from lightning_easgd.workloads.report import count_bytes
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,14 @@ class Job:
     contender: str
     tau: int | None
     """Optimizer steps between two exchanges; None if the contender has no such period."""
+    rate: float | None
+    """Learning rate; None: the contender's own."""
     seed: int
 
     def __str__(self) -> str:
         period = "" if self.tau is None else f", τ = {self.tau}"
-        return f"{self.contender}{period}, seed {self.seed}"
+        rate = "" if self.rate is None else f", η = {self.rate:g}"
+        return f"{self.contender}{period}{rate}, seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -46,24 +49,29 @@ class Result:
     seed: int
     settings: dict[str, Any]
     """The contender's configuration and the workload's, by which later runs know them again."""
-    accuracy: float | None
-    """Share of the test images that the delivered model got right; None if training diverged."""
-    loss: float | None
-    """Mean cross-entropy of the delivered model on the training images; None likewise."""
-    diverged: str | None
-    """How training diverged; None if it did not."""
-    restarts: int
-    """How often a worker with weights that were not finite began again at the center."""
     seconds: float
+    rate: float | None = None
+    """Learning rate; None: the contender's own."""
+    accuracy: float | None = None
+    """Share of the test images that the delivered model got right; None if training diverged."""
+    loss: float | None = None
+    """Mean cross-entropy of the delivered model on the training images; None likewise, or if
+    nobody asked."""
+    diverged: str | None = None
+    """How training diverged; None if it did not."""
+    error: str | None = None
+    """Why the job failed, which is not what diverging is called; None if it did not."""
+    restarts: int = 0
+    """How often a worker with weights that were not finite began again at the center."""
+    bytes_sent: float | None = None
+    """By a worker, in the mean; None if nothing counts them."""
+    ddp_bytes_sent: float | None = None
+    """Likewise, had gradients been averaged at every step."""
 
     @property
     def job(self) -> Job:
         """What found it."""
-        return Job(self.contender, self.tau, self.seed)
-
-
-class JobError(RuntimeError):
-    """A job failed, which is not what diverging is called."""
+        return Job(self.contender, self.tau, self.rate, self.seed)
 
 
 class Workbench:
@@ -82,29 +90,8 @@ class Workbench:
         # Before there is a trainer: all images, not a worker's share.
         self._train, self._test = self._data.train_dataloader(), self._data.test_dataloader()
 
-    def run(self, job: Job, settings: Mapping[str, Any]) -> Result:
-        """Train and test in workers of their own.
-
-        Raises:
-            JobError: it failed, other than by diverging.
-        """
-        began = time.monotonic()
-        with Workers(self._work, job, settings, workers=self._cfg.workers) as workers:
-            outcomes = workers.collect(self._cfg.job_timeout)
-        for rank, outcome in enumerate(outcomes):
-            if outcome.error is not None:
-                raise JobError(f"{job} failed on worker {rank}:\n{outcome.trace}")
-        return Result(
-            contender=job.contender,
-            tau=job.tau,
-            seed=job.seed,
-            settings=dict(settings),
-            seconds=time.monotonic() - began,
-            **outcomes[0].value,
-        )
-
-    def _work(self, rank: int, job: Job, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-        """What one worker does; worker 0 returns what is found."""
+    def work(self, rank: int, job: Job, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """What one worker does and counted; worker 0 also says what the model is worth."""
         for name in ("", "lightning.pytorch", "lightning.fabric"):
             logging.getLogger(name).setLevel(logging.ERROR)
         warnings.filterwarnings("ignore")
@@ -127,20 +114,32 @@ class Workbench:
         try:
             trainer.fit(module, datamodule=self._data)
         except NonFiniteError as error:
-            reason = str(error).split(". ")[0]
-            return {"accuracy": None, "loss": None, "diverged": reason, "restarts": 0}
+            return {"diverged": str(error).split(". ")[0]}
         restarts = getattr(getattr(strategy, "telemetry", None), "non_finite", 0)
-        return None if rank else self._judge(module) | {"restarts": restarts}
+        counted = count_bytes(trainer, module)
+        return ({} if rank else self._judge(module)) | counted | {"restarts": restarts}
 
     def _judge(self, module: nn.Module) -> dict[str, Any]:
         """What the delivered model is worth; worse than guessing is diverged."""
-        loss, _ = evaluate(module, self._train)
-        _, accuracy = evaluate(module, self._test)
+        test_loss, accuracy = evaluate(module, self._test)
+        loss = evaluate(module, self._train)[0] if self._cfg.train_loss else None
+        images, judged = ("test", test_loss) if loss is None else ("training", loss)
         guessing = math.log(self._cfg.data.num_classes)
-        if loss <= guessing:
-            return {"accuracy": accuracy, "loss": loss, "diverged": None}
-        reason = f"the training loss was {loss:.3g}, that of guessing is {guessing:.3g}"
-        return {"accuracy": None, "loss": None, "diverged": reason}
+        if judged <= guessing:
+            return {"accuracy": accuracy, "loss": loss}
+        return {
+            "diverged": f"the {images} loss was {judged:.3g}, that of guessing is {guessing:.3g}"
+        }
+
+
+def gathered(workers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What all workers of a job returned, as fields of its result."""
+    names = ("accuracy", "loss", "diverged", "restarts")
+    found = {name: workers[0][name] for name in names if name in workers[0]}
+    for name in ("bytes_sent", "ddp_bytes_sent"):
+        if all(name in worker for worker in workers):
+            found[name] = statistics.fmean(worker[name] for worker in workers)
+    return found
 
 
 @torch.no_grad()

@@ -18,9 +18,12 @@ _STYLES = ("o-", "s-", "^--", "v--", "D--", "P:", "X-.")
 
 def told(result: Result) -> str:
     """One result in words."""
+    if result.error is not None:
+        return f"{result.job} failed on {result.error}"
     if result.accuracy is None:
         return f"{result.job}: diverged, {result.diverged}"
-    return f"{result.job}: {100 * result.accuracy:.2f} %, training loss {result.loss:.3f}"
+    loss = "" if result.loss is None else f", training loss {result.loss:.3f}"
+    return f"{result.job}: {100 * result.accuracy:.2f} %{loss}"
 
 
 def table(results: Sequence[Result], titles: Mapping[str, str]) -> str:

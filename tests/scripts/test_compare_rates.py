@@ -1,0 +1,150 @@
+"""scripts/compare.py where contenders try learning rates: order, pairs, kills and failures."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+from comparing import paired
+from comparing.comparison import Comparison
+from comparing.job import Job, Result
+from comparing.plan import Plan
+from hydra import compose, initialize_config_dir
+from processes import processes_of, run_script
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts" / "compare.py"
+SMALL = [
+    *("preset=accuracy", "data=digits", "model=mlp", "model.hidden=[16]", "taus=[1]"),
+    *("workers=2", "epochs=1", "seeds=2", "tuning_seeds=1", "rates=[0.05,0.1]"),
+]
+
+PLAN = Plan(entries=[("ddp", None), ("easgd", 4)], rates=[0.1, 0.2], seeds=range(4), tuning=2)
+
+
+def finished(plan: Plan, count: int, accuracies: dict[tuple[str, float], float | None]) -> Any:
+    """What is found by the first jobs of a plan, with a seed's own luck added."""
+    found: dict[Job, Result] = {}
+    for _ in range(count):
+        job = next(job for job in plan.jobs(found) if job not in found)
+        accuracy = accuracies[job.contender, job.rate or 0.0]
+        found[job] = Result(
+            *(job.contender, job.tau, job.seed, {}, 1.0, job.rate),
+            accuracy=accuracy and accuracy + 0.01 * job.seed**2,
+            bytes_sent=1.0 if job.contender == "ddp" else 0.25,
+            ddp_bytes_sent=1.0,
+        )
+    return found
+
+
+def test_all_try_all_rates_before_the_best_ones_go_on_seed_by_seed() -> None:
+    best = {("ddp", 0.1): 0.5, ("ddp", 0.2): 0.6, ("easgd", 0.1): 0.4, ("easgd", 0.2): None}
+    found = finished(PLAN, len(PLAN), best)
+    tuning = [(job.seed, job.contender, job.rate) for job in islice(found, 8)]
+    assert tuning == sorted(tuning)
+    assert [(job.seed, job.contender, job.rate) for job in islice(found, 8, None)] == [
+        *((2, "ddp", 0.2), (2, "easgd", 0.1), (3, "ddp", 0.2), (3, "easgd", 0.1))
+    ]
+    assert all(job in found for job in PLAN.jobs(found))
+
+
+def test_before_the_tuning_of_a_contender_is_over_no_other_seed_of_it_runs() -> None:
+    alike = {(name, rate): 0.5 for name, _ in PLAN.entries for rate in (0.1, 0.2)}
+    found = finished(PLAN, 7, alike)
+    left = [job for job in PLAN.jobs(found) if job not in found]
+    assert left == [Job("easgd", 4, 0.2, 1), Job("ddp", None, 0.1, 2), Job("ddp", None, 0.1, 3)]
+
+
+def test_differences_are_of_runs_with_the_same_seed() -> None:
+    accuracies = {("ddp", 0.1): 0.5, ("ddp", 0.2): 0.6, ("easgd", 0.1): 0.4, ("easgd", 0.2): None}
+    titles = {"ddp": "DDP", "easgd": "EASGD"}
+    told = paired.table(PLAN, finished(PLAN, len(PLAN), accuracies), titles, "ddp")
+    assert [" ".join(line.split()) for line in told.splitlines()] == [
+        "test accuracy, % at η = 0.1 at η = 0.2 best η mean seeds to DDP bytes sent",
+        "DDP 50.50 60.50 0.2 63.50 ± 2.02 4 - 100.0 % of DDP's",
+        "EASGD, τ = 4 40.50 0.00 0.1 43.50 ± 2.02 4 -20.00 ± 0.00 25.0 % of DDP's",
+    ]
+    early = paired.table(PLAN, finished(PLAN, 3, accuracies), titles, None)
+    assert [" ".join(line.split()) for line in early.splitlines()] == [
+        "test accuracy, % at η = 0.1 at η = 0.2 best η mean seeds bytes sent",
+        "DDP - - - 0 -",
+        "EASGD, τ = 4 - - - 0 -",
+    ]
+
+
+def results(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def test_pairs_begin_alike_and_one_that_fails_loses_nothing_of_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    contenders = ["compared=[easgd,ddp,local_sgd]", "train_loss=true"]
+    arguments = [f"hydra.run.dir={tmp_path}", *SMALL, *contenders]
+    broken = [*arguments, "parallel=3", "+compared.easgd.strategy.alpha=-1"]
+    told = run_script(SCRIPT, broken, folder=tmp_path, workers=1, code=1)
+    failed = [one for one in results(tmp_path) if one["error"]]
+    assert 1 <= len(failed) <= 2  # as many as had begun
+    assert {one["contender"] for one in failed} == {"easgd"}
+    assert "alpha" in failed[0]["error"]
+    assert "error: easgd was left out, for easgd, τ = 1, η = " in told
+
+    found = {
+        (one["contender"], one["rate"], one["seed"]): one
+        for one in results(tmp_path)
+        if one["contender"] != "easgd"
+    }
+    assert len(found) == 6
+    for (name, rate, seed), one in found.items():
+        if name == "local_sgd":  # at τ = 1 the mean of the workers moves as under DDP
+            assert one["loss"] == pytest.approx(found["ddp", rate, seed]["loss"], rel=1e-4)
+            assert one["bytes_sent"] == pytest.approx(one["ddp_bytes_sent"], rel=0.02)
+
+    # What failed runs again once it is mended, one at a time; all else is there.
+    count = len(results(tmp_path))
+    run_script(SCRIPT, [*arguments, "parallel=1"], folder=tmp_path, workers=1)
+    assert {one["contender"] for one in results(tmp_path)[count:]} == {"easgd"}
+    count = len(results(tmp_path))
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("compare", overrides=[*SMALL, *contenders, "train=false"])
+    assert Comparison(cfg, tmp_path).run()
+    assert len(results(tmp_path)) == count
+    assert "+0.00 ± 0.00" in capsys.readouterr().out
+    assert processes_of(tmp_path) == {}
+
+
+def test_one_that_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
+    arguments = [f"hydra.run.dir={tmp_path}", *SMALL, "compared=[ddp]", "rates=null"]
+    with subprocess.Popen(
+        [sys.executable, str(SCRIPT), *arguments, "seeds=100"],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        try:
+            deadline = time.monotonic() + 120
+            while not (tmp_path / "results.jsonl").exists():
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+        finally:
+            process.kill()
+    while processes_of(tmp_path):  # workers follow it by themselves
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    count = len(results(tmp_path))
+    run_script(SCRIPT, [*arguments, f"seeds={count + 1}"], folder=tmp_path, workers=1)
+    assert [one["seed"] for one in results(tmp_path)] == [*range(42, 43 + count)]
+
+
+def test_one_that_takes_too_long_has_failed(tmp_path: Path) -> None:
+    arguments = [f"hydra.run.dir={tmp_path}", *SMALL, "compared=[ddp]", "job_timeout=0.01"]
+    told = run_script(SCRIPT, arguments, folder=tmp_path, workers=1, code=1)
+    assert "not all workers were back after 0.01 s (job_timeout)" in told
+    assert processes_of(tmp_path) == {}
