@@ -37,6 +37,7 @@ from lightning_easgd.schedules import (
     Cosine,
     Exponential,
     Linear,
+    Often,
     Schedule,
     Steps,
 )
@@ -69,6 +70,7 @@ __all__ = [
     "LocalSGD",
     "MDownpour",
     "NonFiniteError",
+    "Often",
     "PostLocalSGD",
     "Rule",
     "Schedule",

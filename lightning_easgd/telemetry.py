@@ -9,6 +9,7 @@ from typing import Any
 
 _COUNTERS = (
     *("steps", "exchanges", "bytes_sent", "bytes_received", "bytes_inside"),
+    *("exchanges_often", "bytes_often"),
     *("bytes_of_groups", "exchanges_inside", "wait_seconds", "non_finite"),
 )
 
@@ -26,6 +27,8 @@ class Telemetry:
     """Exchanges started, the final one included; each of a fragment of the model."""
     exchanges_inside: int = 0
     """Exchanges with centers of groups that this worker is in; none of the others."""
+    exchanges_often: int = 0
+    """Exchanges of the parameters that are exchanged often, which are not among the others."""
     bytes_sent: int = 0
     """Bytes this worker sent for exchanges, and for gradients where they are averaged."""
     bytes_received: int = 0
@@ -34,6 +37,8 @@ class Telemetry:
     """Of the bytes sent, those to workers of its own group, the outermost if there are several."""
     bytes_of_groups: list[int] = field(default_factory=list)
     """Of the bytes sent, those for exchanges with the centers of its groups, outermost first."""
+    bytes_often: int = 0
+    """Of the bytes sent, those for parameters that are exchanged often."""
     step_seconds: float = 0.0
     """An optimizer step of this worker, data and all, while no exchange is under way; the mean."""
     exchange_seconds: float = 0.0
@@ -96,15 +101,24 @@ class Telemetry:
         last = min(range(len(waited)), key=waited.__getitem__)
         self.worker_awaited_seconds[last] += max(waited) - waited[last]
 
-    def take_over(self, inside: Telemetry, level: int) -> None:
+    def take_over_inside(self, inside: Telemetry, level: int) -> None:
         """Count what was counted at a level of groups, 0 the outermost, where it begins anew."""
         self.exchanges_inside += inside.exchanges
         self.bytes_inside += inside.bytes_sent
         self.bytes_of_groups[level] += inside.bytes_sent
+        self._take_over(inside)
+
+    def take_over_often(self, often: Telemetry) -> None:
+        """Count what was counted for parameters exchanged often, where it begins anew."""
+        self.exchanges_often += often.exchanges
+        self.bytes_often += often.bytes_sent
+        self._take_over(often)
+
+    def _take_over(self, other: Telemetry) -> None:
         for name in ("bytes_sent", "bytes_received", "wait_seconds", "non_finite"):
-            setattr(self, name, getattr(self, name) + getattr(inside, name))
-            setattr(inside, name, 0)
-        inside.exchanges = 0
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+            setattr(other, name, 0)
+        other.exchanges = 0
 
     def counters(self) -> dict[str, Any]:
         """What adds up over a run, to be carried on when it resumes."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lightning_easgd import EASGD, AdaptivePeriod, Auto, EASGDStrategy, Groups, Linear, TopK
+from lightning_easgd import EASGD, AdaptivePeriod, Auto, EASGDStrategy, Groups, Linear, Often, TopK
 from lightning_easgd.strategy.validation import REFUSED, Combination
 
 RESTARTS: dict[str, Any] = {"algorithm": "local_sgd"}
@@ -23,6 +23,9 @@ EXAMPLES: dict[tuple[str, str], dict[str, Any]] = {
     ("rho", "algorithm with pull"): {"rho": 1.0, **PULL},
     ("compression", "algorithm with pull"): {"compression": TopK(0.1), **PULL},
     ("tau", "algorithm"): {"tau": Auto(), **RESTARTS},
+    ("often", "algorithm"): {"often": Often(), **RESTARTS},
+    ("often", "groups"): {"often": Often(), "groups": 2},
+    ("often", "center_average"): {"often": Often(), "center_average": "ema"},
     ("groups", "algorithm"): {"groups": 2, "algorithm": "post_local_sgd"},
     ("algorithm", "groups"): {"algorithm": "sma", **CENTERS},
     ("rho", "groups"): {"rho": 1, **CENTERS},

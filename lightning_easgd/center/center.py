@@ -16,12 +16,19 @@ from torch import Tensor, nn
 
 from lightning_easgd.algorithms import CenterAverage
 from lightning_easgd.center.flat import FlatVector, Memory, as_real
-from lightning_easgd.center.fragments import Fragment, ParameterCohort, ParameterSlice, put_together
+from lightning_easgd.center.fragments import (
+    Fragment,
+    ParameterCohort,
+    ParameterSlice,
+    cut,
+    put_together,
+)
 from lightning_easgd.center.policies import Buffers, Policies
-from lightning_easgd.center.portion import Portion
+from lightning_easgd.center.portion import Portion, parted, require_both
 from lightning_easgd.center.statistics import Statistics
 from lightning_easgd.center.structure import Structure
 from lightning_easgd.center.tying import Ties
+from lightning_easgd.schedules import Often
 
 SwappedIn = Literal["center", "delivered"]
 """What a module is given: the center, or its running average if there is one."""
@@ -39,6 +46,7 @@ class Center:
         buffers: what becomes of buffers.
         rank: this worker's number.
         fragment_count: into how many fragments parameters are cut, one of which an exchange moves.
+        often: which parameters are exchanged more often than the others; None: none are.
         offload: whether the center lies in host memory, wherever the parameters are.
         averaging: which running average of the center the module shows, and is saved and delivered;
             None: the center itself. Statistics are the center's either way.
@@ -47,7 +55,8 @@ class Center:
 
     Raises:
         ValueError: the module has no parameter to train, cannot be cut into so many fragments, or
-            parameters share a part of their memory, or a pattern for buffers names none.
+            parameters share a part of their memory, or a pattern for buffers or for ``often`` names
+            none, or all parameters would be exchanged often, or none.
         TypeError: a parameter cannot be averaged.
         RuntimeError: there is no memory left where the center shall lie.
     """
@@ -59,6 +68,7 @@ class Center:
         buffers: Buffers | Policies,
         rank: int,
         fragment_count: int = 1,
+        often: Often | None = None,
         offload: bool = False,
         averaging: CenterAverage | None = None,
         group: Center | None = None,
@@ -67,6 +77,9 @@ class Center:
         self.group = group
         self.main = Portion(fragment_count)
         """What workers exchange every τ steps."""
+        self.often = None if often is None else Portion(1)
+        """What they exchange more often, if there is something."""
+        self._often = often
         self._averaging = averaging
         self._statistics_of = buffers, rank
         self._offload = offload
@@ -92,10 +105,13 @@ class Center:
                 " unfreeze one."
             )
         self._memory = _memory(self._dormant[0][1].device, self._offload)
-        self.main.begin(self._memory)
+        self._begin_portions()
         self.statistics = Statistics(module, *self._statistics_of, self._memory)
         self.adopt_unfrozen()
-        self.main.join(len(self.cohorts))
+        if self._often is not None:
+            require_both(self.module, self.cohorts[0].named, self._often)
+        for portion in self.portions:
+            portion.join(len(self.cohorts))
         if (found := len(self.main.cohorts[0])) < count:
             raise ValueError(
                 f"fragments={count} is too many: the trained parameters of"
@@ -135,12 +151,25 @@ class Center:
         for mine, theirs in pairs:
             mine.group = theirs.center
 
+    @property
+    def portions(self) -> list[Portion]:
+        """What is exchanged every τ steps, and more often."""
+        return [self.main] if self.often is None else [self.main, self.often]
+
+    def _begin_portions(self) -> None:
+        for portion in self.portions:
+            portion.begin(self._memory)
+
     def _add(self, named: Sequence[tuple[str, nn.Parameter]]) -> None:
         """Give parameters a cohort, which waits to join."""
-        count = self.main.fragment_count
-        cohort = ParameterCohort(named, count, self._memory, self._averaging)
-        self.cohorts.append(cohort)
-        self.main.cohorts.append(cohort.fragments)
+        parts = zip(parted(named, self._often), self.portions, strict=True)
+        cut_up = [
+            [Fragment(s, self._memory, self._averaging) for s in cut(part, portion.fragment_count)]
+            for part, portion in parts
+        ]
+        self.cohorts.append(ParameterCohort(named, [each for part in cut_up for each in part]))
+        for portion, fragments in zip(self.portions, cut_up, strict=True):
+            portion.cohorts.append(fragments)
 
     @property
     def device(self) -> torch.device:
@@ -149,7 +178,8 @@ class Center:
 
     def parameters(self) -> list[nn.Parameter]:
         """All that take part in exchanges."""
-        firsts = [p for cohort in self.cohorts[: self.main.joined] for _, p in cohort.named]
+        joined = max(portion.joined for portion in self.portions)
+        firsts = [p for cohort in self.cohorts[:joined] for _, p in cohort.named]
         return firsts + self.ties.twins_of(firsts)
 
     def shared_state(self, *, at_the_end: bool = False) -> dict[str, Any]:
@@ -166,7 +196,7 @@ class Center:
         exact = [(p, v) for p, v in slices if at_the_end or as_real(p.tensor).dtype != v.dtype]
         return {
             "cohorts": [cohort.names for cohort in self.cohorts],
-            "joined": self.main.joined,
+            "joined": [portion.joined for portion in self.portions],
             "exact": put_together(exact),
             "rule_state": {
                 f.name: f.rule_state for f in _fragments(self.cohorts) if any(f.rule_state)
@@ -214,11 +244,15 @@ class Center:
             for names in state["cohorts"]
         ]
         self.cohorts = []
-        self.main.begin(self._memory)
+        self._begin_portions()
         for group in filter(None, groups):
             self._add(group)
         self._dormant = list(named.items())
-        self.main.join(min(state["joined"], len(self.cohorts)))
+        if self._often is not None:
+            require_both(self.module, self.cohorts[0].named, self._often)
+        joined = state["joined"] + state["joined"][:1]
+        for portion, count in zip(self.portions, joined, strict=False):
+            portion.join(min(count, len(self.cohorts)))
         self.adopt_unfrozen()
         self.read_module()
         for slice_, view in self.slices("center"):
@@ -241,7 +275,7 @@ class Center:
         """
         if in_flight:
             return [(fragment, fragment.center.clone()) for fragment in _fragments(self.cohorts)]
-        return list(self.main.provide_vectors())
+        return [pair for portion in self.portions for pair in portion.provide_vectors()]
 
     def named_tensors(self) -> dict[str, Tensor]:
         """All parameters and the statistics, by what they are called in messages."""
@@ -258,7 +292,8 @@ class Center:
 
     def release_sums(self) -> None:
         """Let go of memory that is larger than exchanges need."""
-        self.main.release_sums()
+        for portion in self.portions:
+            portion.release_sums()
 
     def write(self, which: SwappedIn) -> None:
         """Make the module's weights and statistics those of the center or of what is delivered."""

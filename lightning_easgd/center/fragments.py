@@ -198,20 +198,14 @@ class ParameterCohort:
 
     Args:
         named: names and parameters.
-        fragments: into how many they are cut, or fewer if there are fewer rows.
-        memory: where the center lies.
-        averaging: as of Fragment.
+        fragments: into which they are cut.
     """
 
     def __init__(
-        self,
-        named: Sequence[tuple[str, nn.Parameter]],
-        fragments: int,
-        memory: Memory,
-        averaging: CenterAverage | None = None,
+        self, named: Sequence[tuple[str, nn.Parameter]], fragments: Sequence[Fragment]
     ) -> None:
         self.named = list(named)
-        self.fragments = [Fragment(slices, memory, averaging) for slices in cut(named, fragments)]
+        self.fragments = list(fragments)
 
     @property
     def names(self) -> list[str]:
@@ -235,8 +229,10 @@ def cut(named: Sequence[tuple[str, nn.Parameter]], fragments: int) -> list[list[
 
     Args:
         named: names and parameters, all elements of which the fragments cover.
-        fragments: how many; fewer if there are fewer places to cut.
+        fragments: how many; fewer if there are fewer places to cut, none without parameters.
     """
+    if not named:
+        return []
     places = list(_places(named))
     fragments = min(fragments, max(1, len(places)))
     total = places[-1] if places else 0

@@ -9,10 +9,17 @@ before a validation.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
 
 from lightning_easgd.center.flat import FlatVector, Memory
 from lightning_easgd.center.fragments import Fragment
+from lightning_easgd.center.names import listed
 from lightning_easgd.center.sums import Sums
+from lightning_easgd.schedules import Often
+
+Named = Sequence[tuple[str, nn.Parameter]]
 
 
 class Portion:
@@ -83,3 +90,41 @@ class Portion:
         """Let go of memory that is larger than exchanges need."""
         if self.fragment_count > 1:
             self._sums.release()
+
+
+def parted(named: Named, often: Often | None) -> list[Named]:
+    """Parameters that are exchanged every τ steps and, if there are any, those exchanged often."""
+    if often is None:
+        return [named]
+    chosen = [often.includes(name, parameter.numel()) for name, parameter in named]
+    pairs = list(zip(named, chosen, strict=True))
+    return [[pair for pair, is_often in pairs if is_often is wanted] for wanted in (False, True)]
+
+
+def require_both(module: nn.Module, named: Named, often: Often) -> None:
+    """Refuse to exchange all parameters often, or none.
+
+    Args:
+        module: whose parameters patterns name.
+        named: parameters that take part from the start.
+        often: which of them are exchanged often.
+
+    Raises:
+        ValueError: all are, or none, or a pattern names no parameter.
+    """
+    known = [name for name, _ in module.named_parameters()]
+    kind = type(module).__name__
+    for pattern in often.names:
+        if not any(fnmatchcase(name, pattern) for name in known):
+            raise ValueError(
+                f"often={often} names no parameter of {kind}: '{pattern}' matches none of"
+                f" {listed(known)}. Correct it, or leave it out."
+            )
+    main, small = parted(named, often)
+    if not (main and small):
+        sizes = sorted(parameter.numel() for _, parameter in named)
+        raise ValueError(
+            f"often={often} takes in {'none' if main else 'all'} of the parameters that {kind}"
+            f" trains, which have {sizes[0]} to {sizes[-1]} elements. Let `below` lie in between,"
+            " or leave often out and set tau alone."
+        )

@@ -12,7 +12,7 @@ from typing import Any
 
 from typing_extensions import Self
 
-FORMAT = 2
+FORMAT = 3
 """Version of the layout, and of the fields below; any change of them is another one."""
 
 
@@ -69,8 +69,8 @@ class SharedState(Record):
 
     cohorts: list[list[str]]
     """Names of the parameters that came to take part together."""
-    joined: int
-    """How many cohorts take part."""
+    joined: list[int]
+    """How many cohorts take part; and of the parameters that are exchanged often, if there are."""
     exact: dict[str, Any]
     """The center's values that those of the main file are not, or not in full precision."""
     averaged: dict[str, Any] | None

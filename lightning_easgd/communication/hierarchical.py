@@ -171,7 +171,7 @@ def make_all_reduce(
     codec: Codec | None,
     *,
     feedback: bool,
-    subgroup: Subgroup | None,
+    subgroup: Subgroup | None = None,
     within: Subgroup | None = None,
     agrees: bool = True,
 ) -> AllReduce:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from lightning_easgd.center.center import Center
 from lightning_easgd.communication import AllReduce
@@ -11,7 +12,7 @@ from lightning_easgd.exchange.clock import Clock
 from lightning_easgd.exchange.difference import Participant
 from lightning_easgd.exchange.exchange import Exchange
 from lightning_easgd.exchange.gradient_averaging import GradientAverage
-from lightning_easgd.exchange.level import GroupLevel
+from lightning_easgd.exchange.level import GroupLevel, Level
 from lightning_easgd.exchange.link import CollectiveLink
 from lightning_easgd.exchange.moving_rates import rates_of
 from lightning_easgd.exchange.optimizers import LocalOptimizers
@@ -21,7 +22,7 @@ from lightning_easgd.exchange.rendezvous import Lockstep
 from lightning_easgd.exchange.saved_state import SavedState
 from lightning_easgd.exchange.stops import Stops
 from lightning_easgd.exchange.tree import Levels
-from lightning_easgd.schedules import WorkerView
+from lightning_easgd.schedules import Period, WorkerView
 from lightning_easgd.telemetry import Telemetry
 
 
@@ -33,6 +34,7 @@ def assemble(
     rules: ExchangePolicy,
     telemetry: Telemetry,
     gradients: GradientAverage | None = None,
+    often: AllReduce | None = None,
     levels: Sequence[GroupLevel] = (),
     groups: Sequence[Sequence[Sequence[int]]] = (),
 ) -> Exchange:
@@ -45,6 +47,7 @@ def assemble(
         rules: period, strength and variants.
         telemetry: where costs are counted.
         gradients: averages those of this worker with others'; None: nothing does.
+        often: how sums of parameters that are exchanged often travel; None: there are none.
         levels: of groups with centers of their own, from the outermost inward, whose center takes
             part in exchanges in this worker's place; none: the worker itself does.
         groups: ranks of all groups, level by level, for checkpoints.
@@ -57,18 +60,32 @@ def assemble(
         all_reduce.participants, all_reduce.participant, optimizers.largest_learning_rate
     )
     agreement = Agreement(rules.companions(view))
-    participant = Participant(
+    take_part = partial(
+        Participant,
         center,
-        all_reduce,
         optimizers=optimizers,
         rule=rules.algorithm,
         rates=rates_of(rules, all_reduce, optimizers, agreement=agreement, device=center.device),
-        telemetry=telemetry,
         from_iterate=rules.elastic_point == "iterate" and not levels,
-        may_take_part=lambda: not levels or levels[0].healthy,
+    )
+    link: CollectiveLink
+    small: Participant | None = None
+    more_often: list[Level] = [*levels]
+    if often is not None and rules.often is not None:
+        settle = lambda: link.wait()  # noqa: E731
+        small = take_part(often, portion=center.often, telemetry=Telemetry(), settle=settle)
+        more_often.append(Level(small, Period(rules.often.tau)))
+    participant = take_part(
+        all_reduce,
+        telemetry=telemetry,
+        may_take_part=lambda: (
+            (not levels or levels[0].healthy)
+            and (small is None or small.take_difference(0).healthy)
+        ),
     )
     link = CollectiveLink(participant, agreement=agreement, stops=stops, schedules=rules.schedules)
-    all_levels = Levels(link, levels, telemetry)
+    all_levels = Levels(link, more_often, telemetry)
+    telemetry.bytes_of_groups = [0 for _ in levels]
     rendezvous = Lockstep(
         all_levels,
         clock=clock,

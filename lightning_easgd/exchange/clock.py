@@ -29,4 +29,5 @@ class Clock:
     def resume(self, steps: int, *, tau: int, next_due: int) -> None:
         """Go on after so many steps with the period that was in force."""
         self.steps = steps
-        self._telemetry.tau, self.next_due = tau, next_due
+        often = self.period.often  # perhaps another one now
+        self._telemetry.tau, self.next_due = tau, -(-next_due // often) * often

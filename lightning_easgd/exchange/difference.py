@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,12 +13,13 @@ from lightning_easgd.algorithms import Rule, elastic
 from lightning_easgd.center.center import Center
 from lightning_easgd.center.flat import FlatVector
 from lightning_easgd.center.fragments import Fragment, ParameterSlice
+from lightning_easgd.center.portion import Portion
 from lightning_easgd.communication import AllReduce, Payload
 from lightning_easgd.exchange.moving_rates import RateFunction
 from lightning_easgd.exchange.optimizers import LocalOptimizers
 from lightning_easgd.telemetry import Telemetry
 
-Pull = list[tuple[Fragment, FlatVector]]
+Pull = Sequence[tuple[Fragment, FlatVector]]
 """What a worker loses of each fragment: α (x - c), or what its rule says."""
 
 
@@ -71,12 +72,15 @@ class Participant:
     Args:
         center: of this worker's module.
         all_reduce: how sums travel between the workers.
+        portion: what is exchanged of the center; None: its main one, with its statistics.
         optimizers: the worker's own.
         rule: what becomes of the worker.
         rates: with which multiple it takes part.
         telemetry: where exchanges and distances are recorded.
-        may_take_part: asked at each exchange; False while the center of the group is not healthy.
+        may_take_part: asked at each exchange; False while something else of the worker, or the
+            center of its group, is not finite.
         from_iterate: whether x is the paper's iterate where a parameter is its look-ahead point.
+        settle: waits for what else moves the center, before the worker starts again from there.
     """
 
     def __init__(
@@ -84,15 +88,17 @@ class Participant:
         center: Center,
         all_reduce: AllReduce,
         *,
+        portion: Portion | None = None,
         optimizers: LocalOptimizers,
         rule: Rule,
         rates: RateFunction,
         telemetry: Telemetry,
-        may_take_part: Callable[[], bool],
+        may_take_part: Callable[[], bool] = lambda: True,
         from_iterate: bool,
+        settle: Callable[[], None] = lambda: None,
     ) -> None:
         self.center = center
-        self.portion = center.main
+        self.portion = portion or center.main
         self.all_reduce = all_reduce
         self._optimizers = optimizers
         self.rule = rule
@@ -101,6 +107,7 @@ class Participant:
         self._may_take_part = may_take_part
         self._gamma = elastic.residual_weight(len(all_reduce.participants), rule.center_momentum)
         self._from_iterate = from_iterate
+        self._settle = settle
 
     @torch.no_grad()
     def take_difference(self, index: int) -> Difference:
@@ -145,8 +152,11 @@ class Participant:
         else:
             difference.zero_()
         statistics = self.center.statistics
-        contributed = statistics.contribute(difference.healthy, last=last) if index == 0 else []
+        contributed: list[Tensor] = []
+        if self.portion is self.center.main and index == 0:
+            contributed = statistics.contribute(difference.healthy, last=last)
         if not difference.healthy and not last:
+            self._settle()
             self._optimizers.forget(self.center.parameters())
             self.center.overwrite_worker()
         self.telemetry.exchanges += 1

@@ -1,22 +1,116 @@
-"""One level of a tree: the link between a participant, and the center of a group that it is in."""
+"""A link that exchanges more often than the one of all workers; see tree.py."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from typing_extensions import override
+
 from lightning_easgd.algorithms import EASGD
 from lightning_easgd.center.center import Center
 from lightning_easgd.communication import AllReduce, Phase
-from lightning_easgd.exchange.difference import Participant, Pull
+from lightning_easgd.exchange.difference import Participant, Pull, pull_worker
 from lightning_easgd.exchange.link import CollectiveLink
 from lightning_easgd.exchange.moving_rates import MovingRates
 from lightning_easgd.exchange.optimizers import LocalOptimizers
 from lightning_easgd.groups import Groups
+from lightning_easgd.schedules import Period
 from lightning_easgd.telemetry import Telemetry
 
 
-class GroupLevel:
+class Level:
+    """A link, when it is due, and what it does where workers are idle.
+
+    Args:
+        participant: takes the differences, and counts its costs by itself.
+        period: of the link; that above is a multiple.
+    """
+
+    def __init__(self, participant: Participant, period: Period) -> None:
+        self.telemetry = participant.telemetry
+        self._link = CollectiveLink(participant)
+        self._period = period
+        self.set_clock(0)
+
+    def set_clock(self, clock: int) -> None:
+        """An exchange began at this step, or training does after so many steps."""
+        _, self.next_due = self._period.after(clock)
+
+    def catch_up(self, clock: int) -> None:
+        """All workers go on after ``clock`` steps; those of the link took perhaps fewer."""
+        _, due = self._period.after(max(0, clock - 1))
+        self.next_due = max(self.next_due, due)
+
+    def start(self, clock: int, *, above: Pull = (), last: bool = False) -> Pull:
+        """Send the participant's difference off.
+
+        Args:
+            clock: steps taken.
+            above: what the link above owes at this step.
+            last: whether no worker goes on after it.
+
+        Returns:
+            The pull that is owed now.
+        """
+        mine = self._link.start(clock, last=last)
+        self.set_clock(clock)
+        return [*above, *mine]
+
+    def wait(self) -> None:
+        """Wait for what is under way, if anything, and move the center.
+
+        Raises:
+            ExchangeError: it failed, or the members are out of step.
+        """
+        self._link.wait()
+
+    def wait_idle(self, clock: int, phase: Phase) -> int | None:
+        """Wait until a member begins an exchange, or all are idle.
+
+        Raises:
+            ExchangeError: as for :meth:`wait`.
+        """
+        self.wait()
+        self.announce(clock, phase)
+        headers = self._link.headers()
+        training = [header.clock for header in headers if header.phase is Phase.TRAINING]
+        if training:
+            return training[0]
+        self.wait()
+        return None
+
+    def announce(self, clock: int, phase: Phase) -> None:
+        """Say that this worker is idle. Nothing is under way."""
+        # In groups, members that train have their center pulled before their headers leave; here it
+        # is later.
+        self._link.announce_idle(clock, phase, compare=False)
+
+    def shadow(self, clock: int) -> Pull:
+        """Take part in the exchange that members began; returns what :meth:`start` does."""
+        self._link.headers()
+        # Anew: since the header left, the link above may have pulled or reset who takes part here.
+        pull = self._link.shadow(clock, anew=True)
+        self.set_clock(clock)
+        return pull
+
+    def hand_over(self, telemetry: Telemetry, number: int) -> None:
+        """Let what was counted be counted there; ``number``: of this level, 0 the uppermost."""
+        telemetry.take_over_often(self.telemetry)
+
+    def state(self) -> dict[str, Any]:
+        """What the members share and others do not, for a checkpoint."""
+        return {}
+
+    def restore(self, saved: Mapping[str, Any] | None) -> None:
+        """Go on with what members saved; all of them must call it.
+
+        Args:
+            saved: of :meth:`state`; None if this worker has nothing.
+        """
+
+
+class GroupLevel(Level):
     """The elastic link between one worker, or the center of its group inside, and a group's center.
 
     Args:
@@ -43,10 +137,8 @@ class GroupLevel:
         optimizers: LocalOptimizers,
         from_iterate: bool,
     ) -> None:
-        self.telemetry = Telemetry()
         self._center = center
         self._all_reduce = all_reduce
-        self._period = groups.period
         reports = all_reduce.participant == 0
         rates = {size: _rates(groups, optimizers, size, reports=reports) for size in sizes}
         participant = Participant(
@@ -55,77 +147,35 @@ class GroupLevel:
             optimizers=optimizers,
             rule=EASGD(),
             rates=rates[len(all_reduce.participants)].at,
-            telemetry=self.telemetry,
+            telemetry=Telemetry(),
             from_iterate=from_iterate and inside is None,
             may_take_part=lambda: inside is None or inside.healthy,
         )
-        self._link = CollectiveLink(participant)
-        self.set_clock(0)
+        super().__init__(participant, groups.period)
 
     @property
     def healthy(self) -> bool:
         """Whether a participant had finite weights at the latest exchange that has arrived."""
         return self._link.arrivals.healthy
 
-    def set_clock(self, clock: int) -> None:
-        """An exchange began at this step, or training does after so many steps."""
-        _, self.next_due = self._period.after(clock)
+    @override
+    def start(self, clock: int, *, above: Pull = (), last: bool = False) -> Pull:
+        pull_worker(above)
+        return super().start(clock, last=last)
 
-    def catch_up(self, clock: int) -> None:
-        """All workers go on after ``clock`` steps; those of the group took perhaps fewer."""
-        _, due = self._period.after(max(0, clock - 1))
-        self.next_due = max(self.next_due, due)
+    @override
+    def hand_over(self, telemetry: Telemetry, number: int) -> None:
+        telemetry.take_over_inside(self.telemetry, number)
 
-    def start(self, clock: int, *, last: bool = False) -> Pull:
-        """Send the participant's difference off, and return the pull that it is owed."""
-        pull = self._link.start(clock, last=last)
-        self.set_clock(clock)
-        return pull
-
-    def wait(self) -> None:
-        """Wait for what is under way, if anything, and move the group's center.
-
-        Raises:
-            ExchangeError: it failed, or the members are out of step.
-        """
-        self._link.wait()
-
-    def wait_idle(self, clock: int, phase: Phase) -> int | None:
-        """Wait until a member begins an exchange, or all are idle.
-
-        Raises:
-            ExchangeError: as for :meth:`wait`.
-        """
-        self.wait()
-        self.announce(clock, phase)
-        headers = self._link.headers()
-        training = [header.clock for header in headers if header.phase is Phase.TRAINING]
-        if training:
-            return training[0]
-        self.wait()
-        return None
-
-    def announce(self, clock: int, phase: Phase) -> None:
-        """Say that this worker is idle. Nothing is under way."""
-        # Members that train have their center pulled before their headers leave; here it is later.
-        self._link.announce_idle(clock, phase, compare=False)
-
-    def shadow(self, clock: int) -> Pull:
-        """Take part in the exchange that members began; returns what :meth:`start` does."""
-        self._link.headers()
-        # Anew: the group's center may have been pulled since the header left.
-        pull = self._link.shadow(clock, anew=True)
-        self.set_clock(clock)
-        return pull
-
+    @override
     def state(self) -> dict[str, Any]:
-        """What the members share, for a checkpoint."""
         return {
             "healthy": self.healthy,
             "joined": self._center.main.joined,
             **self._center.values(),
         }
 
+    @override
     def restore(self, saved: Mapping[str, Any] | None) -> None:
         """Go on with what members saved; all of them must call it.
 

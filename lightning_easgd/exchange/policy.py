@@ -8,7 +8,7 @@ from typing import Literal
 from lightning_easgd.algorithms import EASGD, Rule
 from lightning_easgd.exchange.agreement import fields_of
 from lightning_easgd.exchange.consensus import fields_observed
-from lightning_easgd.schedules import Companion, Period, Schedules, Strength, WorkerView
+from lightning_easgd.schedules import Companion, Often, Period, Schedules, Strength, WorkerView
 
 ElasticPoint = Literal["iterate", "parameter"]
 
@@ -25,6 +25,7 @@ class ExchangePolicy:
     overlap: bool = True
     elastic_point: ElasticPoint = "iterate"
     algorithm: Rule = field(default_factory=EASGD)
+    often: Often | None = None
 
     @property
     def schedules(self) -> Schedules:

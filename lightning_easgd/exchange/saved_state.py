@@ -49,7 +49,7 @@ class SavedState:
             "schedules": self.policy.schedules.state(),
             "algorithm": self.policy.algorithm.kind,
             "groups": [[list(ranks) for ranks in level] for level in self.groups],
-            "tied": bool(self.levels),
+            "tied": bool(self.groups and self.levels),
             "agreement": self.agreement.shared_state(),
             **self.levels.top.state(),
             **self.center.shared_state(at_the_end=at_the_end),
@@ -87,13 +87,13 @@ class SavedState:
 
     def _load_clock(self, shared: Mapping[str, Any]) -> None:
         clock = shared["clock"]
+        # Periods are perhaps others now. An exchange that is due at the clock was not begun yet.
+        known = clock if self.policy.algorithm.resets_to_center else max(0, clock - 1)
+        self.levels.set_clock(known)
         if not self.policy.period.is_constant:
             self.clock.resume(clock, tau=shared["tau"], next_due=shared["next_due"])
             return
-        # Perhaps another one now. An exchange that is due at the clock was not begun yet.
-        known = clock if self.policy.algorithm.resets_to_center else max(0, clock - 1)
         self.clock.set(known)
-        self.levels.set_clock(known)
         self.clock.steps = clock
 
     def _load_rule_state(self, shared: Mapping[str, Any]) -> None:

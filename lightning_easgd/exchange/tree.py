@@ -1,4 +1,4 @@
-"""The lower levels of a tree: workers, and groups of them, tied to centers of groups.
+"""Links that exchange more often than the one of all workers: in groups, or of some parameters.
 
 [Note: levels] Each level is synchronous EASGD between participants and a center. On top the center
 is c, and a participant is the center g of one of the outermost groups; in a group, participants are
@@ -15,6 +15,13 @@ One after the other is a product of symmetric maps. Each has no eigenvalue outsi
 own α < 2/(p+1), with the p of that level, and then the product is stable too. (All levels at once
 would need the sum of their strengths to be small.) Every exchange keeps Σ x + Σ g + c.
 
+[Note: often] Parameters that are exchanged often are a level of their own, too: among all workers,
+inside no group, with the same center but other fragments of it. Where both exchange at a step, both
+differences are taken before it, and both pulls follow it. A worker whose weights are not finite
+starts again as a whole: where both exchange, the main link looks at both portions, and in between
+the worker waits for the main sum in flight, so that overlap changes no bit. Every main exchange is
+at a step at which small ones are, too.
+
 [Note: headers first] An idle worker learns from its group's headers which exchanges members began
 further up. It sends its headers for all of these before it waits for those of others. Idle workers
 of other groups need them: they learn of an exchange only when all headers of the level in between
@@ -29,30 +36,28 @@ from typing import Any
 
 from lightning_easgd.communication import Phase
 from lightning_easgd.exchange.difference import Pull, pull_worker
-from lightning_easgd.exchange.level import GroupLevel
+from lightning_easgd.exchange.level import Level
 from lightning_easgd.exchange.link import CollectiveLink
 from lightning_easgd.telemetry import Telemetry
 
 
 class Levels:
-    """The exchange of all workers on top, and those of groups with centers of their own, if any.
+    """The exchange of all workers on top, and those that are more often, if there are any.
 
     Args:
         top: of all workers.
-        levels: of this worker's groups, from the outermost inward.
+        levels: of this worker's groups, from the outermost inward; or that of parameters that are
+            exchanged often.
         telemetry: where costs are counted.
     """
 
-    def __init__(
-        self, top: CollectiveLink, levels: Sequence[GroupLevel], telemetry: Telemetry
-    ) -> None:
+    def __init__(self, top: CollectiveLink, levels: Sequence[Level], telemetry: Telemetry) -> None:
         self.top = top
         self._levels = list(levels)
         self._telemetry = telemetry
-        telemetry.bytes_of_groups = [0 for _ in levels]
 
     def __bool__(self) -> bool:
-        """Whether there are groups with centers of their own."""
+        """Whether there are exchanges more often than on top."""
         return bool(self._levels)
 
     def set_clock(self, clock: int) -> None:
@@ -70,15 +75,14 @@ class Levels:
 
         Args:
             clock: steps taken.
-            pull: what the outermost center is owed.
+            pull: what is owed to whatever takes part on top.
 
         Returns:
             What the worker is owed.
         """
         self._wait_for_groups(clock)
         for level in self._due(clock, self._levels):
-            pull_worker(pull)
-            pull = level.start(clock)
+            pull = level.start(clock, above=pull)
         return pull
 
     def shadow(
@@ -141,10 +145,10 @@ class Levels:
         for number, level in enumerate(self._levels):
             if level.next_due <= due:
                 level.wait()
-                self._telemetry.take_over(level.telemetry, number)
+                level.hand_over(self._telemetry, number)
 
     def finish(self, clock: int) -> None:
-        """Let all that workers have reach the outermost center, where it is at the end."""
+        """Let all that workers have reach the center on top, or its other portion."""
         for level in reversed(self._levels):
             level.start(clock, last=True)
             level.wait()
@@ -159,5 +163,5 @@ class Levels:
             level.restore(saved[number] if saved else None)
 
     @staticmethod
-    def _due(clock: int, levels: Sequence[GroupLevel]) -> list[GroupLevel]:
+    def _due(clock: int, levels: Sequence[Level]) -> list[Level]:
         return [level for level in levels if clock >= level.next_due]

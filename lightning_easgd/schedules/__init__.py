@@ -17,6 +17,7 @@ from lightning_easgd.schedules.base import (
 )
 from lightning_easgd.schedules.checks import is_number
 from lightning_easgd.schedules.companion import Companion, Said, WorkerView
+from lightning_easgd.schedules.often import Often, require_often
 from lightning_easgd.schedules.period import Period
 from lightning_easgd.schedules.plain import (
     Anneal,
@@ -41,6 +42,7 @@ __all__ = [
     "Exponential",
     "Linear",
     "Observation",
+    "Often",
     "Period",
     "Said",
     "ScalarOrSchedule",
@@ -53,4 +55,5 @@ __all__ = [
     "WorkerView",
     "as_schedule",
     "is_number",
+    "require_often",
 ]

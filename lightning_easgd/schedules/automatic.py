@@ -54,18 +54,21 @@ class Auto:
             return tau
         return cls() if isinstance(tau, str) and tau == "auto" else None
 
-    def within(self, fragments: int) -> tuple[int, int]:
-        """The smallest and the largest τ that is a multiple of ``fragments``.
+    def within(self, fragments: int, often: int = 1) -> tuple[int, int]:
+        """The smallest and the largest τ that is a multiple of ``fragments`` times ``often``.
 
         Raises:
             ValueError: there is none.
         """
-        least = fragments * math.ceil(self.min / fragments)
-        most = fragments * (self.max // fragments)
+        parts = fragments * often
+        least, most = parts * math.ceil(self.min / parts), parts * (self.max // parts)
         if most < least:
+            times, or_often = (
+                (f" times often.tau={often}", " or often.tau") if often > 1 else ("", "")
+            )
             raise ValueError(
-                f"{self} leaves no period that is a multiple of fragments={fragments}. Raise max,"
-                " or lower min or fragments."
+                f"{self} leaves no period that is a multiple of fragments={fragments}{times}. Raise"
+                f" max, or lower min or fragments{or_often}."
             )
         return least, most
 
@@ -85,10 +88,11 @@ class AutomaticPeriod(Schedule):
     Args:
         within: the bounds of τ.
         fragments: parts of the model, one of which is exchanged every τ / fragments steps.
+        often: of which those steps are a multiple.
         log: told what was chosen, and why.
 
     Raises:
-        ValueError: no multiple of ``fragments`` lies within the bounds.
+        ValueError: no multiple of ``fragments`` times ``often`` lies within the bounds.
     """
 
     of: ClassVar[tuple[str, ...]] = ("tau",)
@@ -98,10 +102,11 @@ class AutomaticPeriod(Schedule):
         within: Auto | None = None,
         *,
         fragments: int = 1,
+        often: int = 1,
         log: Callable[[str], None] = print,
     ) -> None:
-        self._fragments = fragments
-        self._bounds = (within or Auto()).within(fragments)
+        self._fragments, self._often = fragments, often
+        self._bounds = (within or Auto()).within(fragments, often)
         self._log = log
         self._chosen_for = Durations()
         self._rounds = 0
@@ -158,14 +163,14 @@ class AutomaticPeriod(Schedule):
         )
 
     def _choose(self, found: Durations) -> None:
-        free = smallest_period(found, self._fragments, self._bounds)
+        free = self._allowed(max(_steps_between(found)))
         tau = max(free, self._allowed(self._tau / self._fragments / 2))
         if tau != self._tau or self._chosen_for == Durations():
             self._log(self._reason(tau, free, found))
         self._tau, self._chosen_for = tau, found
 
     def _allowed(self, steps_between: float) -> int:
-        return _nearest_period(steps_between, self._fragments, self._bounds)
+        return _nearest_period(steps_between, self._fragments, self._bounds, often=self._often)
 
     def _reason(self, tau: int, free: int, found: Durations) -> str:
         behind, rarely = _steps_between(found)
@@ -180,20 +185,23 @@ class AutomaticPeriod(Schedule):
         )
 
 
-def smallest_period(found: Durations, fragments: int, bounds: tuple[int, int]) -> int:
+def smallest_period(
+    found: Durations, fragments: int, bounds: tuple[int, int], *, often: int = 1
+) -> int:
     """The smallest τ at which an exchange hides behind training, as far as one can.
 
     Args:
         found: what a step and an exchange take.
         fragments: parts of the model, one of which is exchanged every τ / fragments steps.
         bounds: the smallest and the largest τ allowed.
+        often: of which those steps are a multiple.
 
     Raises:
-        ValueError: no multiple of ``fragments`` lies within the bounds.
+        ValueError: no multiple of ``fragments`` times ``often`` lies within the bounds.
     """
     least, most = bounds
-    within = Auto(min=least, max=most).within(fragments)
-    return _nearest_period(max(_steps_between(found)), fragments, within)
+    within = Auto(min=least, max=most).within(fragments, often)
+    return _nearest_period(max(_steps_between(found)), fragments, within, often=often)
 
 
 def _steps_between(found: Durations) -> tuple[int, int]:
@@ -202,9 +210,11 @@ def _steps_between(found: Durations) -> tuple[int, int]:
     return behind, math.ceil(found.cost / (_ALLOWED_COST * found.step))
 
 
-def _nearest_period(steps_between: float, fragments: int, bounds: tuple[int, int]) -> int:
+def _nearest_period(
+    steps_between: float, fragments: int, bounds: tuple[int, int], *, often: int
+) -> int:
     least, most = bounds
-    return min(max(fragments * math.ceil(steps_between), least), most)
+    return min(max(fragments * often * math.ceil(steps_between / often), least), most)
 
 
 def _are_worth_a_choice(rounds: int) -> bool:

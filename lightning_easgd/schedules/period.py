@@ -12,27 +12,31 @@ from lightning_easgd.schedules.plain import Constant, as_schedule
 class Period:
     """The communication period τ: optimizer steps of a worker between two exchanges of a parameter.
 
-    With several fragments there is an exchange every τ / fragments steps.
+    With several fragments there is an exchange every τ / fragments steps. Where some parameters are
+    exchanged more often, that pause is a multiple of their period.
 
     Args:
         tau: a whole number, a callable that returns one, or a schedule, whose values are rounded to
-            a multiple of ``fragments``.
+            a multiple of ``fragments`` and ``often``.
         fragments: parts of the model that are exchanged in turn.
+        often: period of parameters that are exchanged more often; 1: there are none.
 
     Raises:
-        ValueError: τ is not a whole number of at least 1, or no multiple of the fragments; of a
-            callable, when it returns such a τ. Or a schedule may leave the range.
+        ValueError: τ is not a whole number of at least 1, or no multiple of ``fragments`` and
+            ``often``; of a callable, when it returns such a τ. Or a schedule may leave the range.
     """
 
-    def __init__(self, tau: ScalarOrSchedule, fragments: int = 1) -> None:
+    def __init__(self, tau: ScalarOrSchedule, fragments: int = 1, *, often: int = 1) -> None:
         self.fragments = fragments
+        self.often = often
         self._rounds = isinstance(tau, Schedule)
         check = self._require_bound if self._rounds else self._require_whole
         self.schedule = as_schedule("tau", tau, check)
-        if self._rounds and self.schedule.bounds[1] < fragments:
+        if self._rounds and self.schedule.bounds[1] < fragments * often:
             raise ValueError(
-                f"tau={tau} never reaches fragments={fragments}: a fragment is exchanged every"
-                " tau / fragments steps. Let tau become larger, or take fewer fragments."
+                f"tau={tau} never reaches fragments={fragments}{self._times}: a fragment is"
+                " exchanged every tau / fragments steps. Let tau become larger, or take fewer"
+                f" fragments{' or a smaller often.tau' if often > 1 else ''}."
             )
 
     def __str__(self) -> str:
@@ -47,20 +51,29 @@ class Period:
         """τ in force after ``step`` steps, and the next step that begins with an exchange.
 
         A constant τ exchanges at its multiples (τ | t); another one τ(step) steps after ``step``.
-        With fragments, what is said of τ holds for τ / fragments.
+        With fragments, what is said of τ holds for τ / fragments. All exchanges are at multiples of
+        ``often``.
         """
         value = self.schedule.at(step)
-        pause = max(1, round(value / self.fragments))
-        begun = step // pause * pause if self.is_constant else step
-        return pause * self.fragments, begun + pause
+        pause = max(1, round(value / (self.fragments * self.often))) * self.often
+        grid = pause if self.is_constant else self.often
+        return pause * self.fragments, step // grid * grid + pause
+
+    @property
+    def _times(self) -> str:
+        return f" times often.tau={self.often}" if self.often > 1 else ""
+
+    @property
+    def _together(self) -> str:
+        return ", together with what is exchanged every often.tau" if self.often > 1 else ""
 
     def _require_whole(self, tau: object) -> int:
         if is_count(tau):
-            if tau % self.fragments:
+            if tau % (parts := self.fragments * self.often):
                 raise ValueError(
-                    f"tau={tau!r} is not a multiple of fragments={self.fragments}: every"
-                    " tau / fragments steps a fragment is exchanged. Allowed: a multiple, for"
-                    f" example tau={math.ceil(tau / self.fragments) * self.fragments}."
+                    f"tau={tau!r} is not a multiple of fragments={self.fragments}{self._times}:"
+                    f" every tau / fragments steps a fragment is exchanged{self._together}."
+                    f" Allowed: a multiple, for example tau={math.ceil(tau / parts) * parts}."
                 )
             return int(tau)
         raise ValueError(

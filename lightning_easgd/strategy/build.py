@@ -33,6 +33,7 @@ def make_center(module: pl.LightningModule, options: Options, rank: int) -> Cent
         buffers=options.buffers,
         rank=rank,
         fragment_count=options.rules.period.fragments,
+        often=options.often,
         offload=options.offload,
         averaging=options.averaging,
         group=group,
@@ -90,6 +91,9 @@ def make_exchange(
         subgroup=subgroups[0] if subgroups else None,
         agrees=not levels,
     )
+    often = None
+    if options.often is not None:
+        often = make_all_reduce(group, options.bucket_bytes, None, feedback=False)
     trained = [p for p in trainer.lightning_module.parameters() if p.requires_grad]
     telemetry.ddp_bytes_per_step = all_reduce.ring_bytes(trained)
     return assemble(
@@ -99,6 +103,7 @@ def make_exchange(
         rules=rules,
         telemetry=telemetry,
         gradients=gradients,
+        often=often,
         levels=levels,
         groups=groups,
     )

@@ -18,7 +18,15 @@ from lightning_easgd.center.policies import Buffers, Policies
 from lightning_easgd.communication import Codec, choose_codec
 from lightning_easgd.exchange.policy import ElasticPoint, ExchangePolicy
 from lightning_easgd.groups import Groups, Members, require_groups
-from lightning_easgd.schedules import Auto, Period, ScalarOrSchedule, Strength, Tau
+from lightning_easgd.schedules import (
+    Auto,
+    Often,
+    Period,
+    ScalarOrSchedule,
+    Strength,
+    Tau,
+    require_often,
+)
 from lightning_easgd.schedules.automatic import AutomaticPeriod
 from lightning_easgd.schedules.checks import require_bools, require_choice, require_count
 from lightning_easgd.strategy.validation import refuse_combinations, refuse_unstable
@@ -58,6 +66,7 @@ class Options:
         final_exchange: bool,
         compression: str | Codec | None,
         fragments: int,
+        often: Often | None,
         groups: Members | Groups | None,
         center_device: Literal["cpu"] | None,
         center_average: Literal["polyak", "ema"] | CenterAverage | None,
@@ -74,6 +83,7 @@ class Options:
         self.center_device = center_device
         self.bucket_bytes = require_count("bucket_bytes", bucket_bytes, "bytes")
         fragments = require_count("fragments", fragments, "parts of the model")
+        self.often = require_often(often)
         self.groups = groups if isinstance(groups, Groups) else require_groups(groups)
         self.averaging, self.codec = choose_average(center_average), choose_codec(compression)
         rule = choose_rule(algorithm)
@@ -81,8 +91,9 @@ class Options:
         require_bools(overlap=overlap)
         tau = rule.default_tau if tau is None else tau
         auto = Auto.of(tau)
-        measured = auto and AutomaticPeriod(auto, fragments=fragments, log=log)
-        period = Period(measured or cast("ScalarOrSchedule", tau), fragments)
+        pause = 1 if self.often is None else self.often.tau
+        measured = auto and AutomaticPeriod(auto, fragments=fragments, often=pause, log=log)
+        period = Period(measured or cast("ScalarOrSchedule", tau), fragments, often=pause)
         strength = Strength.choose(beta=beta, alpha=alpha, rho=rho)
         refuse_combinations(
             rule,
@@ -94,6 +105,7 @@ class Options:
             elastic_point=elastic_point,
             compression=compression,
             fragments=fragments,
+            often=self.often,
             groups=self.groups,
             center_device=center_device,
             center_average=center_average,
@@ -105,6 +117,7 @@ class Options:
             overlap=overlap,
             elastic_point=elastic_point or ("iterate" if rule.elastic else "parameter"),
             algorithm=rule,
+            often=self.often,
         )
         self.rules.require_fields()
 

@@ -21,7 +21,7 @@ from lightning_easgd.center.policies import Buffers
 from lightning_easgd.communication import Codec
 from lightning_easgd.exchange.policy import ElasticPoint
 from lightning_easgd.groups import Groups, Members
-from lightning_easgd.schedules import ScalarOrSchedule, Tau
+from lightning_easgd.schedules import Often, ScalarOrSchedule, Tau
 from lightning_easgd.schedules.checks import (
     require_bools,
     require_choice,
@@ -91,6 +91,9 @@ class EASGDStrategy(Adapter):
             way goes with the next exchange; strengths that are not stable with it are refused.
         fragments: into how many parts the model is cut, one of which is exchanged every
             tau / fragments steps; every parameter still every ``tau`` steps.
+        often: Often(tau=2, below=100_000): parameters of fewer elements are exchanged every 2
+            steps, in full precision, and the others every ``tau``. For rules that pull. None: all
+            are exchanged every ``tau`` steps.
         groups: workers that a fast network joins: a number of workers, "node" for those of each
             machine, or lists of ranks. Their gradients are averaged at every step, and each group
             takes part in exchanges as one worker, p being the number of groups. With Groups(...)
@@ -143,6 +146,7 @@ class EASGDStrategy(Adapter):
         exchange_timeout: float | timedelta = timedelta(minutes=5),
         compression: str | Codec | None = None,
         fragments: int = 1,
+        often: Often | None = None,
         groups: Members | Groups | None = None,
         center_device: Literal["cpu"] | None = None,
         center_average: Literal["polyak", "ema"] | CenterAverage | None = None,

@@ -19,7 +19,7 @@ from lightning_easgd.algorithms import EASGD, Rule
 from lightning_easgd.communication import choose_codec, waiting_time
 from lightning_easgd.exchange.moving_rates import NOT_AT_ONCE
 from lightning_easgd.groups import Groups
-from lightning_easgd.schedules import Auto, Schedule, Strength
+from lightning_easgd.schedules import Auto, Schedule, Strength, WorkerView
 from lightning_easgd.schedules.checks import is_number
 
 _RESTARTS = "a rule whose workers go on from the new center"
@@ -106,6 +106,32 @@ REFUSED: tuple[Combination, ...] = (
         lambda tau, rule: Auto.of(tau) is not None and rule.resets_to_center,
         f"it looks for the period at which exchanges hide behind training, but {_AT_THE_CENTER}",
         "Give tau a number, or set algorithm='easgd'",
+    ),
+    Combination(
+        *(
+            "often",
+            "any",
+            "algorithm",
+            f"{_RESTARTS}, or that agrees on something with an exchange",
+        ),
+        lambda often, rule: (
+            often is not None and (rule.resets_to_center or bool(rule.companions(WorkerView())))
+        ),
+        "it has two exchanges under way at a time, of different parameters, and workers would go on"
+        " from the center, or agree, at one of them",
+        "Remove often, or set algorithm='easgd'",
+    ),
+    *(
+        Combination(
+            *("often", "any", name, "any"),
+            lambda often, value: often is not None and value is not None,
+            because,
+            f"Remove often, or {name}",
+        )
+        for name, because in {
+            "groups": "its exchanges are between single workers",
+            "center_average": "the average counts moves of the whole center",
+        }.items()
     ),
     Combination(
         *("groups", "any", "algorithm", "a rule with a warm-up"),

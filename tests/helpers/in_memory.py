@@ -106,18 +106,22 @@ class InMemoryGroup:
 class InMemoryAllReduce(AllReduce):
     """Headers and sums by memory."""
 
-    def __init__(self, group: InMemoryGroup) -> None:
+    def __init__(self, group: InMemoryGroup, channel: str = "") -> None:
         super().__init__(group, 2**20, level=Level(group.rank, group.size, None))
+        self._channel = channel
 
     def _gather(self, mine: Tensor, everybody: Tensor) -> Any:
         def complete(parts: list[tuple[Tensor, Tensor]]) -> None:
             for _, rows in parts:
                 rows.copy_(torch.stack([header for header, _ in parts]))
 
-        return self.group.wire.join("headers", self.group.rank, (mine, everybody), complete)
+        return self.group.wire.join(
+            f"headers{self._channel}", self.group.rank, (mine, everybody), complete
+        )
 
     def sum(self, tensors: Iterable[Tensor]) -> list[Any]:
-        return [self.group.wire.join("sums", self.group.rank, t, _sum_) for t in tensors]
+        channel = f"sums{self._channel}"
+        return [self.group.wire.join(channel, self.group.rank, t, _sum_) for t in tensors]
 
 
 @torch.no_grad()
@@ -159,12 +163,14 @@ def make_worker(
     """A worker that is about to train, as the strategy's options have it."""
     optimizer, options = module.configure_optimizers(), strategy.options
     center = make_center(module, options, rank)
+    group = InMemoryGroup(wire, rank)
     exchange = assemble(
         center,
-        InMemoryAllReduce(InMemoryGroup(wire, rank)),
+        InMemoryAllReduce(group),
         optimizers=LocalOptimizers(lambda: [optimizer]),
         rules=options.rules,
         telemetry=strategy.telemetry,
+        often=InMemoryAllReduce(group, " of small parameters") if options.often else None,
     )
     options.rules.schedules.begin(TrainingLength(steps, steps))
     exchange.start_clock(0)

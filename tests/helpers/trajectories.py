@@ -32,6 +32,7 @@ from lightning_easgd import (
     LeaderSGD,
     LocalSGD,
     MDownpour,
+    Often,
     PostLocalSGD,
     SlowMo,
 )
@@ -137,6 +138,7 @@ RULES: dict[str, Case] = {
 }
 """Each with every τ and, where it can, with overlap on and off."""
 
+OFTEN = PULL | {"tau": 6, "often": Often(tau=2, below=2)}
 FORMS: dict[str, Case] = {
     "mdownpour, tau=1": Case({"algorithm": MDownpour(0.5), "tau": 1}),
     "fragments": Case(PULL | {"tau": 4, "fragments": 2}),
@@ -149,6 +151,13 @@ FORMS: dict[str, Case] = {
     "uneven": Case(PULL | {"tau": 2}, missing=3),
     "uneven local_sgd": Case({"algorithm": LocalSGD(), "tau": 2}, missing=3),
     "resumed": Case(PULL | {"tau": 3}, momentum=0.5, saved=5),
+    "often, behind": Case(OFTEN | {"overlap": True}, momentum=0.5),
+    "often, awaited": Case(OFTEN | {"overlap": False}, momentum=0.5),
+    "often with momentum": Case(OFTEN | {"algorithm": EASGD(center_momentum=0.5)}),
+    "often in fragments": Case(OFTEN | {"tau": 4, "fragments": 2}),
+    "often, look-ahead": Case(OFTEN | {"algorithm": EASGD(pull=0.5, look_ahead=1.0)}),
+    "often, uneven": Case(OFTEN, missing=3),
+    "often, resumed": Case(OFTEN, momentum=0.5, saved=5),
     "resumed slowmo": Case({"algorithm": SlowMo(0.5, 0.5), "tau": 3}, saved=5),
 }
 

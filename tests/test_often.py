@@ -1,0 +1,253 @@
+"""Parameters with a second, shorter period: against the NumPy reference, and bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from against_reference import OPTIMIZERS, compare
+from in_memory import Wire, make_worker, run_threads
+from torch import Tensor, nn
+from trajectories import Given
+
+from lightning_easgd import Auto, EASGDStrategy, Linear, Often
+from lightning_easgd.center.center import Center
+from lightning_easgd.communication import Phase
+from lightning_easgd.schedules import Period
+
+SMALL = Often(tau=2, below=6)
+"""The two biases of the toy; its weight has six elements."""
+GIVEN: dict[str, Any] = {"beta": 0.5, "tau": 6, "often": Often(tau=2, below=2)}
+STEPS = 21
+
+nan_is_told = pytest.mark.filterwarnings("ignore:At step .* the weights of worker")
+
+
+@pytest.mark.parametrize("final_exchange", [True, False])
+@pytest.mark.parametrize("workers", [2, 4])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_center_and_workers_follow_the_reference(
+    name: str, workers: int, final_exchange: bool
+) -> None:
+    steps, tau = 42, 8  # twenty exchanges of the bias, and more than one before the end
+
+    def alpha(parameter: str, t: int) -> float:
+        due = parameter == "b" or t % tau == 0 or t == steps
+        return 0.9 / workers if due else 0.0
+
+    compare(
+        name,
+        workers,
+        SMALL.tau,
+        setup={"batches": steps},
+        options={"tau": tau, "often": SMALL, "final_exchange": final_exchange},
+        alpha=alpha,
+    )
+
+
+def train(
+    wire: Wire,
+    rank: int,
+    options: dict[str, Any],
+    disturb: Callable[[int, int, Any], None] = lambda *_: None,
+    missing: int = 0,
+    make: Callable[[int], Given] = lambda rank: Given(rank, 0.5),
+) -> Any:
+    """Weights after each step, and of the center at the end; what was counted."""
+    module, strategy = make(rank), EASGDStrategy(**options)
+    worker = make_worker(wire, rank, module, strategy, steps=STEPS)
+    for number in range(STEPS - (missing if rank == 1 else 0)):
+
+        def closure(number: int = number) -> Tensor:
+            loss = module.training_step(torch.tensor(number), number)
+            worker.exchange.after_training_step(loss)
+            worker.optimizer.zero_grad()
+            loss.backward()
+            return loss
+
+        worker.exchange.before_batch()
+        worker.step(closure)
+        disturb(rank, number, worker)
+        module.on_train_batch_end()
+    worker.exchange.meet(Phase.EPOCH_END)
+    worker.exchange.finish(exchange=True)
+    return [*module.seen, module.values()], strategy.telemetry
+
+
+def poison(who: int, at: int, names: str) -> Callable[[int, int, Any], None]:
+    def disturb(rank: int, number: int, worker: Any) -> None:
+        if rank == who and number == at:
+            for name in names:
+                getattr(worker.module, name).data[0] = torch.nan
+
+    return disturb
+
+
+@nan_is_told
+@pytest.mark.parametrize("missing", [0, 14])
+@pytest.mark.parametrize("names", ["wb", "b"])
+@pytest.mark.parametrize(("who", "at"), [(1, 4), (1, 5), (0, 6), (0, 7), (0, 10), (0, 11)])
+def test_overlap_changes_no_bit_where_a_worker_starts_again(
+    who: int, at: int, names: str, missing: int
+) -> None:
+    """Whether the main link finds it, at steps 6 and 12, or the other one in between."""
+    poisoned = poison(who, at, names)
+    behind, awaited = (
+        run_threads(train, GIVEN | {"overlap": overlap}, poisoned, missing, workers=2)
+        for overlap in (True, False)
+    )
+    for (mine, counted), (other, _) in zip(behind, awaited, strict=True):
+        assert np.isfinite(mine[-1]).all()
+        np.testing.assert_array_equal(mine, other)
+        assert counted.non_finite == 1
+    assert behind[0][0][-1] == behind[1][0][-1]
+
+
+def test_a_worker_that_waits_for_one_sum_sooner_changes_no_bit() -> None:
+    def drains(rank: int, number: int, worker: Any) -> None:
+        if rank == 0 and number % 3 == 0:
+            worker.exchange.drain()
+
+    expected = run_threads(train, GIVEN, workers=3)
+    found = run_threads(train, GIVEN, drains, workers=3)
+    assert [each for each, _ in found] == [each for each, _ in expected]
+
+
+class Late(Given):
+    """A third parameter, which is frozen until step 7 and small or large."""
+
+    def __init__(self, rank: int, elements: int) -> None:
+        super().__init__(rank, 0.5)
+        self.late = nn.Parameter(torch.ones(elements, dtype=torch.float64), requires_grad=False)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        self.late.requires_grad_(batch_idx >= 7)
+        return super().training_step(batch, batch_idx) + (1 + self.rank) * self.late.sum()
+
+    def values(self) -> list[float]:
+        return [*super().values(), *self.late.tolist()]
+
+
+@pytest.mark.parametrize("elements", [1, 2])
+def test_what_is_unfrozen_joins_its_portion_whoever_waits_sooner(elements: int) -> None:
+    joined: list[tuple[int, list[int]]] = []
+
+    def note(rank: int, number: int, worker: Any) -> None:
+        if rank == 1:
+            joined.append((number, [portion.joined for portion in worker.center.portions]))
+
+    def drains(rank: int, number: int, worker: Any) -> None:
+        if rank == 0:
+            worker.exchange.drain()
+
+    make = partial(Late, elements=elements)
+    expected = run_threads(train, GIVEN, note, 0, make, workers=2)
+    found = run_threads(train, GIVEN, drains, 0, make, workers=2)
+    assert [each for each, _ in found] == [each for each, _ in expected]
+    assert found[0][0][-1] == found[1][0][-1]
+    # Announced at steps 8 and 12, joined when those sums are taken in, two and six steps later.
+    assert next(step for step, counts in joined if counts[1] == 2) == 10
+    assert next(step for step, counts in joined if counts[0] == 2) == 18
+
+
+class Two(nn.Module):
+    """Two large parameters and two small ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.norm = nn.Parameter(torch.ones(4, 2)), nn.Parameter(torch.ones(8))
+        self.bias, self.scale = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(1))
+
+
+def names(center: Center) -> list[list[str]]:
+    portions = [[f.slices for f in p.those_of(p.joined)] for p in center.portions]
+    return [[slice_.name for slices in portion for slice_ in slices] for portion in portions]
+
+
+def center(often: Often, module: nn.Module | None = None) -> Center:
+    return Center(module or Two(), buffers="average", rank=0, often=often)
+
+
+def test_parameters_are_small_or_named() -> None:
+    assert names(center(Often(below=8))) == [["weight", "norm"], ["bias", "scale"]]
+    assert names(center(Often(below=2, names=("no*",)))) == [["weight", "bias"], ["norm", "scale"]]
+    assert names(center(Often(below=0, names=("bias",)))) == [
+        ["weight", "norm", "scale"],
+        ["bias"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("often", "said"),
+    [
+        (Often(below=1), "takes in none of the parameters that Two trains, which have 1 to 8"),
+        (Often(below=9), "takes in all of the parameters that Two trains, which have 1 to 8"),
+        (Often(names=("nrom",)), "names no parameter of Two: 'nrom' matches none of 'weight'"),
+    ],
+)
+def test_both_portions_have_parameters(often: Often, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        center(often)
+
+
+def test_a_cohort_may_have_small_parameters_alone() -> None:
+    module = Two()
+    module.bias.requires_grad_(False)
+    found = center(Often(below=8), module)
+    assert names(found) == [["weight", "norm"], ["scale"]]
+    module.bias.requires_grad_(True)
+    assert found.adopt_unfrozen()
+    before = [portion.fingerprint(1) for portion in found.portions]
+    after = [portion.fingerprint(2) for portion in found.portions]
+    assert [one == other for one, other in zip(before, after, strict=True)] == [True, False]
+    found.often.join(2)
+    assert names(found) == [["weight", "norm"], ["scale", "bias"]]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"tau": 0}, "Often.tau=0 is not allowed"),
+        ({"below": -1}, "Often.below=-1 is not allowed"),
+        ({"below": 0.5}, "Often.below=0.5 is not allowed"),
+        ({"names": 3}, "Often.names=3 is not allowed"),
+        ({"names": ["a", ""]}, r"Often.names=\('a', ''\) is not allowed"),
+    ],
+)
+def test_values_out_of_range_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Often(**options)
+
+
+def test_what_is_no_often_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"often=2 is not allowed. Allowed: Often"):
+        EASGDStrategy(often=2)  # type: ignore[arg-type]
+
+
+def test_nothing_is_exchanged_often_below_zero_elements() -> None:
+    assert EASGDStrategy(often=Often(below=0), algorithm="local_sgd").options.often is None
+
+
+def test_the_main_pause_is_a_multiple() -> None:
+    with pytest.raises(ValueError, match=r"fragments=3 times often.tau=2: .* example tau=12\."):
+        EASGDStrategy(tau=8, fragments=3, often=SMALL)
+    with pytest.raises(ValueError, match=r"never reaches fragments=3 times often.tau=2: "):
+        Period(Linear(1, 5), 3, often=2)
+    with pytest.raises(ValueError, match=r"multiple of fragments=5 times often.tau=2. Raise max"):
+        EASGDStrategy(tau=Auto(max=9), fragments=5, often=SMALL)
+
+
+@pytest.mark.parametrize("fragments", [1, 3])
+def test_schedules_are_rounded_to_a_multiple(fragments: int) -> None:
+    period = Period(Linear(1, 61, steps=60), fragments, often=4)
+    step = 0
+    while step < 200:
+        tau, due = period.after(step)
+        assert tau % (4 * fragments) == 0
+        assert abs(tau - max(period.schedule.at(step), 4 * fragments)) <= 2 * fragments
+        assert due % 4 == 0 < due - step == tau // fragments
+        step = due
