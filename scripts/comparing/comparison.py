@@ -130,7 +130,8 @@ class Comparison:
         if len(self._cfg.taus) > 1:
             self._report_periods(titles)
         for name, result in self._failed.items():
-            print(f"error: {name} was left out, for {report.told(result)}", file=sys.stderr)
+            reason = (result.error or "").splitlines()[-1]
+            print(f"error: {name} was left out: {result.job} failed, {reason}", file=sys.stderr)
         print(f"results.jsonl is in {self._path.parent}")
 
     def _report_periods(self, titles: Mapping[str, str]) -> None:

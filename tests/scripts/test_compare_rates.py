@@ -93,7 +93,8 @@ def test_pairs_begin_alike_and_one_that_fails_loses_nothing_of_the_others(
     assert 1 <= len(failed) <= 2  # as many as had begun
     assert {one["contender"] for one in failed} == {"easgd"}
     assert "alpha" in failed[0]["error"]
-    assert "error: easgd was left out, for easgd, τ = 1, η = " in told
+    assert "error: easgd was left out: easgd, τ = 1, η = " in told
+    assert "failed, ValueError" in told.partition("error: easgd was left out")[2]
 
     found = {
         (one["contender"], one["rate"], one["seed"]): one
