@@ -3,6 +3,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from multiprocessing import resource_tracker
@@ -106,6 +107,9 @@ def leaves_nothing_behind():
     yield
     assert not multiprocessing.active_children()
     assert children() <= processes
+    until = time.monotonic() + 10
+    while not sockets() <= ports and time.monotonic() < until:
+        time.sleep(0.01)  # gRPC's threads close theirs a moment later
     assert sockets() <= ports
     by_imports = {"KMP_INIT_AT_FORK", "KMP_DUPLICATE_LIB_OK"}  # scikit-learn's
     assert set(os.environ) - variables - by_imports <= {"PYTEST_CURRENT_TEST"}

@@ -119,6 +119,12 @@ def test_the_library_needs_torch_and_lightning_only() -> None:
             assert not third_party, path
 
 
+def test_only_the_server_needs_what_the_extra_async_brings() -> None:
+    for name, path in modules():
+        found = {i.split(".")[0] for i in imports(path)} & {"grpc", "safetensors", "cryptography"}
+        assert name == "server" or not found, path
+
+
 def test_nothing_unpickles_what_came_from_elsewhere() -> None:
     """But Lightning's own broadcast of objects, which is that of DDP."""
     for _, path in modules():

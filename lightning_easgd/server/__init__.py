@@ -15,10 +15,10 @@ socket, no thread and no clock, so all that must be right is tested without them
     terms         what a worker takes from the server when it joins: algorithm, τ, α
 """
 
-from lightning_easgd.server.center_server import CenterServer, Snapshot, SnapshotError, Terms
+from lightning_easgd.server.center_server import CenterServer
 from lightning_easgd.server.refusal import Refusal, Refused
-from lightning_easgd.server.roster import Receipt
 from lightning_easgd.server.settings import Limits, Settings
+from lightning_easgd.server.values import Receipt, Snapshot, SnapshotError, Terms
 
 __all__ = [
     "CenterServer",

@@ -17,10 +17,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
-
-from torch import Tensor
 
 from lightning_easgd.algorithms import RULES
 from lightning_easgd.center.flat import FlatLayout, FlatVector
@@ -33,41 +30,9 @@ from lightning_easgd.server.model import (
     vector_from,
 )
 from lightning_easgd.server.refusal import Refusal, Refused
-from lightning_easgd.server.roster import Receipt, Roster, Worker
+from lightning_easgd.server.roster import Roster, Worker
 from lightning_easgd.server.settings import Settings
-
-
-@dataclass(frozen=True)
-class Terms:
-    """What a worker takes from the server.
-
-    Args:
-        algorithm: the name of the rule.
-        tau: τ, the steps between two exchanges.
-        alpha: α; 1 under a rule whose workers restart at the center.
-        version: of the center.
-        sequence: of the last difference of this incarnation that was added; 0 if none was.
-        has_center: whether the server has a center. If not, join with weights that shall be it.
-    """
-
-    algorithm: str
-    tau: int
-    alpha: float
-    version: int
-    sequence: int
-    has_center: bool
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A server at one moment: tensors with memory of their own, and plain data."""
-
-    tensors: dict[str, Tensor]
-    facts: dict[str, Any]
-
-
-class SnapshotError(Exception):
-    """A snapshot cannot be restored."""
+from lightning_easgd.server.values import Receipt, Snapshot, SnapshotError, Terms
 
 
 class CenterServer:
@@ -91,9 +56,18 @@ class CenterServer:
         self._rule_state: list[dict[str, Any]] = []
 
     @property
-    def layout(self) -> FlatLayout | None:
-        """Of the model; None before the first worker brought it."""
-        return self._center.layout if self._center else None
+    def has_center(self) -> bool:
+        """Whether a worker has brought its weights."""
+        return self._center is not None
+
+    @property
+    def layout(self) -> FlatLayout:
+        """Of the model.
+
+        Raises:
+            Refused: no worker has brought one.
+        """
+        return self._require_center().layout
 
     def join(
         self,
@@ -132,7 +106,7 @@ class CenterServer:
                 alpha=self.alpha(now),
                 version=self.version,
                 sequence=known.receipt.sequence,
-                has_center=self._center is not None,
+                has_center=self.has_center,
             )
 
     def alpha(self, now: float) -> float:
@@ -205,6 +179,21 @@ class CenterServer:
             self._move_(center, difference, weight)
             self._roster.pass_turn(worker)
             return _note(known, Receipt(sequence, self.version, staleness, weight), norm, samples)
+
+    def exchange(
+        self,
+        worker: str,
+        incarnation: int,
+        sequence: int,
+        difference: FlatVector,
+        *,
+        now: float,
+        samples: float = 1.0,
+    ) -> tuple[Receipt, FlatVector]:
+        """As :meth:`add`, and a copy of the center that it leads to; in turn, too."""
+        receipt = self.add(worker, incarnation, sequence, difference, now=now, samples=samples)
+        self._roster.workers[worker].got = self.version
+        return receipt, self._require_center().clone()
 
     def leave(self, worker: str, incarnation: int, *, now: float) -> None:
         """Let a worker go.

@@ -8,27 +8,10 @@ from typing import Any
 
 from lightning_easgd.server.refusal import Refusal, Refused
 from lightning_easgd.server.settings import Settings
+from lightning_easgd.server.values import Receipt
 
 _REMEMBERED = 16
 """Times the workers that may be there at a time: as many are known, with those that are not."""
-
-
-@dataclass(frozen=True)
-class Receipt:
-    """What became of a difference; kept, so that a retry gets the same.
-
-    Args:
-        sequence: of the difference.
-        version: of the center with it.
-        staleness: versions between the center that the worker last got and the difference.
-        weight: by which the server multiplied it. A worker that is pulled by as much of its
-            difference leaves Σ x + c as it was.
-    """
-
-    sequence: int
-    version: int
-    staleness: int
-    weight: float
 
 
 @dataclass

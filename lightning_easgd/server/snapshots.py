@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from lightning_easgd.schedules.checks import require_count
-from lightning_easgd.server.center_server import Snapshot, SnapshotError
+from lightning_easgd.server.values import Snapshot, SnapshotError
 
 try:
     from safetensors import SafetensorError, safe_open

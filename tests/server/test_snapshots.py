@@ -12,25 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from served import LAYOUT, random_vector
 
-from lightning_easgd.center.flat import FlatLayout, FlatVector
 from lightning_easgd.server import CenterServer, Settings, Snapshot, SnapshotError
 
 pytest.importorskip("safetensors", reason="needs safetensors: pip install -e '.[async]'")
 from lightning_easgd.server import snapshots
 from lightning_easgd.server.snapshots import SnapshotFolder
-
-LAYOUT = FlatLayout(
-    [("weight", torch.empty(30, 20)), ("bias", torch.empty(7, dtype=torch.float64))]
-)
-
-
-def random_vector(seed: int) -> FlatVector:
-    generator = torch.Generator().manual_seed(seed)
-    return FlatVector(
-        LAYOUT,
-        {d: torch.randn(n, dtype=d, generator=generator) for d, n in LAYOUT.sizes.items()},
-    )
 
 
 def served(adds: int) -> CenterServer:

@@ -1,0 +1,276 @@
+"""A worker's side: asks a server again until it answers, and never twice for one difference.
+
+[Note: pending] Whoever gives up on an answer does not know whether the difference was added. So the
+client keeps it, with its sequence, and sends no other before that one has its receipt.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from lightning_easgd.center.flat import FlatLayout, FlatVector
+from lightning_easgd.server.frames import Message, cut
+from lightning_easgd.server.handler import Handler
+from lightning_easgd.server.model import byte_size, bytes_of, describe, vector_on
+from lightning_easgd.server.refusal import Refusal, Refused
+from lightning_easgd.server.values import Receipt, Terms
+
+_FIRST_DEADLINE = 60.0
+_LEAST_DEADLINE = 5.0
+_MEASURED = 32
+_PAUSES = (0.02, 2.0)
+"""Seconds between two attempts, at first and at most."""
+
+
+_LOST_CENTER = (
+    "The server was restarted without its center. Give it the folder of its snapshots, or start"
+    " the workers again to begin anew."
+)
+
+
+class LostError(ConnectionError):
+    """No answer came, and perhaps the message did not either."""
+
+
+class UnreachableError(ConnectionError):
+    """No server answered for as long as the client is patient."""
+
+
+class PendingError(RuntimeError):
+    """An earlier difference has no receipt yet."""
+
+
+class Transport(Protocol):
+    """Carries the frames of a message to a server, and those of its answer back."""
+
+    def call(self, frames: Iterable[bytes], deadline: float) -> Iterator[bytes]:
+        """The frames of the answer.
+
+        Args:
+            frames: of the message; read at most once.
+            deadline: seconds that all of it may take.
+
+        Raises:
+            LostError: also while the frames are read; the next call may go to another server.
+        """
+
+    def close(self) -> None:
+        """Let go of what it holds."""
+
+
+class InMemory:
+    """A transport within one process.
+
+    Args:
+        handler: of the server.
+        sender: as the server sees it.
+    """
+
+    def __init__(self, handler: Handler, sender: str = "memory") -> None:
+        self._handler = handler
+        self._sender = sender
+
+    def call(self, frames: Iterable[bytes], deadline: float) -> Iterator[bytes]:
+        """The frames of the answer."""
+        return self._handler.answer(frames, self._sender)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class CenterClient:
+    """One worker at a server; for one thread at a time.
+
+    Args:
+        transport: to the server; closed with the client.
+        worker: its name, of 1 to 64 visible ASCII characters, and of no other worker.
+        model: of the worker.
+        incarnation: of this process, larger than of any before; None: the time.
+        patience: seconds for which it asks again.
+        clock: gives seconds.
+        sleep: waits for seconds.
+
+    Attributes:
+        alpha: α of the next difference, as the server said last.
+        attempts: how often the server was asked, with repetitions.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        worker: str,
+        model: FlatLayout,
+        *,
+        incarnation: int | None = None,
+        patience: float = 60.0,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.alpha = 0.0
+        self.attempts = 0
+        self._transport = transport
+        incarnation = time.time_ns() if incarnation is None else incarnation
+        self._who = {"worker": worker, "incarnation": incarnation}
+        self._model = model
+        self._patience = patience
+        self._clock, self._sleep = clock, sleep
+        self._sequence = 0
+        self._pending: tuple[dict[str, Any], FlatVector] | None = None
+        self._took: deque[float] = deque(maxlen=_MEASURED)
+        self._jitter = random.Random(f"{self._who}")
+
+    def join(self, weights: FlatVector) -> Terms:
+        """Join the server; the first worker of all brings the center along.
+
+        Args:
+            weights: that become the center if the server has none.
+
+        Raises:
+            Refused: the server does not let this worker in.
+            UnreachableError: no server answered.
+        """
+        terms = self._join()
+        if not terms.has_center:
+            terms = self._join(weights)
+        self._sequence = terms.sequence
+        return terms
+
+    def get(self) -> tuple[int, FlatVector]:
+        """The version of the center, and the center.
+
+        Raises:
+            Refused: the server has another answer.
+            UnreachableError: no server answered.
+        """
+        said, center = self._ask({"do": "get"}, (), answers=True)
+        assert center is not None
+        return said["version"], center
+
+    def add(
+        self, difference: FlatVector, *, samples: float = 1.0, fetch: bool = False
+    ) -> tuple[Receipt, FlatVector | None]:
+        """Have a difference added to the center.
+
+        Args:
+            difference: α (x - c), or what the worker's steps made; must stay as it is meanwhile.
+            samples: that the worker learned from since its last difference.
+            fetch: whether the new center comes back.
+
+        Returns:
+            The receipt, and the new center if it was asked for.
+
+        Raises:
+            Refused: the difference was not added.
+            UnreachableError: no server answered. Perhaps it was added: call :meth:`resend` until
+                the receipt is there.
+            PendingError: an earlier difference has no receipt yet.
+        """
+        if self._pending is not None:
+            raise PendingError("An earlier difference has no receipt yet: call resend() first.")
+        self._sequence += 1
+        asked = {"do": "add", "sequence": self._sequence, "samples": samples, "fetch": fetch}
+        self._pending = asked, difference
+        return self.resend()
+
+    @property
+    def pending(self) -> bool:
+        """Whether a difference was sent that has no receipt."""
+        return self._pending is not None
+
+    def resend(self) -> tuple[Receipt, FlatVector | None]:
+        """Ask again for the receipt of the difference that has none; raises as :meth:`add`."""
+        assert self._pending is not None
+        asked, difference = self._pending
+        try:
+            said, center = self._ask(asked, bytes_of(difference), answers=asked["fetch"])
+        except Refused:
+            self._pending, self._sequence = None, self._sequence - 1
+            raise
+        self._pending = None
+        return Receipt(**said), center
+
+    def leave(self) -> None:
+        """Tell the server that this worker ends; raises as :meth:`get`."""
+        self._ask({"do": "leave"}, ())
+
+    def close(self) -> None:
+        """Close the transport."""
+        self._transport.close()
+
+    def _join(self, weights: FlatVector | None = None) -> Terms:
+        asked = {"do": "join", "model": describe(self._model)}
+        said, _ = self._ask(asked, bytes_of(weights) if weights else ())
+        return Terms(alpha=self.alpha, **said)
+
+    def _ask(
+        self, asked: dict[str, Any], payload: Any, *, answers: bool = False
+    ) -> tuple[dict[str, Any], FlatVector | None]:
+        """The answer; asked again after what may pass, and joined again at a restarted server."""
+        give_up, pause = self._clock() + self._patience, _PAUSES[0]
+        while True:
+            lost: Exception
+            try:
+                return self._ask_once(asked, payload, answers)
+            except LostError as error:
+                lost = error
+            except Refused as refused:
+                lost = refused
+                if asked["do"] in ("get", "add") and refused.reason is Refusal.NO_CENTER:
+                    raise Refused(Refusal.NO_CENTER, _LOST_CENTER) from None
+                if asked["do"] in ("get", "add") and refused.reason is Refusal.UNKNOWN_WORKER:
+                    self._join()  # a server that was restored from before this worker came
+                elif refused.reason.ends:
+                    raise
+            if self._clock() > give_up:
+                raise UnreachableError(
+                    f"No server answered worker '{self._who['worker']}' within"
+                    f" {self._patience:g} s ({lost}). Start it again, or check its address."
+                ) from lost
+            self._sleep(pause * self._jitter.uniform(0.5, 1.0))
+            pause = min(2 * pause, _PAUSES[1])
+
+    def _ask_once(
+        self, asked: dict[str, Any], payload: Any, answers: bool
+    ) -> tuple[dict[str, Any], FlatVector | None]:
+        self.attempts += 1
+        began = self._clock()
+        message = cut({**self._who, **asked}, payload)
+        expected = byte_size(self._model) if answers else 0
+        said, memory = _read(self._transport.call(message, self.deadline), expected)
+        if "refused" in said:
+            raise Refused(Refusal(said["refused"]), said["message"])
+        self._took.append(self._clock() - began)
+        self.alpha = said.pop("alpha", self.alpha)
+        return said, vector_on(self._model, memory) if answers else None
+
+    @property
+    def deadline(self) -> float:
+        """Seconds that a call may take: a multiple of what calls took lately."""
+        if len(self._took) < 4:
+            return _FIRST_DEADLINE
+        usual = statistics.median(self._took)
+        spread = statistics.median(abs(took - usual) for took in self._took)
+        return max(_LEAST_DEADLINE, 10 * (usual + spread))
+
+
+def _read(frames: Iterable[bytes], expected: int) -> tuple[dict[str, Any], Tensor]:
+    """An answer: its plain values, and ``expected`` bytes unless it is a refusal.
+
+    Raises:
+        LostError: it cannot be read. So nobody knows what the server did.
+        Refused: it has another protocol.
+    """
+    try:
+        answer = Message(frames)
+        return answer.text, answer.payload(0 if "refused" in answer.text else expected)
+    except Refused as refused:
+        if refused.reason is Refusal.OTHER_PROTOCOL:
+            raise
+        raise LostError(f"the answer cannot be read: {refused}") from None

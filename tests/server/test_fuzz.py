@@ -1,0 +1,177 @@
+"""Whatever comes in: the server answers, and the center has what has a receipt, and no more."""
+
+from __future__ import annotations
+
+import json
+import random
+import struct
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from served import constant, values
+
+from lightning_easgd.center.flat import FlatLayout
+from lightning_easgd.server import CenterServer, Refused, Settings
+from lightning_easgd.server.frames import PROTOCOL, Message, cut
+from lightning_easgd.server.handler import Handler
+from lightning_easgd.server.model import bytes_of, describe
+
+SMALL = FlatLayout([("weight", torch.empty(3, 2)), ("bias", torch.empty(2))])
+BYTES = 32
+PREFIX = struct.Struct("<4sHIQ")
+
+WEIRD: list[Any] = [
+    *(None, True, False, 0, -1, 1, 2**63, 2**64, -(2**63), 10**400, 1.5, 1e308, -0.0, 1e-320),
+    *("", "a", "x" * 65, "add", "\x00", "\ud800", "é", "a\nb", "[]", [], {}, [[]], {"a": {}}),
+    [["weight", [3, 2], "float32"]],
+    [["weight", [2**62, 2**62], "float32"], ["bias", [2], "float32"]],
+    [["weight", [3, -2], "float32"], ["bias", [2], "float16"]],
+    [["weight", [3.0, 2], "float64"], ["weight", [], "float32"]],
+    [["weight", [0, 2**62], "float32"]],
+    [[["weight"], [3, 2], "float32"]],
+    [["weight", [3, 2]]] * 3,
+]
+
+
+def whole(text: dict[str, Any], payload: bytes = b"") -> bytes:
+    """A message in one piece, perhaps with values that are none of JSON."""
+    words = json.dumps(text).encode()
+    return PREFIX.pack(b"EASG", PROTOCOL, len(words), len(payload)) + words + payload
+
+
+class Fuzz:
+    """Random and mutated messages, and the center that there must be."""
+
+    def __init__(self, seed: int) -> None:
+        self.luck = random.Random(seed)
+        self.handler = Handler(CenterServer(Settings(algorithm="downpour")))
+        self.handler.server.join("a", 1, SMALL, now=0, weights=constant(0.5, SMALL))
+        self.expected = np.full(8, 0.5, dtype=np.float32)
+        self.sequence = 0
+        self.receipts = self.refusals = 0
+
+    def sensible(self) -> dict[str, Any]:
+        who = {"worker": self.luck.choice("ab"), "incarnation": 1}
+        do = self.luck.choice(["join", "get", "add", "add", "leave"])
+        if do == "join":
+            return {"do": do, **who, "model": describe(SMALL)}
+        if do == "add":
+            self.sequence += self.luck.randrange(2)
+            fetch, samples = self.luck.random() < 0.5, self.luck.choice([1, 64, 0.5])
+            return {"do": do, **who, "sequence": self.sequence, "samples": samples, "fetch": fetch}
+        return {"do": do, **who}
+
+    def message(self) -> bytes:
+        kind = self.luck.random()
+        if kind < 0.05:
+            return self.luck.randbytes(self.luck.randrange(200))
+        text = self.sensible()
+        size = BYTES if text["do"] == "add" or self.luck.random() < 0.1 else 0
+        if size and self.luck.random() < 0.8:
+            payload = struct.pack("<8f", *[self.luck.uniform(-1e-3, 1e-3)] * 8)
+        else:
+            payload = self.luck.randbytes(size)
+        for _ in range(self.luck.randrange(3) if kind < 0.6 else 0):
+            text[self.luck.choice([*text, "more"])] = self.luck.choice(WEIRD)
+        made = bytearray(whole(text, payload))
+        for _ in range(self.luck.randrange(4) if kind > 0.6 else 0):
+            self.mutate(made)
+        return bytes(made)
+
+    def mutate(self, made: bytearray) -> None:
+        place, kind = self.luck.randrange(len(made) + 1), self.luck.randrange(4)
+        if kind == 0 and place < len(made):
+            made[place] ^= 1 << self.luck.randrange(8)
+        elif kind == 1:
+            del made[place:]
+        elif kind == 2:
+            made[place:place] = self.luck.randbytes(self.luck.randrange(8))
+        elif len(made) >= PREFIX.size:  # sizes that are too large or too small
+            offset = self.luck.choice([4, 6, 10])
+            made[offset : offset + 2] = self.luck.randbytes(2)
+
+    def frames(self, message: bytes) -> Iterator[bytes]:
+        while message:
+            size = self.luck.choice([1, 5, 18, 100, 1000])
+            yield message[:size]
+            message = message[size:]
+
+    def once(self) -> None:
+        message, before = self.message(), self.handler.server.version
+        answer = Message(self.handler.answer(self.frames(message), "fuzz"))
+        if "refused" in answer.text:
+            self.refusals += 1
+            assert self.handler.server.version == before
+        if self.handler.server.version > before:
+            self.receipts += 1
+            assert answer.text["version"] == before + 1
+            self.expected += np.frombuffer(message[-BYTES:], dtype=np.float32)
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_and_mutated_messages(seed: int) -> None:
+    """25,000 with each seed."""
+    fuzz = Fuzz(seed)
+    for _ in range(5_000):
+        fuzz.once()
+    before = resident()
+    for _ in range(20_000):
+        fuzz.once()
+    assert resident() - before < 4 * 2**20
+    assert fuzz.receipts > 100
+    assert fuzz.refusals > 5_000
+    center = values(fuzz.handler.server.delivered())
+    assert np.isfinite(center).all()
+    np.testing.assert_array_equal(center, fuzz.expected)
+    assert sum(fuzz.handler.server.refusals.values()) > 100
+
+
+@pytest.mark.parametrize(
+    "text", ['{"do": NaN}', "[" * 100_000, "1" * 5_000, '"do"', "", "\xff", '{"do": ["join"]}']
+)
+def test_texts_that_are_none(text: str) -> None:
+    words = text.encode("latin-1")
+    message = PREFIX.pack(b"EASG", PROTOCOL, len(words), 0) + words
+    answer = Message(Fuzz(0).handler.answer([message], "fuzz"))
+    assert answer.text["refused"] == "malformed"
+
+
+def test_memory_is_not_taken_for_what_was_only_promised() -> None:
+    handler, before = Handler(CenterServer(Settings())), resident()
+    text = {"do": "join", "worker": "b", "incarnation": 1, "model": [["w", [2**33], "float32"]]}
+    for size in (2**35, 2**63, 2**64 - 1):
+        words = json.dumps(text).encode()
+        message = PREFIX.pack(b"EASG", PROTOCOL, len(words), size) + words
+        refused = Message(handler.answer([message, bytes(1000)], "fuzz")).text
+        assert refused["refused"] in ("malformed", "too_large")
+    long = PREFIX.pack(b"EASG", PROTOCOL, 2**32 - 1, 0)
+    assert Message(handler.answer([long], "fuzz")).text["refused"] == "too_large"
+    assert resident() - before < 8 * 2**20
+
+
+def test_another_protocol_is_named() -> None:
+    (frame,) = cut({"do": "get"})
+    later = PREFIX.pack(*(b"EASG", PROTOCOL + 1), *PREFIX.unpack(frame[:18])[2:]) + frame[18:]
+    with pytest.raises(Refused, match=f"protocol {PROTOCOL + 1}, and here is {PROTOCOL}"):
+        Message([later])
+
+
+def test_a_message_is_read_however_it_is_cut() -> None:
+    luck, vector = random.Random(0), constant(1.5, SMALL)
+    message = b"".join(cut({"do": "add"}, bytes_of(vector)))
+    for _ in range(100):
+        places = sorted(luck.randrange(len(message) + 1) for _ in range(luck.randrange(9)))
+        ends = [0, *places, len(message)]
+        pieces = [message[a:b] for a, b in pairwise(ends)]
+        read = Message(pieces)
+        assert read.text == {"do": "add"}
+        assert read.payload(BYTES).view(torch.float32).tolist() == [1.5] * 8
