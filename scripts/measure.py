@@ -3,6 +3,7 @@
     python scripts/measure.py overhead     cost of a step between exchanges, against one device
     python scripts/measure.py ends         cost of an exchange without its way, under every rule
     python scripts/measure.py exchange     cost of an exchange with its way, on emulated hosts
+    python scripts/measure.py small        cost of frequent exchanges of small parameters
     python scripts/measure.py memory       extra memory per worker, in copies of the parameters
 
 Throughput on a network is scripts/benchmark.py's. Accuracy at equal samples is that of
@@ -22,6 +23,7 @@ from measurements.ends import ends
 from measurements.exchange import exchange
 from measurements.memory import memory
 from measurements.overhead import overhead
+from measurements.small import small
 
 
 def main() -> None:
@@ -50,8 +52,19 @@ def main() -> None:
     four.add_argument("--repetitions", type=int, default=4)
     four.add_argument("--data", default="fashion_mnist", choices=("fashion_mnist", "digits"))
     four.add_argument("--folder", default="outputs/exchange", help="what the hosts print")
+    five = commands.add_parser("small", help="cost of frequent exchanges of small parameters")
+    five.add_argument("--workers", type=int, default=2)
+    five.add_argument("--below", type=int, default=100_000, help="elements, as of Often")
+    five.add_argument("--steps", type=int, default=1000)
+    five.add_argument("--repetitions", type=int, default=5)
     options = vars(parser.parse_args())
-    measurements = {"overhead": overhead, "ends": ends, "exchange": exchange, "memory": memory}
+    measurements = {
+        "overhead": overhead,
+        "ends": ends,
+        "exchange": exchange,
+        "small": small,
+        "memory": memory,
+    }
     measurements[options.pop("command")](**options)
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_easgd.center.flat import FlatVector, Memory, as_real, without_collection
-from lightning_easgd.center.fragments import Fragment, ParameterCohort, ParameterSlice, cut
+from lightning_easgd.center.fragments import Fragment, ParameterSlice, cut, make_fragments
 from lightning_easgd.exchange.optimizers import LocalOptimizers
 
 SHAPES = st.lists(st.lists(st.integers(0, 5), max_size=3).map(tuple), min_size=1, max_size=8)
@@ -58,15 +58,14 @@ def test_a_large_vector_is_cut_into_equal_parts() -> None:
 def test_slices_of_any_memory_format_are_views() -> None:
     weight = nn.Parameter(torch.randn(6, 3, 2, 2).to(memory_format=torch.channels_last))
     turned = nn.Parameter(torch.randn(4, 5).T)
-    cohort = ParameterCohort(
-        [("weight", weight), ("turned", turned)], 3, Memory(torch.device("cpu"))
-    )
+    named = [("weight", weight), ("turned", turned)]
+    fragments = make_fragments(named, 3, Memory(torch.device("cpu")))
     before = [weight.detach().clone(), turned.detach().clone()]
-    for fragment in cohort.fragments:
+    for fragment in fragments:
         fragment.center.subtract_from(fragment.tensors())
     assert not weight.any()
     assert not turned.any()
-    for fragment in cohort.fragments:
+    for fragment in fragments:
         fragment.center.write_to(fragment.tensors())
     assert torch.equal(weight, before[0])
     assert torch.equal(turned, before[1])
@@ -76,7 +75,7 @@ def test_slices_of_any_memory_format_are_views() -> None:
 def test_the_difference_from_a_start_is_zero_where_nothing_was_trained(dtype: torch.dtype) -> None:
     """The center in the parameters' own precision is where a reset put them."""
     named = [("turned", nn.Parameter(torch.randn(4, 5, dtype=dtype).T))]
-    (fragment,) = ParameterCohort(named, 1, Memory(torch.device("cpu"))).fragments
+    (fragment,) = make_fragments(named, 1, Memory(torch.device("cpu")))
     fragment.center.parts[0].mul_(1 + 1e-4)
     room = torch.empty_like(fragment.center.parts[0])
     fragment.total = FlatVector(fragment.layout, {torch.float32: room})
@@ -115,7 +114,7 @@ def small(tensors: int, dtype: torch.dtype = torch.float32) -> tuple[list[nn.Par
     shapes = [(4,), (2, 3), (), (0, 3)]
     made = [nn.Parameter(torch.randn(shapes[i % 4], dtype=dtype)) for i in range(tensors)]
     named = [(f"p{i}", parameter) for i, parameter in enumerate(made)]
-    (fragment,) = ParameterCohort(named, 1, Memory(torch.device("cpu"))).fragments
+    (fragment,) = make_fragments(named, 1, Memory(torch.device("cpu")))
     room = {part.dtype: torch.empty_like(part) for part in fragment.center.parts}
     fragment.total = FlatVector(fragment.layout, room)
     fragment.center.parts[0].add_(torch.randn_like(fragment.center.parts[0]))

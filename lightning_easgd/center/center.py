@@ -20,7 +20,7 @@ from lightning_easgd.center.fragments import (
     Fragment,
     ParameterCohort,
     ParameterSlice,
-    cut,
+    make_fragments,
     put_together,
 )
 from lightning_easgd.center.policies import Buffers, Policies
@@ -164,7 +164,7 @@ class Center:
         """Give parameters a cohort, which waits to join."""
         parts = zip(parted(named, self._often), self.portions, strict=True)
         cut_up = [
-            [Fragment(s, self._memory, self._averaging) for s in cut(part, portion.fragment_count)]
+            make_fragments(part, portion.fragment_count, self._memory, self._averaging)
             for part, portion in parts
         ]
         self.cohorts.append(ParameterCohort(named, [each for part in cut_up for each in part]))

@@ -224,6 +224,23 @@ class ParameterCohort:
             fragment.begin_average(count)
 
 
+def make_fragments(
+    named: Sequence[tuple[str, nn.Parameter]],
+    count: int,
+    memory: Memory,
+    averaging: CenterAverage | None = None,
+) -> list[Fragment]:
+    """Cut parameters into ``count`` fragments, as :func:`cut`, with centers of their own.
+
+    Args:
+        named: names and parameters.
+        count: of fragments.
+        memory: where their centers lie.
+        averaging: as of Fragment.
+    """
+    return [Fragment(slices, memory, averaging) for slices in cut(named, count)]
+
+
 def cut(named: Sequence[tuple[str, nn.Parameter]], fragments: int) -> list[list[ParameterSlice]]:
     """Cut parameters into fragments of about equal size, in order; no row is in two.
 

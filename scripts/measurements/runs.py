@@ -59,9 +59,9 @@ def fit(
     *callbacks: pl.Callback,
     steps: int,
     **options: Any,
-) -> None:
-    """A bare fit of ``steps`` steps."""
-    pl.Trainer(
+) -> pl.Trainer:
+    """A bare fit of ``steps`` steps, and what did it."""
+    trainer = pl.Trainer(
         accelerator="cpu",
         strategy=strategy,
         callbacks=list(callbacks),
@@ -72,7 +72,9 @@ def fit(
         enable_progress_bar=False,
         enable_model_summary=False,
         **({"devices": 1} | options),
-    ).fit(module, data)
+    )
+    trainer.fit(module, data)
+    return trainer
 
 
 def classifier(lr: float = 0.05) -> Classifier:

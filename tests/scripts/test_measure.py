@@ -30,6 +30,13 @@ def test_both_ends_of_an_exchange_under_every_rule(tmp_path: Path) -> None:
     assert kept | {"adownpour": 1, "mvadownpour": 1} == kept
 
 
+def test_what_a_small_exchange_takes_of_a_processor(tmp_path: Path) -> None:
+    options = ["small", "--steps", "20", "--repetitions", "1"]
+    told = run_script(SCRIPT, options, folder=tmp_path, workers=1)
+    assert "an exchange of 7 parameters with 87 kB at every step, 2 workers" in told
+    assert re.search(r"  -?\d+\.\d\d ms of a processor for each worker", told)
+
+
 def _number(cell: str) -> float:
     return 0.0 if cell == "ms" else float(cell)
 
