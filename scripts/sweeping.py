@@ -10,7 +10,7 @@ import csv
 import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,16 +91,15 @@ def close() -> bool:
 
 def table(jobs: Sequence[dict[str, Any]]) -> list[list[Any]]:
     """A row for each job, under their names: what varied, what was reached, what it took."""
-    typed = [_values(job["overrides"]) for job in jobs]
-    varied = [key for key in _all(typed) if len({each.get(key) for each in typed}) > 1]
-    tested = _all(job["tested"] for job in jobs)
+    keys, typed = varied([job["overrides"] for job in jobs])
+    tested = names(job["tested"] for job in jobs)
     optimizes = any(job["objective"] is not None for job in jobs)
-    rows = [["job", *varied, *["objective"] * optimizes, *tested, "seconds", "MB sent", "error"]]
+    rows = [["job", *keys, *["objective"] * optimizes, *tested, "seconds", "MB sent", "error"]]
     for job, values in zip(jobs, typed, strict=True):
         sent = job["bytes_sent"]
         rows.append(
             [
-                *(job["job"], *(values.get(key, "") for key in varied)),
+                *(job["job"], *(values.get(key, "") for key in keys)),
                 *[job["objective"]] * optimizes,
                 *(job["tested"].get(name) for name in tested),
                 *(job["seconds"], None if sent is None else sent / 1e6, job["error"]),
@@ -109,12 +108,18 @@ def table(jobs: Sequence[dict[str, Any]]) -> list[list[Any]]:
     return rows
 
 
+def varied(overrides: Iterable[Iterable[str]]) -> tuple[list[str], list[dict[str, str]]]:
+    """The keys that not all command lines set alike, and what each sets."""
+    typed = [_values(each) for each in overrides]
+    return [key for key in names(typed) if len({each.get(key) for each in typed}) > 1], typed
+
+
 def _values(overrides: Iterable[str]) -> dict[str, str]:
     """Of the keys that a job sets."""
     return {key: value for key, _, value in (each.lstrip("+").partition("=") for each in overrides)}
 
 
-def _all(mappings: Iterable[dict[str, Any]]) -> list[str]:
+def names(mappings: Iterable[Mapping[str, Any]]) -> list[str]:
     """The keys of several, in the order in which they come."""
     return list(dict.fromkeys(key for mapping in mappings for key in mapping))
 

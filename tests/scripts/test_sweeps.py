@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from processes import run_script
+from reporting.runs import find, table
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"
 SHORT = [
@@ -57,6 +58,11 @@ def test_a_sweep_ends_with_a_table_of_what_varied_and_what_came_of_it(tmp_path: 
     assert line.startswith("job 1 [model=mlp ")
     assert line.endswith(f"in {tmp_path}/sweep/1: {failed['error']}")
     assert "Traceback" in (tmp_path / "sweep" / "1" / "error.log").read_text()
+    _, *reported = table(find([tmp_path / "sweep"]))  # as scripts/report.py reads it
+    kept = [name for name in first if name != "objective"]
+    assert [["" if v is None else str(v) for v in row] for row in reported] == [
+        [row[name] for name in kept] for row in (first, failed, last)
+    ]
 
 
 def test_what_an_earlier_sweep_left_in_the_folder_is_not_counted(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Draws several runs together, from what they have stored alone."""
