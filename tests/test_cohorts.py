@@ -15,7 +15,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_easgd.center.flat import FlatVector, Memory, as_real, without_collection
-from lightning_easgd.center.fragments import Fragment, ParameterSlice, cut, make_fragments
+from lightning_easgd.center.fragments import Fragment, make_fragments
+from lightning_easgd.center.slices import ParameterSlice, cut
 from lightning_easgd.exchange.optimizers import LocalOptimizers
 
 SHAPES = st.lists(st.lists(st.integers(0, 5), max_size=3).map(tuple), min_size=1, max_size=8)

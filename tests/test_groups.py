@@ -88,6 +88,24 @@ CASES = {
     "leader_sgd": Case(
         {"algorithm": LeaderSGD(0.3)}, reference.LeaderSgd(0.3, 0.9), "sgd", run=reference.following
     ),
+    "delayed_sgd": Case(
+        {"algorithm": "delayed_sgd"}, reference.DelayedSgd(0.5), "sgd", run=reference.delayed
+    ),
+    "looking ahead": Case({"algorithm": EASGD(pull=0.4, look_ahead=1)}),
+    "fewer batches, delayed_sgd": Case(
+        {"algorithm": "delayed_sgd"},
+        reference.DelayedSgd(0.5),
+        "sgd",
+        missing=(0, 4),
+        run=reference.delayed,
+    ),
+    "a poisoned group, delayed_sgd": Case(
+        {"algorithm": "delayed_sgd"},
+        reference.DelayedSgd(0.5),
+        "sgd",
+        sick=(2, 8),
+        run=reference.delayed,
+    ),
     "sma": Case({"algorithm": SMA(0.6)}, optimizer="adamw", falls=5, steps=22),
     "fewer batches in groups": Case(missing=(0, 5)),
     "fewer batches in groups, adamw": Case(missing=(6, 0), optimizer="adamw"),
@@ -179,6 +197,8 @@ def expected(case: Case, workers: int) -> reference.State:
         alpha=lambda name, t: case.options.get("rho", 0.9 / len(groups) / LR) * LR,
         center_momentum=getattr(case.options.get("algorithm"), "center_momentum", 0.0),
         lr_drop=getattr(case.options.get("algorithm"), "lr_drop", None) or 0.0,
+        pull=getattr(case.options.get("algorithm"), "pull", None),
+        look_ahead=getattr(case.options.get("algorithm"), "look_ahead", 0.0),
         final_exchange=True,
         **own,
     )

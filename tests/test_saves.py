@@ -260,7 +260,7 @@ def test_debris_goes_beside_a_main_file_that_holds_any_object_and_stays_beside_a
     damaged: bool, tmp_path: Path
 ) -> None:
     path, (old, new) = tmp_path / "last.ckpt", ("0123456789ab", "ba9876543210")
-    content = {"hyper_parameters": Anything(), "lightning_easgd": {"format": 2, "save": old}}
+    content = {"hyper_parameters": Anything(), "lightning_easgd": {"format": 3, "save": old}}
     AtomicCheckpointIO().save_checkpoint(content, path)
     if damaged:
         path.write_bytes(path.read_bytes()[:-100])

@@ -231,7 +231,7 @@ def test_a_validation_within_the_epoch_makes_clocks_equal(way: str) -> None:
             np.testing.assert_allclose(value, center[key], rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("algorithm", ["local_sgd", "diloco", "sma", "leader_sgd"])
+@pytest.mark.parametrize("algorithm", ["local_sgd", "diloco", "sma", "leader_sgd", "delayed_sgd"])
 def test_under_every_kind_of_rule(algorithm: str) -> None:
     results = run_workers(fit_returning, algorithm, workers=2, timeout=40)
     assert results[0] == results[1]

@@ -43,7 +43,7 @@ EXAMPLES: dict[tuple[str, str], dict[str, Any]] = {
 
 
 def key(entry: Combination) -> tuple[str, str]:
-    return entry.option, entry.beside + (" with pull" if "pull" in entry.where else "")
+    return entry.option, entry.beside + (" with pull" if "pull=" in entry.where else "")
 
 
 @pytest.mark.parametrize("entry", REFUSED, ids=lambda entry: "-".join(key(entry)))

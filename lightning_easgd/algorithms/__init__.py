@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning_easgd.algorithms.averaging import Downpour, LocalSGD, MDownpour, PostLocalSGD
 from lightning_easgd.algorithms.base import Rule
+from lightning_easgd.algorithms.delayed import DelayedSGD
 from lightning_easgd.algorithms.elastic import EASGD, SMA
 from lightning_easgd.algorithms.leader import LeaderSGD
 from lightning_easgd.algorithms.outer import BMUF, DiLoCo, SlowMo
@@ -23,6 +24,7 @@ RULES: dict[str, type[Rule]] = {
     "diloco": DiLoCo,
     "sma": SMA,
     "leader_sgd": LeaderSGD,
+    "delayed_sgd": DelayedSGD,
 }
 """The rules that are known by name."""
 
@@ -56,6 +58,7 @@ __all__ = [
     "RULES",
     "SMA",
     "CenterAverage",
+    "DelayedSGD",
     "DiLoCo",
     "Downpour",
     "LeaderSGD",

@@ -35,6 +35,8 @@ class Rule(ABC):
 
     Attributes:
         resets_to_center: whether workers go on from the new center; else they are pulled.
+        from_own_start: whether differences count from where a worker stood after its latest
+            exchange, s, instead of from the center.
         average: whether the center moves by the mean of the differences over the workers; else by
             their sum. Under an elastic rule each is weighted with α before.
         default_tau: τ where none is given, in optimizer steps.
@@ -47,6 +49,7 @@ class Rule(ABC):
     """
 
     resets_to_center: ClassVar[bool] = True
+    from_own_start: ClassVar[bool] = False
     default_tau: ClassVar[int] = 10
     average: bool = True
     center_momentum: float = 0.0
@@ -80,15 +83,18 @@ class Rule(ABC):
                 tensors and numbers, which checkpoints hold.
         """
 
-    def pull_(self, moved: Tensor, *, center: Tensor, state: Mapping[str, Any]) -> None:
-        """Turn x - c of a worker into what it loses by the exchange, in place.
+    def pull_(
+        self, moved: Tensor, *, center: Tensor, start: Tensor, state: Mapping[str, Any]
+    ) -> None:
+        """Turn the difference of a worker into what it loses by the exchange, in place.
 
         Asked where workers are pulled and the rule has a moving rate. A pure function, as
-        :meth:`move_`; an exchange that is under way has not moved the center yet.
+        :meth:`move_`; the exchange that begins has not moved the center yet.
 
         Args:
-            moved: the difference x - c of a flat part.
-            center: that part of the center.
+            moved: the difference of a flat part.
+            center: that part of the center, to read.
+            start: from what the difference counts, to read: the center, or s.
             state: as of :meth:`move_`, to read.
         """
         raise NotImplementedError
@@ -138,6 +144,12 @@ class Rule(ABC):
         Returns:
             The message of an error; None if the rule can.
         """
+        if self.from_own_start and isinstance(tau, Schedule) and tau.reads_variance:
+            return (
+                f"tau={tau!r} is not possible with {self}: the sum of an exchange is what workers"
+                " did, and tells no variance across workers. Allowed: another schedule, or a"
+                " number."
+            )
         return None
 
     @property

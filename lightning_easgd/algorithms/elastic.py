@@ -101,7 +101,9 @@ class EASGD(Rule):
         return None if self.pull is None else pull_bound(self.pull, self.look_ahead)
 
     @override
-    def pull_(self, moved: Tensor, *, center: Tensor, state: Mapping[str, Any]) -> None:
+    def pull_(
+        self, moved: Tensor, *, center: Tensor, start: Tensor, state: Mapping[str, Any]
+    ) -> None:
         assert self.pull is not None
         if "momentum" in state:
             moved.sub_(state["momentum"], alpha=self.look_ahead)

@@ -19,12 +19,12 @@ from lightning_easgd.center.flat import FlatVector, Memory, as_real
 from lightning_easgd.center.fragments import (
     Fragment,
     ParameterCohort,
-    ParameterSlice,
     make_fragments,
     put_together,
 )
 from lightning_easgd.center.policies import Buffers, Policies
 from lightning_easgd.center.portion import Portion, parted, require_both
+from lightning_easgd.center.slices import ParameterSlice
 from lightning_easgd.center.statistics import Statistics
 from lightning_easgd.center.structure import Structure
 from lightning_easgd.center.tying import Ties
@@ -311,6 +311,8 @@ class Center:
         Those of the group's center too, if there is one.
         """
         self.write("center")
+        for fragment in _fragments(self.cohorts):
+            fragment.start = None
         if self.group is not None:
             self.group.read_module()
 

@@ -8,9 +8,7 @@ along their first dimension, where views exist whatever the strides.
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,34 +16,10 @@ from torch import Tensor, nn
 
 from lightning_easgd.algorithms import CenterAverage, Rule, elastic
 from lightning_easgd.center.flat import FlatLayout, FlatVector, Memory, Scratch, as_real, as_reals
+from lightning_easgd.center.slices import ParameterSlice, cut
 
-_MOST_CUTS_PER_PARAMETER = 1024
 _SMALL = 4096
 """Elements below which a call for each tensor costs more than going through memory twice."""
-
-
-@dataclass(frozen=True)
-class ParameterSlice:
-    """A parameter (or buffer), or some of its rows."""
-
-    name: str
-    whole: Tensor
-    rows: slice | None = None
-    """Along the first dimension; None for all."""
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """The rows of a tensor that is laid out like the whole one; a view."""
-        return tensor if self.rows is None else tensor[self.rows]
-
-    @property
-    def tensor(self) -> Tensor:
-        """The values in the module, outside of autograd; a view."""
-        return self.of(self.whole.detach())
-
-    def __str__(self) -> str:
-        if self.rows is None:
-            return self.name
-        return f"{self.name}[{self.rows.start}:{self.rows.stop}]"
 
 
 class Fragment:
@@ -75,6 +49,9 @@ class Fragment:
         self.forget()
         self._total: FlatVector | None = None
         self._scratch: Scratch | None = None
+        self.start: FlatVector | None
+        """Where the worker stood after its latest exchange, as its parameters hold it, if the rule
+        counts differences from there; None: at the center, or the rule does not."""
         self.group: FlatVector | None = None
         """The center of this worker's group, which then takes part in exchanges in its place."""
 
@@ -85,6 +62,7 @@ class Fragment:
 
     def forget_rule_state(self) -> None:
         """Let the update rule begin anew; the running average, if there is one, goes on."""
+        self.start = None
         self.rule_state: list[dict[str, Any]] = [{} for _ in self.center.parts]
         """What the update rule keeps of each flat tensor of the center."""
 
@@ -126,11 +104,33 @@ class Fragment:
         return self._scratch
 
     def lost_by(self, rule: Rule) -> FlatVector:
-        """What the rule lets a worker lose whose x - c is in the total; for :meth:`pull`."""
+        """What the rule lets a worker lose whose difference is in the total; for :meth:`pull`."""
         lost = self.copy_of_total()
-        for part, center, state in zip(lost.parts, self.center.parts, self.rule_state, strict=True):
-            rule.pull_(part, center=center, state=state)
+        start = self.own_start() if rule.from_own_start else self.center
+        parts = zip(lost.parts, self.center.parts, start.parts, self.rule_state, strict=True)
+        for part, center, begin, state in parts:
+            rule.pull_(part, center=center, start=begin, state=state)
+        if rule.from_own_start:
+            torch._foreach_add_(start.parts, self.total.parts)
+            torch._foreach_sub_(start.parts, lost.parts)
+            self._round(start)
         return lost
+
+    def own_start(self) -> FlatVector:
+        """:attr:`start`, and from now on no longer the center."""
+        if self.start is None:
+            self.start = self.center.clone()
+            self._round(self.start)
+        return self.start
+
+    def _round(self, vector: FlatVector) -> None:
+        """Give a vector the values that parameters can have in their own precision."""
+        if self._rounded(brought := as_reals(self.brought())):
+            vector.read_(_as_held(vector.views, brought))
+
+    def _rounded(self, brought: Sequence[Tensor]) -> bool:
+        """Whether parameters have a lower precision than the center."""
+        return bool({x.dtype for x in brought} - self.layout.sizes.keys())
 
     def pull(self, vector: FlatVector) -> None:
         """Subtract what is lost, for once, from what takes part in exchanges."""
@@ -166,23 +166,29 @@ class Fragment:
 
     @torch.no_grad()
     def take_difference(self, *, from_start: bool) -> None:
-        """Put x - c in the sum's place; x is what takes part in exchanges.
+        """Put x - c, or x - s, in the sum's place; x is what takes part in exchanges.
 
         Args:
             from_start: whether c is the center as parameters hold it, in their own precision, from
                 where a restart began them.
         """
         brought = as_reals(self.brought())
-        centers = self.center.views
-        rounded = {x.dtype for x in brought} - self.layout.sizes.keys()
+        begin = self.center if self.start is None else self.start
+        views, rounded = begin.views, self._rounded(brought)
         if from_start and rounded:
-            pairs = zip(centers, brought, strict=True)
-            centers = [view.to(tensor.dtype).to(view.dtype) for view, tensor in pairs]
+            views = _as_held(views, brought)
         elif rounded or self._has_small_tensors:
             self.total.read_(brought)
-            torch._foreach_sub_(self.total.parts, self.center.parts)
+            torch._foreach_sub_(self.total.parts, begin.parts)
             return
-        elastic.difference(brought, centers, self.total.views)
+        elastic.difference(brought, views, self.total.views)
+
+    def distance(self) -> float:
+        """‖x - c‖ of the worker whose difference is in the total."""
+        if self.start is None:
+            return self.total.norm()
+        pairs = zip(self.total.parts, self.start.parts, self.center.parts, strict=True)
+        return math.hypot(*(float(torch.linalg.vector_norm(u + s - c)) for u, s, c in pairs))
 
     @property
     def _has_small_tensors(self) -> bool:
@@ -241,64 +247,10 @@ def make_fragments(
     return [Fragment(slices, memory, averaging) for slices in cut(named, count)]
 
 
-def cut(named: Sequence[tuple[str, nn.Parameter]], fragments: int) -> list[list[ParameterSlice]]:
-    """Cut parameters into fragments of about equal size, in order; no row is in two.
-
-    Args:
-        named: names and parameters, all elements of which the fragments cover.
-        fragments: how many; fewer if there are fewer places to cut, none without parameters.
-    """
-    if not named:
-        return []
-    places = list(_places(named))
-    fragments = min(fragments, max(1, len(places)))
-    total = places[-1] if places else 0
-    ends, last = [], -1
-    for number in range(1, fragments):
-        near = bisect_left(places, total * number // fragments)
-        last = min(max(near, last + 1), len(places) - 1 - (fragments - number))
-        ends.append(places[last])
-    cuts = [0, *ends, total]
-    return [_slices(named, cuts[i], cuts[i + 1], last=i == fragments - 1) for i in range(fragments)]
-
-
-def _places(named: Sequence[tuple[str, nn.Parameter]]) -> Iterator[int]:
-    """Where the elements may be cut, in ascending order, the end included."""
-    begin = 0
-    for _, parameter in named:
-        rows, size = _rows(parameter)
-        step = math.ceil(rows / _MOST_CUTS_PER_PARAMETER) if size else 1
-        if size:
-            yield from (begin + row * size for row in range(step, rows, step))
-            yield begin + rows * size
-        begin += rows * size
-
-
-def _rows(parameter: Tensor) -> tuple[int, int]:
-    """How many rows a parameter has, and how many elements each."""
-    numel = parameter.numel()
-    rows = parameter.shape[0] if parameter.dim() and numel else 1
-    return rows, numel // rows
-
-
-def _slices(
-    named: Sequence[tuple[str, nn.Parameter]], start: int, stop: int, *, last: bool
-) -> list[ParameterSlice]:
-    """What lies between two places; empty parameters are in the fragment that follows them."""
-    slices, begin = [], 0
-    for name, parameter in named:
-        rows, size = _rows(parameter)
-        end = begin + rows * size
-        if not size:
-            if start <= begin and (begin < stop or last):
-                slices.append(ParameterSlice(name, parameter))
-        elif start <= begin and end <= stop:
-            slices.append(ParameterSlice(name, parameter))
-        elif begin < stop and start < end:
-            first, behind = max(start - begin, 0) // size, min(stop - begin, rows * size) // size
-            slices.append(ParameterSlice(name, parameter, slice(first, behind)))
-        begin = end
-    return slices
+def _as_held(views: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Views with the values that tensors would hold in their own precision."""
+    pairs = zip(views, tensors, strict=True)
+    return [view.to(tensor.dtype).to(view.dtype) for view, tensor in pairs]
 
 
 def put_together(values: Iterable[tuple[ParameterSlice, Tensor]]) -> dict[str, Tensor]:

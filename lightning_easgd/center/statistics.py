@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_easgd.center.flat import FLAT_DTYPE, FlatLayout, FlatVector, Memory, as_real
-from lightning_easgd.center.fragments import ParameterSlice
 from lightning_easgd.center.names import listed
 from lightning_easgd.center.policies import Buffers, Place, Policies, find_places
+from lightning_easgd.center.slices import ParameterSlice
 from lightning_easgd.center.spectral import spectral_norms
 
 _FAR = 2.0**1000

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_easgd.center.fragments import ParameterSlice
+from lightning_easgd.center.slices import ParameterSlice
 from lightning_easgd.center.storage import (
     Neighbours,
     Shares,

@@ -110,6 +110,8 @@ class WorkerState(Record):
     """Rates with which Nesterov optimizers made their points."""
     residual: dict[str, Any]
     """What compression owes the center."""
+    starts: dict[str, Any]
+    """Where it stood after its latest exchange, if its rule counts differences from there."""
     levels: list[dict[str, Any]]
     """The centers of its groups, from the outermost inward."""
     agreement: dict[str, Any]

@@ -12,8 +12,10 @@ from torch import Tensor
 from lightning_easgd.algorithms import Rule, elastic
 from lightning_easgd.center.center import Center
 from lightning_easgd.center.flat import FlatVector
-from lightning_easgd.center.fragments import Fragment, ParameterSlice
+from lightning_easgd.center.fragments import Fragment
 from lightning_easgd.center.portion import Portion
+from lightning_easgd.center.slices import ParameterSlice
+from lightning_easgd.center.starts import stand_at_center
 from lightning_easgd.communication import AllReduce, Payload
 from lightning_easgd.exchange.moving_rates import RateFunction
 from lightning_easgd.exchange.optimizers import LocalOptimizers
@@ -25,7 +27,7 @@ Pull = Sequence[tuple[Fragment, FlatVector]]
 
 @dataclass(frozen=True)
 class Difference:
-    """x - c of some fragments, in the memory where their sums will be."""
+    """x - c of some fragments, or x - s, in the memory where their sums will be."""
 
     fragments: list[Fragment]
     distance: float = 0.0
@@ -111,12 +113,11 @@ class Participant:
 
     @torch.no_grad()
     def take_difference(self, index: int) -> Difference:
-        """Put x - c of the fragments of this index where their sums will be."""
-        fragments = self.portion.open(index)
+        """Put x - c, or x - s, of the fragments of this index where their sums will be."""
+        fragments, rule = self.portion.open(index), self.rule
+        from_start = rule.from_own_start or (rule.resets_to_center and not rule.mixing_rate)
         for fragment in fragments:
-            fragment.take_difference(
-                from_start=self.rule.resets_to_center and not self.rule.mixing_rate
-            )
+            fragment.take_difference(from_start=from_start)
         if self._from_iterate:
             points = Difference(fragments).points
             self._optimizers.undo_look_ahead_(points())
@@ -159,6 +160,8 @@ class Participant:
             self._settle()
             self._optimizers.forget(self.center.parameters())
             self.center.overwrite_worker()
+            if self.rule.from_own_start:
+                stand_at_center(self.center)  # before sums under way move it
         self.telemetry.exchanges += 1
         self.telemetry.consensus_distance = difference.distance / max(difference.size, 1e-30)
         return Contribution(Payload(difference.totals, contributed), pull, rates)
@@ -174,7 +177,7 @@ class Participant:
         return self._optimizers.largest_learning_rate()
 
     def _measured(self, fragments: list[Fragment]) -> Difference:
-        distance = math.hypot(*(fragment.total.norm() for fragment in fragments))
+        distance = math.hypot(*(fragment.distance() for fragment in fragments))
         size = math.hypot(*(fragment.center.norm() for fragment in fragments))
         finite = math.isfinite(distance) or all(f.total.is_finite() for f in fragments)
         healthy = self.all_reduce.agree(

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_easgd.algorithms import elastic
 from lightning_easgd.center.flat import as_reals, without_collection
-from lightning_easgd.center.fragments import ParameterSlice
+from lightning_easgd.center.slices import ParameterSlice
 
 
 class LocalOptimizers:

@@ -58,8 +58,8 @@ class EASGDStrategy(Adapter):
 
     Args:
         algorithm: what an exchange does: the name of a rule ("easgd", "local_sgd", "downpour",
-            "post_local_sgd", "mdownpour", "slowmo", "bmuf", "diloco", "sma", "leader_sgd") or a
-            Rule with options of its own.
+            "post_local_sgd", "mdownpour", "slowmo", "bmuf", "diloco", "sma", "leader_sgd",
+            "delayed_sgd") or a Rule with options of its own.
         tau: communication period τ, in optimizer steps: a whole number, a callable of the
             optimizer step, a Schedule (see schedules/), or "auto": the smallest from 1 to 64 at
             which exchanges hide behind training, found by measuring (see automatic.py). Other

@@ -22,6 +22,7 @@ from lightning_easgd.groups import Groups
 from lightning_easgd.schedules import Auto, Schedule, Strength, WorkerView
 from lightning_easgd.schedules.checks import is_number
 
+_NOT_ELASTIC = "a rule without elastic pull"
 _RESTARTS = "a rule whose workers go on from the new center"
 _AT_THE_CENTER = "its workers wait for the new center and go on from there"
 _PULL = "EASGD(pull=...)"
@@ -73,17 +74,17 @@ def _sends_a_part(compression: Any) -> bool:
 REFUSED: tuple[Combination, ...] = (
     *(
         Combination(
-            *(name, "any", "algorithm", _RESTARTS),
+            *(name, "any", "algorithm", _NOT_ELASTIC),
             lambda strength, rule: strength is not None and not rule.elastic,
-            f"it sets how strongly workers and center pull at each other, but {_AT_THE_CENTER}",
+            "it sets how strongly workers and center pull at each other, and here they do not",
             "Leave it out, or set algorithm='easgd'",
         )
         for name in ("beta", "alpha", "rho")
     ),
     Combination(
-        *("elastic_point", "'iterate'", "algorithm", _RESTARTS),
+        *("elastic_point", "'iterate'", "algorithm", _NOT_ELASTIC),
         lambda point, rule: point == "iterate" and not rule.elastic,
-        f"it says from where a worker is pulled, but {_AT_THE_CENTER}",
+        "it says from where worker and center pull at each other, and here they do not",
         "Leave it out, or set algorithm='easgd'",
     ),
     *(

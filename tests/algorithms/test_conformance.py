@@ -26,6 +26,7 @@ from lightning_easgd import (
     EASGD,
     SMA,
     CenterAverage,
+    DelayedSGD,
     DiLoCo,
     Downpour,
     EASGDStrategy,
@@ -35,6 +36,7 @@ from lightning_easgd import (
     Rule,
     SlowMo,
 )
+from lightning_easgd.algorithms import choose_rule
 from lightning_easgd.center.center import Center
 from lightning_easgd.communication import Phase
 
@@ -121,6 +123,18 @@ ROWS = {
         fragments=1,
         run=reference.following,
     ),
+    "delayed_sgd": Row("delayed_sgd", reference.DelayedSgd(0.5), copies=1, run=reference.delayed),
+    "delayed_sgd, all of its own": Row(
+        DelayedSGD(1), reference.DelayedSgd(1.0), copies=1, run=reference.delayed
+    ),
+    "delayed_sgd, ema": Row(
+        DelayedSGD(0.3),
+        reference.DelayedSgd(0.3),
+        copies=2,
+        options={"center_average": CenterAverage("ema", 0.3)},
+        run=reference.delayed,
+        average=partial(reference.Average, a=0.3),
+    ),
     "a user's": Row(users_own(), reference.Lookahead(0.5)),
     "sma, polyak": Row(
         SMA(0.6, lr_drop=0.5),
@@ -150,7 +164,7 @@ ROWS = {
         average=partial(reference.Average, a=0.001),
     ),
 }
-OVERLAPS = [name for name, row in ROWS.items() if row.reference is None or row.delay]
+OVERLAPS = [name for name, row in ROWS.items() if choose_rule(row.rule).overlaps]
 
 
 @dataclass
@@ -251,6 +265,7 @@ def require_copies(center: Center, module: Toy, row: Row) -> None:
     fragments = [f for s in center.cohorts for f in s.fragments]
     kept = [v for f in fragments for part in f.rule_state for v in part.values()]
     kept += [part for f in fragments if row.average for part in f.delivered.parts]
+    kept += [part for f in fragments if f.start for part in f.start.parts]
     sizes = [tensor.numel() for tensor in kept if tensor.dim()]
     assert sum(sizes) == row.copies * sum(p.numel() for p in module.parameters())
 

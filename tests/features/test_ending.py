@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from toy import Toy, loader, trainer
 
 from lightning_easgd import (
+    EASGD,
     Anneal,
     ConsensusTarget,
     DiLoCo,
@@ -118,6 +119,9 @@ OPTIONS: dict[str, tuple[int, dict[str, Any]]] = {
     "leader": (2, {"algorithm": "leader_sgd"}),
     "sma": (2, {"algorithm": "sma"}),
     "delayed": (2, {"algorithm": DiLoCo(delay=2, mixing_rate=0.5)}),
+    "own part": (2, {"algorithm": "delayed_sgd", "fragments": 2}),
+    "own part, not finite": (2, {"algorithm": "delayed_sgd", "happens": "not finite"}),
+    "looking ahead": (2, {"algorithm": EASGD(pull=0.4, look_ahead=1)}),
     "averaged": (2, {"center_average": "polyak"}),
     "averaged and slow": (2, {"center_average": "ema", "algorithm": "bmuf"}),
     "int8": (2, {"compression": "int8", "algorithm": "local_sgd"}),

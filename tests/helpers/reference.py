@@ -401,6 +401,63 @@ def restarting(
 
 
 @dataclass
+class DelayedSgd:
+    """What others did arrives an exchange late; w of its own a worker keeps."""
+
+    own: float
+
+
+def delayed(
+    rule: DelayedSgd,
+    start: State,
+    batches: list[list[tuple[np.ndarray, np.ndarray]]],
+    optimizers: list[Any],
+    *,
+    tau: int,
+    turns: list[dict[str, list[int]]] | None = None,
+    accumulate: int = 1,
+    sick: tuple[int, int] | None = None,
+    average: Average | None = None,
+) -> State:
+    """The center after all batches; as restarting, but exchanges begin before a step.
+
+    A sum arrives at the next exchange of the same rows, where the center is read again: it may be
+    added as soon as workers have gone on.
+    """
+    workers, stood = [dict(start) for _ in batches], [dict(start) for _ in batches]
+    center = {k: value.copy() for k, value in start.items()}
+    turns = turns or [{k: list(range(len(start[k]))) for k in start}]
+    pause, turn = tau // len(turns), 0
+    steps = max(len(own) for own in batches) // accumulate
+    for t in range(steps + 1):
+        if sick and sick[1] == t:
+            workers[sick[0]] = {k: value.copy() for k, value in center.items()}
+            stood[sick[0]] = {k: value.copy() for k, value in center.items()}
+        well = [i for i in range(len(batches)) if (i, t) != sick]
+        lost = [{k: np.zeros_like(value) for k, value in start.items()} for _ in batches]
+        due = 1 if t and t % pause == 0 else 0
+        for _ in range(len(turns) if t == steps else due):
+            for k, rows in turns[turn].items():
+                did = {i: workers[i][k][rows] - stood[i][k][rows] for i in well}
+                for i, u in did.items():
+                    stood[i][k] = stood[i][k].copy()
+                    stood[i][k][rows] = center[k][rows] + rule.own * u
+                    lost[i][k][rows] = workers[i][k][rows] - stood[i][k][rows]
+                center[k][rows] += sum(did.values()) / len(well)
+                if average is not None:
+                    average.follow(k, center[k], rows)
+            turn = (turn + 1) % len(turns)
+        for i, own in enumerate(batches):
+            micro = own[t * accumulate : (t + 1) * accumulate]
+            if micro:
+                gradients = [toy_gradient(workers[i], batch) for batch in micro]
+                mean = {k: sum(g[k] for g in gradients) / accumulate for k in start}
+                workers[i] = optimizers[i].step(workers[i], mean, t)
+        workers = [{k: x[k] - d[k] for k in x} for x, d in zip(workers, lost, strict=True)]
+    return center
+
+
+@dataclass
 class LeaderSgd:
     """Teng et al. 2019: pull λ, and s of the running losses."""
 
