@@ -116,7 +116,7 @@ class CenterServer:
         return self.settings.beta / self._roster.count(now)
 
     def get(self, worker: str, incarnation: int, *, now: float) -> tuple[int, FlatVector]:
-        """The version of the center, and a copy of it.
+        """The version of the center, and the center itself: read it before the next call.
 
         Raises:
             Refused: the worker is not known, there is no center, or it is another worker's turn.
@@ -126,7 +126,7 @@ class CenterServer:
             center = self._require_center()
             self._roster.require_turn(worker, now=now)
             known.got = self.version
-            return self.version, center.clone()
+            return self.version, center
 
     def delivered(self) -> FlatVector:
         """A copy of the average of the center if there is one, else of the center.
@@ -190,10 +190,10 @@ class CenterServer:
         now: float,
         samples: float = 1.0,
     ) -> tuple[Receipt, FlatVector]:
-        """As :meth:`add`, and a copy of the center that it leads to; in turn, too."""
+        """As :meth:`add`, and the center that it leads to, as of :meth:`get`."""
         receipt = self.add(worker, incarnation, sequence, difference, now=now, samples=samples)
         self._roster.workers[worker].got = self.version
-        return receipt, self._require_center().clone()
+        return receipt, self._require_center()
 
     def leave(self, worker: str, incarnation: int, *, now: float) -> None:
         """Let a worker go.

@@ -81,23 +81,19 @@ class Message:
             )
         self.text = _read(self._take(size))
 
-    def payload(self, expected: int) -> Tensor:
-        """The bytes that follow, of dtype uint8 in new memory.
+    def payload(self, expected: int, memory: Tensor | None = None) -> Tensor:
+        """The bytes that follow, of dtype uint8.
 
         Args:
             expected: how many there must be.
+            memory: of that size, to put them into; None: new memory.
 
         Raises:
             Refused: there are more or fewer, or there is no memory for them.
         """
         if self.payload_bytes != expected:
             raise _malformed(f"{self.payload_bytes} bytes follow where {expected} are expected")
-        try:
-            memory = torch.empty(expected, dtype=torch.uint8, device="cpu")
-        except RuntimeError as error:
-            raise Refused(
-                Refusal.TOO_LARGE, f"There is no memory for {expected} bytes ({error})."
-            ) from None
+        memory = _allocate(expected) if memory is None else memory
         self._fill(memory.numpy().data)
         self._require_end()
         return memory
@@ -129,6 +125,15 @@ class Message:
     def _require_end(self) -> None:
         if self._left or any(self._frames):
             raise _malformed("more follows than it says")
+
+
+def _allocate(size: int) -> Tensor:
+    try:
+        return torch.empty(size, dtype=torch.uint8, device="cpu")
+    except RuntimeError as error:
+        raise Refused(
+            Refusal.TOO_LARGE, f"There is no memory for {size} bytes ({error})."
+        ) from None
 
 
 def _read(words: bytearray) -> dict[str, Any]:

@@ -6,12 +6,14 @@ import logging
 import re
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
-from lightning_easgd.center.flat import FlatVector
+from torch import Tensor
+
+from lightning_easgd.center.flat import FlatLayout
 from lightning_easgd.server.center_server import CenterServer
 from lightning_easgd.server.frames import Message, cut
 from lightning_easgd.server.model import byte_size, bytes_of, layout_of, vector_on
@@ -22,7 +24,10 @@ log = logging.getLogger(__name__)
 _NAME = re.compile(r"[\x21-\x7e]{1,64}")
 _MOST = 2**63
 
-Answer = tuple[dict[str, Any], FlatVector | None]
+_KEPT = 4
+
+Answer = list[bytes]
+"""Frames, made while the server is not asked by another."""
 
 
 class Handler:
@@ -44,6 +49,8 @@ class Handler:
         self.lock = threading.Lock()
         self.refused: Counter[tuple[str, Refusal]] = Counter()
         self._clock = clock
+        self._free: deque[Tensor] = deque(maxlen=_KEPT)
+        """Memory of differences, which took as long to get as to fill."""
         self._operations: dict[Any, Callable[[Message], Answer]] = {
             "join": self._join,
             "get": self._get,
@@ -63,12 +70,11 @@ class Handler:
             operation = message.text.get("do")
             if not isinstance(operation, str) or operation not in self._operations:
                 raise _malformed("do", operation, ", ".join(map(repr, self._operations)))
-            text, vector = self._operations[operation](message)
+            answer = self._operations[operation](message)
         except Refused as refused:
             self._note(sender, refused)
-            yield from cut({"refused": refused.reason.value, "message": str(refused)})
-        else:
-            yield from cut(text, bytes_of(vector) if vector else ())
+            answer = list(cut({"refused": refused.reason.value, "message": str(refused)}))
+        yield from answer
 
     def _note(self, sender: str, refused: Refused) -> None:
         """Log the first refusal of a sender for a reason, and then ever fewer."""
@@ -88,7 +94,7 @@ class Handler:
             weights = vector_on(model, message.payload(byte_size(model)))
         with self.lock:
             terms = self.server.join(worker, incarnation, model, now=self._clock(), weights=weights)
-        return asdict(terms), None
+        return list(cut(asdict(terms)))
 
     def _get(self, message: Message) -> Answer:
         worker, incarnation = _sender(message)
@@ -96,7 +102,8 @@ class Handler:
         with self.lock:
             now = self._clock()
             version, center = self.server.get(worker, incarnation, now=now)
-            return {"version": version, "alpha": self.server.alpha(now)}, center
+            said = {"version": version, "alpha": self.server.alpha(now)}
+            return list(cut(said, bytes_of(center)))
 
     def _add(self, message: Message) -> Answer:
         worker, incarnation = _sender(message)
@@ -106,23 +113,34 @@ class Handler:
         if type(samples) not in (int, float) or not 0 < samples < _MOST:
             raise _malformed("samples", samples, "a positive number")
         layout = self.server.layout
-        difference = vector_on(layout, message.payload(byte_size(layout)))
-        given = (worker, incarnation, sequence, difference)
-        center = None
+        memory = message.payload(byte_size(layout), self._memory(layout))
+        given = (worker, incarnation, sequence, vector_on(layout, memory))
         with self.lock:
             now = self._clock()
+            center: list[memoryview] = []
             if fetch:
-                receipt, center = self.server.exchange(*given, now=now, samples=samples)
+                receipt, vector = self.server.exchange(*given, now=now, samples=samples)
+                center = bytes_of(vector)
             else:
                 receipt = self.server.add(*given, now=now, samples=samples)
-            return {**asdict(receipt), "alpha": self.server.alpha(now)}, center
+            answer = list(cut({**asdict(receipt), "alpha": self.server.alpha(now)}, center))
+        self._free.append(memory)
+        return answer
+
+    def _memory(self, layout: FlatLayout) -> Tensor | None:
+        """Memory that a difference had before, if it has the size."""
+        try:
+            memory = self._free.pop()
+        except IndexError:
+            return None
+        return memory if memory.numel() == byte_size(layout) else None
 
     def _leave(self, message: Message) -> Answer:
         worker, incarnation = _sender(message)
         message.payload(0)
         with self.lock:
             self.server.leave(worker, incarnation, now=self._clock())
-        return {}, None
+        return list(cut({}))
 
 
 def _sender(message: Message) -> tuple[str, int]:

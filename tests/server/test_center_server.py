@@ -161,11 +161,11 @@ def test_workers_and_center_together_stay_where_they_are(options: dict[str, Any]
     x = [torch.randn(8, dtype=torch.float64) for _ in range(4)]
     before = sum(x)
     sequences = [0] * 4
-    known = [server.get(f"{i}", 1, now=0)[1].parts[0] for i in range(4)]
+    known = [server.get(f"{i}", 1, now=0)[1].parts[0].clone() for i in range(4)]
     for _ in range(200):
         i = order.randrange(4)
         if order.random() < 0.5:  # late ones, too
-            known[i] = server.get(f"{i}", 1, now=0)[1].parts[0]
+            known[i] = server.get(f"{i}", 1, now=0)[1].parts[0].clone()
             continue
         sequences[i] += 1
         d = server.alpha(0) * (x[i] - known[i])
