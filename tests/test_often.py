@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import trajectories
 from against_reference import OPTIMIZERS, compare
 from in_memory import Wire, make_worker, run_threads
+from interrupted import signs_of_life_come_often
+from processes import Workers, run_workers
 from torch import Tensor, nn
-from trajectories import Given
+from toy import Toy, loader, trainer
+from trajectories import Case, Given, Steps
 
 from lightning_easgd import Auto, EASGDStrategy, Linear, Often
 from lightning_easgd.center.center import Center
@@ -251,3 +259,72 @@ def test_schedules_are_rounded_to_a_multiple(fragments: int) -> None:
         assert abs(tau - max(period.schedule.at(step), 4 * fragments)) <= 2 * fragments
         assert due % 4 == 0 < due - step == tau // fragments
         step = due
+
+
+def resumed(rank: int, folder: Path) -> Any:
+    """Weights after each step, uninterrupted and resumed."""
+    schedule = GIVEN | {"tau": Linear(2, 8, steps=10)}
+    found = {}
+    for name, options in {"constant": GIVEN, "schedule": schedule}.items():
+        case = Case(options, momentum=0.5)
+        whole = trajectories.fit(rank, 2, case)
+        within = trajectories.train(rank, 2, replace(case, saved=5), folder / name)
+        found[name] = whole, within
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_what_is_resumed_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    for run in run_workers(resumed, tmp_path, workers=2, timeout=120):
+        for whole, within in run.values():
+            assert len(whole) == 11
+            assert within == whole[5:]
+
+
+def compressed(rank: int) -> Any:
+    """Weights of the whole fit and what was counted, with a codec and without."""
+    found = []
+    for compression in (None, "int8"):
+        strategy = EASGDStrategy(**GIVEN, compression=compression)
+        module = Given(rank, 0.5)
+        trainer(2, strategy).fit(module, Steps(STEPS))
+        found.append(([*module.seen, module.values()], strategy.telemetry))
+    return found
+
+
+def test_small_parameters_travel_in_full_precision() -> None:
+    for (exact, counted), (rounded, with_codec) in run_workers(compressed, workers=2):
+        small, large = ([[each[i] for each in run] for run in (exact, rounded)] for i in (2, 0))
+        assert small[0] == small[1]
+        assert large[0] != large[1]
+        for telemetry in (counted, with_codec):
+            assert telemetry.exchanges == 4  # at steps 6, 12 and 18, and the last one
+            assert telemetry.exchanges_often == 11
+            headers, rest = divmod(telemetry.bytes_often - 11 * 8, 64)  # a bias of 8 bytes each
+            assert rest == 0
+            assert 11 <= headers <= 14  # and those of idle workers
+        assert counted.bytes_sent - counted.bytes_often != with_codec.bytes_sent
+
+
+def killed(rank: int) -> None:
+    """Worker 2 ends itself between two exchanges of all parameters."""
+    module = Toy(OPTIMIZERS["sgd"])
+
+    def on_train_batch_start(batch: Any, batch_idx: int) -> None:
+        if rank == 2 and batch_idx == 11:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    module.on_train_batch_start = on_train_batch_start
+    strategy = EASGDStrategy(tau=8, often=SMALL, exchange_timeout=1.5)
+    trainer(3, strategy).fit(module, loader(rank, 24))
+
+
+@pytest.mark.timeout(60)
+def test_the_others_end_where_a_worker_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    signs_of_life_come_often(monkeypatch)
+    with Workers(killed, workers=3) as group:
+        ended = group.collect(40, without=2)
+    for outcome in ended:
+        assert outcome.error == "ExchangeError", outcome
+        assert "Worker 2 " in outcome.message
+        assert "step 10" in outcome.message or "step 12" in outcome.message

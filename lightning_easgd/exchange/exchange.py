@@ -336,7 +336,7 @@ class Exchange:
 
     def _start_due(self) -> Pull:
         """Start what is due at this step, level by level; see tree.py, [Note: levels]."""
-        pull: Pull = []
+        pull: Pull | None = None
         if self.clock >= self._clock.next_due:
             if self._gradients is not None:
                 self._gradients.before_exchange(self.clock)
@@ -344,7 +344,7 @@ class Exchange:
             self._parts.stops.take_effect()
             self._clock.set(self.clock)
             pull = self._link.start(self.clock)
-        pull = self._levels.start_due(self.clock, pull)
+        owed = self._levels.start_due(self.clock, pull)
         if not self._parts.policy.overlap and not self._link.resets_workers:
             self._levels.wait()
-        return pull
+        return owed

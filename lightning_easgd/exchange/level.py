@@ -42,20 +42,25 @@ class Level:
         _, due = self._period.after(max(0, clock - 1))
         self.next_due = max(self.next_due, due)
 
-    def start(self, clock: int, *, above: Pull = (), last: bool = False) -> Pull:
+    def start(self, clock: int, *, above: Pull | None = None, last: bool = False) -> Pull:
         """Send the participant's difference off.
 
         Args:
             clock: steps taken.
-            above: what the link above owes at this step.
+            above: the pull of an exchange of the link above at this step; None: there is none.
             last: whether no worker goes on after it.
 
         Returns:
             The pull that is owed now.
         """
+        owed = self._pass_on(above)
         mine = self._link.start(clock, last=last)
         self.set_clock(clock)
-        return [*above, *mine]
+        return _together(owed, mine)
+
+    def _pass_on(self, above: Pull | None) -> Pull | None:
+        """What of the pull above is owed together with that of this link."""
+        return above
 
     def wait(self) -> None:
         """Wait for what is under way, if anything, and move the center.
@@ -86,13 +91,14 @@ class Level:
         # is later.
         self._link.announce_idle(clock, phase, compare=False)
 
-    def shadow(self, clock: int) -> Pull:
-        """Take part in the exchange that members began; returns what :meth:`start` does."""
+    def shadow(self, clock: int, *, above: Pull | None) -> Pull:
+        """Take part in the exchange that members began; as :meth:`start`."""
+        owed = self._pass_on(above)
         self._link.headers()
         # Anew: since the header left, the link above may have pulled or reset who takes part here.
-        pull = self._link.shadow(clock, anew=True)
+        mine = self._link.shadow(clock, anew=True)
         self.set_clock(clock)
-        return pull
+        return _together(owed, mine)
 
     def hand_over(self, telemetry: Telemetry, number: int) -> None:
         """Let what was counted be counted there; ``number``: of this level, 0 the uppermost."""
@@ -159,9 +165,8 @@ class GroupLevel(Level):
         return self._link.arrivals.healthy
 
     @override
-    def start(self, clock: int, *, above: Pull = (), last: bool = False) -> Pull:
-        pull_worker(above)
-        return super().start(clock, last=last)
+    def _pass_on(self, above: Pull | None) -> None:
+        pull_worker(above or ())  # at once: see tree.py, [Note: levels]
 
     @override
     def hand_over(self, telemetry: Telemetry, number: int) -> None:
@@ -203,6 +208,12 @@ class GroupLevel(Level):
         self._center.load_values(state["center"])
         if saved is None:
             self._center.overwrite_worker()
+
+
+def _together(above: Pull | None, mine: Pull) -> Pull:
+    if above is None:
+        return mine
+    return [*above, *mine] if above else []  # without a pull the worker started again as a whole
 
 
 def _rates(groups: Groups, optimizers: LocalOptimizers, size: int, *, reports: bool) -> MovingRates:

@@ -70,12 +70,12 @@ class Levels:
         for level in self._levels:
             level.catch_up(clock)
 
-    def start_due(self, clock: int, pull: Pull) -> Pull:
+    def start_due(self, clock: int, pull: Pull | None) -> Pull:
         """Start what is due at this step, level by level; see [Note: levels].
 
         Args:
             clock: steps taken.
-            pull: what is owed to whatever takes part on top.
+            pull: of an exchange on top at this step; None: there is none.
 
         Returns:
             What the worker is owed.
@@ -83,7 +83,7 @@ class Levels:
         self._wait_for_groups(clock)
         for level in self._due(clock, self._levels):
             pull = level.start(clock, above=pull)
-        return pull
+        return pull or []
 
     def shadow(
         self,
@@ -118,11 +118,10 @@ class Levels:
                 for_all = announce(clock, phase)
                 for upper in above:
                     upper.announce(clock, phase)
-                pull = shadow_top(clock) if for_all else []
+                pull = shadow_top(clock) if for_all else None
                 for shadowing in [*above, level]:
-                    pull_worker(pull)
-                    pull = shadowing.shadow(clock)
-                pull_worker(pull)
+                    pull = shadowing.shadow(clock, above=pull)
+                pull_worker(pull or [])
                 yield clock
 
     def drain(self) -> None:

@@ -32,6 +32,7 @@ from lightning_easgd import (
     EASGDStrategy,
     LeaderSGD,
     MDownpour,
+    Often,
     PostLocalSGD,
     Rule,
     SlowMo,
@@ -72,13 +73,19 @@ class Row:
         """Whether it can be trained so."""
         cut = case.fragments <= self.fragments
         in_time = self.delay * case.fragments <= self.period(case)
+        in_step = self.period(case) % (case.fragments * self.pause) == 0
         watches = case.rates is None or getattr(self.rule, "lr_drop", None) is not None
-        return cut and in_time and watches and workers > case.needs_others
+        return cut and in_time and in_step and watches and workers > case.needs_others
 
     @property
     def by_itself(self) -> bool:
         """Whether its workers train without averaging gradients, which threads cannot."""
         return not getattr(self.rule, "warm_up", 0)
+
+    @property
+    def pause(self) -> int:
+        """The period of small parameters; 1 if they have none of their own."""
+        return self.options["often"].tau if "often" in self.options else 1
 
     @property
     def delay(self) -> int:
@@ -95,12 +102,16 @@ def users_own() -> Rule:
     return rule
 
 
+OFTEN = {"often": Often(tau=2, below=6)}
+"""The two biases of the toy; its weight has six elements."""
 ROWS = {
     "easgd": Row("easgd"),
     "easgd alpha=0": Row("easgd", options={"alpha": 0.0}),
     "easgd with momentum": Row(EASGD(center_momentum=0.6), copies=1),
     "easgd with a pull": Row(EASGD(pull=0.3)),
     "easgd, looking ahead": Row(EASGD(pull=0.4, look_ahead=1.0), copies=1),
+    "easgd, often": Row("easgd", options=OFTEN),
+    "easgd, looking ahead, often": Row(EASGD(pull=0.4, look_ahead=1.0), copies=1, options=OFTEN),
     "sma": Row(SMA(0.6, lr_drop=0.5), copies=1),
     "local_sgd": Row("local_sgd", reference.LocalSgd()),
     "post_local_sgd": Row(PostLocalSGD(warm_up=6), reference.PostLocalSgd(6)),
@@ -343,9 +354,9 @@ def expected(row: Row, case: Case, workers: int) -> dict[str, np.ndarray]:
         own |= {"turns": TURNS[case.fragments], "sick": case.sick}
         center = (row.run or reference.restarting)(row.reference, start, data, optimizers, **own)
         return average.z if average else center
-    own["tau"] //= case.fragments
+    own["tau"] = row.pause if row.pause > 1 else own["tau"] // case.fragments
     momentum = getattr(row.rule, "center_momentum", 0.0)
-    alpha = partial(strength, case, row.options.get("alpha", 0.9 / workers))
+    alpha = partial(strength, case, row.options.get("alpha", 0.9 / workers), row.pause)
     center, _ = reference.easgd(
         start,
         data,
@@ -362,12 +373,13 @@ def expected(row: Row, case: Case, workers: int) -> dict[str, np.ndarray]:
     return average.z if average else center
 
 
-def strength(case: Case, alpha: float, name: str, t: int) -> np.ndarray:
-    """α of each row: 0 while another fragment has its turn."""
-    turns = TURNS[case.fragments]
+def strength(case: Case, alpha: float, pause: int, name: str, t: int) -> np.ndarray:
+    """α of each row: 0 while another fragment has its turn, or only small parameters have."""
+    turns, between = TURNS[case.fragments], case.tau // case.fragments
     rates = np.zeros({"w": (3, 1), "b": (2,)}[name])
-    rows = turns[(t // (case.tau // case.fragments) - 1) % len(turns)][name]
-    rates[slice(None) if t == case.steps else rows] = alpha if t else 0.0
+    rows = turns[(t // between - 1) % len(turns)][name] if t % between == 0 else []
+    is_often = pause > 1 and name == "b"
+    rates[slice(None) if is_often or t == case.steps else rows] = alpha if t else 0.0
     return rates
 
 

@@ -189,23 +189,23 @@ def _with(case: Case, options: dict[str, Any]) -> Case:
 def run(rank: int, workers: int, folder: Path) -> dict[str, list[list[float]]]:
     """The weights of this worker after each step, then what is delivered; by case."""
     return {
-        name: _train(rank, workers, case, folder / str(number))
+        name: train(rank, workers, case, folder / str(number))
         for number, (name, case) in enumerate(cases(workers).items())
     }
 
 
-def _train(rank: int, workers: int, case: Case, folder: Path) -> list[list[float]]:
+def train(rank: int, workers: int, case: Case, folder: Path) -> list[list[float]]:
     if case.saved is None:
-        return _fit(rank, workers, case)
+        return fit(rank, workers, case)
     saving = ModelCheckpoint(
         folder, "last", every_n_train_steps=case.saved, enable_version_counter=False
     )
     how = {"enable_checkpointing": True, "callbacks": [saving]}
-    _fit(rank, workers, case, max_steps=case.saved, **how)
-    return _fit(rank, workers, case, folder / "last.ckpt", **how)
+    fit(rank, workers, case, max_steps=case.saved, **how)
+    return fit(rank, workers, case, folder / "last.ckpt", **how)
 
 
-def _fit(
+def fit(
     rank: int, workers: int, case: Case, ckpt_path: Path | None = None, **how: Any
 ) -> list[list[float]]:
     module = Given(rank, case.momentum)
