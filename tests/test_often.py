@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from toy import Toy, loader, trainer
 from trajectories import Case, Given, Steps
 
-from lightning_easgd import Auto, EASGDStrategy, Linear, Often
+from lightning_easgd import EASGD, Auto, EASGDStrategy, Linear, Often
 from lightning_easgd.center.center import Center
 from lightning_easgd.communication import Phase
 from lightning_easgd.schedules import Period
@@ -95,17 +95,25 @@ def poison(who: int, at: int, names: str) -> Callable[[int, int, Any], None]:
     return disturb
 
 
+RULES: dict[str, dict[str, Any]] = {
+    "easgd": {},
+    "looking ahead": {"algorithm": EASGD(pull=0.5, look_ahead=1)},
+    "delayed_sgd": {"algorithm": "delayed_sgd", "beta": None},
+}
+
+
 @nan_is_told
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("missing", [0, 14])
 @pytest.mark.parametrize("names", ["wb", "b"])
 @pytest.mark.parametrize(("who", "at"), [(1, 4), (1, 5), (0, 6), (0, 7), (0, 10), (0, 11)])
 def test_overlap_changes_no_bit_where_a_worker_starts_again(
-    who: int, at: int, names: str, missing: int
+    who: int, at: int, names: str, missing: int, rule: str
 ) -> None:
     """Whether the main link finds it, at steps 6 and 12, or the other one in between."""
     poisoned = poison(who, at, names)
     behind, awaited = (
-        run_threads(train, GIVEN | {"overlap": overlap}, poisoned, missing, workers=2)
+        run_threads(train, GIVEN | RULES[rule] | {"overlap": overlap}, poisoned, missing, workers=2)
         for overlap in (True, False)
     )
     for (mine, counted), (other, _) in zip(behind, awaited, strict=True):
@@ -115,13 +123,14 @@ def test_overlap_changes_no_bit_where_a_worker_starts_again(
     assert behind[0][0][-1] == behind[1][0][-1]
 
 
-def test_a_worker_that_waits_for_one_sum_sooner_changes_no_bit() -> None:
+@pytest.mark.parametrize("rule", RULES)
+def test_a_worker_that_waits_for_one_sum_sooner_changes_no_bit(rule: str) -> None:
     def drains(rank: int, number: int, worker: Any) -> None:
         if rank == 0 and number % 3 == 0:
             worker.exchange.drain()
 
-    expected = run_threads(train, GIVEN, workers=3)
-    found = run_threads(train, GIVEN, drains, workers=3)
+    expected = run_threads(train, GIVEN | RULES[rule], workers=3)
+    found = run_threads(train, GIVEN | RULES[rule], drains, workers=3)
     assert [each for each, _ in found] == [each for each, _ in expected]
 
 

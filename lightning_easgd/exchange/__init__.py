@@ -17,7 +17,8 @@ Glossary: one word for one thing, in code and documents.
     exchange        each worker sends its difference, and the center moves by their sum
     difference      x - c, as it is taken before the step
     contribution    what a participant adds to the sum, a multiple of its difference
-    pull            what the worker loses by it, α (x - c)
+    own start       where a worker stood after its latest exchange, s; some rules count from there
+    pull            what the worker loses by it, α (x - c), or what its rule says instead
     residual        what a codec did not send yet; it is added to a later difference (flushed)
     cohort          parameters that joined the exchanges at the same time
     fragment        a part of a cohort that one exchange moves; its index says which

@@ -53,8 +53,8 @@ class EASGDStrategy(Adapter):
     2). The sum travels while training goes on; the result is that of a blocking exchange, bit for
     bit. Evaluation, checkpoints and the module after ``fit`` are the center.
 
-    Other rules of the family (``algorithm``) share all of this but the pull: under them, workers
-    wait for the sum and go on from the new center.
+    Other rules of the family (``algorithm``) share all of this but the pull: under most of them
+    workers wait for the sum and go on from the new center.
 
     Args:
         algorithm: what an exchange does: the name of a rule ("easgd", "local_sgd", "downpour",

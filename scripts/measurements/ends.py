@@ -156,14 +156,12 @@ def exchange_of(
     average: CenterAverage | None,
 ) -> Exchange:
     """An exchange at every step, of a worker that is alone."""
-    point = "parameter" if rule.resets_to_center else "iterate"
+    point = "iterate" if rule.elastic else "parameter"
     return assemble(
         Center(module, buffers="average", rank=0, averaging=average),
         NoWire(group, 25 * 2**20, level=Level(group.rank, group.size, None)),
         optimizers=LocalOptimizers(lambda: [optimizer]),
-        rules=ExchangePolicy(
-            Period(1), Strength("beta", 0.9), not rule.resets_to_center, point, rule
-        ),
+        rules=ExchangePolicy(Period(1), Strength("beta", 0.9), rule.overlaps, point, rule),
         telemetry=Telemetry(),
     )
 

@@ -18,7 +18,7 @@ from processes import run_workers
 from toy import trainer
 from trajectories import STEPS, Case, Given, Steps, run_in_memory
 
-from lightning_easgd import DelayedSGD, EASGDStrategy, TopK
+from lightning_easgd import EASGD, DelayedSGD, EASGDStrategy, Often, TopK
 
 START = np.array([0.5, -1.0, 0.25])
 
@@ -34,8 +34,16 @@ def expected(*counts: int) -> np.ndarray:
     return START + np.mean([went(rank, range(n)) for rank, n in enumerate(counts)], axis=0)
 
 
+EXCHANGES: list[dict[str, Any]] = [
+    {"tau": 1},
+    {"tau": 3},
+    {"tau": 4, "fragments": 2},
+    {"tau": 4, "often": Often(tau=2, below=2)},
+]
+
+
 @pytest.mark.parametrize("missing", [0, 3])
-@pytest.mark.parametrize("options", [{"tau": 1}, {"tau": 3}, {"tau": 4, "fragments": 2}], ids=str)
+@pytest.mark.parametrize("options", EXCHANGES, ids=str)
 @pytest.mark.parametrize("own", [0.25, 0.5, 1])
 def test_the_center_gets_all_that_workers_did(own: float, options: Any, missing: int) -> None:
     case = Case({"algorithm": DelayedSGD(own), **options}, missing=missing)
@@ -67,7 +75,7 @@ class Thawing(Given):
 
 def fit(module: Given, options: dict[str, Any], steps: int = STEPS, **how: Any) -> list[float]:
     ckpt_path = how.pop("ckpt_path", None)
-    strategy = EASGDStrategy(algorithm="delayed_sgd", **{"tau": 2} | options)
+    strategy = EASGDStrategy(**{"algorithm": "delayed_sgd", "tau": 2} | options)
     trainer(2, strategy, **how).fit(module, Steps(steps), ckpt_path=ckpt_path)
     return module.values()
 
@@ -91,6 +99,24 @@ def test_nor_does_anything_get_lost_by_codecs_or_elsewhere() -> None:
         np.testing.assert_allclose(found.pop("again"), again, rtol=0, atol=1e-14)
         for name, values in found.items():
             np.testing.assert_allclose(values, all_of_it, rtol=0, atol=1e-7, err_msg=name)
+
+
+def rounded(rank: int) -> dict[str, list[list[float]]]:
+    """In full precision, and in 8 bits behind training and awaited."""
+    codecs = [{}, {"compression": "int8"}, {"compression": "int8", "overlap": False}]
+    rules = {"ahead": {"algorithm": EASGD(pull=0.5, look_ahead=1)}, "delayed": {}}
+    return {
+        name: [fit(Given(rank, 0), options | codec) for codec in codecs]
+        for name, options in rules.items()
+    }
+
+
+@pytest.mark.parametrize("name", ["ahead", "delayed"])
+def test_a_codec_changes_little_and_overlap_nothing(name: str) -> None:
+    runs = [found[name] for found in run_workers(rounded, workers=2, timeout=100)]
+    for exact, behind, awaited in runs:
+        assert behind == awaited == runs[0][1]
+        np.testing.assert_allclose(behind, exact, rtol=0, atol=0.01)
 
 
 def losing(rank: int, folder: Path) -> list[float]:

@@ -121,6 +121,7 @@ OPTIONS: dict[str, tuple[int, dict[str, Any]]] = {
     "delayed": (2, {"algorithm": DiLoCo(delay=2, mixing_rate=0.5)}),
     "own part": (2, {"algorithm": "delayed_sgd", "fragments": 2}),
     "own part, not finite": (2, {"algorithm": "delayed_sgd", "happens": "not finite"}),
+    "own part, int8": (2, {"algorithm": "delayed_sgd", "compression": "int8"}),
     "looking ahead": (2, {"algorithm": EASGD(pull=0.4, look_ahead=1)}),
     "averaged": (2, {"center_average": "polyak"}),
     "averaged and slow": (2, {"center_average": "ema", "algorithm": "bmuf"}),
