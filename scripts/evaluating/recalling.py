@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import configs
 from going_on import newest_checkpoint, quoted
 from omegaconf import DictConfig, OmegaConf
 from plugging import CONF
@@ -55,7 +56,7 @@ class Run:
         """Lines on what is not as it was in the run."""
         if self.folder is None or not self._is_changed():
             return
-        before, now = _leaves(self._stored()), _leaves(composed)
+        before, now = _leaves(configs.resolved(self._stored())), _leaves(configs.resolved(composed))
         for key in [k for k in {**before, **now} if k.split(".")[0] in _SHOWN]:
             if before.get(key) != now.get(key):
                 was = before.get(key, "not set")
@@ -128,10 +129,10 @@ def _checkpoint_of(run: Path) -> Path:
     return found
 
 
-def _leaves(cfg: DictConfig) -> dict[str, Any]:
+def _leaves(values: dict[str, Any]) -> dict[str, Any]:
     """All values, by their dotted keys."""
     found: dict[str, Any] = {}
-    left: list[tuple[str, Any]] = [("", OmegaConf.to_container(cfg, resolve=True))]
+    left: list[tuple[str, Any]] = [("", values)]
     while left:
         key, value = left.pop()
         if isinstance(value, dict):

@@ -26,17 +26,7 @@ def draw(settings: Sequence[Setting], metric: Metric, chosen: Setting | None) ->
     axes = figure.add_subplot()
     low, high = _limits([s.mean for s in known])
     inside = [s for s in known if low <= s.mean <= high]
-    axes.errorbar(
-        *([places[id(s)] for s in inside], [s.mean for s in inside]),
-        yerr=[s.error or 0.0 for s in inside],
-        fmt="o",
-        color="0.45",
-        markersize=4,
-        capsize=2,
-        linewidth=1,
-        zorder=3,
-        label="a setting: mean of seeds and standard error; those of equal bytes side by side",
-    )
+    _draw_all(axes, inside, places)
     named = _draw_front(axes, [s for s in front(known, metric) if s in inside], places)
     if chosen is not None and chosen in inside:
         place = [places[id(chosen)]], [chosen.mean]
@@ -59,6 +49,26 @@ def draw(settings: Sequence[Setting], metric: Metric, chosen: Setting | None) ->
     style |= {"loc": "outside right upper", "handlelength": 0, "handletextpad": 0}
     figure.legend(blank, named, title="front", **style)
     return figure
+
+
+def _draw_all(axes: Any, settings: Sequence[Setting], places: Mapping[int, float]) -> None:
+    whole = "a setting: mean of seeds and standard error; those of equal bytes side by side"
+    lost = "one that lost a run: mean of those that are left"
+    for is_whole, label, fill in ((True, whole, "0.45"), (False, lost, "white")):
+        shown = [setting for setting in settings if setting.is_whole == is_whole]
+        if shown:
+            axes.errorbar(
+                *([places[id(s)] for s in shown], [s.mean for s in shown]),
+                yerr=[s.error or 0.0 for s in shown],
+                fmt="o",
+                color="0.45",
+                markerfacecolor=fill,
+                markersize=4,
+                capsize=2,
+                linewidth=1,
+                zorder=3,
+                label=label,
+            )
 
 
 def _beside(settings: Sequence[Setting]) -> dict[int, float]:

@@ -44,8 +44,8 @@ class Run:
 
     @cached_property
     def tau(self) -> float | None:
-        """τ at the end, or as it was set for a run that did not end; None where there is none."""
-        tau = self.report["tau"] if self.report else self._strategy.get("tau")
+        """As it was set; None where there is none, or it changed with time."""
+        tau = self._strategy.get("tau")
         return tau if is_number(tau) else None
 
     @cached_property
@@ -130,6 +130,8 @@ def notes(runs: Sequence[Run]) -> Iterator[str]:
         if run.problem is not None:
             told = " ".join(f"{key}={values[key]}" for key in keys if key in values)
             yield f"{run.name} [{told}]: {run.problem}"
+        elif run.report["bytes_sent"] is None:
+            yield f"{run.name}: its bytes were not counted, so it is neither drawn nor recommended"
     ended = [run.report for run in runs if run.problem is None]
     for key in ("data", "model", "workers"):
         if len(found := sorted({str(report[key]) for report in ended})) > 1:

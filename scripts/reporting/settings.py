@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from sweeping import names, varied
@@ -24,11 +24,8 @@ class Metric:
 
     name: str
     better: Better
-
-    @property
-    def is_share(self) -> bool:
-        """Whether it is shown in percent."""
-        return "acc" in self.name
+    is_share: bool = False
+    """Whether it lies between 0 and 1, and is shown in percent."""
 
     @property
     def label(self) -> str:
@@ -108,7 +105,9 @@ def choose_metric(runs: Sequence[Run], name: str | None, better: Better | None) 
             f" {', '.join(sorted(set(known)))}."
         )
     guess: Better = "min" if any(word in found.lower() for word in _LOWER) else "max"
-    return Metric(found, better or guess)
+    metric = Metric(found, better or guess)
+    values = [value for run in runs if (value := metric.of(run)) is not None]
+    return replace(metric, is_share="acc" in found and all(0 <= value <= 1 for value in values))
 
 
 def group(runs: Sequence[Run], metric: Metric) -> list[Setting]:
@@ -129,8 +128,11 @@ def group(runs: Sequence[Run], metric: Metric) -> list[Setting]:
 
 
 def front(settings: Sequence[Setting], metric: Metric) -> list[Setting]:
-    """Those than which none is better for as few bytes, the fewest bytes first (Pareto's front)."""
-    known = [s for s in settings if s.reached and s.megabytes is not None]
+    """Those than which none is better for as few bytes, the fewest bytes first (Pareto's front).
+
+    Settings that lost a run are not on it: those that are left may be the lucky ones.
+    """
+    known = [s for s in settings if s.is_whole and s.megabytes is not None]
     found: list[Setting] = []
     for each in sorted(known, key=lambda s: (s.megabytes or 0.0, metric.cost(s.mean))):
         if not found or metric.cost(each.mean) < metric.cost(found[-1].mean):

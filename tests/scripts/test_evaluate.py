@@ -251,3 +251,16 @@ def test_the_command_line_of_the_run_comes_first(hydra_folder: Path) -> None:
         cfg = compose("evaluate", [*typed, "output_dir=."])
     assert cfg.module._target_ == "lightning_easgd.workloads.language.LanguageModel"
     assert run.configuration(cfg).trainer.devices == 1
+
+
+def test_what_only_the_environment_knows_is_not_said(
+    hydra_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOKEN", "secret")
+    run = recall([str(hydra_folder.parent / "x.ckpt"), "data=other"])
+    (hydra_folder.parent / "config.yaml").write_text("data: {x: 1}")
+    composed = OmegaConf.create({"data": {"x": 2, "token": "${oc.env:TOKEN}"}})
+    assert set(run.notes(composed)) == {
+        "data.x = 2, in the run it was 1",
+        "data.token = ${oc.env:TOKEN}, in the run it was not set",
+    }

@@ -21,7 +21,7 @@ from reporting.settings import Metric, choose, choose_metric, front, group
 from lightning_easgd.algorithms import EASGD
 from lightning_easgd.workloads.report import Report
 
-ACCURACY = Metric("test/accuracy", "max")
+ACCURACY = Metric("test/accuracy", "max", is_share=True)
 Store = Callable[..., Path]
 
 
@@ -107,6 +107,19 @@ def test_a_setting_that_lost_a_run_is_not_recommended(store: Store) -> None:
     assert choice is not None
     assert dict(choice.setting.values) == {"tau": "1"}
     assert choose(settings[1:], ACCURACY) is None
+    assert front(settings, ACCURACY) == settings[:1]
+    (axes,) = pareto.draw(settings, ACCURACY, None).axes
+    assert "one that lost a run: mean of those that are left" in axes.get_legend_handles_labels()[1]
+
+
+def test_alike_numbers_and_none_are_drawn(store: Store) -> None:
+    alike = [store(f"a/{tau}", [f"tau={tau}"], accuracy=0.9) for tau in (1, 2)]
+    failed = [store(f"b/{tau}", [f"tau={tau}"], accuracy=None, error="none") for tau in (1, 2)]
+    for folders, shown in ((alike, "90.00"), (failed, "no result")):
+        settings = group(find([folders[0].parent]), ACCURACY)
+        figure = heat_map.draw(heat_map.panels(settings), ACCURACY)
+        figure.savefig(folders[0] / "picture.png")
+        assert {text.get_text() for text in figure.axes[0].texts} == {shown}
 
 
 def test_of_single_runs_the_best_is_taken_and_the_spread_is_said_to_be_unknown(
@@ -210,12 +223,14 @@ def test_reports_of_another_version_or_damaged_ones_are_left_out(
     old.write_text(json.dumps({k: v for k, v in content.items() if k not in ("rule", "tested")}))
     (store("2", ["tau=16"], accuracy=0.9) / "report.json").write_text('{"tau": ')
     store("3", ["tau=64"], accuracy=None)
-    store("4", ["tau=128"], accuracy=0.9, data="Other", versions={"torch": "1.0"})
+    other = {"data": "Other", "versions": {"torch": "1.0"}, "bytes_sent": None}
+    store("4", ["tau=128"], accuracy=0.9, **other)
     runs = find([tmp_path / "sweep"])
     assert list(notes(runs)) == [
         "1 [tau=4]: report.json is of another version: it lacks rule, tested",
         "2 [tau=16]: report.json cannot be read",
         "3 [tau=64]: no report.json, for the run has not ended",
+        "4: its bytes were not counted, so it is neither drawn nor recommended",
         "The runs differ in data: , Other.",
         "The runs are of 2 sets of versions; see their report.json.",
     ]
@@ -232,6 +247,8 @@ def test_metrics_are_found_and_refused(store: Store) -> None:
     assert choose_metric(runs, None, None) == ACCURACY
     assert choose_metric(runs, "val/loss", None) == Metric("val/loss", "min")
     assert choose_metric(runs, "val/loss", "max").better == "max"
+    in_percent = find([store("1", [], accuracy=90.0)])
+    assert choose_metric(in_percent, None, None) == Metric("test/accuracy", "max")
     with pytest.raises(ValueError, match=r"--metric f1: .* Allowed are test/accuracy, test/loss"):
         choose_metric(runs, "f1", None)
     nothing = Run(name="0", folder=Path(), overrides=(), report={}, problem="stopped", seconds=None)
