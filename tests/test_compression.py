@@ -17,7 +17,7 @@ import reference
 import torch
 from against_reference import LR, reference_optimizers
 from lightning.pytorch.callbacks import ModelCheckpoint
-from processes import Workers, run_workers
+from processes import Workers, run_in_turn, run_workers
 from torch import nn
 from toy import Resumable, Toy, batches, initial_weights, loader, trainer, weights
 
@@ -54,9 +54,8 @@ def test_the_center_is_the_papers_within_what_is_rounded(codec: str, within: flo
 @pytest.mark.parametrize("codec", CODECS, ids=str)
 def test_overlap_changes_no_bit(codec: Any) -> None:
     options = [{"overlap": True}, {"overlap": False}, {"overlap": True, "final_exchange": False}]
-    one, two, other = (
-        run_workers(fit, 2, {"compression": codec, **more}, workers=2)[0][0] for more in options
-    )
+    cases = [(2, {"compression": codec, **more}) for more in options]
+    one, two, other = (run[0][0] for run in run_in_turn(fit, cases, workers=2))
     assert all(np.array_equal(one[key], two[key]) for key in one)
     assert not all(np.array_equal(one[key], other[key]) for key in one)
 
@@ -109,11 +108,15 @@ def drift(rank: int, codec: Any, bucket_bytes: int, fragments: int, final: bool)
     return seen, sum(v.sum() for v in weights(module).values())
 
 
-@pytest.mark.parametrize("final", [True, False])
-@pytest.mark.parametrize(("bucket_bytes", "fragments"), [(25 * 2**20, 1), (2000, 1), (2000, 2)])
 @pytest.mark.parametrize("codec", CODECS, ids=str)
-def test_nothing_is_lost(codec: Any, bucket_bytes: int, fragments: int, final: bool) -> None:
-    results = run_workers(drift, codec, bucket_bytes, fragments, final, workers=3)
+def test_nothing_is_lost(codec: Any) -> None:
+    ways = [(25 * 2**20, 1), (2000, 1), (2000, 2)]
+    cases = [(codec, *way, final) for way in ways for final in (True, False)]
+    for case, results in zip(cases, run_in_turn(drift, cases, workers=3), strict=True):
+        require_nothing_lost(results, codec, fragments=case[2], final=case[3])
+
+
+def require_nothing_lost(results: Any, codec: Any, *, fragments: int, final: bool) -> None:
     steps = list(zip(*(seen for seen, _ in results), strict=True))
     totals = [sum(own + held for own, _, held in step) + step[0][1] for step in steps[1:]]
     np.testing.assert_allclose(totals, totals[0], atol=1e-9)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from inside import recorded_collectives
 from lightning.pytorch.loggers.logger import DummyLogger
 from modules import WithNorm, final_bits
-from processes import run_workers
+from processes import run_in_turn, run_workers
 from torch.distributed import distributed_c10d
 from toy import Toy, bits, loader, trainer, weights
 
@@ -31,15 +31,12 @@ ADAMW = partial(torch.optim.AdamW, lr=0.1)
 @pytest.mark.parametrize("final", [True, False])
 def test_overlap_changes_no_bit(tau: int, make: Any, final: bool) -> None:
     """[Note: exact overlap] Workers and center, parameters and buffers, whatever the buckets."""
-    runs = [
-        run_workers(
-            final_bits,
-            make,
-            {"tau": tau, "overlap": overlap, "final_exchange": final, "bucket_bytes": bucket},
-            workers=2,
-        )
+    options = {"tau": tau, "final_exchange": final}
+    ways = [
+        {"overlap": overlap, "bucket_bytes": bucket}
         for overlap, bucket in [(True, 2**20), (False, 2**20), (True, 12)]
     ]
+    runs = run_in_turn(final_bits, [(make, options | way) for way in ways], workers=2)
     for run in runs[1:]:
         for mine, theirs in zip(run, runs[0], strict=True):
             for got, expected in zip(mine, theirs, strict=True):

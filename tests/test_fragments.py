@@ -12,7 +12,7 @@ import torch
 from against_reference import LR, OPTIMIZERS, ROWS, STEPS, compare, strength
 from lightning.pytorch.callbacks import ModelCheckpoint
 from modules import final_bits
-from processes import run_workers
+from processes import run_in_turn, run_workers
 from toy import Resumable, Toy, bits, loader, trainer, weights
 
 from lightning_easgd import EASGDStrategy
@@ -47,10 +47,9 @@ def test_a_callable_period_takes_the_same_turns() -> None:
 @pytest.mark.parametrize("compression", [None, "int8"])
 def test_overlap_changes_no_bit(compression: Any, final: bool) -> None:
     options = {"tau": 4, "fragments": 4, "compression": compression, "final_exchange": final}
-    runs = [
-        run_workers(final_bits, OPTIMIZERS["nesterov"], options | more, workers=2)
-        for more in ({"overlap": True}, {"overlap": False}, {"center_device": "cpu"})
-    ]
+    ways: list[Any] = [{"overlap": True}, {"overlap": False}, {"center_device": "cpu"}]
+    cases = [(OPTIMIZERS["nesterov"], options | way) for way in ways]
+    runs = run_in_turn(final_bits, cases, workers=2)
     for run in runs[1:]:
         for got, expected in zip(run, runs[0], strict=True):
             for mine, theirs in zip(got, expected, strict=True):

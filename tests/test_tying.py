@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from processes import run_workers
+from processes import run_in_turn, run_workers
 from torch import Tensor, nn
 from toy import bits, loader, trainer
 
@@ -96,8 +96,8 @@ def test_one_storage_is_exchanged_once_under_both_names(
     half = options.get("dtype") is torch.bfloat16
     if trained == "twin" and "fragments" in options:
         options = {}  # they are cut along other dimensions
-    one = run_workers(fit, trained, False, make, options, workers=4)
-    both = run_workers(fit, trained, True, make, options, workers=4)
+    cases = [(trained, twin, make, options) for twin in (False, True)]
+    one, both = run_in_turn(fit, cases, workers=4)
     for (expected, sent), (found, sent_too) in zip(one, both, strict=True):
         assert sent == sent_too
         for plain, state in zip(expected, found, strict=True):
