@@ -9,10 +9,9 @@ from processes import run_workers
 
 
 @pytest.mark.parametrize("workers", [2, 4])
-@pytest.mark.parametrize("tau", [1, 2, 5])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_center_and_workers_follow_the_paper(name: str, tau: int, workers: int) -> None:
-    compare(name, workers, tau, options={"final_exchange": False})
+def test_center_and_workers_follow_the_paper(name: str, workers: int) -> None:
+    compare(name, workers, 1, 2, 5, options={"final_exchange": False})
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

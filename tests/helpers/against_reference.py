@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import reference
 import torch
-from processes import run_workers
+from processes import run_in_turn
 from toy import Toy, batches, initial_weights, loader, trainer, weights
 
 from lightning_easgd import EASGDStrategy
@@ -60,12 +60,20 @@ def fit(rank: int, workers: int, make: Any, options: dict[str, Any], setup: dict
     return weights(module), seen
 
 
-def compare(name: str, workers: int, tau: int, lr: Any = None, **case: Any) -> None:
+def compare(name: str, workers: int, *taus: int, **case: Any) -> None:
+    """Compare a training with each τ, all in the same workers, with the reference."""
+    setup = case.get("setup", {})
+    options = [{"tau": tau} | case.get("options", {}) for tau in taus]
+    cases = [(workers, MAKERS[name], each, setup) for each in options]
+    for tau, results in zip(taus, run_in_turn(fit, cases, workers=workers), strict=True):
+        _require_reference(results, name, workers, tau, **case)
+
+
+def _require_reference(
+    results: list[Any], name: str, workers: int, tau: int, lr: Any = None, **case: Any
+) -> None:
     options, setup = case.get("options", {}), case.get("setup", {})
     alpha = case.get("alpha", lambda name, t: 0.9 / workers)
-    results = run_workers(
-        fit, workers, MAKERS[name], {"tau": tau} | options, setup, workers=workers
-    )
     center, iterates = reference.easgd(
         initial_weights(),
         [batches(rank, setup.get("batches", STEPS)) for rank in range(workers)],
