@@ -13,7 +13,7 @@ import resource
 import subprocess
 import types
 from collections.abc import Iterable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ def mark(items: Iterable[pytest.Item]) -> None:
     """Give every test the markers of its tiers."""
     slow = set(SLOW.read_text().split())
     for item in items:
-        if starts_processes(*parts(item)):
+        if any(map(_starts, parts(item))):
             item.add_marker("multiprocess")
         if item.nodeid.partition("[")[0] in slow:
             item.add_marker("slow")
@@ -66,6 +66,14 @@ def starts_processes(*values: Any) -> bool:
             seen[id(value)] = value
             left.extend(_named_by(value))
     return False
+
+
+def _starts(value: Any) -> bool:
+    """As :func:`starts_processes`, but once for all tests that have a function in common."""
+    return _function_starts(value) if inspect.isfunction(value) else starts_processes(value)
+
+
+_function_starts = cache(starts_processes)
 
 
 def _named_by(value: Any) -> Iterator[Any]:
@@ -100,10 +108,14 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 def _is_ours(value: Any) -> bool:
     try:
-        path = Path(inspect.getfile(value))
+        return _lies_in_ours(inspect.getfile(value))
     except (TypeError, OSError):
         return False
-    return any(path.is_relative_to(folder) for folder in OURS)
+
+
+@cache
+def _lies_in_ours(path: str) -> bool:
+    return any(Path(path).is_relative_to(folder) for folder in OURS)
 
 
 def ended_processes() -> int:
