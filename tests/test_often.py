@@ -86,6 +86,27 @@ def train(
     return [*module.seen, module.values()], strategy.telemetry
 
 
+RULES: dict[str, dict[str, Any]] = {
+    "easgd": {},
+    "with momentum": {"algorithm": EASGD(0.5)},
+    "looking ahead": {"algorithm": EASGD(pull=0.5, look_ahead=1)},
+    "delayed_sgd": {"algorithm": "delayed_sgd", "beta": None},
+}
+
+
+@pytest.mark.parametrize("missing", [0, 8])
+@pytest.mark.parametrize("name", RULES)
+def test_each_portion_moves_as_with_a_period_of_its_own_alone(name: str, missing: int) -> None:
+    """The gradients do not depend on the weights, so nothing else ties the two."""
+    options = GIVEN | RULES[name]
+    both = run_threads(train, options, lambda *_: None, missing, workers=2)
+    for tau, part in ((6, slice(0, 2)), (2, slice(2, 3))):
+        alone = options | {"tau": tau, "often": None}
+        found = run_threads(train, alone, lambda *_: None, missing, workers=2)
+        for (mine, _), (other, _) in zip(both, found, strict=True):
+            assert [each[part] for each in mine] == [each[part] for each in other]
+
+
 def poison(who: int, at: int, names: str) -> Callable[[int, int, Any], None]:
     def disturb(rank: int, number: int, worker: Any) -> None:
         if rank == who and number == at:
@@ -95,20 +116,13 @@ def poison(who: int, at: int, names: str) -> Callable[[int, int, Any], None]:
     return disturb
 
 
-RULES: dict[str, dict[str, Any]] = {
-    "easgd": {},
-    "looking ahead": {"algorithm": EASGD(pull=0.5, look_ahead=1)},
-    "delayed_sgd": {"algorithm": "delayed_sgd", "beta": None},
-}
-
-
 @nan_is_told
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("missing", [0, 14])
 @pytest.mark.parametrize("names", ["wb", "b"])
 @pytest.mark.parametrize(("who", "at"), [(1, 4), (1, 5), (0, 6), (0, 7), (0, 10), (0, 11)])
 def test_overlap_changes_no_bit_where_a_worker_starts_again(
-    who: int, at: int, names: str, missing: int, rule: str
+    rule: str, who: int, at: int, names: str, missing: int
 ) -> None:
     """Whether the main link finds it, at steps 6 and 12, or the other one in between."""
     poisoned = poison(who, at, names)
@@ -274,7 +288,8 @@ def resumed(rank: int, folder: Path) -> Any:
     """Weights after each step, uninterrupted and resumed."""
     schedule = GIVEN | {"tau": Linear(2, 8, steps=10)}
     found = {}
-    for name, options in {"constant": GIVEN, "schedule": schedule}.items():
+    delayed = GIVEN | RULES["delayed_sgd"]
+    for name, options in {"plain": GIVEN, "schedule": schedule, "delayed": delayed}.items():
         case = Case(options, momentum=0.5)
         whole = trajectories.fit(rank, 2, case)
         within = trajectories.train(rank, 2, replace(case, saved=5), folder / name)

@@ -30,7 +30,8 @@ _FEW = 8
 """So many workers have a number each in the table."""
 
 _COUNTED = (
-    *("tau", "exchanges", "bytes_sent", "bytes_inside", "ddp_bytes_sent", "wait_seconds"),
+    *("tau", "exchanges", "exchanges_often", "bytes_sent", "bytes_inside", "bytes_often"),
+    *("ddp_bytes_sent", "wait_seconds"),
     *("worker_wait_seconds", "worker_awaited_seconds"),
 )
 
@@ -105,10 +106,14 @@ class Report:
     samples_per_second: float | None = None
     """Of all workers, if they train on as many as the first, in these seconds."""
     exchanges: int | None = None
+    exchanges_often: int | None = None
+    """Of the parameters that are exchanged often, besides."""
     bytes_sent: int | None = None
     """Counted under EASGD; computed of the steps and gradients under DDP."""
     bytes_inside: int | None = None
     """Of those, to workers of its own group."""
+    bytes_often: int | None = None
+    """Of those, for parameters that are exchanged often."""
     ddp_bytes_sent: int | None = None
     wait_seconds: float | None = None
     """Those of runs that this one went on from included, as all that is counted above."""
@@ -152,7 +157,8 @@ class Report:
             rate = f", {speed:,.0f} samples/s" if speed else ""
             rows.append(("trained", f"{self.train_seconds:.1f} s{rate}"))
         if self.exchanges is not None:
-            rows.append(("exchanges", str(self.exchanges)))
+            often = f", and {self.exchanges_often} of small parameters"
+            rows.append(("exchanges", f"{self.exchanges}{often if self.exchanges_often else ''}"))
         if self.bytes_sent is not None:
             rows += self._sent(self.bytes_sent)
         return rows + self._waited() + self._straggler()
@@ -174,7 +180,8 @@ class Report:
                 ("  of that, to other groups", self._amount(sent - self.bytes_inside)),
             ]
         amount = f"{sent / 1e6:.2f} MB, computed" if self.exchanges is None else self._amount(sent)
-        return [("sent by each worker", amount)]
+        small = [("  of that, for small parameters", self._amount(self.bytes_often or 0))]
+        return [("sent by each worker", amount), *(small if self.bytes_often else [])]
 
     def _straggler(self) -> list[tuple[str, str]]:
         """The worker that stands out as the one that the others waited for."""

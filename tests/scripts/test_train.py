@@ -84,6 +84,16 @@ def test_groups_are_reported_with_what_leaves_them() -> None:
     assert "  of that, to other groups  1.00 MB, 10.0 % of DDP's 10.00 MB" in table
 
 
+def test_small_parameters_are_reported_by_themselves() -> None:
+    sent = {"exchanges": 3, "bytes_sent": 5_000_000, "ddp_bytes_sent": 10_000_000}
+    table = Report(
+        strategy="easgd", workers=2, exchanges_often=24, bytes_often=400_000, **sent
+    ).table()
+    assert "exchanges                        3, and 24 of small parameters" in table
+    assert "sent by each worker              5.00 MB, 50.0 % of DDP's 10.00 MB" in table
+    assert "  of that, for small parameters  0.40 MB, 4.0 % of DDP's 10.00 MB" in table
+
+
 def test_a_picture_that_cannot_be_drawn_is_said_and_no_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
