@@ -6,6 +6,7 @@ It takes the command line of train.py: python scripts/advise.py model=resnet tra
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import hydra
@@ -37,6 +38,7 @@ def run(cfg: DictConfig) -> None:
     from advising.judging import Advice
     from advising.measuring import Bench, measure
     from advising.report import command, table
+    from advising.small import small
 
     from lightning_easgd.communication import leave_all_groups
 
@@ -45,7 +47,8 @@ def run(cfg: DictConfig) -> None:
     if bench.is_rank_zero:
         print(f"\n{table(advice)}\n\n  {command(advice, cfg.arguments)}")
     if bench.writes:
-        Path(cfg.output_dir, "advice.json").write_text(json.dumps(advice.as_dict(), indent=2))
+        found = {**advice.as_dict(), "often": [asdict(each) for each in small(advice)]}
+        Path(cfg.output_dir, "advice.json").write_text(json.dumps(found, indent=2))
     leave_all_groups()
 
 

@@ -73,6 +73,12 @@ class Measured:
     """By each worker in a step of DDP."""
     exchanges: list[Exchanges]
     """Full precision first, then from the most to the least exact."""
+    sizes: Sequence[int] = ()
+    """Elements of each parameter that is trained."""
+    often_tau: int = 2
+    """The period of small parameters, if they are exchanged more often than the others."""
+    pause: int = 1
+    """Of which τ / fragments has to be a multiple."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +191,7 @@ class Advice:
     def _option(self, exchanges: Exchanges) -> Option:
         measured, trials = self.measured, exchanges.trials
         found = self._counted(trials)
-        tau = smallest_period(found, measured.fragments, measured.tau_bounds)
+        tau = smallest_period(found, measured.fragments, measured.tau_bounds, often=measured.pause)
         apart = tau // measured.fragments
         exchange, cost = 1e-6 * found.exchange, 1e-6 * found.cost
         # Behind so many steps it hides, or they wait for it.

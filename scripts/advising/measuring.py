@@ -20,9 +20,9 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from omegaconf import DictConfig
 
 from advising.judging import Exchanges, Measured, Trial, together
-from lightning_easgd import Auto, EASGDStrategy
+from lightning_easgd import Auto, EASGDStrategy, Often
 from lightning_easgd.communication import gather
-from lightning_easgd.schedules import Durations
+from lightning_easgd.schedules import Durations, require_often
 from lightning_easgd.workloads import experiment
 
 NEVER = 10**9
@@ -156,6 +156,7 @@ class Bench:
         self.is_rank_zero: bool = trainer.is_global_zero
         self.writes: bool = trainer.local_rank == 0
         self.fragments: int = cfg.strategy.fragments
+        self.often: Often = instantiate(cfg.strategy.often) or Often(below=0)
         tau = cfg.strategy.tau
         auto = Auto.of(instantiate(tau) if isinstance(tau, DictConfig) else tau) or Auto()
         self.tau_bounds = (auto.min, auto.max)
@@ -163,8 +164,9 @@ class Bench:
         self._began = time.monotonic()
 
     def easgd(self, **options: Any) -> EASGDStrategy:
-        """The strategy that is configured, with other options."""
-        return instantiate(self._cfg.strategy, **{"final_exchange": False, **options})
+        """The strategy that is configured, with other options; all parameters at one period."""
+        given = {"final_exchange": False, "often": None, **options}
+        return instantiate(self._cfg.strategy, **given)
 
     def ddp(self) -> Strategy:
         """DDP over the same backend."""
@@ -233,6 +235,9 @@ def measure(bench: Bench, seconds: float, codecs: Sequence[str]) -> Measured:
         workers=bench.workers,
         device=bench.device,
         fragments=bench.fragments,
+        sizes=[p.numel() for p in trained],
+        often_tau=bench.often.tau,
+        pause=bench.often.tau if require_often(bench.often) else 1,
         tau_bounds=bench.tau_bounds,
         step_seconds=statistics.median(once.step_seconds for once in done),
         spread_seconds=statistics.median(once.spread_seconds for once in done),

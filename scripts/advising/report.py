@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from advising.judging import WORTH, Advice, Memory, Option
+from advising.small import small
 
 _OWN = ("seconds", "codecs")
 _FOUND = ("tau", "strategy.tau", "strategy.tau.min", "strategy.tau.max", "strategy.compression")
@@ -33,7 +34,8 @@ def table(advice: Advice) -> str:
         ("bandwidth, each way", _bandwidth(advice)),
         *_memory(advice),
     ]
-    lines = [*aligned(rows), "", *aligned(_options(advice)), "", *_verdict(advice)]
+    blocks = [aligned(rows), aligned(_options(advice)), aligned(_small(advice)), _verdict(advice)]
+    lines = [line for block in filter(None, blocks) for line in ["", *block]][1:]
     return "\n".join(f"  {line}".rstrip() for line in lines)
 
 
@@ -80,6 +82,8 @@ def amount(size: float) -> str:
 def aligned(rows: Iterable[tuple[str, ...]]) -> list[str]:
     """Columns as wide as their widest cell."""
     rows = list(rows)
+    if not rows:
+        return []
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)) for row in rows]
 
@@ -114,6 +118,23 @@ def _needed(memory: Memory) -> str:
 def _options(advice: Advice) -> list[tuple[str, ...]]:
     head = ("compression", "an exchange", "costs the steps", "free at τ", "sent an hour", "pays")
     return [head, *(_row(option, advice.options[0]) for option in advice.options)]
+
+
+def _small(advice: Advice) -> list[tuple[str, ...]]:
+    measured = advice.measured
+    head = ("often.below", "parameters", "elements", "sent an hour", "network busy", "hides")
+    found = [
+        (
+            f"{each.below}",
+            f"{each.parameters} of {len(measured.sizes)}",
+            f"{each.elements / sum(measured.sizes):.1%}",
+            amount(each.bytes_per_hour),
+            f"{each.busy:.0%}",
+            "yes" if each.hides else "no",
+        )
+        for each in small(advice)
+    ]
+    return [head, *found] if found else []
 
 
 def _row(option: Option, full: Option) -> tuple[str, ...]:

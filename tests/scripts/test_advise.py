@@ -16,6 +16,7 @@ import emulation
 import pytest
 from advising.judging import Advice, Exchanges, Measured, Memory, Trial, together
 from advising.report import command, table
+from advising.small import small
 from emulation import EmulatedHosts
 from processes import processes_of, run_script
 
@@ -168,6 +169,29 @@ def test_tau_is_what_auto_chooses_from_what_the_workers_measured() -> None:
     for _ in range(3):
         automatic.observe(Observation(workers))
     assert smallest_period(together(workers), 2, (1, 64)) == automatic.at(0) == 10
+
+
+def test_small_parameters_are_told_by_size_with_what_they_cost_and_whether_they_hide() -> None:
+    sizes = [100, 900, 9_000, 90_000, 900_000]
+    found = advice(exchanges(None, 160, 160), sizes=sizes, ddp_ms=400)
+    assert found.best.tau == 16
+    tenth, hundredth, one = (sum(sizes[:n]) / sum(sizes) for n in (4, 3, 2))
+    rows = small(found)
+    assert [(row.below, row.parameters) for row in rows] == [(1_000, 2), (10_000, 3), (100_000, 4)]
+    for row, share in zip(rows, (one, hundredth, tenth), strict=True):
+        assert row.busy == pytest.approx(16 * share / 2 + 1 - share)
+        assert not row.hides
+    faster = advice(exchanges(None, 40), sizes=sizes, tau_bounds=(16, 64), ddp_ms=400)
+    assert [row.hides for row in small(faster)] == [True, True, True]
+    sent = 4 * MEGABYTE * (tenth / 2 + (1 - tenth) / 16)
+    assert small(faster)[-1].bytes_per_hour == pytest.approx(3600 * sent / 0.01, rel=1e-6)
+    assert "100000       4 of 5      10.0%     153.0 GB      43%           yes" in table(faster)
+    assert "often.below" not in table(advice(exchanges(None, 40)))
+
+
+def test_the_period_is_a_multiple_of_that_of_small_parameters() -> None:
+    assert advice(exchanges(None, 25)).best.tau == 3
+    assert advice(exchanges(None, 25), pause=2).best.tau == 4
 
 
 def test_memory_is_counted_in_copies_of_the_parameters() -> None:
