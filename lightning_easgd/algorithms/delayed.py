@@ -26,6 +26,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -80,7 +81,7 @@ class DelayedSGD(Rule):
     def pull_(
         self, moved: Tensor, *, center: Tensor, start: Tensor, state: Mapping[str, Any]
     ) -> None:
-        moved.mul_(1 - self.own).add_(start).sub_(center)
+        torch.add(start, moved, alpha=1 - self.own, out=moved).sub_(center)
 
     @override
     def move_(self, center: Tensor, total: Tensor, state: dict[str, Any]) -> None:

@@ -18,6 +18,8 @@ from lightning_easgd.algorithms import CenterAverage, Rule, elastic
 from lightning_easgd.center.flat import FlatLayout, FlatVector, Memory, Scratch, as_real, as_reals
 from lightning_easgd.center.slices import ParameterSlice, cut
 
+_PIECE = 2**18
+"""Elements of large vectors that are looked at together, for they fit into a processor's cache."""
 _SMALL = 4096
 """Elements below which a call for each tensor costs more than going through memory twice."""
 
@@ -187,8 +189,8 @@ class Fragment:
         """‖x - c‖ of the worker whose difference is in the total."""
         if self.start is None:
             return self.total.norm()
-        pairs = zip(self.total.parts, self.start.parts, self.center.parts, strict=True)
-        return math.hypot(*(float(torch.linalg.vector_norm(u + s - c)) for u, s, c in pairs))
+        parts = zip(self.total.parts, self.start.parts, self.center.parts, strict=True)
+        return math.hypot(*(_norm_of_moved(*each) for each in parts))
 
     @property
     def _has_small_tensors(self) -> bool:
@@ -245,6 +247,13 @@ def make_fragments(
         averaging: as of Fragment.
     """
     return [Fragment(slices, memory, averaging) for slices in cut(named, count)]
+
+
+def _norm_of_moved(u: Tensor, s: Tensor, c: Tensor) -> float:
+    """‖u + s - c‖, without a copy of any."""
+    pieces = zip(*(torch.split(vector, _PIECE) for vector in (u, s, c)), strict=True)
+    sizes = [torch.linalg.vector_norm(u + s - c) for u, s, c in pieces]
+    return float(torch.linalg.vector_norm(torch.stack(sizes)))
 
 
 def _as_held(views: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:

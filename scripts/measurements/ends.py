@@ -77,6 +77,7 @@ class Contender:
         """What it keeps from one exchange to the next besides the center and the sum, in copies."""
         fragments = [f for c in self.exchange.center.cohorts for f in c.fragments]
         tensors = [v for f in fragments for part in f.rule_state for v in part.values()]
+        tensors += [part for f in fragments if f.start for part in f.start.parts]
         tensors += [p for f in fragments if f.delivered is not f.center for p in f.delivered.parts]
         return sum(tensor.numel() for tensor in tensors if tensor.dim()) / self.parameters
 

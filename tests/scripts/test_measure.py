@@ -27,7 +27,7 @@ def test_both_ends_of_an_exchange_under_every_rule(tmp_path: Path) -> None:
     assert rows["easgd"][4] == "1.000"
     kept = {name: float(rows[name][-1]) for name in [*RULES, *AVERAGED]}
     assert kept | {"easgd": 0, "local_sgd": 0, "downpour": 0, "slowmo": 1, "diloco": 1} == kept
-    assert kept | {"adownpour": 1, "mvadownpour": 1} == kept
+    assert kept | {"adownpour": 1, "mvadownpour": 1, "delayed_sgd": 1} == kept
 
 
 def test_what_a_small_exchange_takes_of_a_processor(tmp_path: Path) -> None:
