@@ -9,6 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+MAPS = Path("/proc/self/maps")
+"""What memory this process has; Linux only."""
 WORTH_IT = 15
 """Tests that fork, and save together the second that ``keep_memory_shared`` takes."""
 HUGE = 2**21
@@ -32,7 +34,7 @@ def keep_memory_shared(forking: int) -> None:
     """
     gc.collect()
     gc.freeze()
-    if forking < WORTH_IT:
+    if forking < WORTH_IT or not MAPS.exists():
         return
     libc = ctypes.CDLL(None)
     for start, end in _own_memory():
@@ -42,7 +44,7 @@ def keep_memory_shared(forking: int) -> None:
 
 def _own_memory() -> Iterator[tuple[int, int]]:
     """Where Python's objects lie, in whole huge pages."""
-    for line in Path("/proc/self/maps").read_text().splitlines():
+    for line in MAPS.read_text().splitlines():
         place, rights, *_, name = f"{line} -".split()[:6]
         first, last = (int(number, 16) for number in place.split("-"))
         start, end = -(-first // HUGE) * HUGE, last // HUGE * HUGE
