@@ -28,14 +28,21 @@ def check(cfg: DictConfig) -> None:
         ValueError: something is not possible, or another error of whoever finds it.
     """
     _require_restartable()
-    if not isinstance(seed := cfg.get("seed", 0), int):
-        raise ValueError(f"seed={seed} is not allowed. Allowed: a whole number, such as seed=1.")
+    _require_seed(cfg.get("seed", 0))
     for key, target in _targets(OmegaConf.to_container(cfg, resolve=False)):
         _import(key, target)
     if cfg.strategy._target_.startswith(("lightning.", "lightning_easgd.")):
         instantiate(cfg.strategy)
     _require_checkpoint(cfg)
     _require_data(cfg)
+
+
+def _require_seed(seed: Any) -> None:
+    if type(seed) is not int or not 0 <= seed < 2**32:
+        raise ValueError(
+            f"seed={seed} is not allowed. Allowed: a whole number from 0 to 4294967295, such as"
+            " seed=1."
+        )
 
 
 def count_workers(cfg: DictConfig) -> int:

@@ -228,7 +228,8 @@ class Net(torch.nn.Module):
         (["trainer.accelerator=tpu"], "trainer.accelerator=tpu, trainer.devices=1, "),
         (["trainer.devices=x"], "trainer.accelerator=cpu, trainer.devices=x, "),
         (["data=mnist", "data.root=nowhere"], "MNIST is not on disk; searched were nowhere"),
-        (["seed=null"], "seed=None is not allowed. Allowed: a whole number, such as seed=1."),
+        (["seed=null"], "seed=None is not allowed. Allowed: a whole number from 0 to 4294967295"),
+        (["seed=-1"], "seed=-1 is not allowed. Allowed: a whole number from 0 to 4294967295"),
         (["ckpt_path=nowhere.ckpt"], "ckpt_path=nowhere.ckpt does not exist."),
         (
             ["module._target_=my.Ne", "data._target_=my.Net"],
