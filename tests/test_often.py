@@ -25,7 +25,10 @@ from trajectories import Case, Given, Steps
 from lightning_easgd import EASGD, Auto, EASGDStrategy, Linear, Often
 from lightning_easgd.center.center import Center
 from lightning_easgd.communication import Phase
-from lightning_easgd.schedules import Period
+from lightning_easgd.exchange.clock import Clock
+from lightning_easgd.schedules import Durations, Observation, Period
+from lightning_easgd.schedules.automatic import AutomaticPeriod
+from lightning_easgd.telemetry import Telemetry
 
 SMALL = Often(tau=2, below=6)
 """The two biases of the toy; its weight has six elements."""
@@ -145,6 +148,24 @@ def test_a_worker_that_waits_for_one_sum_sooner_changes_no_bit(rule: str) -> Non
 
     expected = run_threads(train, GIVEN | RULES[rule], workers=3)
     found = run_threads(train, GIVEN | RULES[rule], drains, workers=3)
+    assert [each for each, _ in found] == [each for each, _ in expected]
+
+
+@pytest.mark.parametrize("latest", [True, False])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_worker_has_its_own_back_after_the_center(rule: str, latest: bool) -> None:
+    """Of both portions, whether the sums in flight are awaited or not."""
+
+    def looks(rank: int, number: int, worker: Any) -> None:
+        before = worker.module.values()
+        with worker.exchange.swapped("center", latest=latest):
+            values = [value for _, view in worker.center.slices("center") for value in view]
+            assert worker.module.values() == [float(value) for value in values]
+            assert number < 2 or worker.module.values() != before
+        assert worker.module.values() == before
+
+    expected = run_threads(train, GIVEN | RULES[rule], workers=2)
+    found = run_threads(train, GIVEN | RULES[rule], looks, workers=2)
     assert [each for each, _ in found] == [each for each, _ in expected]
 
 
@@ -352,3 +373,21 @@ def test_the_others_end_where_a_worker_is_killed(monkeypatch: pytest.MonkeyPatch
         assert outcome.error == "ExchangeError", outcome
         assert "Worker 2 " in outcome.message
         assert "step 10" in outcome.message or "step 12" in outcome.message
+
+
+def test_a_run_that_resumes_exchanges_at_multiples_whatever_it_was_saved_with() -> None:
+    clock = Clock(Period(Linear(1, 61, steps=60), often=4), Telemetry())
+    clock.resume(11, tau=3, next_due=13)
+    assert clock.next_due == 16
+    clock.resume(11, tau=4, next_due=12)
+    assert clock.next_due == 12
+
+
+@pytest.mark.parametrize("fragments", [1, 2])
+def test_a_period_that_is_found_by_measuring_is_a_multiple(fragments: int) -> None:
+    automatic = AutomaticPeriod(Auto(max=100), fragments=fragments, often=3, log=lambda _: None)
+    for exchange in (1, 10, 25, 70, 170, 320):
+        for _ in range(16):
+            automatic.observe(Observation([Durations(step=10_000, exchange=1000 * exchange)]))
+        assert automatic.at(0) % (3 * fragments) == 0
+        assert automatic.at(0) >= fragments * exchange / 10

@@ -72,8 +72,12 @@ def assemble(
     small: Participant | None = None
     more_often: list[Level] = [*levels]
     if often is not None and rules.often is not None:
-        settle = lambda: link.wait()  # noqa: E731
-        small = take_part(often, portion=center.often, telemetry=Telemetry(), settle=settle)
+        small = take_part(
+            often,
+            portion=center.often,
+            telemetry=Telemetry(),
+            settle=lambda: link.wait(),  # which is made below
+        )
         more_often.append(Level(small, Period(rules.often.tau)))
     participant = take_part(
         all_reduce,
