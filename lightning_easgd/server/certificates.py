@@ -37,6 +37,30 @@ class Certificates:
         return self.authority.read_bytes(), self.certificate.read_bytes(), self.key.read_bytes()
 
 
+class ShutOut:
+    """Names on certificates that are no longer let in: the lines of a file, read when it changes.
+
+    Args:
+        path: of the file, which need not be there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._seen: tuple[int, int] | None = None
+        self._names: frozenset[str] = frozenset()
+
+    def __contains__(self, name: str) -> bool:
+        try:
+            status = self._path.stat()
+        except FileNotFoundError:
+            return False
+        seen = (status.st_mtime_ns, status.st_size)
+        if seen != self._seen:
+            self._names = frozenset(self._path.read_text().split())
+            self._seen = seen
+        return name in self._names
+
+
 def require_protected(address: str, certificates: Certificates | None, insecure: bool) -> None:
     """Check that others than this machine are let in with certificates only.
 

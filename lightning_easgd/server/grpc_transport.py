@@ -11,7 +11,12 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from lightning_easgd.server.certificates import SERVER_NAME, Certificates, require_protected
+from lightning_easgd.server.certificates import (
+    SERVER_NAME,
+    Certificates,
+    ShutOut,
+    require_protected,
+)
 from lightning_easgd.server.client import LostError
 from lightning_easgd.server.frames import FRAME_BYTES
 from lightning_easgd.server.handler import Handler
@@ -45,6 +50,7 @@ class GrpcServer:
         handler: answers.
         address: host and port; port 0 takes a free one.
         certificates: of the server; needed where others than this machine reach the address.
+        shut_out: names on certificates that are not let in although the authority signed them.
         insecure: whether to do without there. Then whoever reaches the address can read and change
             the center.
 
@@ -62,10 +68,12 @@ class GrpcServer:
         address: str = "127.0.0.1:0",
         *,
         certificates: Certificates | None = None,
+        shut_out: ShutOut | None = None,
         insecure: bool = False,
     ) -> None:
         require_protected(address, certificates, insecure)
         self._handler = handler
+        self._shut_out = shut_out
         self._threads = ThreadPoolExecutor(_THREADS, "center-server")
         workers = handler.server.settings.limits.workers
         self._server = grpc.server(
@@ -107,6 +115,9 @@ class GrpcServer:
                 grpc.StatusCode.INVALID_ARGUMENT,
                 f"A call must say how long it may take, and that at most {LONGEST_CALL:g} s.",
             )
+        for name in _names(context):
+            if self._shut_out is not None and name in self._shut_out:
+                context.abort(grpc.StatusCode.PERMISSION_DENIED, f"'{name}' was shut out.")
         yield from self._handler.answer(frames, _sender(context))
 
 
@@ -189,10 +200,15 @@ def _for_worker(certificates: Certificates) -> grpc.ChannelCredentials:
     return grpc.ssl_channel_credentials(authority, key, certificate)
 
 
+def _names(context: grpc.ServicerContext) -> list[str]:
+    """On the certificate of who speaks; none without one."""
+    names = context.auth_context().get("x509_common_name", [])
+    return [name.decode(errors="replace") for name in names]
+
+
 def _sender(context: grpc.ServicerContext) -> str:
     """Who speaks, as its certificate says, and from where."""
-    names = context.auth_context().get("x509_common_name", [])
-    return " ".join([*(name.decode(errors="replace") for name in names), context.peer()])
+    return " ".join([*_names(context), context.peer()])
 
 
 def _told(error: grpc.RpcError) -> str:

@@ -52,9 +52,9 @@ def _tensor(entry: Any, most_bytes: int) -> tuple[str, Tensor]:
     match entry:
         case [str(name), list(shape), "float32" | "float64" as dtype]:
             if not all(type(extent) is int and extent >= 0 for extent in shape):
-                raise _malformed(f"'{name:.80}' has no shape")
+                raise _malformed(f"{name!r:.80} has no shape")
             if math.prod(max(1, extent) for extent in shape) > most_bytes:
-                raise _malformed(f"'{name:.80}' is too large")
+                raise _malformed(f"{name!r:.80} is too large")
             return name, torch.empty(shape, dtype=_DTYPES[dtype], device="meta")
     raise _malformed("a parameter has no name, shape or precision")
 
@@ -82,16 +82,22 @@ def require_same_model(theirs: FlatLayout, ours: FlatLayout) -> None:
                 raise Refused(
                     Refusal.OTHER_MODEL,
                     f"This worker has another model than the server: parameter {place},"
-                    f" '{their.name}', has the {what} {given}, and there"
-                    f" '{our.name}' has {known}. Give all workers of this server the same model.",
+                    f" {_shown(their.name)}, has the {what} {_shown(given)}, and there"
+                    f" {_shown(our.name)} has {_shown(known)}. Give all workers of this server the"
+                    " same model.",
                 )
     longer, has = max((theirs, "this worker"), (ours, "the server"), key=lambda e: len(e[0].slots))
     extra = longer.slots[min(len(theirs.slots), len(ours.slots))].name
     raise Refused(
         Refusal.OTHER_MODEL,
         f"This worker has {len(theirs.slots)} parameters and the server {len(ours.slots)}: only"
-        f" {has} has '{extra}'. Give all workers of this server the same model.",
+        f" {has} has {_shown(extra)}. Give all workers of this server the same model.",
     )
+
+
+def _shown(value: object) -> str:
+    """What a worker may have sent, so that it does nothing in a terminal or a log."""
+    return f"{value!r:.80}"
 
 
 def vector_on(layout: FlatLayout, memory: Tensor) -> FlatVector:

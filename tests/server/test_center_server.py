@@ -380,9 +380,10 @@ def test_a_snapshot_of_another_algorithm_is_refused() -> None:
     ("shapes", "said"),
     [
         ({"weight": (2, 3), "bias": (2,)}, r"parameter 0, 'weight', has the shape \(2, 3\)"),
-        ({"weights": (3, 2), "bias": (2,)}, "'weights', has the name weights.* 'weight'"),
+        ({"weights": (3, 2), "bias": (2,)}, "'weights', has the name 'weights'.* 'weight'"),
         ({"weight": (3, 2)}, "only the server has 'bias'"),
         ({**SHAPES, "more": (1,)}, "only this worker has 'more'"),
+        ({"\x1b[31m\n" + "x" * 200: (1,)}, r"parameter 0, '\\x1b\[31m\\nx{60,80}, has"),
     ],
 )
 def test_another_model_is_refused_by_the_name_of_the_parameter(shapes: Any, said: str) -> None:

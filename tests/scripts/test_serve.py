@@ -1,0 +1,141 @@
+"""scripts/serve.py: a center that can be killed, its table, and its keys."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from served import LAYOUT, constant, values
+
+pytest.importorskip("grpc", reason="needs gRPC: pip install -e '.[async]'")
+pytest.importorskip("safetensors", reason="needs safetensors: pip install -e '.[async]'")
+pytest.importorskip("cryptography", reason="needs cryptography: pip install -e '.[async]'")
+import serve
+from rich.console import Console
+from serving import Shown, table
+
+from lightning_easgd.server import Settings
+from lightning_easgd.server.certificates import Certificates
+from lightning_easgd.server.client import CenterClient
+from lightning_easgd.server.grpc_transport import GrpcTransport
+from lightning_easgd.server.serving import Serving
+
+pytestmark = pytest.mark.timeout(150)
+
+SCRIPT = Path(serve.__file__)
+
+
+class Server:
+    """serve.py in a process of its own."""
+
+    def __init__(self, *arguments: Any) -> None:
+        command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        assert self.process.stdout is not None
+        said = self.process.stdout.readline()
+        found = re.match(r"serving on port (\d+)", said)
+        assert found, said + self.process.stdout.read()
+        self.port = int(found[1])
+
+    def end(self, number: signal.Signals) -> int:
+        self.process.send_signal(number)
+        self.process.communicate(timeout=60)
+        return self.process.returncode
+
+
+def reach(port: int, certificates: Certificates | None = None) -> CenterClient:
+    transport = GrpcTransport(f"127.0.0.1:{port}", certificates=certificates)
+    return CenterClient(transport, "0", LAYOUT, incarnation=1, patience=60)
+
+
+def test_a_killed_server_goes_on_and_a_worker_notices_only_that_it_waits(tmp_path: Path) -> None:
+    server = Server(tmp_path, "--address", "127.0.0.1:0", "--seconds", 0.2)
+    client, sent = reach(server.port), 0
+    client.join(constant(0.0))
+    for _ in range(2):
+        for _ in range(200):
+            sent += 1
+            assert client.add(constant(1.0))[0].sequence == sent
+        assert server.end(signal.SIGKILL) == -signal.SIGKILL
+        server = Server(tmp_path, "--address", f"127.0.0.1:{server.port}", "--seconds", 0.2)
+    client.add(constant(1.0))
+    version, center = client.get()
+    client.close()
+    np.testing.assert_array_equal(values(center), version)  # nothing twice
+    assert server.end(signal.SIGTERM) == 0
+    last = Serving(Settings(), tmp_path)
+    (worker,) = last.handler.server.workers(last.handler.server.version).values()
+    assert (worker.adds, worker.adds + worker.missing) == (version, sent + 1)
+    last.close()
+
+
+def test_keys_let_a_site_in_and_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = tmp_path / "keys"
+    serve.make_keys([str(keys), "server", "site-a"])
+    assert f"site-a: give it {keys}/authority.pem, {keys}/site-a.pem" in capsys.readouterr().out
+    server = Server(tmp_path / "center", "--address", "0.0.0.0:0", "--keys", keys)
+    names = ("authority.pem", "site-a.pem", "site-a.key")
+    client = reach(server.port, Certificates(*(keys / name for name in names)))
+    client.join(constant(0.0))
+    serve.make_keys([str(keys), "--shut-out", "site-a"])
+    assert "shut out at once: site-a" in capsys.readouterr().out
+    client._patience = 0.1
+    with pytest.raises(ConnectionError, match="'site-a' was shut out"):
+        client.get()
+    client.close()
+    assert server.end(signal.SIGINT) == 0
+
+
+def test_the_table_shows_who_is_there(tmp_path: Path) -> None:
+    serving = Serving(Settings(beta=0.5), tmp_path)
+    shown = Shown(serving, tmp_path / "served.jsonl")
+    assert shown.look()["workers"] == []
+    client = reach(serving.port)
+    client.join(constant(0.0))
+    client.add(constant(0.5))
+    look = json.loads(json.dumps(shown.look()))
+    (row,) = look["workers"]
+    assert (row["worker"], row["exchanges"], row["staleness"], row["missing"]) == ("0", 1, 0, 0)
+    assert row["distance"] == pytest.approx(627**0.5)
+    client.add(constant(0.0))
+    assert shown.look()["workers"][0]["per_second"] > 0
+    screen = Console(file=io.StringIO(), width=120)
+    screen.print(table(look))
+    assert "center after 1 differences, α = 0.5" in screen.file.getvalue()
+    client.close()
+    serving.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--beta", "2"], "beta=2.0 is not allowed"),
+        (["--address", "0.0.0.0:0"], "with certificates"),
+        (["--keys", "nowhere"], "No such file"),
+        (["--workers", "some"], "workers='some' is not allowed"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_served_is_one_line(
+    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["serve.py", str(tmp_path), *arguments])
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(SystemExit, match=said) as ended:
+        serve.main()
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
+        signal.signal(number, handler)
+    assert str(ended.value).startswith("error: ")
+    assert len(str(ended.value).splitlines()) == 1
+    assert not [name for name in os.listdir(tmp_path) if name.endswith(".safetensors")]
