@@ -5,6 +5,7 @@
     python scripts/measure.py exchange     cost of an exchange with its way, on emulated hosts
     python scripts/measure.py small        cost of frequent exchanges of small parameters
     python scripts/measure.py memory       extra memory per worker, in copies of the parameters
+    python scripts/measure.py server       an asynchronous center's server against an echo over gRPC
 
 Throughput on a network is scripts/benchmark.py's. Accuracy at equal samples is that of
 scripts/compare.py, against DDP at its best learning rate with preset=accuracy.
@@ -23,6 +24,7 @@ from measurements.ends import ends
 from measurements.exchange import exchange
 from measurements.memory import memory
 from measurements.overhead import overhead
+from measurements.server import server
 from measurements.small import small
 
 
@@ -57,6 +59,11 @@ def main() -> None:
     five.add_argument("--below", type=int, default=100_000, help="elements, as of Often")
     five.add_argument("--steps", type=int, default=1000)
     five.add_argument("--repetitions", type=int, default=5)
+    six = commands.add_parser("server", help="an asynchronous center's server against an echo")
+    six.add_argument("--workers", type=int, default=4)
+    six.add_argument("--megabytes", type=float, default=5.0, help="of the model")
+    six.add_argument("--encrypted", action="store_true", help="with certificates on both sides")
+    six.add_argument("--repetitions", type=int, default=9, help="pairs of server and echo")
     options = vars(parser.parse_args())
     measurements = {
         "overhead": overhead,
@@ -64,6 +71,7 @@ def main() -> None:
         "exchange": exchange,
         "small": small,
         "memory": memory,
+        "server": server,
     }
     measurements[options.pop("command")](**options)
 

@@ -37,6 +37,18 @@ def test_what_a_small_exchange_takes_of_a_processor(tmp_path: Path) -> None:
     assert re.search(r"  -?\d+\.\d\d ms of a processor for each worker", told)
 
 
+@pytest.mark.parametrize("kind", [[], ["--encrypted"]], ids=str)
+def test_a_server_against_an_echo(tmp_path: Path, kind: list[str]) -> None:
+    pytest.importorskip("grpc", reason="needs gRPC: pip install -e '.[async]'")
+    pytest.importorskip("cryptography", reason="needs cryptography: pip install -e '.[async]'")
+    options = ["server", "--workers", "2", "--megabytes", "0.01", "--repetitions", "1", *kind]
+    told = run_script(SCRIPT, options, folder=tmp_path, workers=1)
+    assert f"2 workers, 0.01 MB, {'encrypted' if kind else 'plain'}" in told
+    rates = {way: float(rate) for way, rate in re.findall(r"(echo|server) +(\d+) MB/s", told)}
+    assert min(rates["echo"], rates["server"]) > 0
+    assert re.search(r"server / echo \d\.\d+ in the middle of 1 pairs", told)
+
+
 def _number(cell: str) -> float:
     return 0.0 if cell == "ms" else float(cell)
 
