@@ -280,13 +280,24 @@ def test_what_is_no_often_is_refused() -> None:
         EASGDStrategy(often=2)  # type: ignore[arg-type]
 
 
+def test_the_order_of_names_is_that_of_no_process() -> None:
+    assert Often(names={"b*", "a*"}) == Often(names=("b*", "a*"))  # type: ignore[arg-type]
+
+
+def test_it_is_said_with_which_groups_it_is_not_possible() -> None:
+    with pytest.raises(ValueError, match=r"often=Often\(.*\) is not possible with groups='node': "):
+        EASGDStrategy(often=SMALL, groups="node")
+
+
 def test_nothing_is_exchanged_often_below_zero_elements() -> None:
     assert EASGDStrategy(often=Often(below=0), algorithm="local_sgd").options.often is None
 
 
 def test_the_main_pause_is_a_multiple() -> None:
-    with pytest.raises(ValueError, match=r"fragments=3 times often.tau=2: .* example tau=12\."):
+    with pytest.raises(ValueError, match=r"fragments=3 times often.tau=2: .* example tau=12; or"):
         EASGDStrategy(tau=8, fragments=3, often=SMALL)
+    with pytest.raises(ValueError, match=r"multiple of often.tau=3: .*18; .* smaller often.tau\."):
+        EASGDStrategy(tau=16, often=Often(tau=3))
     with pytest.raises(ValueError, match=r"never reaches fragments=3 times often.tau=2: "):
         Period(Linear(1, 5), 3, often=2)
     with pytest.raises(ValueError, match=r"multiple of fragments=5 times often.tau=2. Raise max"):

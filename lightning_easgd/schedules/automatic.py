@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from lightning_easgd.schedules.base import Durations, Observation, ScalarOrSchedule, Schedule
 from lightning_easgd.schedules.checks import require_count
+from lightning_easgd.schedules.often import fewer_or_smaller, multiple_of
 
 ENOUGH_ROUNDS = 16
 """After which what was measured of them is worth a choice."""
@@ -63,12 +64,9 @@ class Auto:
         parts = fragments * often
         least, most = parts * math.ceil(self.min / parts), parts * (self.max // parts)
         if most < least:
-            times, or_often = (
-                (f" times often.tau={often}", " or often.tau") if often > 1 else ("", "")
-            )
             raise ValueError(
-                f"{self} leaves no period that is a multiple of fragments={fragments}{times}. Raise"
-                f" max, or lower min or fragments{or_often}."
+                f"{self} leaves no period that is a multiple of {multiple_of(fragments, often)}."
+                f" Raise max, or lower min, or take {fewer_or_smaller(fragments, often)}."
             )
         return least, most
 

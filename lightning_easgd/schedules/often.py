@@ -44,6 +44,7 @@ class Often:
         names = tuple(names)
         met = all(isinstance(name, str) and name for name in names)
         require("Often.names", names, allowed, met)
+        names = tuple(sorted(names))  # a set has another order in every process
         for field, value in {"tau": tau, "below": below, "names": names}.items():
             object.__setattr__(self, field, value)
 
@@ -63,3 +64,16 @@ def require_often(often: object) -> Often | None:
     require("often", often, "Often(tau=..., below=...), or None", isinstance(often, Often))
     assert isinstance(often, Often)
     return often if often.below or often.names else None
+
+
+def multiple_of(fragments: int, often: int) -> str:
+    """Of what τ is a multiple, in the words of the options that are not 1."""
+    parts = {"fragments": fragments, "often.tau": often}
+    found = [f"{name}={value}" for name, value in parts.items() if value > 1]
+    return " times ".join(found or ["fragments=1"])
+
+
+def fewer_or_smaller(fragments: int, often: int) -> str:
+    """What to do if τ cannot be a multiple."""
+    ways = {"fewer fragments": fragments, "a smaller often.tau": often}
+    return " or ".join([way for way, value in ways.items() if value > 1] or ["fewer fragments"])

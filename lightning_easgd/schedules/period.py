@@ -6,6 +6,7 @@ import math
 
 from lightning_easgd.schedules.base import ScalarOrSchedule, Schedule
 from lightning_easgd.schedules.checks import is_count, is_number
+from lightning_easgd.schedules.often import fewer_or_smaller, multiple_of
 from lightning_easgd.schedules.plain import Constant, as_schedule
 
 
@@ -34,9 +35,8 @@ class Period:
         self.schedule = as_schedule("tau", tau, check)
         if self._rounds and self.schedule.bounds[1] < fragments * often:
             raise ValueError(
-                f"tau={tau} never reaches fragments={fragments}{self._times}: a fragment is"
-                " exchanged every tau / fragments steps. Let tau become larger, or take fewer"
-                f" fragments{' or a smaller often.tau' if often > 1 else ''}."
+                f"tau={tau} never reaches {multiple_of(fragments, often)}: {self._why}. Let tau"
+                f" become larger, or take {fewer_or_smaller(fragments, often)}."
             )
 
     def __str__(self) -> str:
@@ -60,20 +60,21 @@ class Period:
         return pause * self.fragments, step // grid * grid + pause
 
     @property
-    def _times(self) -> str:
-        return f" times often.tau={self.often}" if self.often > 1 else ""
-
-    @property
-    def _together(self) -> str:
-        return ", together with what is exchanged every often.tau" if self.often > 1 else ""
+    def _why(self) -> str:
+        what = "tau steps the other parameters are"
+        if self.fragments > 1 or self.often == 1:
+            what = "tau / fragments steps a fragment is"
+        together = ", together with what is exchanged every often.tau" if self.often > 1 else ""
+        return f"every {what} exchanged{together}"
 
     def _require_whole(self, tau: object) -> int:
         if is_count(tau):
             if tau % (parts := self.fragments * self.often):
                 raise ValueError(
-                    f"tau={tau!r} is not a multiple of fragments={self.fragments}{self._times}:"
-                    f" every tau / fragments steps a fragment is exchanged{self._together}."
-                    f" Allowed: a multiple, for example tau={math.ceil(tau / parts) * parts}."
+                    f"tau={tau!r} is not a multiple of {multiple_of(self.fragments, self.often)}:"
+                    f" {self._why}. Allowed: a multiple, for example"
+                    f" tau={math.ceil(tau / parts) * parts}; or take"
+                    f" {fewer_or_smaller(self.fragments, self.often)}."
                 )
             return int(tau)
         raise ValueError(

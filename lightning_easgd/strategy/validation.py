@@ -56,7 +56,8 @@ class Combination:
     def message(self, options: Mapping[str, Any]) -> str:
         """The error for these options."""
         given, beside = options[self.option], options[self.beside]
-        named = beside if self.beside in ("algorithm", "groups") else f"{self.beside}={beside!r}"
+        described = isinstance(beside, (Rule, Groups))  # by a name of its own
+        named = beside if described else f"{self.beside}={beside!r}"
         instead = self.instead.format(**options)
         return f"{self.option}={given!r} is not possible with {named}: {self.because}. {instead}."
 
@@ -120,7 +121,7 @@ REFUSED: tuple[Combination, ...] = (
         ),
         "it has two exchanges under way at a time, of different parameters, and workers would go on"
         " from the center, or agree, at one of them",
-        "Remove often, or set algorithm='easgd'",
+        "Remove often, or set algorithm='delayed_sgd' or 'easgd'",
     ),
     *(
         Combination(
