@@ -6,10 +6,9 @@ Every key of conf/ can be set: python scripts/train.py model=resnet strategy.tau
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import hydra
 from hydra.utils import instantiate
@@ -40,31 +39,15 @@ def start(cfg: DictConfig) -> float | None:
     """Run one job in workers of its own, or be one of them."""
     if cfg.test and not cfg.train and cfg.ckpt_path is None:
         raise ValueError("train=false got nothing to test. Set ckpt_path=PATH, or test=false.")
+    from objective import objective
+
     read = read_config(cfg)
-    return objective(read, asdict(start_workers(read, run)[0]))
-
-
-def objective(cfg: DictConfig, report: Mapping[str, Any]) -> float | None:
-    """The number that a sweeper optimizes: one that the run tested or logged.
-
-    Raises:
-        ValueError: there is none of this name.
-    """
-    found = {**report["logged"], **report["tested"]}
-    if cfg.objective is None:
-        return None
-    if cfg.objective not in found:
-        raise ValueError(
-            f"objective={cfg.objective} was neither tested nor logged. Allowed are"
-            f" {', '.join(sorted(found)) or 'none, for nothing was'}. Correct the name, or let the"
-            " module log it. What validation logs is there once it has run: see"
-            " trainer.check_val_every_n_epoch."
-        )
-    return found[cfg.objective]
+    return objective(read.objective, asdict(start_workers(read, run)[0]))
 
 
 def run(cfg: DictConfig) -> Report:
     """What one worker does."""
+    from objective import Sought
     from progress import Progress
 
     from lightning_easgd.communication import leave_all_groups
@@ -80,6 +63,7 @@ def run(cfg: DictConfig) -> Report:
     callbacks = [
         progress,
         *experiment.callbacks(strategy, checkpoint, cfg.seed),
+        *([Sought(cfg.objective, tested=cfg.test)] if cfg.objective and cfg.train else []),
         *several(cfg.get("callbacks")),
         *several(cfg.trainer.get("callbacks")),
     ]

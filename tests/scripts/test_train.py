@@ -9,15 +9,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import answering
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from objective import Sought, objective
 from plugging import replace_whole
 from processes import processes_of, run_script
-from train import draw_curves, objective
+from train import draw_curves
 
 from lightning_easgd.workloads.report import Report
 
@@ -114,15 +116,33 @@ def test_the_command_of_the_readme_reaches_97_percent_on_the_digits(tmp_path: Pa
 def test_a_sweeper_gets_the_number_that_it_asked_for() -> None:
     reported = {"logged": {"val/loss": 0.25}, "tested": {"test/loss": 0.5}}
     for name, value in (("val/loss", 0.25), ("test/loss", 0.5), (None, None)):
-        assert objective(OmegaConf.create({"objective": name}), reported) == value
+        assert objective(name, reported) == value
     with pytest.raises(ValueError, match=r"objective=loss was .* Allowed are test/loss, val/loss"):
-        objective(OmegaConf.create({"objective": "loss"}), reported)
+        objective("loss", reported)
 
 
 def test_a_number_that_is_not_there_is_an_error_that_lists_what_is(tmp_path: Path) -> None:
     overrides = ["model=mlp", "strategy=single", "objective=accuracy"]
     printed = train(tmp_path, *overrides, code=1)
     assert "Allowed are test/accuracy, test/loss, train/accuracy, train/loss" in printed
+
+
+def test_of_a_number_that_only_the_test_can_log_users_are_warned() -> None:
+    trainer: Any = SimpleNamespace(enable_validation=False, callback_metrics={"val/loss": 1.0})
+    Sought("test/loss", tested=True).on_train_epoch_end(trainer, trainer)
+    with pytest.warns(UserWarning, match=r"objective=loss was not .* Or it is of the test"):
+        Sought("loss", tested=True).on_train_epoch_end(trainer, trainer)
+
+
+@pytest.mark.parametrize(("name", "more"), [("val/acuracy", []), ("accuracy", ["test=false"])])
+def test_a_number_that_will_not_be_there_ends_training_after_an_epoch(
+    tmp_path: Path, name: str, more: list[str]
+) -> None:
+    long = ["trainer.max_epochs=100000", "trainer.check_val_every_n_epoch=1"]
+    overrides = ["model=mlp", "trainer.devices=2", *long, f"objective={name}", *more]
+    said = train(tmp_path, *overrides, code=1)
+    assert f"objective={name} was not logged in the first epoch that was validated." in said
+    assert "Allowed are train/accuracy, train/loss, val/accuracy, val/loss." in said
 
 
 def test_a_seed_repeats_exactly_and_resuming_too(tmp_path: Path) -> None:
