@@ -238,6 +238,7 @@ def test_parameters_are_small_or_named() -> None:
     [
         (Often(below=1), "takes in none of the parameters that Two trains, which have 1 to 8"),
         (Often(below=9), "takes in all of the parameters that Two trains, which have 1 to 8"),
+        (Often(below=9), "Let `below` lie in between, for example below=8, or leave often out"),
         (Often(names=("nrom",)), "names no parameter of Two: 'nrom' matches none of 'weight'"),
     ],
 )

@@ -126,5 +126,5 @@ def require_both(module: nn.Module, named: Named, often: Often) -> None:
         raise ValueError(
             f"often={often} takes in {'none' if main else 'all'} of the parameters that {kind}"
             f" trains, which have {sizes[0]} to {sizes[-1]} elements. Let `below` lie in between,"
-            " or leave often out and set tau alone."
+            f" for example below={sizes[-1]}, or leave often out and set tau alone."
         )

@@ -143,8 +143,10 @@ class Report:
         settings = [self.strategy, f"tau={self.tau}" if self.tau else "", self.strength or ""]
         settings += [f"lr={self.learning_rate:g}" if self.learning_rate is not None else ""]
         seed = [] if self.seed is None else [f"seed {self.seed}"]
+        plain = self.rule is None or self.rule == _plain_rule(self.strategy)
         return [
             ("strategy", ", ".join(filter(None, settings))),
+            *([] if plain else [("rule", str(self.rule))]),
             ("model", f"{self.model}, {self.parameters:,} parameters"),
             ("data", ", ".join([self.data, *seed])),
             ("workers", f"{self.workers}, {self.steps} steps each"),
@@ -231,6 +233,13 @@ def name_model(module: pl.LightningModule) -> str:
     own = any(True for _ in module.parameters(recurse=False))
     name = type(module).__name__
     return f"{name} of {type(parts[0]).__name__}" if len(parts) == 1 and not own else name
+
+
+def _plain_rule(strategy: str) -> str:
+    """What a strategy of this name says of its rule where no option of that is given."""
+    with suppress(ValueError):  # it is a rule of the user's, or one with a running average
+        return str(EASGDStrategy(algorithm=strategy).options.rules.algorithm)
+    return f"{strategy}()"
 
 
 def _versions() -> dict[str, str]:

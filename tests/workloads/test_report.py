@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from processes import run_workers
 from toy import Toy, loader, trainer
 
-from lightning_easgd import EASGDStrategy, LocalSGD
+from lightning_easgd import EASGD, DelayedSGD, EASGDStrategy, LocalSGD
 from lightning_easgd.workloads import experiment
 from lightning_easgd.workloads.report import Report, name_model, samples_of
 
@@ -38,19 +39,24 @@ def under_rules(rank: int) -> list[Any]:
         {"algorithm": "local_sgd"},
         {"algorithm": MyRule()},
         {"algorithm": "downpour", "center_average": "polyak"},
+        {"algorithm": EASGD(pull=0.4, look_ahead=1)},
+        {"algorithm": DelayedSGD(0.25)},
     ]
     reports = [run(EASGDStrategy(tau=4, **some)) for some in options]
-    return [(report.strategy, report.tau, report.strength) for report in reports]
+    rules = [re.findall(r"^  rule +(.*)$", report.table(), re.MULTILINE) for report in reports]
+    return [(report.strategy, report.tau, report.strength, *rules.pop(0)) for report in reports]
 
 
-def test_a_rule_goes_by_its_name() -> None:
+def test_a_rule_goes_by_its_name_and_has_a_row_for_its_options() -> None:
     (found,) = run_workers(under_rules, workers=1)
     assert found == [
         ("easgd", 4, "beta=0.9"),
         ("easgd", 4, "rho=0.5"),
         ("local_sgd", 4, None),
         ("MyRule", 4, None),
-        ("adownpour", 4, None),
+        ("adownpour", 4, None, "Downpour(average=False)"),
+        ("easgd", 4, "beta=0.9", "EASGD(center_momentum=0.0, pull=0.4, look_ahead=1.0)"),
+        ("delayed_sgd", 4, None, "DelayedSGD(own=0.25)"),
     ]
 
 
