@@ -180,14 +180,14 @@ def with_hooks(module: Slope, strategy: EASGDStrategy, given_up: torch.Tensor) -
     """Let the learning rate fall, and note what a worker gives up at a reset, and its end."""
 
     def on_train_start() -> None:
-        reset = strategy._fit.center.reset_worker
+        reset = strategy._fit.center.main.reset_worker
 
         def noted() -> None:
             given_up.add_(module.more.detach())
             reset()
             given_up.sub_(module.more.detach())
 
-        strategy._fit.center.reset_worker = noted
+        strategy._fit.center.main.reset_worker = noted
 
     def on_train_batch_start(batch: Any, batch_idx: int) -> None:
         strategy.optimizers[0].param_groups[0]["lr"] = RATES[batch_idx]
@@ -220,7 +220,7 @@ def test_a_restart_gives_up_nothing_but_what_workers_kept_for_themselves() -> No
         ({"beta": 0.9}, r"beta=0.9 is not possible .* how strongly workers and center pull"),
         ({"alpha": 0.0}, r"alpha=0.0 is not possible"),
         ({"rho": lambda step: 1.0}, r"rho=.* is not possible"),
-        ({"elastic_point": "iterate"}, r"elastic_point='iterate' .* from where a worker is pulled"),
+        ({"elastic_point": "iterate"}, r"elastic_point='iterate' .* from where worker and center"),
     ],
     ids=["overlap", "tau", "beta", "alpha", "rho", "elastic_point"],
 )
