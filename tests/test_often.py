@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import trajectories
 from against_reference import OPTIMIZERS, compare
 from in_memory import Wire, make_worker, run_threads
@@ -361,6 +362,37 @@ def test_small_parameters_travel_in_full_precision() -> None:
             assert rest == 0
             assert 11 <= headers <= 14  # and those of idle workers
         assert counted.bytes_sent - counted.bytes_often != with_codec.bytes_sent
+
+
+class Wide(Toy):
+    """With a weight of 400 kB more."""
+
+    def __init__(self) -> None:
+        super().__init__(partial(torch.optim.SGD, lr=0.1))
+        self.wide = nn.Parameter(torch.zeros(100_000))
+
+
+def most_of_one_sum(rank: int) -> list[int]:
+    """Bytes of the largest all-reduce, without small parameters, with them, and as asked for."""
+    found, started = [], dist.all_reduce
+
+    def noted(tensor: Tensor, *args: Any, **options: Any) -> Any:
+        found[-1] = max(found[-1], tensor.nbytes)
+        return started(tensor, *args, **options)
+
+    for options in ({}, {"often": SMALL}, {"often": SMALL, "bucket_bytes": 1000}):
+        found.append(0)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(dist, "all_reduce", noted)
+            trainer(2, EASGDStrategy(tau=2, **options)).fit(Wide(), loader(rank, 4))
+    return found
+
+
+def test_what_small_parameters_wait_behind_is_short() -> None:
+    for alike, often, asked in run_workers(most_of_one_sum, workers=2):
+        assert alike == 400_000
+        assert 2**16 < often <= 2**17
+        assert asked <= 1000
 
 
 def killed(rank: int) -> None:

@@ -62,6 +62,12 @@ class Portion:
         for cohort in self.cohorts[:cohorts]:
             yield from cohort
 
+    @property
+    def nbytes(self) -> int:
+        """Of the center's values, those of cohorts that wait to join, too."""
+        fragments = self.those_of(len(self.cohorts))
+        return sum(part.nbytes for fragment in fragments for part in fragment.center.parts)
+
     def fingerprint(self, cohorts: int, index: int = 0) -> int:
         """A hash of the first ``cohorts`` cohorts' names and shapes and the index, in 56 bits."""
         value = index

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import lightning.pytorch as pl
 
 from lightning_easgd.center.center import Center
+from lightning_easgd.center.portion import Portion
 from lightning_easgd.communication import Subgroup, WorkerGroup, make_all_reduce
 from lightning_easgd.exchange.assembly import assemble
 from lightning_easgd.exchange.exchange import Exchange
@@ -17,6 +18,9 @@ from lightning_easgd.strategy.options import Options
 from lightning_easgd.strategy.replica import replica_of
 from lightning_easgd.strategy.unsupported import refuse_own_losses
 from lightning_easgd.telemetry import Telemetry
+
+_WORTH_ITS_START = 2**17
+"""Bytes of a bucket below which its start costs more than others gain by not waiting for it."""
 
 
 def make_center(module: pl.LightningModule, options: Options, rank: int) -> Center:
@@ -85,14 +89,14 @@ def make_exchange(
         )
     all_reduce = make_all_reduce(
         group,
-        options.bucket_bytes,
+        options.bucket_bytes if center.often is None else _bucket_beside(center.often, options),
         options.codec,
         feedback=rules.algorithm.moving_rate is not None,
         subgroup=subgroups[0] if subgroups else None,
         agrees=not levels,
     )
     often = None
-    if options.often is not None:
+    if center.often is not None:
         often = make_all_reduce(group, options.bucket_bytes, None, feedback=False)
     trained = [p for p in trainer.lightning_module.parameters() if p.requires_grad]
     telemetry.ddp_bytes_per_step = all_reduce.ring_bytes(trained)
@@ -107,6 +111,15 @@ def make_exchange(
         levels=levels,
         groups=groups,
     )
+
+
+def _bucket_beside(often: Portion, options: Options) -> int:
+    """The most that one all-reduce of the large parameters carries while small ones come and go.
+
+    What begins meanwhile waits until the buckets that left before are through the network. So these
+    are no larger than what is exchanged often, but worth their start.
+    """
+    return min(options.bucket_bytes, max(_WORTH_ITS_START, often.nbytes))
 
 
 def _make_levels(

@@ -105,7 +105,8 @@ class EASGDStrategy(Adapter):
         center_average: a running average of the center takes its place in evaluation, checkpoints
             and the module after ``fit``: "polyak" (of all its moves), "ema" (of some 1000 latest)
             or CenterAverage("ema", rate=...). None: the center itself.
-        bucket_bytes: the most that one all-reduce carries, in bytes.
+        bucket_bytes: the most that one all-reduce carries, in bytes. With ``often`` those of large
+            parameters carry no more than all small ones have, or 128 KiB if these have less.
         accelerator: as for DDPStrategy, like all that follow.
         parallel_devices: the devices of this node.
         cluster_environment: where ranks and addresses come from.
