@@ -64,12 +64,12 @@ class Rule(ABC):
 
     @property
     def moving_rate(self) -> float | None:
-        """How far an exchange draws a worker; None: by just what it sends, α (x - c)."""
+        """How far an exchange draws a worker; None if by just what it sends, α (x - c)."""
         return 1 - self.mixing_rate if self.resets_to_center else None
 
     @property
     def beta_bound(self) -> float | None:
-        """β at and above which the rule diverges; None: what α = 2/(p+1) makes of it."""
+        """β at and above which the rule diverges; None if α = 2/(p+1) says it."""
         return None
 
     @abstractmethod
