@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import os
 import runpy
+import subprocess
 import sys
+import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +122,22 @@ def _be_script(
     text = path.read_text()
     path.unlink()
     return code, text
+
+
+@contextmanager
+def until_written(path: Path, command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
+    """A command, run in the folder of a file, when it has written that; it is killed behind it."""
+    nowhere = subprocess.DEVNULL
+    with subprocess.Popen(command, cwd=path.parent, stdout=nowhere, stderr=nowhere) as process:
+        try:
+            deadline = time.monotonic() + 120
+            while not path.exists():
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            yield process
+        finally:
+            process.kill()
 
 
 def free_port() -> int:

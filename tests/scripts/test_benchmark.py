@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from hydra import compose, initialize_config_dir
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import Strategy
 from omegaconf import DictConfig, OmegaConf
-from processes import processes_of
+from processes import processes_of, until_written
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
@@ -246,22 +245,9 @@ def test_under_torchrun_with_accuracies(tmp_path: Path) -> None:
 def test_a_signal_leaves_results_and_no_process(tmp_path: Path, number: signal.Signals) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), f"hydra.run.dir={tmp_path}"]
     options = ["contenders=[limit,easgd]", "steps=400", "repetitions=100"]
-    with subprocess.Popen(
-        [*command, *SMALL, *options],
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    ) as process:
-        try:
-            deadline = time.monotonic() + 120
-            while not (tmp_path / "results.jsonl").exists():
-                assert process.poll() is None
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
-            process.send_signal(number)
-            assert process.wait(30) == 128 + number
-        finally:
-            process.kill()
+    with until_written(tmp_path / "results.jsonl", [*command, *SMALL, *options]) as process:
+        process.send_signal(number)
+        assert process.wait(30) == 128 + number
     assert processes_of(tmp_path) == {}
     assert results(tmp_path)
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from lightning.pytorch.strategies import Strategy
 from omegaconf import DictConfig
-from processes import processes_of, run_script
+from processes import processes_of, run_script, until_written
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
@@ -147,21 +145,9 @@ def test_a_small_comparison_and_going_on_with_it(tmp_path: Path) -> None:
 
 
 def test_a_signal_leaves_results_and_no_process(tmp_path: Path) -> None:
-    with subprocess.Popen(
-        [sys.executable, str(SCRIPT), f"hydra.run.dir={tmp_path}", *SMALL, "seeds=100"],
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    ) as process:
-        try:
-            deadline = time.monotonic() + 120
-            while not (tmp_path / "results.jsonl").exists():
-                assert process.poll() is None
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
-            process.terminate()
-            assert process.wait(30) == 128 + signal.SIGTERM
-        finally:
-            process.kill()
+    command = [sys.executable, str(SCRIPT), f"hydra.run.dir={tmp_path}", *SMALL, "seeds=100"]
+    with until_written(tmp_path / "results.jsonl", command) as process:
+        process.terminate()
+        assert process.wait(30) == 128 + signal.SIGTERM
     assert processes_of(tmp_path) == {}
     assert results(tmp_path)

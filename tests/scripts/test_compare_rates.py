@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from itertools import islice
@@ -16,7 +15,7 @@ from comparing.comparison import Comparison
 from comparing.job import Job, Result
 from comparing.plan import Plan
 from hydra import compose, initialize_config_dir
-from processes import processes_of, run_script
+from processes import processes_of, run_script, until_written
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "compare.py"
@@ -122,20 +121,10 @@ def test_pairs_begin_alike_and_one_that_fails_loses_nothing_of_the_others(
 
 def test_one_that_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
     arguments = [f"hydra.run.dir={tmp_path}", *SMALL, "compared=[ddp]", "rates=null"]
-    with subprocess.Popen(
-        [sys.executable, str(SCRIPT), *arguments, "seeds=100"],
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    ) as process:
-        try:
-            deadline = time.monotonic() + 120
-            while not (tmp_path / "results.jsonl").exists():
-                assert process.poll() is None
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
-        finally:
-            process.kill()
+    command = [sys.executable, str(SCRIPT), *arguments, "seeds=100"]
+    with until_written(tmp_path / "results.jsonl", command):
+        pass
+    deadline = time.monotonic() + 120
     while processes_of(tmp_path):  # workers follow it by themselves
         assert time.monotonic() < deadline
         time.sleep(0.1)
