@@ -8,7 +8,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,9 @@ import configs
 from omegaconf import DictConfig, OmegaConf
 
 from comparing import paired, report
-from comparing.job import Job, Result, Workbench
+from comparing.job import Workbench
 from comparing.plan import Entry, Plan
+from comparing.result import Job, Result
 from comparing.running import Jobs
 
 _WORKLOAD = ("data", "module", "workers", "epochs")
@@ -86,7 +86,7 @@ class Comparison:
         else:
             self._failed[result.contender] = result
         with self._path.open("a") as file:
-            print(json.dumps(asdict(result)), file=file)
+            print(json.dumps(result.to_json()), file=file)
 
     def _settings_of(self, job: Job) -> dict[str, Any]:
         """The contender's configuration with the job's period and rate, and the workload."""
@@ -104,7 +104,7 @@ class Comparison:
         if not self._path.exists():
             return
         lines = [json.loads(line) for line in self._path.read_text().splitlines()]
-        results = [Result(**line) for line in lines if line.get("error") is None]
+        results = [Result.from_json(line) for line in lines if line.get("error") is None]
         self._found = {result.job: result for result in results if self._is_of_now(result)}
 
     def _is_of_now(self, result: Result) -> bool:

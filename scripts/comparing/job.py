@@ -7,7 +7,6 @@ import math
 import statistics
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,60 +17,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
+from comparing.result import Job
 from lightning_easgd import CenterAverage, NonFiniteError
 from lightning_easgd.workloads import experiment
 from lightning_easgd.workloads.report import count_bytes
-
-
-@dataclass(frozen=True)
-class Job:
-    """A contender's turn."""
-
-    contender: str
-    tau: int | None
-    """Optimizer steps between two exchanges; None if the contender has no such period."""
-    rate: float | None
-    """Learning rate; None: the contender's own."""
-    seed: int
-
-    def __str__(self) -> str:
-        period = "" if self.tau is None else f", τ = {self.tau}"
-        rate = "" if self.rate is None else f", η = {self.rate:g}"
-        return f"{self.contender}{period}{rate}, seed {self.seed}"
-
-
-@dataclass(frozen=True)
-class Result:
-    """What one job found."""
-
-    contender: str
-    tau: int | None
-    seed: int
-    settings: dict[str, Any]
-    """The contender's configuration and the workload's, by which later runs know them again."""
-    seconds: float
-    rate: float | None = None
-    """Learning rate; None: the contender's own."""
-    accuracy: float | None = None
-    """Share of the test images that the delivered model got right; None if training diverged."""
-    loss: float | None = None
-    """Mean cross-entropy of the delivered model on the training images; None likewise, or if
-    nobody asked."""
-    diverged: str | None = None
-    """How training diverged; None if it did not."""
-    error: str | None = None
-    """Why the job failed, which is not what diverging is called; None if it did not."""
-    restarts: int = 0
-    """How often a worker with weights that were not finite began again at the center."""
-    bytes_sent: float | None = None
-    """By a worker, in the mean; None if nothing counts them."""
-    ddp_bytes_sent: float | None = None
-    """Likewise, had gradients been averaged at every step."""
-
-    @property
-    def job(self) -> Job:
-        """What found it."""
-        return Job(self.contender, self.tau, self.rate, self.seed)
 
 
 class Workbench:
@@ -126,7 +75,7 @@ class Workbench:
         images, judged = ("test", test_loss) if loss is None else ("training", loss)
         guessing = math.log(self._cfg.data.num_classes)
         if judged <= guessing:
-            return {"accuracy": accuracy, "loss": loss}
+            return {"score": accuracy, "loss": loss}
         return {
             "diverged": f"the {images} loss was {judged:.3g}, that of guessing is {guessing:.3g}"
         }
@@ -134,11 +83,11 @@ class Workbench:
 
 def gathered(workers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What all workers of a job returned, as fields of its result."""
-    names = ("accuracy", "loss", "diverged", "restarts")
+    names = ("score", "loss", "diverged", "restarts")
     found = {name: workers[0][name] for name in names if name in workers[0]}
-    for name in ("bytes_sent", "ddp_bytes_sent"):
-        if all(name in worker for worker in workers):
-            found[name] = statistics.fmean(worker[name] for worker in workers)
+    for name, counted in (("sent_bytes", "bytes_sent"), ("ddp_bytes", "ddp_bytes_sent")):
+        if all(counted in worker for worker in workers):
+            found[name] = statistics.fmean(worker[counted] for worker in workers)
     return found
 
 

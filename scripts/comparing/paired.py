@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 
 from benchmarking.report import aligned
 
-from comparing.job import Result
 from comparing.plan import Entry, Found, Plan
+from comparing.result import Result
 
 
 def table(plan: Plan, found: Found, titles: Mapping[str, str], baseline: str | None) -> str:
@@ -55,7 +55,7 @@ def _title(entry: Entry, titles: Mapping[str, str]) -> str:
 
 
 def _reached(results: Sequence[Result]) -> tuple[str, str]:
-    known = [100 * result.accuracy for result in results if result.accuracy is not None]
+    known = [100 * result.score for result in results if result.score is not None]
     diverged = len(results) - len(known)
     number = f"{len(results)}, {diverged} diverged" if diverged else str(len(results))
     return _mean(known, "{:.2f}"), number
@@ -65,12 +65,12 @@ def _difference(results: Sequence[Result], others: Sequence[Result]) -> str:
     """In percentage points, of those that have a partner."""
     if results == others:
         return "-"
-    partners = {other.seed: other.accuracy for other in others if other.accuracy is not None}
+    partners = {other.seed: other.score for other in others if other.score is not None}
     return _mean(
         [
-            100 * (result.accuracy - partners[result.seed])
+            100 * (result.score - partners[result.seed])
             for result in results
-            if result.accuracy is not None and result.seed in partners
+            if result.score is not None and result.seed in partners
         ],
         "{:+.2f}",
     )
@@ -78,7 +78,7 @@ def _difference(results: Sequence[Result], others: Sequence[Result]) -> str:
 
 def _share(results: Sequence[Result]) -> str:
     """Of what DDP would have sent."""
-    shares = [r.bytes_sent / r.ddp_bytes_sent for r in results if r.bytes_sent and r.ddp_bytes_sent]
+    shares = [r.sent_bytes / r.ddp_bytes for r in results if r.sent_bytes and r.ddp_bytes]
     return f"{100 * statistics.fmean(shares):.1f} % of DDP's" if shares else "-"
 
 

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from comparing.job import Job, Result
+from comparing.result import Job, Result
 
 Entry = tuple[str, int | None]
 """A contender and its period."""
@@ -53,7 +53,7 @@ class Plan:
             for rate in self.rates
         }
         return {
-            rate: statistics.fmean(found[job].accuracy or 0.0 for job in each)
+            rate: statistics.fmean(found[job].score or 0.0 for job in each)
             for rate, each in jobs.items()
             if all(job in found for job in each)
         }

@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarking.report import aligned
 
-from comparing.job import Result
+from comparing.result import Result
 
 _STYLES = ("o-", "s-", "^--", "v--", "D--", "P:", "X-.")
 
@@ -20,10 +20,10 @@ def told(result: Result) -> str:
     """One result in words."""
     if result.error is not None:
         return f"{result.job} failed on {result.error}"
-    if result.accuracy is None:
+    if result.score is None:
         return f"{result.job}: diverged, {result.diverged}"
     loss = "" if result.loss is None else f", training loss {result.loss:.3f}"
-    return f"{result.job}: {100 * result.accuracy:.2f} %{loss}"
+    return f"{result.job}: {100 * result.score:.2f} %{loss}"
 
 
 def table(results: Sequence[Result], titles: Mapping[str, str]) -> str:
@@ -33,7 +33,7 @@ def table(results: Sequence[Result], titles: Mapping[str, str]) -> str:
     """
     parts = []
     for heading, form, values in (
-        ("test accuracy, %", "{:.2f}", lambda r: r.accuracy and 100 * r.accuracy),
+        ("test accuracy, %", "{:.2f}", lambda r: r.score and 100 * r.score),
         ("training loss", "{:.3f}", lambda r: r.loss),
     ):
         rows = [[heading, *(f"τ = {tau}" for tau in _periods(results))]]
@@ -67,7 +67,7 @@ def draw(results: Sequence[Result], titles: Mapping[str, str], path: Path) -> No
     axes.set_xlabel("τ, optimizer steps between two exchanges")
     axes.set_ylabel("test accuracy in %, median and range of seeds")
     axes.grid(alpha=0.3)
-    if any(result.accuracy is None for result in results):
+    if any(result.score is None for result in results):
         axes.plot([], [], "kx", label="some diverged")
         low, high = axes.get_ylim()
         axes.set_ylim(bottom=low - 0.1 * (high - low))
@@ -83,7 +83,7 @@ def _draw_line(
     style: str,
 ) -> None:
     """One contender: what it found at each period, and below all of that where runs diverged."""
-    known = [[100 * r.accuracy for r in each if r.accuracy is not None] for each in found]
+    known = [[100 * r.score for r in each if r.score is not None] for each in found]
     medians = [statistics.median(each) if each else math.nan for each in known]
     below = [median - min(each, default=0) for median, each in zip(medians, known, strict=True)]
     above = [max(each, default=0) - median for median, each in zip(medians, known, strict=True)]

@@ -9,7 +9,8 @@ from typing import Any
 
 from forking import Outcome, Workers
 
-from comparing.job import Job, Result, gathered
+from comparing.job import gathered
+from comparing.result import Job, Result
 
 _POLL_SECONDS = 0.05
 
@@ -79,8 +80,9 @@ class Jobs:
                 tau=job.tau,
                 rate=job.rate,
                 seed=job.seed,
+                hosts=self._workers,
                 settings=running.settings,
-                seconds=seconds,
+                job_seconds=seconds,
                 **found,
             )
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 from comparing.comparison import Comparison
-from comparing.job import Result, moving_average
+from comparing.job import moving_average
 from comparing.report import table
+from comparing.result import Result
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from lightning.pytorch.strategies import Strategy
@@ -79,7 +80,7 @@ def test_a_moving_average_remembers_as_many_steps_at_every_period() -> None:
 
 def result(name: str, tau: int | None, seed: int, accuracy: float | None) -> Result:
     loss, diverged = (None, "far") if accuracy is None else (1 - accuracy, None)
-    return Result(name, tau, seed, {}, 1.0, accuracy=accuracy, loss=loss, diverged=diverged)
+    return Result(name, tau, None, seed, score=accuracy, loss=loss, diverged=diverged)
 
 
 def test_the_table_has_medians_ranges_and_what_diverged() -> None:
@@ -116,7 +117,7 @@ def test_a_small_comparison_and_going_on_with_it(tmp_path: Path) -> None:
         (name, None if name == "ddp" else 2) for name in composed().compared
     ]
     assert told.count("about 0 min left") == len(BY_DEFAULT)
-    assert all(one["accuracy"] > 0.3 and one["loss"] < 2.3 for one in found)
+    assert all(one["score"] > 0.3 and one["loss"] < 2.3 for one in found)
     assert "diverged" not in told
     assert not (tmp_path / "accuracy.png").exists()
 
@@ -130,7 +131,7 @@ def test_a_small_comparison_and_going_on_with_it(tmp_path: Path) -> None:
     ]
     assert "the training loss was nan" in more[0]["diverged"]
     assert "the weights of every worker were NaN" in more[1]["diverged"]
-    assert all(one["accuracy"] is None for one in more)
+    assert all(one["score"] is None for one in more)
     assert told.count("1 of 1 diverged") == 2 * 4
     assert told.count("1, 1 diverged") == 3
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from comparing import paired
 from comparing.comparison import Comparison
-from comparing.job import Job, Result
 from comparing.plan import Plan
+from comparing.result import Job, Result
 from hydra import compose, initialize_config_dir
 from processes import processes_of, run_script, until_written
 
@@ -34,10 +34,10 @@ def finished(plan: Plan, count: int, accuracies: dict[tuple[str, float], float |
         job = next(job for job in plan.jobs(found) if job not in found)
         accuracy = accuracies[job.contender, job.rate or 0.0]
         found[job] = Result(
-            *(job.contender, job.tau, job.seed, {}, 1.0, job.rate),
-            accuracy=accuracy and accuracy + 0.01 * job.seed**2,
-            bytes_sent=1.0 if job.contender == "ddp" else 0.25,
-            ddp_bytes_sent=1.0,
+            *(job.contender, job.tau, job.rate, job.seed),
+            score=accuracy and accuracy + 0.01 * job.seed**2,
+            sent_bytes=1.0 if job.contender == "ddp" else 0.25,
+            ddp_bytes=1.0,
         )
     return found
 
@@ -104,7 +104,7 @@ def test_pairs_begin_alike_and_one_that_fails_loses_nothing_of_the_others(
     for (name, rate, seed), one in found.items():
         if name == "local_sgd":  # at τ = 1 the mean of the workers moves as under DDP
             assert one["loss"] == pytest.approx(found["ddp", rate, seed]["loss"], rel=1e-4)
-            assert one["bytes_sent"] == pytest.approx(one["ddp_bytes_sent"], rel=0.02)
+            assert one["sent_bytes"] == pytest.approx(one["ddp_bytes"], rel=0.02)
 
     # What failed runs again once it is mended, one at a time; all else is there.
     count = len(results(tmp_path))

@@ -1,0 +1,127 @@
+"""What one training run of a contender found, as it stands in a line of results.jsonl."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Job:
+    """A contender's turn."""
+
+    contender: str
+    tau: int | None
+    """Optimizer steps between two exchanges; None if the contender has no such period."""
+    rate: float | None
+    """Learning rate; None: the module's own."""
+    seed: int
+    network: str | None = None
+    """Between emulated hosts, as 100mbit; "cluster" on a real one; None: this machine alone."""
+
+    def __str__(self) -> str:
+        period = "" if self.tau is None else f", τ = {self.tau}"
+        rate = "" if self.rate is None else f", η = {self.rate:g}"
+        network = "" if self.network is None else f", {self.network}"
+        return f"{self.contender}{period}{rate}, seed {self.seed}{network}"
+
+
+@dataclass(frozen=True)
+class Point:
+    """The delivered model, the center where there is one, at a moment of training."""
+
+    seconds: float
+    """Of training since the first step, on worker 0; tests do not count."""
+    step: int
+    """Optimizer steps of a worker."""
+    samples: int
+    """Of all workers."""
+    sent_bytes: float | None = None
+    """By a worker, in the mean, tests left out; None if nobody counts them."""
+    score: float | None = None
+    """On the test data: accuracy, of 1, or another number that the module logs in validation; None:
+    it was not finite."""
+    distance: float | None = None
+    """Mean over workers of ‖x - c‖ / ‖c‖ at the latest exchange; None if nobody counts it."""
+
+
+@dataclass(frozen=True)
+class WorkerTime:
+    """Where the training time of a worker went."""
+
+    host: str
+    """Name of the machine, or of the emulated host."""
+    seconds: float
+    """Of training, tests left out."""
+    waited: float | None = None
+    """Of these, stood still for exchanges; None: nobody can tell, as under DDP, whose waits are
+    inside of its backward pass."""
+    hidden: float | None = None
+    """That exchanges took behind steps, besides what was waited; None likewise."""
+    step_seconds: float | None = None
+    """Of a step while no exchange is under way, in the mean; None likewise."""
+
+    @property
+    def computing(self) -> float | None:
+        """Of the time of training, what was not waited."""
+        return None if self.waited is None else self.seconds - self.waited
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one job found. Of what has not come to an end or diverged, much is None."""
+
+    contender: str
+    tau: int | None
+    rate: float | None
+    seed: int
+    network: str | None = None
+    hosts: int = 0
+    """Workers; each is on a host of its own where hosts are emulated."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """The contender's configuration and the workload's, by which later runs know them again."""
+    job_seconds: float = 0.0
+    """From the start of its processes to their end."""
+    error: str | None = None
+    """Why the job failed, which is not what diverging is called; None if it did not."""
+    diverged: str | None = None
+    """How training diverged; None if it did not."""
+    score: float | None = None
+    """Of the delivered model on the test data, as a point's; None if training diverged."""
+    loss: float | None = None
+    """Mean training loss of the delivered model; None if training diverged, or nobody asked."""
+    seconds: float | None = None
+    """Of training, on worker 0; tests left out."""
+    steps: int | None = None
+    """Optimizer steps of a worker."""
+    samples: int | None = None
+    """That all workers trained on."""
+    sent_bytes: float | None = None
+    """By a worker, in the mean; None if nobody counts them."""
+    ddp_bytes: float | None = None
+    """Likewise, had gradients been averaged at every step in full precision."""
+    restarts: int = 0
+    """How often a worker with weights that were not finite began again at the center."""
+    points: tuple[Point, ...] = ()
+    """In order; the last is the delivered model."""
+    workers: tuple[WorkerTime, ...] = ()
+    """In rank order."""
+    link_rate: float | None = None
+    """Bits per second that were measured between two hosts before this job; None: not measured."""
+
+    @property
+    def job(self) -> Job:
+        """What found it."""
+        return Job(self.contender, self.tau, self.rate, self.seed, self.network)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Result:
+        """The inverse of :meth:`to_json`."""
+        points = tuple(Point(**each) for each in values["points"])
+        workers = tuple(WorkerTime(**each) for each in values["workers"])
+        return cls(**{**values, "points": points, "workers": workers})
