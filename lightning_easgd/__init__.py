@@ -26,9 +26,9 @@ from lightning_easgd.algorithms import (
     Rule,
     SlowMo,
 )
+from lightning_easgd.algorithms.groups import Groups
 from lightning_easgd.communication import Codec, ExchangeError, Int8, TopK
 from lightning_easgd.exchange.arrival import NonFiniteError
-from lightning_easgd.groups import Groups
 from lightning_easgd.schedules import (
     AdaptivePeriod,
     Anneal,

@@ -35,7 +35,7 @@ from lightning_easgd import (
     SlowMo,
     TopK,
 )
-from lightning_easgd.groups import arrange
+from lightning_easgd.algorithms.groups import arrange
 
 GROUPS = {4: 2, 8: [[7, 3], [0, 1, 5], [2, 4, 6]]}
 """As given, by the number of workers; the second in no order, and of different sizes."""

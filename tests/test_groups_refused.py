@@ -13,7 +13,7 @@ from processes import run_workers
 from toy import Toy, loader, trainer
 
 from lightning_easgd import Cosine, EASGDStrategy, Groups
-from lightning_easgd.groups import arrange, arrange_levels
+from lightning_easgd.algorithms.groups import arrange, arrange_levels
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 

@@ -24,7 +24,7 @@ from processes import run_workers
 from toy import Toy, batches, bits, initial_weights, loader, trainer, weights
 
 from lightning_easgd import EASGD, EASGDStrategy, Groups
-from lightning_easgd.groups import arrange_levels
+from lightning_easgd.algorithms.groups import arrange_levels
 
 MEMBERS = {4: 2, 8: [[7, 3], [0, 1, 5], [2, 4, 6]]}
 """By the number of workers; the second in no order, and of different sizes."""

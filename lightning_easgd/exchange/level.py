@@ -8,13 +8,13 @@ from typing import Any
 from typing_extensions import override
 
 from lightning_easgd.algorithms import EASGD
+from lightning_easgd.algorithms.groups import Groups
 from lightning_easgd.center.center import Center
 from lightning_easgd.communication import AllReduce, Phase
 from lightning_easgd.exchange.difference import Participant, Pull, pull_worker
 from lightning_easgd.exchange.link import CollectiveLink
 from lightning_easgd.exchange.moving_rates import MovingRates
 from lightning_easgd.exchange.optimizers import LocalOptimizers
-from lightning_easgd.groups import Groups
 from lightning_easgd.schedules import Period
 from lightning_easgd.telemetry import Telemetry
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_easgd.algorithms.groups import arrange_levels
 from lightning_easgd.communication import (
     Phase,
     Stop,
@@ -32,7 +33,6 @@ from lightning_easgd.communication import (
     monitored,
     start_equal_,
 )
-from lightning_easgd.groups import arrange_levels
 from lightning_easgd.strategy.build import make_center
 from lightning_easgd.strategy.collectives import Collectives, SettingUp
 from lightning_easgd.strategy.fit import EqualWorkers, Fit

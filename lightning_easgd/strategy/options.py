@@ -14,10 +14,10 @@ from lightning_easgd.algorithms import (
     choose_average,
     choose_rule,
 )
+from lightning_easgd.algorithms.groups import Groups, Members, require_groups
 from lightning_easgd.center.policies import Buffers, Policies
 from lightning_easgd.communication import Codec, choose_codec
 from lightning_easgd.exchange.policy import ElasticPoint, ExchangePolicy
-from lightning_easgd.groups import Groups, Members, require_groups
 from lightning_easgd.schedules import (
     Auto,
     Often,

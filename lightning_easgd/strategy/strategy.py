@@ -17,10 +17,10 @@ from lightning.pytorch.plugins.precision import Precision
 from typing_extensions import override
 
 from lightning_easgd.algorithms import AVERAGED, RULES, CenterAverage, Rule
+from lightning_easgd.algorithms.groups import Groups, Members
 from lightning_easgd.center.policies import Buffers
 from lightning_easgd.communication import Codec
 from lightning_easgd.exchange.policy import ElasticPoint
-from lightning_easgd.groups import Groups, Members
 from lightning_easgd.schedules import Often, ScalarOrSchedule, Tau
 from lightning_easgd.schedules.checks import (
     require_bools,

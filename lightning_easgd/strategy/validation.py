@@ -16,9 +16,9 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_easgd.algorithms import EASGD, Rule
+from lightning_easgd.algorithms.groups import Groups
 from lightning_easgd.communication import choose_codec, waiting_time
 from lightning_easgd.exchange.moving_rates import NOT_AT_ONCE
-from lightning_easgd.groups import Groups
 from lightning_easgd.schedules import Auto, Schedule, Strength, WorkerView
 from lightning_easgd.schedules.checks import is_number
 
