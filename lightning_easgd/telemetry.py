@@ -58,8 +58,13 @@ class Telemetry:
     non_finite: int = 0
     """Differences left out because a worker's weights were not finite, over all workers; where
     groups have centers of their own, over those of this group, and groups without a finite one."""
+    staleness: float | None = None
+    """How often the center behind a server moved between this worker's getting it and the adding of
+    its difference, the mean; None without a server."""
     ddp_bytes_per_step: int = 0
     """Bytes this worker would send per optimizer step if gradients were all-reduced."""
+    differences_added: int = 0
+    """Differences of this worker that a server has added, as far as the worker knows."""
     worker_wait_seconds: list[float] = field(default_factory=list)
     """Seconds waited by each worker in this fit, in rank order, up to the exchange before the
     latest. The worker that the others wait for is the one that waits least."""
@@ -101,6 +106,12 @@ class Telemetry:
         last = min(range(len(waited)), key=waited.__getitem__)
         self.worker_awaited_seconds[last] += max(waited) - waited[last]
 
+    def count_staleness(self, staleness: int) -> None:
+        """Count that of a difference, which the server has added."""
+        self.differences_added += 1
+        mean = self.staleness or 0.0
+        self.staleness = mean + (staleness - mean) / self.differences_added
+
     def take_over_inside(self, inside: Telemetry, level: int) -> None:
         """Count what was counted at a level of groups, 0 the outermost, where it begins anew."""
         self.exchanges_inside += inside.exchanges
@@ -132,7 +143,8 @@ class Telemetry:
     def metrics(self) -> dict[str, float]:
         """The numbers that are worth a curve, by name; one per worker or level has its number."""
         per_worker = ("worker_wait_seconds", "worker_awaited_seconds")
-        skipped = ("steps", "ddp_bytes_per_step", "rates", "bytes_of_groups", *per_worker)
+        skipped = {"steps", "ddp_bytes_per_step", "rates", "bytes_of_groups", *per_worker}
+        skipped |= {"staleness", "differences_added"} if self.staleness is None else set()
         found = {name: value for name, value in vars(self).items() if name not in skipped}
         found["ddp_bytes_sent"] = self.ddp_bytes_sent
         levels = enumerate(self.bytes_per_level if self.bytes_of_groups else [])

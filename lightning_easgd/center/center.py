@@ -81,7 +81,7 @@ class Center:
         """What they exchange more often, if there is something."""
         self._often = often
         self._averaging = averaging
-        self._statistics_of = buffers, rank
+        self.rank, self._buffers = rank, buffers
         self._offload = offload
         self._begin()
 
@@ -106,7 +106,7 @@ class Center:
             )
         self._memory = _memory(self._dormant[0][1].device, self._offload)
         self._begin_portions()
-        self.statistics = Statistics(module, *self._statistics_of, self._memory)
+        self.statistics = Statistics(module, self._buffers, self.rank, self._memory)
         self.adopt_unfrozen()
         if self._often is not None:
             require_both(self.module, self.cohorts[0].named, self._often)

@@ -210,6 +210,18 @@ class Statistics:
         if new:
             _tell_averaged(new)
 
+    def pulled(self, alpha: float) -> list[FlatVector]:
+        """What a worker alone moves the center by: ``alpha`` of what :meth:`contribute` gave.
+
+        Nothing of elements that have no mean.
+        """
+        if not self:
+            return []
+        moves = self.center.clone()
+        for move, total in zip(moves.views, self.total.views, strict=True):
+            move.copy_(torch.where(total.abs() < _FAR / 2, alpha * total, 0.0))
+        return [moves]
+
     def read_center(self) -> None:
         """Make the module's buffers those of the center."""
         if self:

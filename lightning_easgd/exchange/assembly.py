@@ -7,7 +7,10 @@ from functools import partial
 
 from lightning_easgd.center.center import Center
 from lightning_easgd.communication import AllReduce
+from lightning_easgd.communication.progress import Progress
+from lightning_easgd.communication.solo_group import no_sums
 from lightning_easgd.exchange.agreement import Agreement
+from lightning_easgd.exchange.center_link import CenterLink
 from lightning_easgd.exchange.clock import Clock
 from lightning_easgd.exchange.difference import Participant
 from lightning_easgd.exchange.exchange import Exchange
@@ -20,9 +23,11 @@ from lightning_easgd.exchange.parts import Parts
 from lightning_easgd.exchange.policy import ExchangePolicy
 from lightning_easgd.exchange.rendezvous import Lockstep
 from lightning_easgd.exchange.saved_state import SavedState
+from lightning_easgd.exchange.solo import Solo
 from lightning_easgd.exchange.stops import Stops
 from lightning_easgd.exchange.tree import Levels
 from lightning_easgd.schedules import Period, WorkerView
+from lightning_easgd.server.courier import Courier
 from lightning_easgd.telemetry import Telemetry
 
 
@@ -92,6 +97,7 @@ def assemble(
     telemetry.bytes_of_groups = [0 for _ in levels]
     rendezvous = Lockstep(
         all_levels,
+        link=link,
         clock=clock,
         center=center,
         stops=stops,
@@ -113,5 +119,63 @@ def assemble(
             telemetry=telemetry,
             progress=all_reduce.group.progress,
             gradients=gradients,
+        )
+    )
+
+
+def assemble_solo(
+    center: Center,
+    courier: Courier,
+    *,
+    optimizers: LocalOptimizers,
+    rules: ExchangePolicy,
+    telemetry: Telemetry,
+    progress: Progress,
+    timeout: float,
+    max_offline_rounds: int,
+) -> Exchange:
+    """The exchange of a worker with a center behind a server.
+
+    Args:
+        center: the center of this worker's module, in one fragment.
+        courier: of this worker.
+        optimizers: the worker's own optimizers.
+        rules: period and rule, as the server has them.
+        telemetry: where costs are counted.
+        progress: of this worker.
+        timeout: as of CenterLink.
+        max_offline_rounds: as of CenterLink.
+    """
+    clock, stops, agreement = Clock(rules.period, telemetry), Stops(), Agreement(())
+    participant = Participant(
+        center,
+        no_sums(),
+        optimizers=optimizers,
+        rule=rules.algorithm,
+        rates=lambda _: ({}, courier.client.alpha),
+        telemetry=telemetry,
+        from_iterate=rules.elastic_point == "iterate",
+    )
+    link = CenterLink(
+        participant,
+        courier,
+        overlap=rules.overlap,
+        timeout=timeout,
+        max_offline_rounds=max_offline_rounds,
+    )
+    levels = Levels(link, [], telemetry)
+    return Exchange(
+        Parts(
+            center=center,
+            clock=clock,
+            levels=levels,
+            rendezvous=Solo(link, clock=clock, stops=stops),
+            policy=rules,
+            agreement=agreement,
+            stops=stops,
+            optimizers=optimizers,
+            saved=SavedState(center, clock, levels, rules, agreement, optimizers, telemetry, ()),
+            telemetry=telemetry,
+            progress=progress,
         )
     )

@@ -84,17 +84,18 @@ class Exchange:
         self._start_clock(step)
         self._begin()
 
-    def _begin(self) -> None:
+    def _begin(self, *, goes_on: bool = False) -> None:
         if not self.begun:
             self._clock.begun = self._starts = True
             self.center.read_module()
+        self._starts &= self._link.begin(goes_on=goes_on)
         self.center.structure = None  # which keeps what was replaced later
         self.writes.begin()
 
     def before_batch(self) -> None:
         """A training step begins; training starts from what hooks wrote before the first one.
 
-        The other workers are not asked. If weights differ, the first exchange tells by a checksum.
+        Nobody is asked. If weights differ, the first exchange tells by a checksum.
         """
         if self._starts:
             self._starts = False
@@ -120,7 +121,7 @@ class Exchange:
         """
         if self._gradients is not None:
             self._gradients.resume(self.clock, goes_on=goes_on)
-        self._begin()  # behind it, for a worker may have taken over the weights of another
+        self._begin(goes_on=goes_on)  # behind it: weights of another may have been taken over
 
     def request_stop(self, why: Stop) -> bool:
         """Ask all workers to stop at the same step; as of Rendezvous."""
@@ -128,7 +129,7 @@ class Exchange:
 
     @property
     def stopping(self) -> Stop:
-        """Why training ends with this step, on every worker."""
+        """Why training ends with this step."""
         return self._parts.stops.stopping
 
     @property
@@ -208,8 +209,7 @@ class Exchange:
     def meet(self, phase: Phase) -> bool:
         """Be idle where others may be, too; as of Rendezvous.
 
-        Raises:
-            ExchangeError: as for :meth:`drain`.
+        Raises ExchangeError as :meth:`drain` does.
         """
         self.writes.forget()
         return self._rendezvous.meet(phase)
@@ -226,14 +226,14 @@ class Exchange:
             during: what for, to warn of what is undone.
 
         Raises:
-            ExchangeError: as for :meth:`drain`.
-            NonFiniteError: likewise.
+            ExchangeError, NonFiniteError: as for :meth:`drain`.
         """
         if not self.begun:
             yield
             return
         if latest:
             self.drain()
+            self._link.refresh()
         self.writes.look_at_modes()
         with self.swap.swapped(which, in_flight=not latest, during=during):
             yield

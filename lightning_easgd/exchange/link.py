@@ -87,6 +87,13 @@ class CollectiveLink:
         """Let the worker go on from where it is."""
         self.owed: Owed | None = None
 
+    def begin(self, *, goes_on: bool) -> bool:
+        """Training begins; as of Link."""
+        return True
+
+    def refresh(self) -> None:
+        """The center here is the newest that there is."""
+
     @property
     def resets_workers(self) -> bool:
         """Whether workers that are pulled restart at the center that is under way."""
@@ -261,10 +268,7 @@ class CollectiveLink:
     ) -> Header:
         due = self._headers_sent % _CHECKSUM_EVERY == 0 or phase is Phase.FIT_END
         self._headers_sent += 1
-        measured = self.timer.durations()
-        self._telemetry.step_seconds = 1e-6 * measured.step
-        self._telemetry.exchange_seconds = 1e-6 * measured.exchange
-        self._telemetry.exchange_cost_seconds = 1e-6 * measured.cost
+        measured = self.timer.report(self._telemetry)
         return Header(
             clock=clock,
             fingerprint=self._portion.fingerprint(self._portion.joined, self._index),

@@ -16,6 +16,7 @@ from lightning_easgd.communication import Header, Phase, Stop, verify_phases
 from lightning_easgd.exchange.clock import Clock
 from lightning_easgd.exchange.difference import Pull, pull_worker
 from lightning_easgd.exchange.gradient_averaging import GradientAverage
+from lightning_easgd.exchange.link import CollectiveLink
 from lightning_easgd.exchange.stops import Stops
 from lightning_easgd.exchange.tree import Levels
 
@@ -59,6 +60,7 @@ class Lockstep(Rendezvous):
 
     Args:
         levels: what is exchanged with whom.
+        link: of all workers, on top of them.
         clock: of all workers.
         center: of this worker's module.
         stops: what workers agree on.
@@ -70,6 +72,7 @@ class Lockstep(Rendezvous):
         self,
         levels: Levels,
         *,
+        link: CollectiveLink,
         clock: Clock,
         center: Center,
         stops: Stops,
@@ -77,7 +80,7 @@ class Lockstep(Rendezvous):
         overlap: bool,
     ) -> None:
         self._levels = levels
-        self._link = levels.top
+        self._link = link
         self._clock = clock
         self._center = center
         self._stops = stops

@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 from lightning_easgd.schedules import Durations
 from lightning_easgd.schedules.automatic import ENOUGH_ROUNDS
+from lightning_easgd.telemetry import Telemetry
 
 _RECENT_STEPS = 64
 _OUTLIER = 3.0
@@ -144,6 +145,14 @@ class StepTimer:
         step = statistics.fmean(self._recent)  # no median: it adds up over a round
         exchange = statistics.median(self._flights) if self._flights else 0.0
         return Durations(*(math.ceil(1e6 * seconds) for seconds in (step, exchange, cost)))
+
+    def report(self, telemetry: Telemetry) -> Durations:
+        """What is known now; recorded, too."""
+        measured = self.durations()
+        telemetry.step_seconds = 1e-6 * measured.step
+        telemetry.exchange_seconds = 1e-6 * measured.exchange
+        telemetry.exchange_cost_seconds = 1e-6 * measured.cost
+        return measured
 
     def _note(self, step: Step) -> None:
         if self._departure is None and not self._exchanged:

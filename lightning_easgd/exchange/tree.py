@@ -37,7 +37,7 @@ from typing import Any
 from lightning_easgd.communication import Phase
 from lightning_easgd.exchange.difference import Pull, pull_worker
 from lightning_easgd.exchange.level import Level
-from lightning_easgd.exchange.link import CollectiveLink
+from lightning_easgd.exchange.seam import Link
 from lightning_easgd.telemetry import Telemetry
 
 
@@ -51,7 +51,7 @@ class Levels:
         telemetry: where costs are counted.
     """
 
-    def __init__(self, top: CollectiveLink, levels: Sequence[Level], telemetry: Telemetry) -> None:
+    def __init__(self, top: Link, levels: Sequence[Level], telemetry: Telemetry) -> None:
         self.top = top
         self._levels = list(levels)
         self._telemetry = telemetry

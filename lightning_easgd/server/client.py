@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import statistics
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -95,11 +96,12 @@ class CenterClient:
         incarnation: of this process, larger than of any before; None: the time.
         patience: seconds for which it asks again.
         clock: gives seconds.
-        sleep: waits for seconds.
+        sleep: waits for seconds; None: until :meth:`abandon`, if that is sooner.
 
     Attributes:
         alpha: α of the next difference, as the server said last.
         attempts: how often the server was asked, with repetitions.
+        lost: why the latest call has had no answer so far; None: it has one, or is the first.
     """
 
     def __init__(
@@ -111,16 +113,18 @@ class CenterClient:
         incarnation: int | None = None,
         patience: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
+        sleep: Callable[[float], object] | None = None,
     ) -> None:
         self.alpha = 0.0
         self.attempts = 0
+        self.lost: str | None = None
+        self.patience = patience
         self._transport = transport
         incarnation = time.time_ns() if incarnation is None else incarnation
         self._who = {"worker": worker, "incarnation": incarnation}
         self._model = model
-        self._patience = patience
-        self._clock, self._sleep = clock, sleep
+        self._abandoned = threading.Event()
+        self._clock, self._sleep = clock, sleep or self._abandoned.wait
         self._sequence = 0
         self._pending: tuple[dict[str, Any], FlatVector] | None = None
         self._took: deque[float] = deque(maxlen=_MEASURED)
@@ -200,6 +204,10 @@ class CenterClient:
         """Tell the server that this worker ends; raises as :meth:`get`."""
         self._ask({"do": "leave"}, ())
 
+    def abandon(self) -> None:
+        """Ask no more: who waits for an answer in another thread gets UnreachableError."""
+        self._abandoned.set()
+
     def close(self) -> None:
         """Close the transport."""
         self._transport.close()
@@ -213,13 +221,15 @@ class CenterClient:
         self, asked: dict[str, Any], payload: Any, *, answers: bool = False
     ) -> tuple[dict[str, Any], FlatVector | None]:
         """The answer; asked again after what may pass, and joined again at a restarted server."""
-        give_up, pause = self._clock() + self._patience, _PAUSES[0]
+        give_up, pause = self._clock() + self.patience, _PAUSES[0]
         while True:
             lost: Exception
+            if self._abandoned.is_set():
+                raise UnreachableError("This worker asks no more.")
             try:
                 return self._ask_once(asked, payload, answers)
             except LostError as error:
-                lost = error
+                lost, self.lost = error, str(error)
             except Refused as refused:
                 lost = refused
                 if asked["do"] in ("get", "add") and refused.reason is Refusal.NO_CENTER:
@@ -231,7 +241,7 @@ class CenterClient:
             if self._clock() > give_up:
                 raise UnreachableError(
                     f"No server answered worker '{self._who['worker']}' within"
-                    f" {self._patience:g} s ({lost}). Start it again, or check its address."
+                    f" {self.patience:g} s ({lost}). Start it again, or check its address."
                 ) from lost
             self._sleep(pause * self._jitter.uniform(0.5, 1.0))
             pause = min(2 * pause, _PAUSES[1])
@@ -244,6 +254,7 @@ class CenterClient:
         message = cut({**self._who, **asked}, payload)
         expected = byte_size(self._model) if answers else 0
         said, memory = _read(self._transport.call(message, self.deadline), expected)
+        self.lost = None
         if "refused" in said:
             raise Refused(Refusal(said["refused"]), said["message"])
         self._took.append(self._clock() - began)

@@ -1,0 +1,69 @@
+"""A center as one flat vector in host memory, for a server that keeps it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from lightning_easgd.center.center import Center
+from lightning_easgd.center.flat import FlatLayout, FlatVector, Memory
+from lightning_easgd.center.fragments import Fragment
+
+
+class Wire:
+    """Parameters of a center and, behind them, the buffers that it has too.
+
+    Args:
+        center: whose parameters are not cut into fragments, and none of which joins later.
+    """
+
+    def __init__(self, center: Center) -> None:
+        self._center = center
+        self.layout = FlatLayout(
+            (slot.name, torch.empty(slot.shape, dtype=slot.dtype, device="meta"))
+            for vector in self._centers()
+            for slot in vector.layout.slots
+        )
+
+    @property
+    def fragment(self) -> Fragment:
+        """All parameters that take part."""
+        (fragment,) = self._center.main.fragments(0, self._center.main.joined)
+        return fragment
+
+    def vector(self) -> FlatVector:
+        """Memory for all of it, whose values are arbitrary."""
+        return FlatVector(self.layout, Memory(torch.device("cpu")).allocate(self.layout.sizes))
+
+    def pack_(self, vector: FlatVector, *parts: FlatVector) -> None:
+        """Put parameters, and buffers if there are any, into a vector of this layout."""
+        for theirs, mine in self._pieces(vector, *parts):
+            theirs.copy_(mine)
+
+    def read_(self, vector: FlatVector) -> None:
+        """Put the center into a vector."""
+        self.pack_(vector, *self._centers())
+
+    def write(self, vector: FlatVector) -> None:
+        """Let the center be what a vector says."""
+        for theirs, mine in self._pieces(vector, *self._centers()):
+            mine.copy_(theirs)
+
+    def add(self, vector: FlatVector, weight: float) -> None:
+        """Let the center move by ``weight`` times a vector."""
+        for theirs, mine in self._pieces(vector, *self._centers()):
+            mine.add_(theirs.to(mine.device), alpha=weight)
+
+    def _centers(self) -> list[FlatVector]:
+        statistics = self._center.statistics
+        return [self.fragment.center, *([statistics.center] if statistics else [])]
+
+    def _pieces(self, vector: FlatVector, *parts: FlatVector) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of each flat buffer, the piece where each part lies, with the part's own."""
+        whole = {part.dtype: part for part in vector.parts}
+        ends = dict.fromkeys(whole, 0)
+        for part in (each for vector in parts for each in vector.parts):
+            begin, ends[part.dtype] = ends[part.dtype], ends[part.dtype] + part.numel()
+            yield whole[part.dtype][begin : ends[part.dtype]], part

@@ -1,0 +1,299 @@
+"""How a worker's difference reaches a center behind a server.
+
+    get c ;  d = α (x - c) ;  send d ;  the server: c <- c + d ;  x <- x - d after the local step
+
+[Note: one exchange old] With overlap the server's answer to a difference is the center with it. It
+travels behind the local steps that follow, and the next difference is taken from it. So the center
+that a worker knows is one exchange old, and each model-sized message hides. Without overlap the
+worker stands still, first for the newest center and then for the receipt.
+
+[Note: no server] A difference without an answer is kept and sent again until there is one; the
+server adds it once. Meanwhile the worker trains on without exchanges, so many rounds at most.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from concurrent import futures
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lightning_easgd.center.flat import FlatVector
+from lightning_easgd.center.wire import Wire
+from lightning_easgd.communication import ExchangeError
+from lightning_easgd.exchange.arrival import report_non_finite
+from lightning_easgd.exchange.consensus import Consensus
+from lightning_easgd.exchange.difference import Difference, Participant, Pull
+from lightning_easgd.exchange.states import Owed
+from lightning_easgd.exchange.timing import StepTimer
+from lightning_easgd.server.courier import Courier
+from lightning_easgd.server.values import Receipt
+
+log = logging.getLogger(__name__)
+
+_LOOKS = 0.05
+"""Seconds between two looks whether the server is lost."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the server was asked and did not answer yet."""
+
+    answer: futures.Future[Any]
+    take: Callable[[Any], None]
+    """Takes the answer in."""
+
+
+class CenterLink:
+    """Sends a worker's difference to a server, and takes over the center that it answers.
+
+    Args:
+        participant: takes the differences.
+        courier: brings them to the server, of which the worker knows the terms.
+        overlap: whether they travel while the worker trains.
+        timeout: seconds that this worker stands still for a server that is gone.
+        max_offline_rounds: how many exchanges in a row it leaves out before it does.
+    """
+
+    def __init__(
+        self,
+        participant: Participant,
+        courier: Courier,
+        *,
+        overlap: bool,
+        timeout: float,
+        max_offline_rounds: int,
+    ) -> None:
+        self.timer = StepTimer()
+        self.owed: Owed | None = None
+        self.all_reduce = participant.all_reduce
+        self._participant = participant
+        self._rule = participant.rule
+        self._telemetry = participant.telemetry
+        self._courier = courier
+        self._wire = Wire(participant.center)
+        self._sent = self._wire.vector()
+        self._bytes = sum(part.nbytes for part in self._sent.parts)
+        self._fetches = overlap or self._rule.resets_to_center
+        self._timeout = timeout
+        self._most_missed = max_offline_rounds
+        self._asked: Asked | None = None
+        self.start_training()
+
+    @property
+    def resets_workers(self) -> bool:
+        """None restarts at a center that is under way."""
+        return False
+
+    def start_training(self) -> None:
+        """Begin as if there had been no exchange yet."""
+        self._missed = 0
+        self._exchanged_at: int | None = None
+
+    def forget_owed(self) -> None:
+        """It goes on from where it is anyway."""
+
+    def begin(self, *, goes_on: bool) -> bool:
+        """Join the server, which takes this worker's weights if it has no center, and begin there.
+
+        Args:
+            goes_on: whether the worker has weights of its own already, from a checkpoint.
+
+        Returns:
+            Whether the center here is that of the module at the first batch.
+
+        Raises:
+            Refused: the server does not let this worker in.
+            UnreachableError: no server answered.
+            ValueError: parameters were replaced since the worker first asked.
+        """
+        center = self._participant.center
+        if Wire(center).layout.slots != self._wire.layout.slots:
+            raise ValueError(
+                "Hooks replaced, added or tied parameters after the worker had told the server its"
+                " model. Do that in configure_model, or leave center out."
+            )
+        weights = self._wire.vector()
+        self._wire.read_(weights)
+        client = self._courier.client
+        self._courier.ask(lambda: client.join(weights)).result()
+        _, newest = self._courier.ask(client.get).result()
+        self._wire.write(newest)
+        if not goes_on:
+            center.overwrite_worker()
+        return False
+
+    def arrived(self) -> bool:
+        """Whether the server has answered."""
+        return self._asked is not None and self._asked.answer.done()
+
+    def go_on(self, clock: float = math.inf) -> None:
+        """The worker goes on by itself."""
+
+    @torch.no_grad()
+    def start(self, clock: int, *, last: bool = False) -> Pull:
+        """Send this worker's difference off, unless no server answers.
+
+        Args:
+            clock: steps taken.
+            last: whether the worker does not go on after it.
+
+        Returns:
+            The pull, by which the caller moves the worker.
+        """
+        if not self._has_answer(patiently=last):
+            return []
+        _require_no_more(self._participant)
+        difference = self._participant.take_difference(0)
+        given = self._participant.contribute(difference, clock=clock, index=0, last=last)
+        self._exchanged_at = clock
+        if difference.healthy:
+            self._send(difference)
+        else:
+            self._telemetry.non_finite += 1
+            rank = self._participant.center.rank
+            report_non_finite(clock, {rank: False}, reports=True, all_of_them=False)
+        self.timer.exchange()
+        self.timer.report(self._telemetry)
+        return given.pull
+
+    def finish(self, clock: int, *, exchange: bool) -> None:
+        """Send what is left if it is wanted, and have the newest center.
+
+        Raises:
+            ExchangeError: no server answered.
+        """
+        self._stand_still()
+        if exchange and not (self._rule.resets_to_center and self._exchanged_at == clock):
+            self.start(clock, last=True)
+            self._stand_still()
+        self._ask(self._courier.client.get, self._take_center)
+        self._stand_still()
+
+    def wait(self) -> None:
+        """Wait for an answer, if one is expected, unless the server is gone."""
+        if self._asked is not None and self._await_answer(lambda: self._lost):
+            self._take()
+
+    def refresh(self) -> None:
+        """Let the center here be the newest that there is, unless the server is gone."""
+        if self._asked is None:
+            self._ask(self._courier.client.get, self._take_center)
+            self.wait()
+
+    def state(self) -> dict[str, Any]:
+        """As of a link to all workers; what has no answer is not in it."""
+        consensus = Consensus(1).state()
+        return {"fragment_index": 0, "exchanged": None, "owed": None, "consensus": consensus}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """The server knows the rest."""
+
+    @property
+    def _lost(self) -> bool:
+        return self._courier.client.lost is not None
+
+    def _has_answer(self, *, patiently: bool) -> bool:
+        """Whether nothing is under way; if no server answers, a round is left out instead."""
+        if not self._fetches:
+            self.refresh()
+        if self._asked is None:
+            self._missed = 0
+            return True
+        self._missed += 1
+        if self._missed == 1:
+            log.warning(
+                "No server answers (%s). This worker trains on without exchanges, for %d rounds at"
+                " most.",
+                *(self._courier.client.lost, self._most_missed),
+            )
+        if self._missed <= self._most_missed and not patiently:
+            return False
+        self._stand_still()
+        return self._has_answer(patiently=patiently)
+
+    def _send(self, difference: Difference) -> None:
+        (fragment,) = difference.fragments
+        statistics = self._participant.center.statistics
+        moves = statistics.pulled(self._telemetry.alpha)
+        self._wire.pack_(self._sent, fragment.total, *moves)
+        sent, fetch, client = self._sent, self._fetches, self._courier.client
+        self._ask(lambda: client.add(sent, fetch=fetch), self._take_receipt)
+        self._telemetry.bytes_sent += self._bytes
+
+    def _ask(self, what: Callable[[], Any], take: Callable[[Any], None]) -> None:
+        self._asked = Asked(self._courier.ask(what), take)
+
+    def _stand_still(self) -> None:
+        """Wait for an answer, if one is expected.
+
+        Raises:
+            ExchangeError: none came in time.
+        """
+        if self._asked is None:
+            return
+        if self._lost:
+            log.warning("This worker waits for a server, for %g s at most.", self._timeout)
+        gives_up = time.monotonic() + self._timeout
+        if not self._await_answer(lambda: self._lost and time.monotonic() > gives_up):
+            raise ExchangeError(
+                f"No server answered within {self._timeout:g} s ({self._courier.client.lost})."
+                " Start it again with the folder of its snapshots, or resume from the last"
+                " checkpoint; exchange_timeout says how long workers wait."
+            )
+        self._take()
+
+    def _await_answer(self, gives_up: Callable[[], bool]) -> bool:
+        """Whether the answer is there, at last."""
+        assert self._asked is not None
+        began = time.perf_counter()
+        try:
+            while not self._asked.answer.done():
+                if gives_up():
+                    return False
+                futures.wait([self._asked.answer], _LOOKS)
+            return True
+        finally:
+            waited = time.perf_counter() - began
+            self._telemetry.wait_seconds += waited
+            self.timer.wait(waited)
+
+    @torch.no_grad()
+    def _take(self) -> None:
+        assert self._asked is not None
+        asked, self._asked = self._asked, None
+        self.timer.arrive()
+        asked.take(asked.answer.result())
+
+    def _take_center(self, answer: tuple[int, FlatVector]) -> None:
+        self._wire.write(answer[1])
+        self._telemetry.bytes_received += self._bytes
+
+    def _take_receipt(self, answer: tuple[Receipt, FlatVector | None]) -> None:
+        receipt, center = answer
+        self._telemetry.count_staleness(receipt.staleness)
+        if center is None:
+            self._wire.add(self._sent, receipt.weight)
+            return
+        self._take_center((receipt.version, center))
+        if self._rule.resets_to_center:
+            self._wire.fragment.reset_to_center(self._rule.mixing_rate)
+
+
+def _require_no_more(participant: Participant) -> None:
+    """Check that no parameter joined the training.
+
+    Raises:
+        ValueError: one did, of which the server knows nothing.
+    """
+    if late := participant.center.cohorts[1:]:
+        raise ValueError(
+            f"Parameter '{late[0].names[0]}' was unfrozen after the worker had told the server its"
+            " model, which all its workers share. Let it require gradients from the beginning, with"
+            " a learning rate of 0 for as long as it is to stay as it is; or leave center out."
+        )
