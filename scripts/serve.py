@@ -66,6 +66,7 @@ def serve(arguments: list[str]) -> None:
         options.folder,
         address=options.address,
         seconds=options.seconds,
+        journal=options.journal,
         certificates=shown,
         shut_out=ShutOut(options.keys / SHUT_OUT) if options.keys else None,
         insecure=options.insecure,
@@ -96,6 +97,7 @@ def read(arguments: list[str]) -> argparse.Namespace:
     add("--max-norm", type=float, help="of a difference; a larger one is shortened")
     add("--most-workers", type=int, default=256, help="that may be there at a time")
     add("--seconds", type=float, default=30.0, help="between two snapshots")
+    add("--journal", default="written", help="written, synced or none: what survives a sudden end")
     return parser.parse_args(arguments)
 
 

@@ -17,22 +17,16 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from lightning_easgd.algorithms import RULES
 from lightning_easgd.center.flat import FlatLayout, FlatVector
 from lightning_easgd.schedules.checks import is_number
-from lightning_easgd.server.model import (
-    describe,
-    layout_of,
-    parts_by_name,
-    require_same_model,
-    vector_from,
-)
+from lightning_easgd.server.center_state import CenterState
+from lightning_easgd.server.model import describe, layout_of, require_same_model
 from lightning_easgd.server.refusal import Refusal, Refused
 from lightning_easgd.server.roster import Roster, Worker
 from lightning_easgd.server.settings import Settings
-from lightning_easgd.server.values import Receipt, Snapshot, SnapshotError, Terms
+from lightning_easgd.server.values import Added, Keeper, Receipt, Snapshot, SnapshotError, Terms
 
 
 class CenterServer:
@@ -40,25 +34,25 @@ class CenterServer:
 
     Args:
         settings: algorithm, strength and limits.
+        keeper: gets all that is added, first; None: it is lost with this object.
 
     Attributes:
         version: how many differences the center has taken in.
         refusals: how often what was asked was refused, by reason.
     """
 
-    def __init__(self, settings: Settings | None = None) -> None:
+    def __init__(self, settings: Settings | None = None, keeper: Keeper | None = None) -> None:
         self.settings = settings or Settings()
+        self.keeper = keeper
         self.version = 0
         self.refusals: Counter[Refusal] = Counter()
         self._roster = Roster(self.settings)
-        self._center: FlatVector | None = None
-        self._average: FlatVector | None = None
-        self._rule_state: list[dict[str, Any]] = []
+        self._state: CenterState | None = None
 
     @property
     def has_center(self) -> bool:
         """Whether a worker has brought its weights."""
-        return self._center is not None
+        return self._state is not None
 
     @property
     def layout(self) -> FlatLayout:
@@ -67,7 +61,7 @@ class CenterServer:
         Raises:
             Refused: no worker has brought one.
         """
-        return self._require_center().layout
+        return self._require_state().center.layout
 
     def join(
         self,
@@ -88,17 +82,17 @@ class CenterServer:
             weights: become the center if there is none yet; copied.
 
         Raises:
-            Refused: the model is another one, the weights are not finite, a later process has
-                this name, or there are too many workers.
+            Refused: the model is another one, the weights are not finite or cannot be kept, a
+                later process has this name, or there are too many workers.
         """
         with self._counting():
-            if self._center:
-                require_same_model(model, self._center.layout)
+            if self._state:
+                require_same_model(model, self.layout)
             elif weights:
                 require_same_model(weights.layout, model)
                 _require_finite(weights.norm(), "The start")
             known = self._roster.join(worker, incarnation, version=self.version, now=now)
-            if weights and not self._center:
+            if weights and not self._state:
                 self._begin_at(weights.clone())
             return Terms(
                 algorithm=self._rule_name(),
@@ -123,7 +117,7 @@ class CenterServer:
         """
         with self._counting():
             known = self._roster.find(worker, incarnation, now=now)
-            center = self._require_center()
+            center = self._require_state().center
             self._roster.require_turn(worker, now=now)
             known.got = self.version
             return self.version, center
@@ -134,7 +128,8 @@ class CenterServer:
         Raises:
             Refused: there is no center.
         """
-        return (self._average or self._require_center()).clone()
+        state = self._require_state()
+        return (state.average or state.center).clone()
 
     def add(
         self,
@@ -159,7 +154,8 @@ class CenterServer:
 
         Raises:
             Refused: the worker is not known, the sequence is an earlier one, the difference is not
-                finite or of another model, it came too soon, or it is another worker's turn.
+                finite or of another model, it came too soon or cannot be kept, or it is another
+                worker's turn.
         """
         with self._counting():
             known = self._roster.find(worker, incarnation, now=now)
@@ -167,8 +163,7 @@ class CenterServer:
                 known.repeated += 1
                 return known.receipt
             _require_later(sequence, known.receipt.sequence)
-            center = self._require_center()
-            require_same_model(difference.layout, center.layout)
+            require_same_model(difference.layout, self.layout)
             self._roster.require_turn(worker, now=now)
             _require_samples(samples)
             norm = difference.norm()
@@ -176,9 +171,13 @@ class CenterServer:
             self._roster.take_token(known, now=now)
             staleness = self.version - known.got
             weight = self._weight(worker, samples, staleness, norm, now)
-            self._move_(center, difference, weight)
-            self._roster.pass_turn(worker)
-            return _note(known, Receipt(sequence, self.version, staleness, weight), norm, samples)
+            receipt = Receipt(sequence, self.version + 1, staleness, weight)
+            scaled = _scaled(difference, weight)
+            added = Added(worker, incarnation, receipt, norm, samples, known.got, scaled)
+            if self.keeper:
+                self.keeper.add(added)
+            self._take_in(added, known)
+            return receipt
 
     def exchange(
         self,
@@ -193,7 +192,7 @@ class CenterServer:
         """As :meth:`add`, and the center that it leads to, as of :meth:`get`."""
         receipt = self.add(worker, incarnation, sequence, difference, now=now, samples=samples)
         self._roster.workers[worker].got = self.version
-        return receipt, self._require_center()
+        return receipt, self._require_state().center
 
     def leave(self, worker: str, incarnation: int, *, now: float) -> None:
         """Let a worker go.
@@ -214,20 +213,15 @@ class CenterServer:
         Raises:
             Refused: there is no center.
         """
-        center = self._require_center()
-        tensors = parts_by_name("center", center.clone())
-        if self._average:
-            tensors |= parts_by_name("average", self._average.clone())
-        for place, state in enumerate(self._rule_state):
-            tensors |= {f"rule.{place}.{name}": each.clone() for name, each in state.items()}
+        state = self._require_state()
         facts = {
             "algorithm": self._rule_name(),
             "average": repr(self.settings.average),
-            "model": describe(center.layout),
+            "model": describe(state.center.layout),
             "version": self.version,
             "roster": self._roster.state(),
         }
-        return Snapshot(tensors, facts)
+        return Snapshot(state.tensors(), facts)
 
     def restore(self, snapshot: Snapshot, *, now: float) -> None:
         """Go on from a snapshot, in place of all that the server knew.
@@ -244,20 +238,28 @@ class CenterServer:
                 " Give the server the same options, or begin in an empty folder."
             )
         layout = layout_of(facts["model"], self.settings.limits.model_bytes)
-        center = vector_from("center", layout, tensors)
-        average = vector_from("average", layout, tensors) if self.settings.average else None
+        state = CenterState.from_tensors(self.settings, layout, tensors)
         roster = Roster(self.settings)
         roster.load_state(facts["roster"], now=now)
-        self._rule_state = [
-            {
-                name.split(".", 2)[2]: each.clone()
-                for name, each in tensors.items()
-                if name.startswith(f"rule.{place}.")
-            }
-            for place in range(len(center.parts))
-        ]
-        self._center, self._average, self._roster = center, average, roster
-        self.version = facts["version"]
+        self._state, self._roster, self.version = state, roster, facts["version"]
+
+    def replay(self, added: Added, *, now: float) -> None:
+        """Add once more what a server with the same state has added, to the same bits.
+
+        Raises:
+            SnapshotError: another difference comes next, or another server added it.
+        """
+        known = self._roster.workers.get(added.worker)
+        late = known is not None and added.incarnation < known.incarnation
+        if added.receipt.version != self.version + 1 or late:
+            raise SnapshotError(
+                f"Difference {added.receipt.version} of worker '{added.worker}' does not follow"
+                f" center {self.version}."
+            )
+        name, incarnation = added.worker, added.incarnation
+        known = self._roster.knows(name, incarnation, got=added.got, now=now)
+        known.got = added.got
+        self._take_in(added, known)
 
     @contextmanager
     def _counting(self) -> Iterator[None]:
@@ -272,17 +274,21 @@ class CenterServer:
         return next(name for name, known in RULES.items() if known is rule)
 
     def _begin_at(self, center: FlatVector) -> None:
-        self._center = center
-        self._average = center.clone() if self.settings.average else None
-        self._rule_state = [{} for _ in center.parts]
+        self._state = CenterState(self.settings, center)
+        try:
+            if self.keeper:
+                self.keeper.begin(self.snapshot())
+        except Refused:
+            self._state = None
+            raise
 
-    def _require_center(self) -> FlatVector:
-        if self._center is None:
+    def _require_state(self) -> CenterState:
+        if self._state is None:
             raise Refused(
                 Refusal.NO_CENTER,
                 "The server has no center yet. Join with weights, which become the center.",
             )
-        return self._center
+        return self._state
 
     def _weight(
         self, worker: str, samples: float, staleness: int, norm: float, now: float
@@ -297,20 +303,19 @@ class CenterServer:
             weight = most / norm
         return weight
 
-    def _move_(self, center: FlatVector, difference: FlatVector, weight: float) -> None:
-        parts = zip(center.parts, difference.parts, self._rule_state, strict=True)
-        for part, total, state in parts:
-            self.settings.rule.move_(part, total.mul_(weight) if weight != 1 else total, state)
-        self.version += 1
-        if self._average and self.settings.average:
-            self.settings.average.follow_(self._average.parts, center.parts, self.version)
+    def _take_in(self, added: Added, known: Worker) -> None:
+        self._require_state().move_(added.difference, added.receipt.version)
+        self.version = added.receipt.version
+        self._roster.pass_turn(added.worker)
+        known.note(added)
 
 
-def _note(worker: Worker, receipt: Receipt, norm: float, samples: float) -> Receipt:
-    worker.adds += 1
-    worker.missing += receipt.sequence - worker.receipt.sequence - 1
-    worker.norm, worker.samples, worker.receipt = norm, samples, receipt
-    return receipt
+def _scaled(difference: FlatVector, weight: float) -> FlatVector:
+    """Multiplied in place."""
+    if weight != 1:
+        for part in difference.parts:
+            part.mul_(weight)
+    return difference
 
 
 def _require_later(sequence: int, last: int) -> None:

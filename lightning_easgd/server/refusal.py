@@ -14,6 +14,7 @@ class Refusal(Enum):
     UNKNOWN_WORKER = "unknown_worker"
     REPLACED = "replaced"
     SUPERSEDED = "superseded"
+    NOT_KEPT = "not_kept"
     TOO_MANY_WORKERS = "too_many_workers"
     OTHER_MODEL = "other_model"
     NOT_FINITE = "not_finite"
@@ -24,7 +25,7 @@ class Refusal(Enum):
     @property
     def ends(self) -> bool:
         """Whether asking again cannot help."""
-        return self not in (Refusal.WAIT_FOR_TURN, Refusal.TOO_FAST)
+        return self not in (Refusal.WAIT_FOR_TURN, Refusal.TOO_FAST, Refusal.NOT_KEPT)
 
 
 class Refused(Exception):

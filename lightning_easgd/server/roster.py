@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning_easgd.server.refusal import Refusal, Refused
 from lightning_easgd.server.settings import Settings
-from lightning_easgd.server.values import Receipt
+from lightning_easgd.server.values import Added, Receipt
 
 _REMEMBERED = 16
 """Times the workers that may be there at a time: as many are known, with those that are not."""
@@ -35,6 +35,12 @@ class Worker:
     """Differences that it might send at once, at ``tokens_at``."""
     tokens_at: float = 0.0
     left: bool = False
+
+    def note(self, added: Added) -> None:
+        """Remember a difference that was added."""
+        self.adds += 1
+        self.missing += added.receipt.sequence - self.receipt.sequence - 1
+        self.norm, self.samples, self.receipt = added.norm, added.samples, added.receipt
 
     def state(self) -> dict[str, Any]:
         """As plain data, without what has no meaning under another clock."""
@@ -74,7 +80,13 @@ class Roster:
             raise _replaced(name)
         if known is None or incarnation > known.incarnation:
             self._make_room(name, now)
-            known = Worker(incarnation, Receipt(0, version, 0, 1.0), got=version)
+        return self.knows(name, incarnation, got=version, now=now)
+
+    def knows(self, name: str, incarnation: int, *, got: int, now: float) -> Worker:
+        """The worker of this name, and a new one if it is of a later process."""
+        known = self.workers.get(name)
+        if known is None or incarnation > known.incarnation:
+            known = Worker(incarnation, Receipt(0, got, 0, 1.0), got=got)
             self.workers[name] = known
         known.left, known.last_seen = False, now
         self._follow_live(now)

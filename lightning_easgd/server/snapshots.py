@@ -33,9 +33,10 @@ except ModuleNotFoundError as error:
 FORMAT = 1
 """Of the facts in a file; a higher one is not read."""
 
-_NAME = re.compile(r"center-\d{12}\.safetensors")
+_NAME = re.compile(r"center-(\d{12})\.safetensors")
 _PART = ".part"
-_DAMAGED = ".damaged"
+DAMAGED = ".damaged"
+"""At the end of the name of a file that was put aside."""
 
 
 class SnapshotFolder:
@@ -44,6 +45,9 @@ class SnapshotFolder:
     Args:
         path: of the folder; made if it is not there.
         keep: how many snapshots are kept.
+
+    Attributes:
+        handle: of the folder itself, to have its names written to the disk.
 
     Raises:
         SnapshotError: another server has the folder.
@@ -54,9 +58,9 @@ class SnapshotFolder:
         self.path = Path(path)
         self.keep = require_count("keep", keep, "snapshots")
         self.path.mkdir(parents=True, exist_ok=True)
-        self._folder = os.open(self.path, os.O_RDONLY)
+        self.handle = os.open(self.path, os.O_RDONLY)
         try:
-            fcntl.flock(self._folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self.close()
             raise SnapshotError(
@@ -69,7 +73,7 @@ class SnapshotFolder:
 
     def close(self) -> None:
         """Let another server have the folder."""
-        os.close(self._folder)
+        os.close(self.handle)
 
     def save(self, snapshot: Snapshot) -> Path:
         """Write a snapshot, and remove those that are no longer kept.
@@ -83,7 +87,7 @@ class SnapshotFolder:
         try:
             _write(snapshot, part)
             os.replace(part, path)
-            os.fsync(self._folder)
+            os.fsync(self.handle)
         except (OSError, SafetensorError) as error:
             with suppress(OSError):
                 part.unlink()
@@ -109,10 +113,10 @@ class SnapshotFolder:
                 return _read(path)
             except (OSError, SafetensorError, SnapshotError, ValueError, KeyError) as error:
                 damaged.append(path.name)
-                os.replace(path, path.with_name(path.name + _DAMAGED))
+                os.replace(path, path.with_name(path.name + DAMAGED))
                 warnings.warn(
                     f"The snapshot {path} is damaged ({error}), and the one before is used. It lies"
-                    f" there as {path.name}{_DAMAGED}. Differences that it had are lost.",
+                    f" there as {path.name}{DAMAGED}. Differences that only it had are lost.",
                     stacklevel=2,
                 )
         if damaged:
@@ -121,6 +125,11 @@ class SnapshotFolder:
                 " copy, or begin in an empty folder."
             )
         return None
+
+    def oldest(self) -> int | None:
+        """The version of the oldest snapshot that is kept; None if there is none."""
+        versions = [found[1] for path in self._snapshots() if (found := _NAME.match(path.name))]
+        return int(versions[-1]) if versions else None
 
     def _snapshots(self) -> list[Path]:
         """From new to old."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Protocol
 
 from torch import Tensor
+
+from lightning_easgd.center.flat import FlatVector
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,55 @@ class Terms:
 
 
 @dataclass(frozen=True)
+class Added:
+    """A difference with what became of it: whoever has these in order has the center.
+
+    Args:
+        worker: its name.
+        incarnation: of its process.
+        receipt: for it.
+        norm: of the difference as it came.
+        samples: behind it.
+        got: the version of the center that its worker had last got.
+        difference: with the receipt's weight in it.
+    """
+
+    worker: str
+    incarnation: int
+    receipt: Receipt
+    norm: float
+    samples: float
+    got: int
+    difference: FlatVector
+
+    def text(self) -> dict[str, Any]:
+        """As plain data, but for the difference."""
+        facts = {field.name: getattr(self, field.name) for field in fields(self)}
+        del facts["difference"]
+        return {**facts, "receipt": asdict(self.receipt)}
+
+    @classmethod
+    def from_text(cls, text: dict[str, Any], difference: FlatVector) -> Added:
+        """The inverse of :meth:`text`."""
+        return cls(**{**text, "receipt": Receipt(**text["receipt"])}, difference=difference)
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """A server at one moment: tensors with memory of their own, and plain data."""
 
     tensors: dict[str, Tensor]
     facts: dict[str, Any]
+
+
+class Keeper(Protocol):
+    """Keeps what must not be lost before anybody hears that it was added."""
+
+    def begin(self, snapshot: Snapshot) -> None:
+        """Keep a first center; may refuse it."""
+
+    def add(self, added: Added) -> None:
+        """Keep a difference, which is added next; may refuse it, and does not change it."""
 
 
 class SnapshotError(Exception):

@@ -1,0 +1,234 @@
+"""What was added since a snapshot, in a file: written before anybody hears that it was added.
+
+    record, record, ..., zeros or nothing
+    record = b"EAJ1", CRC-32 of what follows (4 bytes), size of text (4), size of payload (8),
+             text in JSON, payload
+
+All integers are little-endian. A journal is named after the center that it begins at, and a new one
+begins with each snapshot. Those that follow a snapshot that is kept are kept, too. So a snapshot
+that is damaged loses nothing.
+
+[Note: cut short] A server that is killed while it writes leaves a record that is not whole. Nobody
+heard that it was added, so it is dropped. If a whole record comes after it, the file is damaged.
+
+[Note: room] Room on the disk is taken in large steps before a record is written. A full disk is
+noticed then. It is also 10 times as fast as letting the file grow with each write.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import re
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+from lightning_easgd.server.center_server import CenterServer
+from lightning_easgd.server.model import bytes_of, vector_on
+from lightning_easgd.server.refusal import Refusal, Refused
+from lightning_easgd.server.snapshots import DAMAGED, SnapshotFolder
+from lightning_easgd.server.values import Added, Snapshot, SnapshotError
+
+_NAME = re.compile(r"center-(\d{12})\.journal")
+_MARK = b"EAJ1"
+_HEAD = struct.Struct("<4sIIQ")
+_SIZES = struct.Struct("<IQ")
+_STEP = 64 * 2**20
+"""Bytes of room that are taken at once."""
+
+
+class Journal:
+    """Keeps what a server adds: snapshots in its folder, and between them one record each.
+
+    Args:
+        folder: of the snapshots.
+        synced: whether a record lies on the disk before it counts as kept. If not, it survives the
+            end of the process, but not of the machine.
+
+    Attributes:
+        bytes: of the records since the last snapshot.
+    """
+
+    def __init__(self, folder: SnapshotFolder, *, synced: bool = False) -> None:
+        self.bytes = 0
+        self._folder = folder
+        self._synced = synced
+        self._version = 0
+        self._room = 0
+        self._file: int | None = None
+
+    def begin(self, snapshot: Snapshot) -> None:
+        """Save a first snapshot."""
+        try:
+            self._folder.save(snapshot)
+        except SnapshotError as error:
+            raise Refused(Refusal.NOT_KEPT, f"The center cannot be kept. {error}") from error
+        self.follow(snapshot.facts["version"])
+
+    def follow(self, version: int) -> None:
+        """Begin a new file, with what comes after the center of this version."""
+        self.close()
+        self._version, self.bytes, self._room = version, 0, 0
+
+    def add(self, added: Added) -> None:
+        """Write a record.
+
+        Raises:
+            Refused: it cannot be written. The file is as it was.
+        """
+        text = json.dumps(added.text(), separators=(",", ":")).encode()
+        payload: list[bytes | memoryview] = [*bytes_of(added.difference)]
+        sizes = _SIZES.pack(len(text), sum(len(piece) for piece in payload))
+        digest = 0
+        for piece in [sizes, text, *payload]:
+            digest = zlib.crc32(piece, digest)
+        record = [_MARK + digest.to_bytes(4, "little") + sizes + text, *payload]
+        try:
+            self._write(record)
+        except OSError as error:
+            raise Refused(
+                Refusal.NOT_KEPT,
+                f"The difference was not added: the journal in {self._folder.path} cannot be"
+                f" written ({error}). Make room there. The worker asks again.",
+            ) from error
+
+    def close(self) -> None:
+        """Give back the room that is left."""
+        if self._file is not None:
+            with suppress(OSError):
+                os.ftruncate(self._file, self.bytes)
+            os.close(self._file)
+            self._file = None
+
+    def _write(self, record: list[bytes | memoryview]) -> None:
+        if self._file is None:
+            path = self._folder.path / f"center-{self._version:012d}.journal"
+            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            os.fsync(self._folder.handle)
+        end = self.bytes + sum(len(piece) for piece in record)
+        self._take_room(self._file, end)
+        place = self.bytes
+        for piece in record:
+            left = memoryview(piece)
+            while left:
+                written = os.pwrite(self._file, left, place)
+                left, place = left[written:], place + written
+        if self._synced:
+            getattr(os, "fdatasync", os.fsync)(self._file)
+        self.bytes = end
+
+    def _take_room(self, file: int, end: int) -> None:
+        if end <= self._room:
+            return
+        if not hasattr(os, "posix_fallocate"):
+            return
+        try:
+            os.posix_fallocate(file, self._room, end - self._room + _STEP)
+            self._room = end + _STEP
+        except OSError:  # there may be room for this one
+            os.posix_fallocate(file, self._room, end - self._room)
+            self._room = end
+
+
+def remove_journals(folder: SnapshotFolder) -> None:
+    """Remove what no snapshot that is kept needs."""
+    oldest = folder.oldest()
+    for version, path in _journals(folder.path):
+        if oldest is not None and version < oldest:
+            path.unlink()
+
+
+def replay_journals(folder: SnapshotFolder, server: CenterServer, *, now: float) -> int:
+    """Add what was added after a server's snapshot, and say how much that was.
+
+    What is damaged is said. Files that do not follow are put aside under another name.
+    """
+    began = server.version
+    paths = [path for _, path in _journals(folder.path)]
+    for place, path in enumerate(paths):
+        try:
+            _replay(path, server, now)
+        except (SnapshotError, Refused) as error:
+            for later in paths[place:]:
+                os.replace(later, later.with_name(later.name + DAMAGED))
+            warnings.warn(
+                f"The journal {path} cannot be used ({error}) The server goes on after difference"
+                f" {server.version}; later ones are lost. It lies there as {path.name}{DAMAGED}.",
+                stacklevel=2,
+            )
+            break
+    return server.version - began
+
+
+def _replay(path: Path, server: CenterServer, now: float) -> None:
+    end = 0
+    for added, ends in _records(path, server):
+        if added.receipt.version > server.version:
+            server.replay(added, now=now)
+        end = ends
+    if _goes_on(path, end):
+        warnings.warn(
+            f"The journal {path} is damaged at byte {end}, and was cut off there. The server goes"
+            f" on after difference {server.version}; later ones in this file are lost.",
+            stacklevel=3,
+        )
+        os.truncate(path, end)
+
+
+def _records(path: Path, server: CenterServer) -> Iterator[tuple[Added, int]]:
+    """What a journal has up to the first record that is not whole, and where each ends."""
+    with _content(path) as content:
+        end = 0
+        while found := _record(content, end):
+            text, payload, end = found
+            memory = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+            yield Added.from_text(json.loads(text), vector_on(server.layout, memory)), end
+
+
+def _goes_on(path: Path, end: int) -> bool:
+    """Whether a whole record comes after one that is not."""
+    with _content(path) as content:
+        return any(_record(content, place) for place in _marks(content, end + 1))
+
+
+@contextmanager
+def _content(path: Path) -> Iterator[bytes | mmap.mmap]:
+    if not path.stat().st_size:
+        yield b""
+        return
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        yield content
+
+
+def _record(content: bytes | mmap.mmap, place: int) -> tuple[bytes, bytes, int] | None:
+    """The text and the payload of a record, and where it ends; None: there is no whole one."""
+    if place + _HEAD.size > len(content):
+        return None
+    mark, digest, text, payload = _HEAD.unpack_from(content, place)
+    begin = place + _HEAD.size
+    end = begin + text + payload
+    if mark != _MARK or end > len(content):
+        return None
+    with memoryview(content) as view, view[begin - _SIZES.size : end] as covered:
+        if zlib.crc32(covered) != digest:
+            return None
+    return content[begin : begin + text], content[begin + text : end], end
+
+
+def _marks(content: bytes | mmap.mmap, place: int) -> Iterator[int]:
+    while (place := content.find(_MARK, place)) >= 0:
+        yield place
+        place += 1
+
+
+def _journals(folder: Path) -> list[tuple[int, Path]]:
+    """From old to new, each with the version that it begins at."""
+    found = [(path, _NAME.fullmatch(path.name)) for path in folder.iterdir()]
+    return sorted((int(named[1]), path) for path, named in found if named)
