@@ -194,8 +194,7 @@ class Advice:
         tau = smallest_period(found, measured.fragments, measured.tau_bounds, often=measured.pause)
         apart = tau // measured.fragments
         exchange, cost = 1e-6 * found.exchange, 1e-6 * found.cost
-        # Behind so many steps it hides, or they wait for it.
-        step = max(measured.step_seconds + cost / apart, exchange / apart)
+        step = hidden_step(measured.step_seconds + cost / apart, exchange / apart)
         return Option(
             compression=exchanges.compression,
             free_tau=self._free_tau(trials),
@@ -235,6 +234,16 @@ class Advice:
     def _free_tau(self, trials: Sequence[Trial]) -> int:
         fragments = self.measured.fragments
         return smallest_period(self._counted(trials), fragments, (1, _NO_BOUND))
+
+
+def hidden_step(compute: float, exchange: float) -> float:
+    """Seconds of a step behind which an exchange hides, or which waits for it.
+
+    Args:
+        compute: seconds of a step alone.
+        exchange: seconds of an exchange, for each of the steps that it may hide behind.
+    """
+    return max(compute, exchange)
 
 
 def together(workers: Sequence[Durations]) -> Durations:
