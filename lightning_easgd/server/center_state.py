@@ -24,12 +24,12 @@ class CenterState:
         self.center = center
         self.average = center.clone() if settings.average else None
         self._settings = settings
-        self._of_rule: list[dict[str, Any]] = [{} for _ in center.parts]
+        self.of_rule: list[dict[str, Any]] = [{} for _ in center.parts]
 
     def move_(self, difference: FlatVector, version: int) -> None:
         """Take a difference in, which may be overwritten; it makes the center of this version."""
         for part, total, state in zip(
-            self.center.parts, difference.parts, self._of_rule, strict=True
+            self.center.parts, difference.parts, self.of_rule, strict=True
         ):
             self._settings.rule.move_(part, total, state)
         if self.average and self._settings.average:
@@ -40,7 +40,7 @@ class CenterState:
         tensors = parts_by_name("center", self.center.clone())
         if self.average:
             tensors |= parts_by_name("average", self.average.clone())
-        for place, state in enumerate(self._of_rule):
+        for place, state in enumerate(self.of_rule):
             tensors |= {f"rule.{place}.{name}": each.clone() for name, each in state.items()}
         return tensors
 
@@ -52,7 +52,7 @@ class CenterState:
         state = cls(settings, vector_from("center", layout, tensors))
         if settings.average:
             state.average = vector_from("average", layout, tensors)
-        for place, kept in enumerate(state._of_rule):
+        for place, kept in enumerate(state.of_rule):
             prefix = f"rule.{place}."
             kept |= {
                 name.removeprefix(prefix): each.clone()
