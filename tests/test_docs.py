@@ -62,6 +62,7 @@ def test_a_page_is_short(page: Page) -> None:
 DRAWN_BY = {
     "comparison.png": ("compare", "test_a_small_comparison_and_going_on_with_it"),
     "schedules.png": ("gallery", "test_a_picture_is_drawn_from_real_runs"),
+    "stability.png": ("stability", "test_the_picture_is_drawn"),
 }
 """The script that draws a picture, and the test that runs it small."""
 

@@ -166,14 +166,27 @@ def step_bars(times: Sequence[StepTime]) -> Figure | None:
     unknown = [1e3 * time.seconds if time.computing is None else 0.0 for time in known]
     bar: dict[str, Any] = {"height": 0.36, "edgecolor": INK, "linewidth": 0.6}
     axes.barh(places + 0.18, computing, color="#56b4e9", label="computing", **bar)
-    axes.barh(places + 0.18, waited, left=computing, color="#e69f00", hatch="//",
-              label="waited for exchanges", **bar)  # fmt: skip
+    axes.barh(
+        places + 0.18,
+        waited,
+        left=computing,
+        color="#e69f00",
+        hatch="//",
+        label="waited for exchanges",
+        **bar,
+    )
     if any(unknown):
         axes.barh(places + 0.18, unknown, color=GRID, label="not told apart", **bar)
     if any(hidden):
         bar = {**bar, "height": 0.2}
-        axes.barh(places - 0.14, hidden, color="#009e73", hatch="\\\\",
-                  label="exchange hidden behind steps", **bar)  # fmt: skip
+        axes.barh(
+            places - 0.14,
+            hidden,
+            color="#009e73",
+            hatch="\\\\",
+            label="exchange hidden behind steps",
+            **bar,
+        )
     names = [("~ " if time.estimated else "") + time.label for time in known]
     axes.set_yticks(places, [name.replace(" (", "\n(") for name in names])
     axes.grid(axis="y", visible=False)
@@ -189,9 +202,12 @@ def bandwidth_curve(found: BreakEven, look: Mapping[str, Look]) -> Figure:
     axis = np.geomspace(min(rates) / 10, max(rates) * 10, 80)
     figure, axes = plain()
     mine, other, compute = found.method, found.other, found.compute
-    own = [mine.seconds(compute, rate, hides=bool(mine.hides)) / 60 for rate in axis]
-    awaited, hidden = ([other.seconds(compute, rate, hides=h) / 60 for rate in axis]
-                       for h in (False, True))  # fmt: skip
+    own = np.array([mine.seconds(compute, rate, hides=bool(mine.hides)) for rate in axis])
+    awaited, hidden = (
+        np.array([other.seconds(compute, rate, hides=h) for rate in axis]) for h in (False, True)
+    )
+    unit, name_of_unit = (60, "minutes") if awaited.max() > 600 else (1, "seconds")
+    own, awaited, hidden = own / unit, awaited / unit, hidden / unit
     style = {**look[found.label].line, "marker": None}
     axes.plot(axis / 1e6, own, label=found.label, **style)
     axes.fill_between(axis / 1e6, hidden, awaited, color=INK, alpha=0.15, linewidth=0)
@@ -200,15 +216,21 @@ def bandwidth_curve(found: BreakEven, look: Mapping[str, Look]) -> Figure:
     axes.plot(axis / 1e6, hidden, "--", color=INK, label=f"{name}, all hidden that can be")
     if found.measured_rate is not None:
         axes.axvline(found.measured_rate / 1e6, color=INK, linewidth=0.9, linestyle=(0, (1, 2)))
-        axes.annotate("measured", (found.measured_rate / 1e6, 1), xytext=(3, -2), va="top",
-                      xycoords=("data", "axes fraction"), textcoords="offset points",
-                      fontsize="small")  # fmt: skip
+        axes.annotate(
+            "measured",
+            (found.measured_rate / 1e6, 1),
+            xytext=(3, -2),
+            va="top",
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            fontsize="small",
+        )
     axes.set_xscale("log")
     axes.set_yscale("log")
     for each in (axes.xaxis, axes.yaxis):
         _plain_numbers(each)
     axes.set_xlabel("bandwidth of a worker in Mbit/s")
-    axes.set_ylabel("minutes to the target" if found.to_target else "minutes of the whole run")
+    axes.set_ylabel(f"{name_of_unit} {'to the target' if found.to_target else 'of the whole run'}")
     legend(figure, columns=1)
     return figure
 
@@ -251,8 +273,9 @@ def _draw_curves(
 
 def _gap(entry: Entry, baseline: Entry, score: Score) -> dict[int, list[float]]:
     """By samples at which all pairs were tested, the gain of each seed."""
-    pairs = [(run, baseline.finished[s]) for s, run in entry.finished.items()
-             if s in baseline.finished]  # fmt: skip
+    pairs = [
+        (run, baseline.finished[s]) for s, run in entry.finished.items() if s in baseline.finished
+    ]
     gains = [_gains(run, other, score) for run, other in pairs]
     common = set.intersection(*map(set, gains)) if gains else set()
     return {samples: [gain[samples] for gain in gains] for samples in sorted(common)}

@@ -163,9 +163,7 @@ def tuning(entries: Sequence[Entry], score: Score) -> list[dict[str, Any]]:
         ]
         taken = _rate_name(entry.rate) if entry.runs else "none"
         budget = counted(sum(map(len, entry.tried.values())), "run") if entry.tried else "no run"
-        found.append(
-            {"label": entry.label, "tried": tried, "taken": taken, "budget": budget}
-        )  # fmt: skip
+        found.append({"label": entry.label, "tried": tried, "taken": taken, "budget": budget})
     return found
 
 

@@ -100,45 +100,6 @@ def test_stability_bound_separates_convergence_from_divergence(p):
     assert disagreement(1.02 * bound) > 1e3
 
 
-def test_round_robin_admm_is_unstable_where_easgd_is_not():
-    """The paper's figure 1: spectral radius of one cycle at η = .001, ρ = 2.5, F(x) = x²/2."""
-
-    def radius(cycle, size: int) -> float:
-        return max(abs(np.linalg.eigvals(np.stack([cycle(e) for e in np.eye(size)], axis=1))))
-
-    eta, rho = 1e-3, 2.5
-
-    def admm(p):
-        def cycle(state):
-            lam, x, c = state[:p].copy(), state[p : 2 * p].copy(), state[-1]
-            for i in range(p):
-                lam[i] -= x[i] - c
-                x[i] = (x[i] - eta * x[i] + eta * rho * (lam[i] + c)) / (1 + eta * rho)
-                c = (x - lam).mean()
-            return np.concatenate([lam, x, [c]])
-
-        return radius(cycle, 2 * p + 1)
-
-    def easgd(p):
-        def cycle(state):
-            x, center = torch.tensor(state[:p]), torch.tensor(state[p:])
-            for i in range(p):
-                pull = torch.empty_like(center)
-                elastic.difference([x[i : i + 1]], [center], out=[pull])
-                elastic.scale_([pull], [eta * rho])
-                x[i] -= eta * x[i]
-                x[i] -= pull[0]
-                elastic.move_center_([center], [pull])
-            return np.concatenate([x.numpy(), center.numpy()])
-
-        return radius(cycle, p + 1)
-
-    assert admm(3) == pytest.approx(1.000974, abs=1e-6)
-    assert admm(8) == pytest.approx(1.002258, abs=1e-6)
-    assert easgd(3) == pytest.approx(0.99927, abs=1e-5)
-    assert easgd(8) == pytest.approx(0.99912, abs=1e-5)
-
-
 @pytest.mark.parametrize("p", [1, 2, 5])
 def test_an_exchange_conserves_the_sum_of_workers_and_center(p):
     generator = torch.Generator().manual_seed(p)
