@@ -42,6 +42,7 @@ from lightning_easgd.schedules import (
     Schedule,
     Steps,
 )
+from lightning_easgd.strategy.center_at import CenterAt
 from lightning_easgd.strategy.monitor import EASGDMonitor
 from lightning_easgd.strategy.strategy import EASGDStrategy
 from lightning_easgd.telemetry import Telemetry
@@ -53,6 +54,7 @@ __all__ = [
     "AdaptivePeriod",
     "Anneal",
     "Auto",
+    "CenterAt",
     "CenterAverage",
     "Codec",
     "Companion",

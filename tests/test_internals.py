@@ -40,7 +40,9 @@ CLASSES = {
     f"{PYTORCH}.strategies.launchers.multiprocessing:_MultiProcessingLauncher": [
         *("get_extra_results", "update_main_process_results", "is_interactive_compatible"),
     ],
-    f"{PYTORCH}.strategies.launchers.subprocess_script:_SubprocessScriptLauncher": ["launch"],
+    f"{PYTORCH}.strategies.launchers.subprocess_script:_SubprocessScriptLauncher": [
+        *("launch", "_call_children_scripts"),
+    ],
     f"{PYTORCH}.callbacks:Timer": ["_check_time_remaining"],
     f"{PYTORCH}.strategies:DDPStrategy": ["_configure_launcher"],
     "lightning.fabric.strategies.registry:_StrategyRegistry": ["register"],

@@ -12,6 +12,7 @@ from lightning_easgd.strategy.validation import REFUSED, Combination
 RESTARTS: dict[str, Any] = {"algorithm": "local_sgd"}
 CENTERS: dict[str, Any] = {"groups": Groups(2)}
 
+SERVER: dict[str, Any] = {"center": "127.0.0.1:5700"}
 PULL: dict[str, Any] = {"algorithm": EASGD(pull=0.4)}
 
 EXAMPLES: dict[tuple[str, str], dict[str, Any]] = {
@@ -39,6 +40,18 @@ EXAMPLES: dict[tuple[str, str], dict[str, Any]] = {
     ("overlap", "algorithm"): {"overlap": True, **RESTARTS},
     ("tau", "overlap"): {"tau": "auto", "overlap": False},
     ("tau", "compression"): {"tau": AdaptivePeriod(), "compression": "topk"},
+    ("algorithm", "center"): {"algorithm": "diloco", **SERVER},
+    ("tau", "center"): {"tau": "auto", **SERVER},
+    ("beta", "center"): {"beta": 0.9, **SERVER},
+    ("alpha", "center"): {"alpha": 0.1, **SERVER},
+    ("rho", "center"): {"rho": 1.0, **SERVER},
+    ("groups", "center"): {"groups": 2, **SERVER},
+    ("often", "center"): {"often": Often(), **SERVER},
+    ("fragments", "center"): {"fragments": 2, **SERVER},
+    ("compression", "center"): {"compression": "int8", **SERVER},
+    ("center_device", "center"): {"center_device": "cpu", **SERVER},
+    ("center_average", "center"): {"center_average": "ema", **SERVER},
+    ("buffers", "center"): {"buffers": {"*": "broadcast"}, **SERVER},
 }
 
 

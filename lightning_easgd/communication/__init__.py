@@ -19,6 +19,7 @@ from lightning_easgd.communication.header import (
     verify_phases,
 )
 from lightning_easgd.communication.hierarchical import GroupedAllReduce, make_all_reduce
+from lightning_easgd.communication.solo_group import SoloGroup, no_sums
 from lightning_easgd.communication.subgroup import Subgroup
 from lightning_easgd.communication.sync_module import (
     make_equal_,
@@ -40,6 +41,7 @@ __all__ = [
     "Payload",
     "PendingSum",
     "Phase",
+    "SoloGroup",
     "Stop",
     "Subgroup",
     "TopK",
@@ -49,6 +51,7 @@ __all__ = [
     "leave_all_groups",
     "make_all_reduce",
     "make_equal_",
+    "no_sums",
     "require_equal",
     "start_equal_",
     "verify",

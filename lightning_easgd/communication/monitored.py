@@ -33,11 +33,15 @@ def barrier(group: WorkerGroup, what: str, *, patiently: bool = False) -> None:
     Raises:
         ExchangeError: a worker left or did not come in time.
     """
+    if group.size == 1:
+        return
     group.wait(dist.barrier(group=group.everybody, async_op=True), what, patiently=patiently)
 
 
 def broadcast(group: WorkerGroup, value: Any, src: int, what: str) -> Any:
     """What worker ``src`` has, see [Note: Lightning's objects]; raises as :func:`barrier` does."""
+    if group.size == 1:
+        return value
     barrier(group, what)  # what follows cannot be monitored; but nobody is missing now
     values = [value]
     dist.broadcast_object_list(values, src, group=group.everybody)
@@ -53,6 +57,8 @@ def reduce_(group: WorkerGroup, tensor: Tensor, op: Any, what: str) -> Tensor:
         op: torch's, or its name; "mean" and "avg" are the mean.
         what: Lightning asks for, for the message.
     """
+    if group.size == 1:
+        return tensor
     mean = isinstance(op, str) and op.lower() in ("mean", "avg")
     if isinstance(op, str):
         op = dist.ReduceOp.SUM if mean else getattr(dist.ReduceOp, op.upper())

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from functools import partial
 
 from lightning_easgd.center.center import Center
-from lightning_easgd.communication import AllReduce
+from lightning_easgd.communication import AllReduce, no_sums
 from lightning_easgd.communication.progress import Progress
-from lightning_easgd.communication.solo_group import no_sums
 from lightning_easgd.exchange.agreement import Agreement
 from lightning_easgd.exchange.center_link import CenterLink
 from lightning_easgd.exchange.clock import Clock

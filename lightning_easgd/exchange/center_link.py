@@ -123,6 +123,7 @@ class CenterLink:
         client = self._courier.client
         self._courier.ask(lambda: client.join(weights)).result()
         _, newest = self._courier.ask(client.get).result()
+        client.patience = math.inf  # from now on this link knows how long to wait
         self._wire.write(newest)
         if not goes_on:
             center.overwrite_worker()

@@ -130,6 +130,10 @@ class CenterClient:
         self._took: deque[float] = deque(maxlen=_MEASURED)
         self._jitter = random.Random(f"{self._who}")
 
+    def ask_terms(self) -> Terms:
+        """Join the server, which may have no center yet; raises as :meth:`join`."""
+        return self._join()
+
     def join(self, weights: FlatVector) -> Terms:
         """Join the server; the first worker of all brings the center along.
 

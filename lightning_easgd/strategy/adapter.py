@@ -16,7 +16,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ from typing_extensions import override
 from lightning_easgd.algorithms.groups import arrange_levels
 from lightning_easgd.communication import (
     Phase,
+    SoloGroup,
     Stop,
     WorkerGroup,
     gather,
@@ -33,6 +33,8 @@ from lightning_easgd.communication import (
     monitored,
     start_equal_,
 )
+from lightning_easgd.strategy.apart import Apart
+from lightning_easgd.strategy.at_server import AtServer
 from lightning_easgd.strategy.build import make_center
 from lightning_easgd.strategy.collectives import Collectives, SettingUp
 from lightning_easgd.strategy.fit import EqualWorkers, Fit
@@ -44,7 +46,7 @@ from lightning_easgd.strategy.unsupported import refuse_features
 from lightning_easgd.telemetry import Telemetry
 
 
-class Adapter(DDPStrategy):
+class Adapter(Apart):
     """DDPStrategy without DDP: workers train on their own, and exchange as the options have it.
 
     Args:
@@ -67,7 +69,7 @@ class Adapter(DDPStrategy):
         **lightnings: Any,
     ) -> None:
         super().__init__(timeout=timeout, **lightnings)
-        self.options = options
+        self.options, self.solo = options, options.center is not None
         self.telemetry = Telemetry()
         self._validates_center = validates_center
         self._exchange_timeout, self._collective_timeout = exchange_timeout, timeout
@@ -111,12 +113,12 @@ class Adapter(DDPStrategy):
         super().setup(trainer)
         if self._workers is None:  # this is no fit
             return
-        self.telemetry = Telemetry()
+        self.telemetry, server = Telemetry(), self._workers.server
         self._fit = Fit(
             trainer,
             self._workers,
             signals=self._signals,
-            options=self.options,
+            options=self.options if server is None else server.options,
             groups=self._arranged_groups(),
             telemetry=self.telemetry,
             validates_center=self._validates_center,
@@ -125,17 +127,25 @@ class Adapter(DDPStrategy):
 
     @override
     def configure_ddp(self) -> None:
-        """Make the workers equal instead of wrapping the module."""
-        module = self.lightning_module
+        """Make the workers equal, or ask the server, instead of wrapping the module."""
+        module, options = self.lightning_module, self.options
         assert module is not None
-        group = WorkerGroup(
+        group = SoloGroup() if self.solo else self._make_group()
+        self._collectives = Collectives(group, SettingUp())
+        if self.solo:
+            center = make_center(module, options, self.global_rank)
+            server = AtServer.ask(center, options, timeout=self._exchange_timeout)
+            self._workers = EqualWorkers(group, center, server)
+            return
+        start_equal_(group, module, options.lines())
+        self._workers = EqualWorkers(group, make_center(module, options, group.rank))
+
+    def _make_group(self) -> WorkerGroup:
+        return WorkerGroup(
             self._exchange_timeout,
             self._collective_timeout,
             from_host=self.options.offload or self.root_device.type == "cpu",
         )
-        self._collectives = Collectives(group, SettingUp())
-        start_equal_(group, module, self.options.lines())
-        self._workers = EqualWorkers(group, make_center(module, self.options, group.rank))
 
     @property
     def _under_way(self) -> Fit:
@@ -232,6 +242,8 @@ class Adapter(DDPStrategy):
             if collectives is not None and not self._failed:
                 self._persistence.finish_writing(collectives.group)
         finally:
+            if self._workers is not None and self._workers.server is not None:
+                self._workers.server.leave()
             if collectives is not None:
                 collectives.group.close()
             self._signals = self._workers = self._collectives = None
@@ -243,6 +255,8 @@ class Adapter(DDPStrategy):
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
     ) -> None:
         """Write the center, and beside it every worker's own state."""
+        if self.solo and self.global_rank > 0:
+            return
         self._persistence.save(checkpoint, os.fspath(filepath), self._fit, storage_options)
 
     @override
@@ -310,12 +324,19 @@ class Adapter(DDPStrategy):
         return super().all_gather(tensor, group, sync_grads)
 
     @property
+    def saving_workers(self) -> int:
+        """How many workers save their own states beside a checkpoint."""
+        return 1 if self.solo else self.world_size
+
+    @property
     def _alone(self) -> bool:
         """Whether this worker handles an exception that the others may know nothing of."""
         return self._fit is not None and self._fit.alone
 
     def _collect(self, value: Any) -> list[Any]:
         """A small value of every worker, in rank order; plain data, as of plain_data.pack."""
+        if self.solo:
+            return [value]
         if self._collectives is not None:
             return self._collectives.group.gather(value)
         return gather(value, self._collective_timeout)

@@ -9,11 +9,12 @@ import lightning.pytorch as pl
 from lightning_easgd.center.center import Center
 from lightning_easgd.center.portion import Portion
 from lightning_easgd.communication import Subgroup, WorkerGroup, make_all_reduce
-from lightning_easgd.exchange.assembly import assemble
+from lightning_easgd.exchange.assembly import assemble, assemble_solo
 from lightning_easgd.exchange.exchange import Exchange
 from lightning_easgd.exchange.gradient_averaging import GradientAverage
 from lightning_easgd.exchange.level import GroupLevel
 from lightning_easgd.exchange.optimizers import LocalOptimizers
+from lightning_easgd.strategy.at_server import AtServer
 from lightning_easgd.strategy.options import Options
 from lightning_easgd.strategy.replica import replica_of
 from lightning_easgd.strategy.unsupported import refuse_own_losses
@@ -52,6 +53,7 @@ def make_exchange(
     groups: Sequence[Sequence[Sequence[int]]],
     trainer: pl.Trainer,
     telemetry: Telemetry,
+    server: AtServer | None = None,
 ) -> Exchange:
     """The exchange of this worker with the others; all of them must call it.
 
@@ -63,6 +65,7 @@ def make_exchange(
             worker takes part by itself.
         trainer: with the optimizers.
         telemetry: where costs are counted.
+        server: that has the center; None: all workers have it.
 
     Raises:
         ValueError: the strength is unstable for this number of workers, or an optimizer cannot be
@@ -71,6 +74,18 @@ def make_exchange(
     """
     rules = options.rules
     optimizers = LocalOptimizers(lambda: trainer.strategy.optimizers)
+    if server is not None:
+        telemetry.ddp_bytes_per_step = _ring_bytes(center, trainer.world_size)
+        return assemble_solo(
+            center,
+            server.courier,
+            optimizers=optimizers,
+            rules=rules,
+            telemetry=telemetry,
+            progress=group.progress,
+            timeout=server.seconds,
+            max_offline_rounds=server.at.max_offline_rounds,
+        )
     subgroups = [Subgroup(group, ranks, options.bucket_bytes) for ranks in groups]
     levels: list[GroupLevel] = []
     gradients = None
@@ -111,6 +126,12 @@ def make_exchange(
         levels=levels,
         groups=groups,
     )
+
+
+def _ring_bytes(center: Center, workers: int) -> int:
+    """What DDP would send; as with very many workers where only a server knows how many."""
+    trained = sum(parameter.nbytes for parameter in center.parameters())
+    return 2 * trained * (workers - 1) // workers if workers > 1 else 2 * trained
 
 
 def _bucket_beside(often: Portion, options: Options) -> int:

@@ -31,6 +31,7 @@ from lightning_easgd.communication import (
     require_equal,
 )
 from lightning_easgd.schedules import TrainingLength
+from lightning_easgd.strategy.at_server import AtServer
 from lightning_easgd.strategy.build import make_exchange
 from lightning_easgd.strategy.lightning_internals import stops_early
 from lightning_easgd.strategy.options import Options
@@ -53,6 +54,8 @@ class EqualWorkers:
 
     group: WorkerGroup
     center: Center
+    server: AtServer | None = None
+    """Where the center of this worker is; None: all workers have it."""
 
 
 class Fit:
@@ -95,6 +98,7 @@ class Fit:
             groups=groups,
             trainer=trainer,
             telemetry=telemetry,
+            server=workers.server,
         )
         hooks = signals.hooks
         hooks.before_batch(self._before_batch)

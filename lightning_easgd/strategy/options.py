@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from copy import copy
+from dataclasses import replace
 from typing import Literal, cast, get_args
 
 from lightning_easgd.algorithms import (
@@ -29,7 +31,13 @@ from lightning_easgd.schedules import (
 )
 from lightning_easgd.schedules.automatic import AutomaticPeriod
 from lightning_easgd.schedules.checks import require_bools, require_choice, require_count
-from lightning_easgd.strategy.validation import refuse_combinations, refuse_unstable
+from lightning_easgd.server.values import Terms
+from lightning_easgd.strategy.center_at import CenterAt
+from lightning_easgd.strategy.validation import (
+    refuse_combinations,
+    refuse_unstable,
+    require_terms,
+)
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
@@ -70,6 +78,7 @@ class Options:
         groups: Members | Groups | None,
         center_device: Literal["cpu"] | None,
         center_average: Literal["polyak", "ema"] | CenterAverage | None,
+        center: str | Sequence[str] | CenterAt | None,
         bucket_bytes: int,
         log: Callable[[str], None],
     ) -> None:
@@ -86,10 +95,11 @@ class Options:
         self.often = require_often(often)
         self.groups = groups if isinstance(groups, Groups) else require_groups(groups)
         self.averaging, self.codec = choose_average(center_average), choose_codec(compression)
+        self.center = CenterAt.choose(center)
         rule = choose_rule(algorithm)
         overlap = rule.overlaps if overlap is None else overlap
         require_bools(overlap=overlap)
-        tau = rule.default_tau if tau is None else tau
+        self._tau, tau = tau, rule.default_tau if tau is None else tau
         auto = Auto.of(tau)
         pause = 1 if self.often is None else self.often.tau
         measured = auto and AutomaticPeriod(auto, fragments=fragments, often=pause, log=log)
@@ -109,6 +119,8 @@ class Options:
             groups=self.groups,
             center_device=center_device,
             center_average=center_average,
+            buffers=self.buffers,
+            center=self.center,
         )
         refuse_unstable(rule, strength)
         self.rules = ExchangePolicy(
@@ -120,6 +132,19 @@ class Options:
             often=self.often,
         )
         self.rules.require_fields()
+
+    def at_server(self, terms: Terms) -> Options:
+        """These, with the algorithm and the period that a server has.
+
+        Raises:
+            ValueError: another one was given.
+        """
+        theirs, rule = RULES[terms.algorithm], self.rules.algorithm
+        require_terms("algorithm", self.name, terms.algorithm, type(rule) is theirs)
+        require_terms("tau", self._tau, terms.tau, self._tau in (None, terms.tau))
+        twin = copy(self)
+        twin.rules = replace(self.rules, period=Period(terms.tau))
+        return twin
 
     @property
     def offload(self) -> bool:
@@ -151,7 +176,7 @@ class Options:
         Callables cannot be compared. Nor can addresses, which tell objects apart that have no
         description of their own.
         """
-        kept = {name: value for name, value in vars(self).items() if name != "rules"}
+        kept = {name: value for name, value in vars(self).items() if name not in ("rules", "_tau")}
         lines = [
             f"algorithm={self.rules.algorithm}",
             f"tau={self.rules.period}",

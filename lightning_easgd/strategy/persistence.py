@@ -51,6 +51,10 @@ class Owner(Protocol):
     def world_size(self) -> int:
         """How many workers there are."""
 
+    @property
+    def saving_workers(self) -> int:
+        """How many of them save their own states beside a checkpoint, worker 0 included."""
+
 
 @dataclass(kw_only=True)
 class Persistence:
@@ -104,7 +108,7 @@ class Persistence:
             self._saved = WorkerCheckpoints(
                 ordered_writes(storage),
                 rank=owner.global_rank,
-                workers=owner.world_size,
+                workers=owner.saving_workers,
                 gather=self.collect,
                 timeout=self.timeout.total_seconds(),
             )

@@ -5,6 +5,7 @@ What Lightning calls while it runs is in the base class; see adapter.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 from inspect import signature
 from typing import Any, Literal, get_args
@@ -29,7 +30,10 @@ from lightning_easgd.schedules.checks import (
     require_timedelta,
 )
 from lightning_easgd.strategy.adapter import Adapter
+from lightning_easgd.strategy.arguments import refuse
+from lightning_easgd.strategy.center_at import CenterAt
 from lightning_easgd.strategy.checkpoint_io import AtomicCheckpointIO
+from lightning_easgd.strategy.launchers import SoloLauncher
 from lightning_easgd.strategy.lightning_internals import (
     ForkingLauncher,
     StrategyRegistry,
@@ -38,7 +42,6 @@ from lightning_easgd.strategy.lightning_internals import (
 from lightning_easgd.strategy.options import Options
 from lightning_easgd.strategy.other_package import explain_import
 from lightning_easgd.strategy.unsupported import refuse_devices, refuse_in_notebooks
-from lightning_easgd.strategy.validation import refuse
 
 EvaluateOn = Literal["center", "worker"]
 StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
@@ -105,6 +108,10 @@ class EASGDStrategy(Adapter):
         center_average: a running average of the center takes its place in evaluation, checkpoints
             and the module after ``fit``: "polyak" (of all its moves), "ema" (of some 1000 latest)
             or CenterAverage("ema", rate=...). None: the center itself.
+        center: address of a server that has the center ("host:5700", or a list of those that may
+            take its place, or CenterAt(...) with keys): asynchronous EASGD. This worker exchanges
+            with it at its own pace, takes algorithm, τ and strength from it, and waits for nobody.
+            None: all workers hold the center, and exchange together.
         bucket_bytes: the most that one all-reduce carries, in bytes. With ``often`` those of large
             parameters carry no more than all small ones have, or 128 KiB if these have less.
         accelerator: as for DDPStrategy, like all that follow.
@@ -151,6 +158,7 @@ class EASGDStrategy(Adapter):
         groups: Members | Groups | None = None,
         center_device: Literal["cpu"] | None = None,
         center_average: Literal["polyak", "ema"] | CenterAverage | None = None,
+        center: str | Sequence[str] | CenterAt | None = None,
         bucket_bytes: int = 25 * 2**20,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
@@ -204,7 +212,12 @@ class EASGDStrategy(Adapter):
     def _configure_launcher(self) -> None:
         refuse_devices(self.parallel_devices or [])
         super()._configure_launcher()
-        if self._start_method != "popen":
+        assert self.cluster_environment is not None
+        if self.solo and self._start_method == "popen":
+            self._launcher = SoloLauncher(
+                self.cluster_environment, self.num_processes, self.num_nodes
+            )
+        elif self._start_method != "popen":
             self._launcher = ForkingLauncher(self, start_method=self._start_method)
         assert self._launcher is not None
         if not self._launcher.is_interactive_compatible:

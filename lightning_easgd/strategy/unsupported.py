@@ -15,7 +15,14 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    BatchSizeFinder,
+    LearningRateFinder,
+    ModelPruning,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -99,6 +106,16 @@ def _callback(*kinds: type) -> Callable[[pl.Trainer, bool], str]:
     return found
 
 
+def _at_a_server(*kinds: type) -> Callable[[pl.Trainer, bool], str]:
+    """The same, where the center is behind a server."""
+
+    def found(trainer: pl.Trainer, synchronize: bool) -> str:
+        solo = trainer.strategy.solo  # type: ignore[attr-defined]
+        return _callback(*kinds)(trainer, synchronize) if solo else ""
+
+    return found
+
+
 def _clock(trainer: pl.Trainer, _: bool) -> str:
     together = trainer.world_size > 1 and validates_by_clock(trainer)
     return "Trainer(val_check_interval=<a time>)" if together else ""
@@ -159,6 +176,18 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
         _lazy,
         "has no shape yet, so there is nothing to average",
         "Pass it an example input in configure_model",
+    ),
+    Unsupported(
+        "`LearningRateFinder`, `BatchSizeFinder` and the `Tuner`, with `center=...`",
+        _at_a_server(LearningRateFinder, BatchSizeFinder),
+        "trains to try something out, and what one worker tries would move the center of all",
+        "Find the value without center=..., and set it",
+    ),
+    Unsupported(
+        "`BackboneFinetuning` and other `BaseFinetuning`, with `center=...`",
+        _at_a_server(BaseFinetuning),
+        "unfreezes parameters later, and a server's center has those that train from the beginning",
+        "Give them a learning rate of 0 at first instead",
     ),
 )
 """All of it, in the order in which it is looked for."""

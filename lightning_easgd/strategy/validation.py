@@ -6,16 +6,13 @@ which messages and documents are made. What only a rule knows, the rule says (``
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy
-from torch.nn.parallel import DistributedDataParallel
 
-from lightning_easgd.algorithms import EASGD, Rule
+from lightning_easgd.algorithms import EASGD, Downpour, Rule
 from lightning_easgd.algorithms.groups import Groups
 from lightning_easgd.communication import choose_codec, waiting_time
 from lightning_easgd.exchange.moving_rates import NOT_AT_ONCE
@@ -28,6 +25,9 @@ _AT_THE_CENTER = "its workers wait for the new center and go on from there"
 _PULL = "EASGD(pull=...)"
 _CENTERS = "Groups(...), which have centers of their own"
 _UNTIED = "it is not made for centers that are tied to another one"
+_SERVER = "a server"
+_OWN_PACE = "its workers come at their own pace, each by itself"
+_TERMS = "the server says it to all its workers"
 _OR_MEMBERS = "or groups={groups.members!r}, whose members average their gradients instead"
 
 
@@ -70,6 +70,22 @@ def _holds_back(compression: Any) -> bool:
 def _sends_a_part(compression: Any) -> bool:
     codec = choose_codec(compression)
     return codec is not None and codec.block is None
+
+
+def _runs_at_a_server(rule: Rule) -> bool:
+    adds = isinstance(rule, EASGD) and rule.pull is None
+    return adds or (isinstance(rule, Downpour) and not (rule.average or rule.center_momentum))
+
+
+def _at_a_server(
+    name: str, values: str, refused: Callable[[Any], bool], because: str, instead: str
+) -> Combination:
+    return Combination(
+        *(name, values, "center", _SERVER),
+        lambda value, center: center is not None and refused(value),
+        because,
+        instead,
+    )
 
 
 REFUSED: tuple[Combination, ...] = (
@@ -195,6 +211,63 @@ REFUSED: tuple[Combination, ...] = (
         "it compares workers with their mean, and only a part of it arrives",
         "Take compression='int8', 'bf16', 'fp16' or None, or another tau",
     ),
+    _at_a_server(
+        *("algorithm", "any but 'easgd' without pull, or 'downpour' without average"),
+        lambda rule: not _runs_at_a_server(rule),
+        "it needs what all workers did, and a server adds what one brings",
+        "Set algorithm='easgd' or 'downpour', or leave center out",
+    ),
+    _at_a_server(
+        *("tau", "anything but a number"),
+        lambda tau: tau is not None and not is_number(tau),
+        f"{_TERMS}, once",
+        "Leave it out, or give it the server's number",
+    ),
+    *(
+        _at_a_server(
+            *(name, "any"),
+            lambda value: value is not None,
+            _TERMS,
+            "Leave it out, and start the server with --beta",
+        )
+        for name in ("beta", "alpha", "rho")
+    ),
+    *(
+        _at_a_server(
+            *(name, "any"),
+            lambda value: value is not None,
+            _OWN_PACE,
+            f"Leave {name} out, or center",
+        )
+        for name in ("groups", "often")
+    ),
+    _at_a_server(
+        *("fragments", "more than 1"),
+        lambda fragments: fragments > 1,
+        "a message is the whole model, in pieces",
+        "Leave fragments out",
+    ),
+    *(
+        _at_a_server(
+            *(name, "any"),
+            lambda value: value is not None,
+            "messages to a server are of the center in full precision, out of host memory",
+            f"Leave {name} out, or center",
+        )
+        for name in ("compression", "center_device")
+    ),
+    _at_a_server(
+        *("center_average", "any"),
+        lambda average: average is not None,
+        "the server has the center, and would have its average",
+        "Leave center_average out, or center",
+    ),
+    _at_a_server(
+        *("buffers", "'broadcast'"),
+        lambda buffers: "broadcast" in (buffers.default, *(p for _, p in buffers.patterns)),
+        "no worker is the first",
+        "Set buffers='average' or 'local'",
+    ),
 )
 """All that is refused, in the order in which it is looked for."""
 
@@ -236,44 +309,14 @@ def refuse_unstable(rule: Rule, strength: Strength) -> None:
         )
 
 
-_GONE = {"tau_min": "min", "tau_max": "max"}
-"""Arguments that there were once, and which of Auto's replaces each."""
-
-
-def refuse(unsupported: Mapping[str, object], *, of: type[DDPStrategy]) -> None:
-    """Refuse keyword arguments that a strategy does not have.
-
-    Args:
-        unsupported: by name.
-        of: the strategy.
+def require_terms(name: str, given: object, theirs: object, met: bool) -> None:
+    """Refuse an option that contradicts what a server says.
 
     Raises:
-        TypeError: there is one; the message tells DDP's gradient reduction from a misspelling.
+        ValueError: it does.
     """
-    theirs = {*_parameters(DDPStrategy), *_parameters(DistributedDataParallel)}
-    own = [name for name in _parameters(of) if name not in theirs and name != "unsupported"]
-    for name, value in unsupported.items():
-        given = f"{of.__name__} got {name}={value!r}"
-        if name in _GONE:
-            bound = _GONE[name]
-            raise TypeError(
-                f"{given}, which there is no more. Write tau=Auto({bound}={value!r}), where Auto is"
-                f" lightning_easgd.Auto; in a configuration for Hydra, tau: {{_target_:"
-                f" lightning_easgd.Auto, {bound}: {value}}}; for LightningCLI, tau: {{class_path:"
-                f" lightning_easgd.Auto, init_args: {{{bound}: {value}}}}}."
-            )
-        if name in theirs:
-            raise TypeError(
-                f"{given}, which configures how DDP reduces gradients. Workers under EASGD never"
-                " reduce gradients by DDP, they exchange weights every tau steps. Remove the"
-                " argument; tau, beta, buffers and bucket_bytes set what is exchanged, and groups"
-                " whose gradients are averaged."
-            )
-        raise TypeError(
-            f"{of.__name__} got an unknown argument {name}={value!r}. Its own are"
-            f" {', '.join(own[:-1])} and {own[-1]}."
+    if not met:
+        raise ValueError(
+            f"{name}={given!r} contradicts the server, which has {name}={theirs!r} for all its"
+            f" workers. Set {name}={theirs!r}, or start the server with another one."
         )
-
-
-def _parameters(of: type) -> list[str]:
-    return list(inspect.signature(of).parameters)

@@ -1,0 +1,93 @@
+"""Where the server of a center is, and how workers reach it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightning_easgd.schedules.checks import require, require_bools, require_count
+from lightning_easgd.server.certificates import Certificates, require_protected
+
+if TYPE_CHECKING:
+    from lightning_easgd.server.grpc_transport import GrpcTransport
+
+LOCAL = "local"
+
+
+@dataclass(frozen=True)
+class CenterAt:
+    """A center behind a server, as EASGDStrategy(center=...) takes it.
+
+    Args:
+        addresses: host and port of the server (``scripts/serve.py``), or a list with those that may
+            take its place.
+        keys: folder with what ``serve.py keys`` made for this site: authority.pem, and one
+            certificate with its key. Needed where an address is not of this machine.
+        insecure: whether to do without there. Then whoever reaches the address can read and change
+            the center.
+        max_offline_rounds: how many exchanges in a row a worker leaves out while no server answers;
+            then it waits.
+
+    Raises:
+        ValueError: an argument is out of range, or an address needs keys.
+    """
+
+    addresses: str | Sequence[str]
+    keys: str | os.PathLike[str] | None = None
+    insecure: bool = False
+    max_offline_rounds: int = 10
+
+    def __post_init__(self) -> None:
+        given = self.addresses
+        several = isinstance(given, Sequence) and all(isinstance(each, str) for each in given)
+        require(
+            "center", given, "'host:5700', or a list of such addresses", several and bool(given)
+        )
+        require_bools(insecure=self.insecure)
+        require_count("max_offline_rounds", self.max_offline_rounds, "rounds", least=0)
+        certificates = self.certificates()
+        for address in self.listed:
+            require_protected(address, certificates, self.insecure)
+
+    @classmethod
+    def choose(cls, center: str | Sequence[str] | CenterAt | None) -> CenterAt | None:
+        """What the strategy was given, None for a center that all workers hold."""
+        return center if center is None or isinstance(center, cls) else cls(center)  # type: ignore[arg-type]
+
+    @property
+    def listed(self) -> list[str]:
+        """All addresses."""
+        return [self.addresses] if isinstance(self.addresses, str) else list(self.addresses)
+
+    def certificates(self) -> Certificates | None:
+        """What the site shows; None without keys.
+
+        Raises:
+            ValueError: the folder does not hold them.
+        """
+        if self.keys is None:
+            return None
+        folder = Path(self.keys)
+        names = [path.stem for path in folder.glob("*.key")]
+        require("keys", str(folder), "a folder with one *.key", len(names) == 1)
+        found = (
+            folder / f"{name}"
+            for name in ("authority.pem", *(f"{names[0]}.{e}" for e in ("pem", "key")))
+        )
+        return Certificates(*found)
+
+    def transport(self) -> GrpcTransport:
+        """To the server.
+
+        Raises:
+            ModuleNotFoundError: gRPC is not installed.
+        """
+        from lightning_easgd.server.grpc_transport import GrpcTransport
+
+        return GrpcTransport(self.listed, certificates=self.certificates(), insecure=self.insecure)
+
+    def __str__(self) -> str:
+        return ", ".join(self.listed)

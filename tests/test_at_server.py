@@ -1,0 +1,282 @@
+"""EASGDStrategy(center=...): a trainer as one worker of a server, with all that Lightning does."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    Callback,
+    EarlyStopping,
+    LearningRateFinder,
+    ModelCheckpoint,
+)
+from toy import Toy, initial_weights, loader, trainer, weights
+
+from lightning_easgd import CenterAt, EASGDMonitor, EASGDStrategy
+from lightning_easgd.server import Refused, Settings
+
+pytest.importorskip("grpc", reason="needs gRPC: pip install -e '.[async]'")
+pytest.importorskip("safetensors", reason="needs safetensors: pip install -e '.[async]'")
+from lightning_easgd.server.serving import Serving
+
+pytestmark = pytest.mark.timeout(60)
+
+SGD = partial(torch.optim.SGD, lr=0.05)
+STEPS = 12
+
+
+class Server:
+    """A server in this process."""
+
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        self.serving = Serving(Settings(**{"tau": 3, **settings}), folder)
+        self.address = f"127.0.0.1:{self.serving.port}"
+
+    @property
+    def version(self) -> int:
+        return self.serving.handler.server.version
+
+    @property
+    def center(self) -> dict[str, np.ndarray]:
+        vector = self.serving.handler.server.delivered()
+        pairs = zip(vector.layout.names, vector.views, strict=True)
+        return {name: view.double().numpy() for name, view in pairs}
+
+    @property
+    def there(self) -> list[str]:
+        return list(self.serving.handler.server.workers(0.0))
+
+
+@pytest.fixture(autouse=True)
+def launched() -> Iterator[None]:
+    """Lightning's launcher leaves variables for the processes that it starts."""
+    with patch.dict(os.environ):
+        yield
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    server = Server(tmp_path / "center")
+    yield server
+    server.serving.close()
+
+
+class Watched(Toy):
+    """Notes the weights in hooks."""
+
+    def __init__(self) -> None:
+        super().__init__(SGD)
+        self.seen: dict[str, Any] = {}
+
+    def note(self, where: str) -> None:
+        self.seen[where] = weights(self)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.note("training")
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.note("validation")
+        self.log("val_loss", self.training_step(batch, batch_idx))
+
+    def on_validation_end(self) -> None:
+        self.note("validation ends")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.note("test")
+
+    def on_train_end(self) -> None:
+        self.note("end")
+
+
+def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
+    return all(np.array_equal(one[name], other[name]) for name in ("w", "b"))
+
+
+def fit(server: Server, module: pl.LightningModule, rank: int = 0, **options: Any) -> pl.Trainer:
+    strategy = EASGDStrategy(center=server.address, **options.pop("strategy", {}))
+    fitting = trainer(1, strategy, **options)
+    fitting.fit(module, loader(rank, STEPS), options.get("validated"))
+    return fitting
+
+
+def test_a_worker_joins_trains_and_leaves_with_its_last_difference(server: Server) -> None:
+    module = Watched()
+    fitting = fit(server, module)
+    telemetry = fitting.strategy.telemetry
+    assert telemetry.exchanges == 4  # at 3, 6, 9, and the last
+    assert server.version == telemetry.differences_added == 4
+    assert telemetry.tau == 3
+    assert telemetry.staleness == 0
+    assert same(weights(module), server.center)
+    assert same(module.seen["end"], server.center)
+    assert not same(module.seen["training"], server.center)
+    assert not server.there
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_later_worker_starts_at_the_center_and_trains_it_on(server: Server) -> None:
+    fit(server, Toy(SGD))
+    after = server.center
+    late = Watched()
+    begins = {}
+    late.on_train_start = lambda: begins.update(before=weights(late))
+    late.on_train_batch_start = lambda *_: begins.setdefault("first", weights(late)) and None
+    fit(server, late, rank=1)
+    assert same(begins["before"], initial_weights())
+    assert same(begins["first"], after)
+    assert server.version == 8
+
+
+def test_validation_checkpoints_and_tests_see_the_center(server: Server, tmp_path: Path) -> None:
+    module = Watched()
+    fitting = trainer(
+        1,
+        EASGDStrategy(center=server.address),
+        max_epochs=2,
+        enable_checkpointing=True,
+        default_root_dir=tmp_path,
+        callbacks=[ModelCheckpoint(tmp_path / "saved", save_last=True, monitor="val_loss")],
+    )
+    seen = []
+    module.on_validation_model_eval = lambda: (
+        pl.LightningModule.on_validation_model_eval(module),
+        server.version and seen.append(server.center),
+    )
+    fitting.fit(module, loader(0, STEPS), loader(9, 2))
+    saved = torch.load(tmp_path / "saved" / "last.ckpt", weights_only=True)["state_dict"]
+    assert same({name: value.numpy() for name, value in saved.items()}, seen[-1])
+    assert same(module.seen["validation"], seen[-1])
+    fitting.test(module, loader(9, 2), verbose=False)
+    assert same(module.seen["test"], server.center)
+    trainer(1, EASGDStrategy(center=server.address)).validate(module, loader(9, 2), verbose=False)
+    assert server.version == 8
+
+
+def test_after_a_validation_the_worker_is_itself_again(server: Server) -> None:
+    module = Watched()
+    fitting = trainer(1, EASGDStrategy(center=server.address), val_check_interval=4)
+    before = {}
+    module.on_validation_end = lambda: before.update(module.seen.get("training", {}))
+    after = []
+    module.on_train_batch_start = lambda batch, index: after.append((dict(before), weights(module)))
+    fitting.fit(module, loader(0, STEPS), loader(9, 1))
+    trained, begins = after[8]
+    assert same(trained, begins)
+    assert not same(module.seen["validation"], module.seen["training"])
+
+
+def test_a_run_resumes_with_the_workers_own_weights(server: Server, tmp_path: Path) -> None:
+    module, path, kept = Watched(), tmp_path / "seven.ckpt", {}
+
+    def save(*args: Any) -> None:
+        if args[2] == 6:
+            kept.update(weights(module))
+            fitting.save_checkpoint(path)
+
+    module.on_train_batch_end = save
+    fitting = trainer(1, EASGDStrategy(center=server.address))
+    fitting.fit(module, loader(0, STEPS))
+    again = Watched()
+    first = {}
+    again.on_train_batch_start = lambda *_: first.setdefault("x", weights(again)) and None
+    on = trainer(1, EASGDStrategy(center=server.address))
+    on.fit(again, loader(0, STEPS), ckpt_path=path)
+    assert same(first["x"], kept)
+    assert on.global_step == STEPS
+    assert same(weights(again), server.center)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"tau": 5}, "tau=5 contradicts the server, which has tau=3"),
+        ({"algorithm": "downpour"}, "algorithm='downpour' contradicts the server"),
+    ],
+)
+def test_an_option_that_contradicts_the_server_is_refused(
+    server: Server, options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        fit(server, Toy(SGD), strategy=options)
+    assert not server.there or server.version == 0
+
+
+def test_another_model_is_refused_by_the_name_of_its_parameter(server: Server) -> None:
+    fit(server, Toy(SGD))
+    with pytest.raises(Refused, match="parameter 0, 'w', has the dtype"):
+        fit(server, Toy(SGD, dtype=torch.float32))
+
+
+def test_a_server_that_is_not_there_is_an_error_in_time() -> None:
+    strategy = EASGDStrategy(center="127.0.0.1:1", exchange_timeout=0.3)
+    with pytest.raises(ConnectionError, match="No server answered worker"):
+        trainer(1, strategy).fit(Toy(SGD), loader(0, 2))
+
+
+class Unfreezing(BackboneFinetuning):
+    def freeze_before_training(self, pl_module: pl.LightningModule) -> None:
+        """Nothing, for the toy has no backbone."""
+
+
+@pytest.mark.parametrize(
+    ("callback", "said"), [(LearningRateFinder, "center of all"), (Unfreezing, "later")]
+)
+def test_what_would_move_the_center_of_all_is_refused(
+    server: Server, callback: type[Callback], said: str
+) -> None:
+    with pytest.raises(pl.utilities.exceptions.MisconfigurationException, match=said):
+        fit(server, Toy(SGD), callbacks=[callback()])
+    assert server.version == 0
+
+
+def test_an_exception_of_the_user_leaves_the_server_usable(server: Server) -> None:
+    module = Toy(SGD)
+    module.on_train_batch_end = lambda *args: 1 / 0 if args[2] == 5 else None
+    with pytest.raises(ZeroDivisionError):
+        fit(server, module)
+    assert not server.there
+    fit(server, Toy(SGD))
+
+
+def test_early_stopping_ends_this_worker(server: Server) -> None:
+    module = Watched()
+    stops = EarlyStopping("val_loss", patience=0, mode="max")
+    fitting = trainer(
+        1, EASGDStrategy(center=server.address), max_epochs=9, callbacks=[stops, EASGDMonitor()]
+    )
+    fitting.fit(module, loader(0, STEPS), loader(9, 1))
+    assert fitting.current_epoch < 9
+    assert same(weights(module), server.center)
+
+
+def test_downpour_and_eamsgd_train_at_a_server(tmp_path: Path) -> None:
+    server = Server(tmp_path, algorithm="downpour", tau=2)
+    module = Watched()
+    fit(server, module, strategy={"algorithm": "downpour"})
+    assert server.version == 6
+    assert same(module.seen["training"], server.center)
+    server.serving.close()
+
+
+@pytest.mark.parametrize("addresses", [[], "", 5, "host", ["127.0.0.1:1", 7]])
+def test_addresses_are_checked(addresses: Any) -> None:
+    with pytest.raises(ValueError, match="is not allowed"):
+        EASGDStrategy(center=addresses)
+
+
+def test_an_address_of_another_machine_needs_keys() -> None:
+    with pytest.raises(ValueError, match="with certificates or"):
+        EASGDStrategy(center="example.org:5700")
+    with pytest.warns(UserWarning, match="can read and change the center"):
+        EASGDStrategy(center=CenterAt("example.org:5700", insecure=True))
