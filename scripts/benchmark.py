@@ -1,6 +1,6 @@
 """Compare ways to train together: samples/s, bytes, waits, memory, on one network after another.
 
-    python scripts/benchmark.py network=100mbit hosts=4 contenders=[limit,ddp,easgd]
+    python scripts/benchmark.py network=100mbit hosts=4 contender=[limit,ddp,easgd]
     python scripts/benchmark.py sweep=bandwidth      10 Mbit/s to unlimited
     python scripts/benchmark.py sweep=workers        2, 4, 8 and 16 hosts
     python scripts/benchmark.py sweep=jitter         workers that stall at random
@@ -17,22 +17,20 @@ import sys
 from pathlib import Path
 
 import hydra
-from benchmarking.agent import JobError, serve
-from benchmarking.clusters import AGENT, ClusterError
-from benchmarking.comparison import Comparison
-from benchmarking.contenders import named
+from comparing.agent import JobError, serve
+from comparing.clusters import AGENT, ClusterError
+from comparing.contender import FOLDER, named
+from comparing.speed import Comparison
 from emulation import EmulationError
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
-
-CONTENDERS = Path(__file__).parents[1] / "conf" / "contenders"
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="benchmark")
 def main(cfg: DictConfig) -> None:
     """Compare what was asked for."""
     chosen = HydraConfig.get()
-    by_name = bool(named(chosen.overrides.task, CONTENDERS))
+    by_name = bool(named(chosen.overrides.task, FOLDER))
     output = Path(chosen.runtime.output_dir)
     try:
         if not Comparison(cfg, output, by_name=by_name).run():
@@ -53,7 +51,7 @@ def command_line() -> None:
             sys.exit(str(error))
         return
     try:
-        named(sys.argv[1:], CONTENDERS)  # Hydra would not say which there are
+        named(sys.argv[1:], FOLDER)  # Hydra would not say which there are
     except ValueError as error:
         sys.exit(f"error: {error}")
     main()

@@ -1,13 +1,13 @@
-"""Compare update rules by what their centers are worth, at equal samples, over the period τ.
+"""Compare ways to train together: time to a score, the score at the end, and bytes.
 
-    python scripts/compare.py                                    all contenders, τ and seeds
-    python scripts/compare.py taus=[4,16] seeds=1 compared=[easgd,downpour]
+    python scripts/compare.py                                    DDP, EASGD, EAMSGD, DOWNPOUR
+    python scripts/compare.py data=fashion_mnist contender=[ddp,ddp_bf16,easgd] taus=[4,16]
     python scripts/compare.py preset=accuracy                    against DDP, at the best of three η
-    python scripts/compare.py rates=[0.1,0.2] compared=[easgd]   tries both, and takes the better
+    python scripts/compare.py data=text                          a small GPT, bits per byte
     python scripts/compare.py hydra.run.dir=FOLDER               goes on with what is left there
     python scripts/compare.py hydra.run.dir=FOLDER train=false   only shows what is there
 
-Every key of conf/compare.yaml can be set; contenders are files of conf/compared. Diverging is
+Every key of conf/compare.yaml can be set; contenders are files of conf/contender. Diverging is
 a result, too. A contender that fails is left out, and the others go on. What was found with
 other settings stays in the folder and is not counted.
 """
@@ -20,8 +20,10 @@ from pathlib import Path
 
 import hydra
 from comparing.comparison import Comparison
+from comparing.contender import FOLDER, named
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
+from plugging import find_own_code, replace_whole
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="compare")
@@ -39,5 +41,16 @@ def main(cfg: DictConfig) -> None:
         sys.exit(130)
 
 
-if __name__ == "__main__":
+def command_line() -> None:
+    """Be the comparison."""
+    find_own_code(sys.argv[1:])
+    sys.argv[1:] = replace_whole(sys.argv[1:])
+    try:
+        named(sys.argv[1:], FOLDER)  # Hydra would not say which there are
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     main()
+
+
+if __name__ == "__main__":
+    command_line()

@@ -1,26 +1,40 @@
-"""From a configuration to results: the whole comparison."""
+"""From a configuration to results: what contenders learn, in which time, with how many bytes."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import configs
+import emulation
 from omegaconf import DictConfig, OmegaConf
 
-from comparing import paired, report
-from comparing.job import Workbench
+from comparing import report
+from comparing.clusters import EmulatedCluster
+from comparing.contender import choose, contenders_of
+from comparing.networks import rate_of
 from comparing.plan import Entry, Plan
 from comparing.result import Job, Result
-from comparing.running import Jobs
+from comparing.running import EmulatedJobs, Jobs, Launcher
+from comparing.speed_plan import Setting
+from comparing.store import Store
+from comparing.table import Table
+from comparing.work import Workbench
 
-_WORKLOAD = ("data", "module", "workers", "epochs")
+_WORKLOAD = (
+    *("workers", "points", "metric", "train_loss", "accelerator"),
+    *("classes",),
+)
+_ABOUT = (
+    *("network", "workers", "metric", "lower_is_better", "target", "baseline", "taus"),
+    *("epochs", "points"),
+)
 
 
 class Comparison:
@@ -37,14 +51,19 @@ class Comparison:
     def __init__(self, cfg: DictConfig, output: Path) -> None:
         _check(cfg)
         self._cfg = cfg
-        self._path = output / "results.jsonl"
+        self._store = Store(output)
+        resolved = OmegaConf.to_container(cfg.contender, resolve=True)
+        choose(contenders_of(resolved), cfg.accelerator, by_name=True, learns=True)
+        self._titles = {name: config.title for name, config in cfg.contender.items()}
         self._plan = Plan(
             entries=list(_entries(cfg)),
-            rates=list(cfg.rates or [None]),
+            rates={name: list(_rates(cfg, name)) for name in cfg.contender},
             seeds=range(cfg.seed, cfg.seed + cfg.seeds),
             tuning=cfg.tuning_seeds,
+            network=cfg.network,
+            apart=cfg.network is not None or cfg.tuning_epochs not in (None, cfg.epochs),
+            lower=cfg.lower_is_better,
         )
-        self._parallel = cfg.parallel or max(1, (os.cpu_count() or 1) // cfg.workers)
         self._found: dict[Job, Result] = {}
         self._failed: dict[str, Result] = {}
         self._began = time.monotonic()
@@ -53,7 +72,8 @@ class Comparison:
         """Train what is left, and report all; whether nothing failed."""
         self._go_on()
         try:
-            if self._cfg.train and self._next() is not None:
+            if self._cfg.train and self._is_left():
+                self._store.describe(self._about())
                 self._train()
         finally:
             self._report()
@@ -61,21 +81,38 @@ class Comparison:
 
     def _train(self) -> None:
         before = self._done()
-        work = Workbench(self._cfg).work
-        with Jobs(work, self._cfg.workers, self._cfg.job_timeout) as running:
-            while True:
-                while len(running) < self._parallel and (job := self._next(running)):
-                    running.start(job, self._settings_of(job))
-                if not len(running):
-                    return
-                result = running.wait()
-                self._keep(result)
-                print(f"{self._progress(before)} {report.told(result)}", flush=True)
+        # Rates are tried first, without the network, then all that counts runs on it.
+        for network in dict.fromkeys((None, self._plan.network)):
+            if self._next(network) is not None:
+                with self._launcher(network) as running:
+                    self._run(running, network, before)
 
-    def _next(self, running: Jobs | tuple[()] = ()) -> Job | None:
+    def _run(self, running: Launcher, network: str | None, before: int) -> None:
+        while True:
+            while len(running) < running.room and (job := self._next(network, running)):
+                running.start(job, self._settings_of(job))
+            if not len(running):
+                return
+            result = running.wait()
+            self._keep(result)
+            print(f"{self._progress(before)} {self._told(result)}", flush=True)
+
+    def _launcher(self, network: str | None) -> Launcher:
+        cfg = self._cfg
+        if network is None:
+            work = Workbench(cfg.get("data")).work
+            room = cfg.parallel or max(1, (os.cpu_count() or 1) // cfg.workers)
+            return Jobs(work, workers=cfg.workers, room=room, timeout=cfg.job_timeout)
+        config = self._store.folder / "resolved.yaml"
+        configs.save(cfg, config)
+        logs = self._store.folder / "logs"
+        make = partial(EmulatedCluster, Setting(network, cfg.workers), config, logs)
+        return EmulatedJobs(partial(make, timeout=cfg.job_timeout, threads=1), cfg.workers)
+
+    def _next(self, network: str | None, running: Launcher | tuple[()] = ()) -> Job | None:
         """The most urgent job that is neither found nor running, of a contender that works."""
         for job in self._plan.jobs(self._found):
-            done = job in self._found or job in running
+            done = job in self._found or job in running or job.network != network
             if not done and job.contender not in self._failed:
                 return job
         return None
@@ -85,31 +122,49 @@ class Comparison:
             self._found[result.job] = result
         else:
             self._failed[result.contender] = result
-        with self._path.open("a") as file:
-            print(json.dumps(result.to_json()), file=file)
+        self._store.add(result)
 
     def _settings_of(self, job: Job) -> dict[str, Any]:
-        """The contender's configuration with the job's period and rate, and the workload."""
+        """All that the job's result depends on, resolved but for the environment."""
         cfg = OmegaConf.merge(self._cfg, {"tau": job.tau or 1, "seed": job.seed})
+        optimizer = _optimizer(cfg, job.contender)
+        if optimizer is not None:
+            rate = {} if job.rate is None else {"lr": job.rate}
+            cfg.optimizer = OmegaConf.merge(optimizer, rate)
         resolved = configs.resolved(cfg)
-        contender = resolved["compared"][job.contender]
-        optimizer = resolved["optimizer"] or contender["optimizer"]
-        if job.rate is not None:
-            optimizer = optimizer | {"lr": job.rate}
-        workload = {key: resolved[key] for key in _WORKLOAD}
-        return {"optimizer": optimizer, "strategy": contender["strategy"], "workload": workload}
+        return {
+            "contender": resolved["contender"][job.contender],
+            "module": resolved["module"],
+            "data": resolved.get("data"),
+            "workload": {key: resolved[key] for key in _WORKLOAD}
+            | {"epochs": (job.tuning and cfg.tuning_epochs) or cfg.epochs},
+        }
 
     def _go_on(self) -> None:
         """Take over what earlier runs found with the settings of now; what failed is run again."""
-        if not self._path.exists():
-            return
-        lines = [json.loads(line) for line in self._path.read_text().splitlines()]
-        results = [Result.from_json(line) for line in lines if line.get("error") is None]
-        self._found = {result.job: result for result in results if self._is_of_now(result)}
+        for result in self._store.read():
+            if result.error is None and self._is_of_now(result):
+                self._found[result.job] = result
 
     def _is_of_now(self, result: Result) -> bool:
-        named = result.contender in self._cfg.compared
+        named = result.contender in self._cfg.contender
         return named and self._settings_of(result.job) == result.settings
+
+    def _about(self) -> dict[str, Any]:
+        cfg = configs.resolved(self._cfg)
+        return {key: cfg[key] for key in _ABOUT} | {
+            "titles": self._titles,
+            "seeds": list(self._plan.seeds),
+            "rates": self._plan.rates,
+            "tuning_seeds": list(self._plan.seeds[: self._plan.tuning]),
+            "tuning_apart": self._plan.apart,
+            "model": self._cfg.module.get("_target_"),
+            "data": (self._cfg.get("data") or {}).get("_target_"),
+            "configuration": cfg,
+        }
+
+    def _is_left(self) -> bool:
+        return any(job not in self._found for job in self._plan.jobs(self._found))
 
     def _done(self) -> int:
         return sum(job in self._found for job in self._plan.jobs(self._found))
@@ -124,41 +179,77 @@ class Comparison:
         each = (time.monotonic() - self._began) / max(1, done - before)
         return f"[{done}/{total}, about {(total - done) * each / 60:.0f} min left]"
 
+    def _told(self, result: Result) -> str:
+        """One result in words."""
+        if result.error is not None:
+            return f"{result.job} failed on {result.error}"
+        if result.score is None:
+            return f"{result.job}: diverged, {result.diverged}"
+        loss = "" if result.loss is None else f", training loss {result.loss:.3f}"
+        return f"{result.job}: {self._table.shown(result.score)}{loss}, {result.seconds:.1f} s"
+
+    @property
+    def _table(self) -> Table:
+        cfg = self._cfg
+        return Table(self._plan, self._titles, cfg.metric, cfg.baseline, cfg.target)
+
     def _report(self) -> None:
-        titles = {name: config.title for name, config in self._cfg.compared.items()}
-        print(f"\n{paired.table(self._plan, self._found, titles, self._cfg.baseline)}\n")
+        print(f"\n{self._table.text(self._found)}\n")
         if len(self._cfg.taus) > 1:
-            self._report_periods(titles)
+            self._report_periods()
         for name, result in self._failed.items():
             reason = (result.error or "").splitlines()[-1]
             print(f"error: {name} was left out: {result.job} failed, {reason}", file=sys.stderr)
-        print(f"results.jsonl is in {self._path.parent}")
+        print(f"results.jsonl is in {self._store.folder}")
 
-    def _report_periods(self, titles: Mapping[str, str]) -> None:
+    def _report_periods(self) -> None:
         results = [r for entry in self._plan.entries for r in self._plan.best(entry, self._found)]
-        print(f"{report.table(results, titles)}\n")
-        picture = self._path.with_name("accuracy.png")
+        print(f"{report.table(results, self._titles)}\n")
         try:
-            report.draw(results, titles, picture)
+            report.draw(results, self._titles, self._store.folder / "accuracy.png")
         except ModuleNotFoundError:
             print('no picture: pip install -e ".[scripts]" brings matplotlib', file=sys.stderr)
 
 
 def _entries(cfg: DictConfig) -> Iterator[Entry]:
-    for name, config in cfg.compared.items():
+    for name, config in cfg.contender.items():
         has_period = "${tau}" in OmegaConf.to_yaml(config)
         yield from ((name, tau) for tau in (cfg.taus if has_period else [None]))
+
+
+def _optimizer(cfg: DictConfig, name: str) -> DictConfig | None:
+    """What a contender trains with, if the module takes an optimizer."""
+    reads = "${optimizer" in OmegaConf.to_yaml(cfg.module)
+    return (cfg.optimizer or cfg.contender[name].get("optimizer")) if reads else None
+
+
+def _rates(cfg: DictConfig, name: str) -> Iterator[float | None]:
+    """Learning rates that a contender tries: as many for each."""
+    optimizer = _optimizer(cfg, name)
+    own = None if optimizer is None else optimizer.get("lr")
+    if cfg.rates:
+        yield from cfg.rates
+    elif own is None:
+        yield None
+    else:
+        yield from (float(f"{factor * own:.6g}") for factor in cfg.factors)
 
 
 def _check(cfg: DictConfig) -> None:
     numbers = {name: cfg[name] for name in ("seeds", "workers", "epochs", "tuning_seeds")}
     numbers |= {f"taus[{i}]": tau for i, tau in enumerate(cfg.taus)}
-    numbers |= {} if cfg.parallel is None else {"parallel": cfg.parallel}
+    numbers |= {key: cfg[key] for key in ("parallel", "tuning_epochs") if cfg[key] is not None}
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} got {value!r}; allowed is a whole number from 1 on.")
-    for rate in cfg.rates or []:
-        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < math.inf:
-            raise ValueError(f"rates got {rate!r}; allowed are numbers above 0.")
-    if not cfg.taus or not cfg.compared:
-        raise ValueError("taus and compared got nothing; name one of each or more.")
+    for name in ("rates", "factors"):
+        for rate in cfg[name] or []:
+            known = isinstance(rate, (int, float)) and not isinstance(rate, bool)
+            if not known or not 0 < rate < math.inf:
+                raise ValueError(f"{name} got {rate!r}; allowed are numbers above 0.")
+    if cfg.network is not None:
+        rate_of(cfg.network)
+        if (reason := emulation.unavailable()) is not None:
+            raise ValueError(f"Hosts cannot be emulated: {reason}. Or set network=null.")
+    if not cfg.taus or not cfg.contender or not (cfg.rates or cfg.factors):
+        raise ValueError("taus, contender and factors got nothing; name one of each or more.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,49 +20,87 @@ class Plan:
     """Contenders over periods, learning rates and seeds."""
 
     entries: Sequence[Entry]
-    rates: Sequence[float | None]
-    """Those that every entry tries; None is a contender's own."""
+    rates: Mapping[str, Sequence[float | None]]
+    """Those that a contender tries; None is the module's own."""
     seeds: Sequence[int]
     tuning: int
     """With so many of the seeds, the first, all rates are tried; with the others the best one."""
+    network: str | None = None
+    """Of the runs that count."""
+    apart: bool = False
+    """Whether runs that choose a rate are none of those that count."""
+    lower: bool = False
+    """Whether lower scores are better."""
 
     def __len__(self) -> int:
         """How many jobs there are."""
-        more = (len(self.rates) - 1) * len(self.seeds[: self.tuning])
-        return len(self.entries) * (len(self.seeds) + more)
+        return sum(len(self.seeds) + self._trials(name) for name, _ in self.entries)
 
     def jobs(self, found: Found) -> Iterator[Job]:
         """Those that can run by what is found, the most urgent first; what has run is among them.
 
-        Seeds are outermost, so that what was stopped early has all contenders.
+        Seeds are outermost, so that what was stopped early has all contenders, and contenders are
+        interleaved.
         """
+        if self.apart:
+            yield from (job for seed in self._first for job in self._tuning(seed))
         for number, seed in enumerate(self.seeds):
+            tunes = not self.apart and number < self.tuning
             for entry in self.entries:
-                rates = self.rates if number < self.tuning else self._best(entry, found)
-                yield from (Job(*entry, rate, seed) for rate in rates)
+                rates = self.rates[entry[0]] if tunes else self._best(entry, found)
+                yield from (Job(*entry, rate, seed, self.network) for rate in rates)
 
     def best(self, entry: Entry, found: Found) -> list[Result]:
         """What was found with the best of the rates that were tried."""
         rates = self._best(entry, found, partly=True)
-        jobs = [Job(*entry, rate, seed) for rate in rates for seed in self.seeds]
+        jobs = [Job(*entry, rate, seed, self.network) for rate in rates for seed in self.seeds]
         return [found[job] for job in jobs if job in found]
 
     def tried(self, entry: Entry, found: Found) -> dict[float | None, float]:
-        """Mean test accuracy of the tuning, by rate; one that diverged got nothing right."""
+        """Mean score of the tuning, by rate; one that diverged is the worst of all."""
+        worst = math.inf if self.lower else 0.0
         jobs = {
-            rate: [Job(*entry, rate, seed) for seed in self.seeds[: self.tuning]]
-            for rate in self.rates
+            rate: [self._trial(entry, rate, seed) for seed in self._first]
+            for rate in self.rates[entry[0]]
         }
         return {
-            rate: statistics.fmean(found[job].score or 0.0 for job in each)
+            rate: statistics.fmean(_or(found[job].score, worst) for job in each)
             for rate, each in jobs.items()
             if all(job in found for job in each)
         }
 
+    @property
+    def _first(self) -> Sequence[int]:
+        return self.seeds[: self.tuning]
+
+    def _is_tuned(self, name: str) -> bool:
+        return len(self.rates[name]) > 1
+
+    def _trials(self, name: str) -> int:
+        """Jobs that only choose a rate."""
+        more = len(self.rates[name]) - (not self.apart)
+        return more * len(self._first) if self._is_tuned(name) else 0
+
+    def _tuning(self, seed: int) -> Iterator[Job]:
+        for entry in self.entries:
+            rates = self.rates[entry[0]] if self._is_tuned(entry[0]) else ()
+            yield from (self._trial(entry, rate, seed) for rate in rates)
+
+    def _trial(self, entry: Entry, rate: float | None, seed: int) -> Job:
+        # The network does not matter for what is learned from as many samples, as all exchanges
+        # are synchronous; without it, several jobs run at a time.
+        return Job(*entry, rate, seed, None if self.apart else self.network, self.apart)
+
     def _best(self, entry: Entry, found: Found, *, partly: bool = False) -> list[float | None]:
         """The best rate; none before all were tried, or any if partly."""
-        if len(self.rates) == 1:
-            return list(self.rates)
+        rates = self.rates[entry[0]]
+        if len(rates) == 1:
+            return list(rates)
         tried = self.tried(entry, found)
-        enough = tried if partly else len(tried) == len(self.rates)
-        return [max(tried, key=tried.__getitem__)] if enough else []
+        enough = tried if partly else len(tried) == len(rates)
+        choose = min if self.lower else max
+        return [choose(tried, key=tried.__getitem__)] if enough else []
+
+
+def _or(value: float | None, other: float) -> float:
+    return other if value is None else value

@@ -9,21 +9,10 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from benchmarking.report import aligned
-
 from comparing.result import Result
+from comparing.speed_report import aligned
 
 _STYLES = ("o-", "s-", "^--", "v--", "D--", "P:", "X-.")
-
-
-def told(result: Result) -> str:
-    """One result in words."""
-    if result.error is not None:
-        return f"{result.job} failed on {result.error}"
-    if result.score is None:
-        return f"{result.job}: diverged, {result.diverged}"
-    loss = "" if result.loss is None else f", training loss {result.loss:.3f}"
-    return f"{result.job}: {100 * result.score:.2f} %{loss}"
 
 
 def table(results: Sequence[Result], titles: Mapping[str, str]) -> str:

@@ -19,12 +19,19 @@ class Job:
     seed: int
     network: str | None = None
     """Between emulated hosts, as 100mbit; "cluster" on a real one; None: this machine alone."""
+    tuning: bool = False
+    """Whether it only chooses a learning rate: shorter, or without the network."""
 
     def __str__(self) -> str:
         period = "" if self.tau is None else f", τ = {self.tau}"
         rate = "" if self.rate is None else f", η = {self.rate:g}"
         network = "" if self.network is None else f", {self.network}"
-        return f"{self.contender}{period}{rate}, seed {self.seed}{network}"
+        tuning = ", tuning" if self.tuning else ""
+        return f"{self.contender}{period}{rate}, seed {self.seed}{network}{tuning}"
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,8 @@ class Result:
     rate: float | None
     seed: int
     network: str | None = None
+    tuning: bool = False
+    """Whether it only chose a learning rate, and is no result of its own."""
     hosts: int = 0
     """Workers; each is on a host of its own where hosts are emulated."""
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -113,11 +122,29 @@ class Result:
     @property
     def job(self) -> Job:
         """What found it."""
-        return Job(self.contender, self.tau, self.rate, self.seed, self.network)
+        return Job(self.contender, self.tau, self.rate, self.seed, self.network, self.tuning)
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
         return asdict(self)
+
+    def reached(self, target: float, *, lower: bool = False) -> Point | None:
+        """The first point with a score at least as good; None: it did not reach it.
+
+        Args:
+            target: a score.
+            lower: whether lower ones are better.
+        """
+        sign = -1 if lower else 1
+        known = [point for point in self.points if point.score is not None]
+        return next((p for p in known if sign * (p.score or 0.0) >= sign * target), None)
+
+    @classmethod
+    def of(
+        cls, job: Job, settings: Mapping[str, Any], hosts: int, job_seconds: float, **found: Any
+    ) -> Result:
+        """Of a job, with what it found as further fields."""
+        return cls(**asdict(job), settings=settings, hosts=hosts, job_seconds=job_seconds, **found)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Result:

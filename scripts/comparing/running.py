@@ -1,16 +1,17 @@
-"""Jobs that run at the same time, in workers forked from this process."""
+"""Who runs jobs: workers forked from this process, or hosts with a network between them."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
-from forking import Outcome, Workers
+from forking import Outcome, Workers, one_node
 
-from comparing.job import gathered
+from comparing.clusters import ClusterError, EmulatedCluster
 from comparing.result import Job, Result
+from comparing.work import gathered
 
 _POLL_SECONDS = 0.05
 
@@ -23,16 +24,92 @@ class _Running:
     outcomes: dict[int, Outcome] = field(default_factory=dict)
 
 
+class Launcher(Protocol):
+    """Runs jobs within a ``with`` block."""
+
+    room: int
+    """How many run at the same time."""
+
+    def __enter__(self) -> Launcher: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def __len__(self) -> int: ...
+
+    def __contains__(self, job: Job) -> bool: ...
+
+    def start(self, job: Job, settings: Mapping[str, Any]) -> None:
+        """Have a job run, if there is room."""
+
+    def wait(self) -> Result:
+        """What the next job that ends has found, or how it failed."""
+
+
+class EmulatedJobs:
+    """One job after another on emulated hosts, whose link is measured before each.
+
+    Args:
+        make: starts the hosts, anew after a job that failed.
+        hosts: how many there are.
+    """
+
+    room = 1
+
+    def __init__(self, make: Callable[[], EmulatedCluster], hosts: int) -> None:
+        self._make = make
+        self._hosts = hosts
+        self._cluster: EmulatedCluster | None = None
+        self._jobs: list[tuple[Job, Mapping[str, Any]]] = []
+
+    def __enter__(self) -> EmulatedJobs:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._cluster is not None:
+            self._cluster.__exit__()
+            self._cluster = None
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def __contains__(self, job: Job) -> bool:
+        return any(job == each for each, _ in self._jobs)
+
+    def start(self, job: Job, settings: Mapping[str, Any]) -> None:
+        """Have it run as soon as it is waited for."""
+        self._jobs.append((job, settings))
+
+    def wait(self) -> Result:
+        """What the job has found, or how it failed."""
+        job, settings = self._jobs.pop()
+        began = time.monotonic()
+        try:
+            if self._cluster is None:
+                self._cluster = self._make().__enter__()
+            began = time.monotonic()
+            rate = self._cluster.link_rate()
+            found = gathered(self._cluster.run(job, settings)) | {"link_rate": rate}
+        except ClusterError as error:
+            self.__exit__()  # the other hosts wait for the one that failed
+            found = {"error": str(error)}
+        seconds = time.monotonic() - began
+        return Result.of(job, settings, self._hosts, seconds, **found)
+
+
 class Jobs:
     """Jobs that run within a ``with`` block; leaving it ends those that still do.
 
     Args:
-        work: called as ``work(rank, job, settings)`` in every worker of a job.
+        work: called as ``work(job, settings)`` in every worker of a job.
         workers: of a job.
+        room: how many run at the same time.
         timeout: seconds that a job may take.
     """
 
-    def __init__(self, work: Callable[..., Any], workers: int, timeout: float) -> None:
+    def __init__(
+        self, work: Callable[..., Any], *, workers: int, room: int, timeout: float
+    ) -> None:
+        self.room = room
         self._work = work
         self._workers = workers
         self._timeout = timeout
@@ -53,8 +130,12 @@ class Jobs:
 
     def start(self, job: Job, settings: Mapping[str, Any]) -> None:
         """Have it run, beside those that do."""
-        workers = Workers(self._work, job, settings, workers=self._workers)
+        variables = one_node(self._workers) | {"LOCAL_WORLD_SIZE": str(self._workers)}
+        workers = Workers(self._of_rank, job, settings, workers=self._workers, variables=variables)
         self._running[job] = _Running(dict(settings), workers)
+
+    def _of_rank(self, _: int, job: Job, settings: Mapping[str, Any]) -> Any:
+        return self._work(job, settings)
 
     def wait(self) -> Result:
         """What the next job that ends has found, or how it failed."""
@@ -71,20 +152,10 @@ class Jobs:
             seconds = time.monotonic() - running.began
             error = self._error(running, seconds)
             done = len(running.outcomes) == self._workers
-            if error is None and not done:
-                continue
-            values = [running.outcomes[rank].value for rank in range(self._workers) if done]
-            found = {"error": error} if error is not None else gathered(values)
-            yield Result(
-                contender=job.contender,
-                tau=job.tau,
-                rate=job.rate,
-                seed=job.seed,
-                hosts=self._workers,
-                settings=running.settings,
-                job_seconds=seconds,
-                **found,
-            )
+            if error is not None or done:
+                values = [running.outcomes[rank].value for rank in range(self._workers) if done]
+                found = {"error": error} if error is not None else gathered(values)
+                yield Result.of(job, running.settings, self._workers, seconds, **found)
 
     def _error(self, running: _Running, seconds: float) -> str | None:
         """Of the worker that failed first; the others may have failed for want of it."""

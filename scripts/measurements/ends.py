@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from benchmarking.plan import rotated
+from comparing.speed_plan import rotated
 from forking import free_port
 from torch import Tensor, nn
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import configs
-from benchmarking.clusters import ClusterError, EmulatedCluster
-from benchmarking.networks import rate_of
-from benchmarking.plan import Job, Setting, jobs_of
-from benchmarking.progress import Progress
+from comparing.clusters import ClusterError, EmulatedCluster
+from comparing.networks import rate_of
+from comparing.progress import Progress
+from comparing.speed_plan import Job, Setting, jobs_of
 from emulation import EmulationError
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
@@ -105,13 +105,13 @@ def _config(turns: Turns, pairs: int, data: str) -> DictConfig:
     with initialize_config_dir(str(_CONF), version_base="1.3"):
         cfg = compose(
             "benchmark",
-            [f"tau={turns.tau}", f"steps={steps}", f"data={data}", "contenders=[easgd]"],
+            [f"tau={turns.tau}", f"steps={steps}", f"data={data}", "contender=[easgd]"],
         )
     warm_up = turns.block - 2 * turns.tau  # the first block has its exchanges, but is not measured
     strategy = {"tau": {"_target_": f"{Turns.__module__}.Turns", "tau": turns.tau}}
     OmegaConf.set_struct(cfg, False)
-    easgd = cfg.contenders.pop("easgd")
-    cfg.contenders[_NAME] = OmegaConf.merge(easgd, {"strategy": strategy, "warm_up": warm_up})
+    easgd = cfg.contender.pop("easgd")
+    cfg.contender[_NAME] = OmegaConf.merge(easgd, {"strategy": strategy, "warm_up": warm_up})
     return cfg
 
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import emulation
 import pytest
-from benchmarking.comparison import Comparison
-from benchmarking.contenders import contenders_of
-from benchmarking.job import make_module
-from benchmarking.networks import rate_of
-from benchmarking.plan import Setting, settings_of
+from comparing.contender import contenders_of
+from comparing.networks import rate_of
+from comparing.speed import Comparison
+from comparing.speed_job import make_module
+from comparing.speed_plan import Setting, settings_of
 from hydra import compose, initialize_config_dir
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import Strategy
@@ -26,7 +26,7 @@ from processes import processes_of, until_written
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
-NAMES = sorted(path.stem for path in (CONF / "contenders").glob("*.yaml"))
+NAMES = list(OmegaConf.load(CONF / "benchmark.yaml").defaults[4].contender)
 PEERS = [name for name in NAMES if name.startswith("torchft")]
 PLAIN = [name for name in NAMES if name not in [*PEERS, "post_local_sgd"]]
 REASON = emulation.unavailable()
@@ -46,8 +46,8 @@ def composed(*overrides: str) -> DictConfig:
 def test_every_contender_is_a_strategy_and_perhaps_a_callback(name: str) -> None:
     if name in PEERS:
         pytest.importorskip("torchft", reason='pip install -e ".[peers]"')
-    cfg = composed(f"contenders=[{name}]", "tau=8")
-    configs = OmegaConf.to_container(cfg.contenders, resolve=True)
+    cfg = composed(f"contender=[{name}]", "tau=8")
+    configs = OmegaConf.to_container(cfg.contender, resolve=True)
     (contender,) = contenders_of(configs).values()
     assert list(configs) == [name]
     assert contender.period in (None, 1, 8)
@@ -58,9 +58,9 @@ def test_every_contender_is_a_strategy_and_perhaps_a_callback(name: str) -> None
 
 def test_by_default_all_contenders_take_part_in_all_sweeps_but_jitter() -> None:
     for sweep in ("none", "bandwidth", "workers"):
-        assert sorted(composed(f"sweep={sweep}").contenders) == NAMES
-    assert set(composed("sweep=jitter").contenders) >= {"limit", "easgd", "easgd_blocking"}
-    assert list(composed("sweep=jitter", "contenders=[ddp]").contenders) == ["ddp"]
+        assert list(composed(f"sweep={sweep}").contender) == NAMES
+    assert set(composed("sweep=jitter").contender) >= {"limit", "easgd", "easgd_blocking"}
+    assert list(composed("sweep=jitter", "contender=[ddp]").contender) == ["ddp"]
 
 
 def settings(*overrides: str) -> list[Setting]:
@@ -167,8 +167,8 @@ def by_contender(found: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 @needs_hosts
 @pytest.mark.usefixtures("nothing_left")
 def test_an_unknown_contender_is_named_with_those_that_there_are(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="error: contenders got dpp; allowed are ddp, "):
-        run(tmp_path, "contenders=[dpp]")
+    with pytest.raises(AssertionError, match="error: contender got dpp; allowed are adownpour, "):
+        run(tmp_path, "contender=[dpp]")
 
 
 @needs_hosts
@@ -176,7 +176,7 @@ def test_an_unknown_contender_is_named_with_those_that_there_are(tmp_path: Path)
 @pytest.mark.usefixtures("nothing_left")
 def test_all_contenders_on_two_hosts_and_going_on_with_it(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="pip install matplotlib")
-    chosen = f"contenders=[{','.join(PLAIN)}]"
+    chosen = f"contender=[{','.join(PLAIN)}]"
     told = run(tmp_path, chosen)
     found = by_contender(results(tmp_path))
     assert list(found) == [one["contender"] for one in results(tmp_path, "summary")] == PLAIN
@@ -189,7 +189,7 @@ def test_all_contenders_on_two_hosts_and_going_on_with_it(tmp_path: Path) -> Non
     # As many bytes on the wire as the ring all-reduces of the measured steps carry. Where nobody
     # waits for them, a part of the last may be under way yet when bytes are counted.
     to_ring = {name: one["bytes_to_ring"] for name, one in found.items()}
-    for name in ("ddp", "local_sgd", "easgd_blocking"):
+    for name in ("ddp", "torch_local_sgd", "easgd_blocking"):
         assert 0.9 < to_ring[name] < 1.2
     for name in ("easgd", "easgd_fragments"):
         assert 0.8 < to_ring[name] < 1.2
@@ -200,7 +200,7 @@ def test_all_contenders_on_two_hosts_and_going_on_with_it(tmp_path: Path) -> Non
     assert found["limit"]["bytes_per_step"] < found["easgd_int8"]["bytes_per_step"] / 2
     assert (tmp_path / "samples_per_second.png").read_bytes().startswith(b"\x89PNG")
 
-    told = run(tmp_path, "contenders=[limit,easgd]", "repetitions=2")
+    told = run(tmp_path, "contender=[limit,easgd]", "repetitions=2")
     assert told.count(" samples/s") == 2 + 1  # the second repetition only, and the table
     assert len(results(tmp_path)) == len(PLAIN) + 2
     assert by_contender(results(tmp_path, "summary"))["easgd"]["repetitions"] == 2
@@ -214,7 +214,7 @@ def test_all_contenders_on_two_hosts_and_going_on_with_it(tmp_path: Path) -> Non
 @needs_peers
 @pytest.mark.usefixtures("nothing_left")
 def test_torchft_on_two_hosts(tmp_path: Path) -> None:
-    run(tmp_path, f"contenders=[{','.join(PEERS)}]")
+    run(tmp_path, f"contender=[{','.join(PEERS)}]")
     found = by_contender(results(tmp_path))
     assert list(found) == PEERS
     for one in found.values():
@@ -225,13 +225,13 @@ def test_torchft_on_two_hosts(tmp_path: Path) -> None:
 @pytest.mark.timeout(200)
 def test_under_torchrun_with_accuracies(tmp_path: Path) -> None:
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    options = ["accuracy=true", "epochs=4", "contenders=[limit,local_sgd,easgd]"]
+    options = ["accuracy=true", "epochs=4", "contender=[limit,torch_local_sgd,easgd]"]
     stalls = ["sweep.over=stall", "sweep.values=[0,0.001]"]
     run(tmp_path, *options, *stalls, program=torchrun)
     found = results(tmp_path)
     assert [(one["contender"], one["stall"]) for one in found] == [
-        *(("limit", 0), ("local_sgd", 0), ("easgd", 0)),
-        *(("limit", 0.001), ("local_sgd", 0.001), ("easgd", 0.001)),
+        *(("limit", 0), ("torch_local_sgd", 0), ("easgd", 0)),
+        *(("limit", 0.001), ("torch_local_sgd", 0.001), ("easgd", 0.001)),
     ]
     for one in found:
         assert (one["network"], one["hosts"]) == ("cluster", 2)
@@ -244,7 +244,7 @@ def test_under_torchrun_with_accuracies(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_results_and_no_process(tmp_path: Path, number: signal.Signals) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), f"hydra.run.dir={tmp_path}"]
-    options = ["contenders=[limit,easgd]", "steps=400", "repetitions=100"]
+    options = ["contender=[limit,easgd]", "steps=400", "repetitions=100"]
     with until_written(tmp_path / "results.jsonl", [*command, *SMALL, *options]) as process:
         process.send_signal(number)
         assert process.wait(30) == 128 + number
@@ -256,5 +256,5 @@ def test_a_signal_leaves_results_and_no_process(tmp_path: Path, number: signal.S
 @pytest.mark.usefixtures("nothing_left")
 def test_a_contender_that_fails_is_named_with_the_end_of_its_output(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=r"error: easgd failed on host [01](.|\n)*tau=-1"):
-        run(tmp_path, "contenders=[easgd]", "contenders.easgd.strategy.tau=-1")
+        run(tmp_path, "contender=[easgd]", "contender.easgd.strategy.tau=-1")
     assert not (tmp_path / "results.jsonl").exists()

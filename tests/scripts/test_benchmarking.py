@@ -1,4 +1,4 @@
-"""The parts of scripts/benchmarking, each by itself."""
+"""The parts of scripts/comparing, each by itself."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from benchmarking import report
-from benchmarking.agent import JobError, in_child
-from benchmarking.contenders import Contender, choose, named
-from benchmarking.counting import (
+from comparing import speed_report as report
+from comparing.agent import JobError, in_child
+from comparing.contender import Contender, choose, named
+from comparing.counting import (
     interface_towards,
     peak_resident_bytes,
     resident_bytes,
     sent_bytes,
 )
-from benchmarking.meter import Meter, Stalls, Window
-from benchmarking.networks import rate_of
-from benchmarking.plan import Job, Setting, jobs_of, rotated, settings_of
-from benchmarking.progress import Progress
-from benchmarking.results import Result, Results
-from benchmarking.statistics import median_ratio, percentile
-from benchmarking.summary import Summary, summarize
+from comparing.meter import Meter, Stalls, Window
+from comparing.networks import rate_of
+from comparing.progress import Progress
+from comparing.speed_plan import Job, Setting, jobs_of, rotated, settings_of
+from comparing.speed_results import Result, Results
+from comparing.statistics import median_ratio, percentile
+from comparing.summary import Summary, summarize
 
 SETTING = Setting("100mbit", 4)
 WORKER = {
@@ -116,11 +116,11 @@ def test_a_peer_that_cannot_run_is_left_out_of_the_default_and_refused_by_name()
 def test_contenders_are_named_by_their_files(tmp_path: Path) -> None:
     for name in ("ddp", "easgd"):
         (tmp_path / f"{name}.yaml").touch()
-    assert named(["hosts=2", "contenders=[ddp, easgd]"], tmp_path) == ["ddp", "easgd"]
-    assert named(["contenders=ddp"], tmp_path) == ["ddp"]
-    assert named(["hosts=2", "contenders=[]"], tmp_path) == []
+    assert named(["hosts=2", "contender=[ddp, easgd]"], tmp_path) == ["ddp", "easgd"]
+    assert named(["contender=ddp"], tmp_path) == ["ddp"]
+    assert named(["hosts=2", "contender=[]"], tmp_path) == []
     with pytest.raises(ValueError, match=r"got dpp; allowed are ddp, easgd, and files"):
-        named(["contenders=[dpp,easgd]"], tmp_path)
+        named(["contender=[dpp,easgd]"], tmp_path)
 
 
 def test_bytes_are_counted_on_the_interface_that_carries_them(
@@ -187,7 +187,7 @@ def test_stalls_come_at_the_same_steps_under_every_contender(
     def stalled(seconds: float, seed: str) -> list[int]:
         slept: list[int] = []
         step = 0
-        monkeypatch.setattr("benchmarking.meter.time.sleep", lambda _: slept.append(step))
+        monkeypatch.setattr("comparing.meter.time.sleep", lambda _: slept.append(step))
         stalls = Stalls(seconds, seed)
         for step in range(1600):  # noqa: B007
             stalls.on_train_batch_start()
@@ -307,7 +307,7 @@ def test_results_are_gone_on_with_under_the_same_workload_only(tmp_path: Path) -
 
 def test_progress_judges_what_is_left_by_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = types.SimpleNamespace(now=0.0)
-    monkeypatch.setattr("benchmarking.progress.time.monotonic", lambda: clock.now)
+    monkeypatch.setattr("comparing.progress.time.monotonic", lambda: clock.now)
     jobs = jobs_of([SETTING], ["a", "b"], 2)
     stream = io.StringIO()
     before = Job(Setting("100mbit", 2), "c", 0)

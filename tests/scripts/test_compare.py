@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import emulation
 import pytest
 from comparing.comparison import Comparison
-from comparing.job import moving_average
+from comparing.contender import moving_average
 from comparing.report import table
 from comparing.result import Result
 from hydra import compose, initialize_config_dir
@@ -20,12 +22,26 @@ from lightning.pytorch.strategies import Strategy
 from omegaconf import DictConfig
 from processes import processes_of, run_script, until_written
 
+from lightning_easgd import EASGDStrategy
+
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
 SCRIPT = ROOT / "scripts" / "compare.py"
-NAMES = sorted(path.stem for path in (CONF / "compared").glob("*.yaml"))
-BY_DEFAULT = ["ddp", "local_sgd", "easgd", "eamsgd", "downpour", "adownpour", "mvadownpour"]
-SMALL = ["data=digits", "workers=2", "epochs=2", "seeds=1", "taus=[2,16]", "model.hidden=[16]"]
+NAMES = sorted(
+    path.stem
+    for path in (CONF / "contender").glob("*.yaml")
+    if "speed_only" not in path.read_text()
+)
+DOWNPOURS = ["downpour", "adownpour", "mvadownpour"]
+MANY = ["ddp", "ddp_bf16", "local_sgd", "easgd", "eamsgd", *DOWNPOURS]
+SMALL = [
+    *("model=mlp", "model.hidden=[16]", "workers=2", "epochs=2", "seeds=1", "taus=[2,16]"),
+    *("factors=[1]", "points=3", "train_loss=true"),
+]
+
+
+REASON = emulation.unavailable()
+needs_hosts = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 
 def composed(*overrides: str) -> DictConfig:
@@ -35,20 +51,25 @@ def composed(*overrides: str) -> DictConfig:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_contender_has_a_title_an_optimizer_and_a_strategy(name: str) -> None:
-    cfg = composed(f"compared=[{name}]", "tau=8").compared
+    cfg = composed(f"contender=[{name}]", "tau=8").contender
     assert list(cfg) == [name]
     assert cfg[name].title
     assert isinstance(instantiate(cfg[name].optimizer), partial)
     strategy = instantiate(cfg[name].strategy)
     assert isinstance(strategy, Strategy)
-    period = "4" if name == "delayed_sgd_often_int8" else "8"
-    assert name == "ddp" or str(strategy.options.rules.period) == period
+    if isinstance(strategy, EASGDStrategy) and name != "easgd_auto":
+        assert str(strategy.options.rules.period) == str(cfg[name].period)
+        assert cfg[name].period == (4 if name == "delayed_sgd_often_int8" else 8)
 
 
-def test_by_default_all_are_compared_over_the_periods_of_the_paper() -> None:
+def test_data_bring_their_length_and_their_target() -> None:
     cfg = composed()
-    assert list(cfg.compared) == BY_DEFAULT
-    assert (cfg.taus, cfg.seeds, cfg.workers) == ([1, 4, 16, 64], 3, 4)
+    assert list(cfg.contender) == ["ddp", "easgd", "eamsgd", "downpour"]
+    assert (cfg.taus, cfg.seeds, cfg.workers, cfg.target, cfg.network) == ([16], 2, 4, 0.95, None)
+    assert (composed("data=fashion_mnist").target, composed("data=cifar10").target) == (0.88, None)
+    text = composed("data=text")
+    assert (text.metric, text.lower_is_better, text.classes) == ("val/bits_per_byte", True, 256)
+    assert (text.optimizer.lr, text.model.context) == (0.002, 64)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +79,11 @@ def test_by_default_all_are_compared_over_the_periods_of_the_paper() -> None:
         ("workers=two", "workers got 'two'"),
         ("epochs=1.5", "epochs got 1.5"),
         ("taus=[4,0]", r"taus\[1\] got 0"),
-        ("taus=[]", "taus and compared got nothing"),
+        ("taus=[]", "taus, contender and factors got nothing"),
+        ("factors=[0]", "factors got 0; allowed are numbers above 0"),
+        ("tuning_epochs=0", "tuning_epochs got 0"),
+        ("network=fast", "network got 'fast'"),
+        ("contender=[limit]", "nobody exchanges anything: compare its speed"),
         ("tuning_seeds=0", "tuning_seeds got 0"),
         ("parallel=0", "parallel got 0"),
         ("rates=[0.1,-1]", "rates got -1; allowed are numbers above 0"),
@@ -107,23 +132,46 @@ def results(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 
 
+def is_tested_on_the_way(one: dict[str, Any], *, easgd: bool) -> None:
+    points = one["points"]
+    assert [point["step"] for point in points] == [22, 44, 66, 88]
+    assert [point["samples"] for point in points] == [2 * 16 * point["step"] for point in points]
+    for key in ("seconds", "sent_bytes"):
+        values = [point[key] for point in points]
+        assert values == sorted(set(values))
+        assert values[-1] == one[key]
+    assert points[-1]["score"] == one["score"] > points[0]["score"]
+    assert all((point["distance"] is not None) == easgd for point in points)
+    for worker in one["workers"]:
+        assert worker["host"]
+        assert (worker["waited"] is not None) == easgd
+        assert 0 <= (worker["waited"] or 0) <= worker["seconds"] < one["job_seconds"]
+
+
 def test_a_small_comparison_and_going_on_with_it(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="pip install matplotlib")
-    downpours = [name for name in BY_DEFAULT if name.endswith("downpour")]
-    faster = [f"compared.{name}.optimizer.lr=0.1" for name in downpours]  # than on long runs
-    told = run(tmp_path, "taus=[2]", *faster)
+    faster = [f"contender.{name}.optimizer.lr=0.1" for name in DOWNPOURS]  # than on long runs
+    told = run(tmp_path, "taus=[2]", *faster, f"contender=[{','.join(MANY)}]", "target=0.4")
     found = results(tmp_path)
     assert [(one["contender"], one["tau"]) for one in found] == [
-        (name, None if name == "ddp" else 2) for name in composed().compared
+        (name, None if name.startswith("ddp") else 2) for name in MANY
     ]
-    assert told.count("about 0 min left") == len(BY_DEFAULT)
+    assert told.count(" min left] ") == len(MANY)
     assert all(one["score"] > 0.3 and one["loss"] < 2.3 for one in found)
+    for one in found:
+        is_tested_on_the_way(one, easgd=not one["contender"].startswith("ddp"))
+    shares = {one["contender"]: one["sent_bytes"] / one["ddp_bytes"] for one in found}
+    assert (shares["ddp"], shares["ddp_bf16"]) == (1, 0.5)
+    assert shares["easgd"] == pytest.approx(0.5, rel=0.1)
+    about = json.loads((tmp_path / "about.json").read_text())
+    assert (about["target"], about["baseline"], about["workers"]) == (0.4, "ddp", 2)
+    assert about["machine"]["cores"] == os.cpu_count()
     assert "diverged" not in told
     assert not (tmp_path / "accuracy.png").exists()
 
     # Two more periods of two contenders, and what diverges: to NaN, under DDP too, and to worse.
-    wild = "compared.downpour.optimizer.lr"
-    chosen = ["compared=[ddp,downpour]", "compared.ddp.optimizer.lr=1e30"]
+    wild = "contender.downpour.optimizer.lr"
+    chosen = ["contender=[ddp,downpour]", "contender.ddp.optimizer.lr=1e30"]
     told = run(tmp_path, *chosen, f"{wild}=1e30", "taus=[2,16]")
     more = results(tmp_path)[len(found) :]
     assert [(one["contender"], one["tau"]) for one in more] == [
@@ -137,7 +185,7 @@ def test_a_small_comparison_and_going_on_with_it(tmp_path: Path) -> None:
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
 
     # Another seed of a contender: what is known is not trained again, and seeds differ.
-    run(tmp_path, "compared=[easgd]", "seeds=2", "taus=[2]")
+    run(tmp_path, "contender=[easgd]", "seeds=2", "taus=[2]")
     (other,) = results(tmp_path)[len(found) + len(more) :]
     (first,) = (one for one in found if one["contender"] == "easgd")
     assert (first["seed"], other["seed"]) == (42, 43)
@@ -152,3 +200,24 @@ def test_a_signal_leaves_results_and_no_process(tmp_path: Path) -> None:
         assert process.wait(30) == 128 + signal.SIGTERM
     assert processes_of(tmp_path) == {}
     assert results(tmp_path)
+
+
+@needs_hosts
+@pytest.mark.usefixtures("nothing_left")
+def test_on_an_emulated_network_one_that_fails_loses_nothing_of_the_others(tmp_path: Path) -> None:
+    chosen = ["contender=[easgd,ddp]", "+contender.easgd.strategy.alpha=-1", "taus=[2]"]
+    told = run(tmp_path, *chosen, "network=100mbit", "epochs=1", code=1)
+    failed, ddp = results(tmp_path)
+    assert failed["contender"] == "easgd"
+    assert "alpha" in failed["error"]
+    assert "error: easgd was left out" in told
+    assert (ddp["network"], ddp["hosts"], ddp["tuning"]) == ("100mbit", 2, False)
+    assert 0 < ddp["link_rate"] < 120e6
+    assert [worker["host"] for worker in ddp["workers"]] == ["host0", "host1"]
+    assert len(ddp["points"]) == 4
+    assert ddp["sent_bytes"] == ddp["ddp_bytes"]
+
+
+def test_an_unknown_contender_is_named_with_those_that_there_are(tmp_path: Path) -> None:
+    told = run(tmp_path, "contender=[dpp]", code=1)
+    assert "error: contender got dpp; allowed are adownpour, ddp, " in told

@@ -188,8 +188,8 @@ def test_help_lists_the_usual_commands_and_its_own_choices_with_their_comments(
     assert "\nexperiment=NAME\n  cifar10_paper  The paper's CIFAR-10 experiment" in printed
     for path in (SCRIPT.parents[1] / "conf").glob("*/*.yaml"):
         listed = f"\n  {path.stem} " in printed
-        assert listed or path.parent.name in ("compared", "contenders", "preset", "sweep"), path
-    assert "contenders" not in printed
+        assert listed or path.parent.name in ("comparison", "contender", "preset", "sweep"), path
+    assert "contender" not in printed
     commands = [line for line in printed.splitlines() if line.startswith("  python ")]
     assert len(commands) == 5
     with initialize_config_dir(str(SCRIPT.parents[1] / "conf"), version_base="1.3"):
