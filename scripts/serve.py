@@ -41,7 +41,7 @@ def main() -> None:
 def serve(arguments: list[str]) -> None:
     """Serve until a signal comes."""
     options = read(arguments)
-    from lightning_easgd.server.serving import Serving
+    from lightning_easgd.server.serving import Pairing, Serving
 
     settings = Settings(
         algorithm=options.algorithm,
@@ -67,6 +67,7 @@ def serve(arguments: list[str]) -> None:
         address=options.address,
         seconds=options.seconds,
         journal=options.journal,
+        pairing=Pairing(options.standby_of, alone=options.alone, lease=options.lease),
         certificates=shown,
         shut_out=ShutOut(options.keys / SHUT_OUT) if options.keys else None,
         insecure=options.insecure,
@@ -97,6 +98,9 @@ def read(arguments: list[str]) -> argparse.Namespace:
     add("--max-norm", type=float, help="of a difference; a larger one is shortened")
     add("--most-workers", type=int, default=256, help="that may be there at a time")
     add("--seconds", type=float, default=30.0, help="between two snapshots")
+    add("--standby-of", help="host and port of the server whose place this one takes if it is lost")
+    add("--alone", action="store_true", help="the standby of this server is gone for good")
+    add("--lease", type=float, default=5.0, help="seconds of silence before a standby takes over")
     add("--journal", default="written", help="written, synced or none: what survives a sudden end")
     return parser.parse_args(arguments)
 

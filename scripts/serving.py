@@ -53,6 +53,9 @@ class Shown:
             Live(console=self._console, auto_refresh=False, transient=True) as live,
         ):
             while not ends.wait(SECONDS):
+                following = self._serving.following
+                if following and following.failed:
+                    raise following.failed
                 look = self.look()
                 file.write(json.dumps(look) + "\n")
                 file.flush()

@@ -14,6 +14,9 @@ from pathlib import Path
 
 from lightning_easgd.schedules.checks import require
 
+SERVER = "server"
+"""The name on a server's certificate."""
+
 SERVER_NAME = "lightning-easgd-center"
 """For which a server's certificate is made out."""
 

@@ -21,6 +21,7 @@ from lightning_easgd.server.frames import Message, cut
 from lightning_easgd.server.handler import Handler
 from lightning_easgd.server.model import byte_size, bytes_of, describe, vector_on
 from lightning_easgd.server.refusal import Refusal, Refused
+from lightning_easgd.server.standing import NotPrimary
 from lightning_easgd.server.values import Receipt, Terms
 
 _FIRST_DEADLINE = 60.0
@@ -80,7 +81,10 @@ class InMemory:
 
     def call(self, frames: Iterable[bytes], deadline: float) -> Iterator[bytes]:
         """The frames of the answer."""
-        return self._handler.answer(frames, self._sender)
+        try:
+            yield from self._handler.answer(frames, self._sender)
+        except NotPrimary as error:
+            raise LostError(str(error)) from error
 
     def close(self) -> None:
         """Nothing is held."""
@@ -126,6 +130,7 @@ class CenterClient:
         self._abandoned = threading.Event()
         self._clock, self._sleep = clock, sleep or self._abandoned.wait
         self._sequence = 0
+        self._fence = 0
         self._pending: tuple[dict[str, Any], FlatVector] | None = None
         self._took: deque[float] = deque(maxlen=_MEASURED)
         self._jitter = random.Random(f"{self._who}")
@@ -255,10 +260,13 @@ class CenterClient:
     ) -> tuple[dict[str, Any], FlatVector | None]:
         self.attempts += 1
         began = self._clock()
-        message = cut({**self._who, **asked}, payload)
+        message = cut({**self._who, **asked, "fence": self._fence}, payload)
         expected = byte_size(self._model) if answers else 0
         said, memory = _read(self._transport.call(message, self.deadline), expected)
-        self.lost = None
+        fence = said.pop("fence", 0)
+        if fence < self._fence:
+            raise LostError("a server answered in whose place another one serves")
+        self._fence, self.lost = fence, None
         if "refused" in said:
             raise Refused(Refusal(said["refused"]), said["message"])
         self._took.append(self._clock() - began)

@@ -7,11 +7,13 @@ would tie the package to a version of protobuf.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from lightning_easgd.server.certificates import (
+    SERVER,
     SERVER_NAME,
     Certificates,
     ShutOut,
@@ -20,6 +22,9 @@ from lightning_easgd.server.certificates import (
 from lightning_easgd.server.client import LostError
 from lightning_easgd.server.frames import FRAME_BYTES
 from lightning_easgd.server.handler import Handler
+from lightning_easgd.server.refusal import Refused
+from lightning_easgd.server.replication import bring
+from lightning_easgd.server.standing import NotPrimary
 
 try:
     import grpc
@@ -31,8 +36,9 @@ except ModuleNotFoundError as error:
 LONGEST_CALL = 600.0
 """Seconds; a worker must say how long its call may take, and a longer one is refused."""
 
-_SERVICE, _METHOD = "lightning_easgd.Center", "ask"
-_THREADS = 32
+_SERVICE, _ASK, _FOLLOW = "lightning_easgd.Center", "ask", "follow"
+_AT_ONCE = 32
+"""Calls of workers that are answered at once; so many differences lie in memory at most."""
 _OPTIONS = [
     ("grpc.max_receive_message_length", FRAME_BYTES),
     ("grpc.max_metadata_size", 16 * 1024),
@@ -74,15 +80,20 @@ class GrpcServer:
         require_protected(address, certificates, insecure)
         self._handler = handler
         self._shut_out = shut_out
-        self._threads = ThreadPoolExecutor(_THREADS, "center-server")
         workers = handler.server.settings.limits.workers
+        # Workers may all wait until the standby has their differences: it needs a thread, too.
+        self._threads = ThreadPoolExecutor(workers + 8, "center-server")
+        self._at_once = threading.BoundedSemaphore(_AT_ONCE)
         self._server = grpc.server(
             self._threads,
             options=[*_OPTIONS, ("grpc.so_reuseport", 0)],
             maximum_concurrent_rpcs=4 * workers,
         )
-        method = grpc.stream_stream_rpc_method_handler(self._ask)
-        generic = grpc.method_handlers_generic_handler(_SERVICE, {_METHOD: method})
+        methods = {
+            name: grpc.stream_stream_rpc_method_handler(method)
+            for name, method in ((_ASK, self._ask), (_FOLLOW, self._follow))
+        }
+        generic = grpc.method_handlers_generic_handler(_SERVICE, methods)
         self._server.add_generic_rpc_handlers((generic,))
         self.port = self._listen(address, certificates)
         self._server.start()
@@ -109,6 +120,27 @@ class GrpcServer:
             ) from error
 
     def _ask(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        left = self._let_in(context)
+        if not self._at_once.acquire(timeout=left):
+            context.abort(grpc.StatusCode.UNAVAILABLE, "Too many ask at once.")
+        try:
+            yield from self._handler.answer(frames, _sender(context))
+        except NotPrimary as error:
+            context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+        finally:
+            self._at_once.release()
+
+    def _follow(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        self._let_in(context)
+        if (names := _names(context)) and SERVER not in names:
+            context.abort(grpc.StatusCode.PERMISSION_DENIED, f"{names} is no server.")
+        try:
+            yield from bring(self._handler, frames)
+        except (NotPrimary, Refused) as error:
+            context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+
+    def _let_in(self, context: grpc.ServicerContext) -> float:
+        """The seconds that a call may take, of one that may come in."""
         left = context.time_remaining()
         if left is None or left > LONGEST_CALL:
             context.abort(
@@ -118,7 +150,7 @@ class GrpcServer:
         for name in _names(context):
             if self._shut_out is not None and name in self._shut_out:
                 context.abort(grpc.StatusCode.PERMISSION_DENIED, f"'{name}' was shut out.")
-        yield from self._handler.answer(frames, _sender(context))
+        return float(left)
 
 
 class GrpcTransport:
@@ -128,6 +160,7 @@ class GrpcTransport:
         addresses: of a server and those that may take its place, each with host and port.
         certificates: of the worker; needed where an address is not of this machine.
         insecure: whether to do without there.
+        follow: whether to ask as a standby does.
 
     Raises:
         ValueError: there is no address, or one needs certificates.
@@ -139,7 +172,9 @@ class GrpcTransport:
         *,
         certificates: Certificates | None = None,
         insecure: bool = False,
+        follow: bool = False,
     ) -> None:
+        self._path = f"/{_SERVICE}/{_FOLLOW if follow else _ASK}"
         self.addresses = [addresses] if isinstance(addresses, str) else list(addresses)
         if not self.addresses:
             raise ValueError("addresses=[] is not allowed. Allowed: at least one, as 'host:5700'.")
@@ -157,7 +192,7 @@ class GrpcTransport:
         """
         call: Any = None
         try:
-            ask = self._open().stream_stream(f"/{_SERVICE}/{_METHOD}")
+            ask = self._open().stream_stream(self._path)
             call = ask(iter(frames), timeout=min(deadline, LONGEST_CALL))
             yield from call
         except grpc.RpcError as error:

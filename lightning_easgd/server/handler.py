@@ -7,7 +7,7 @@ import re
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -18,6 +18,7 @@ from lightning_easgd.server.center_server import CenterServer
 from lightning_easgd.server.frames import Message, cut
 from lightning_easgd.server.model import byte_size, bytes_of, layout_of, vector_on
 from lightning_easgd.server.refusal import Refusal, Refused
+from lightning_easgd.server.standing import NotPrimary, Primary, Standing
 
 log = logging.getLogger(__name__)
 
@@ -33,22 +34,32 @@ Answer = list[bytes]
 class Handler:
     """Turns messages into calls of a server, and what it says into messages.
 
-    Whatever comes in, it never raises, and a message that is none leaves the center as it was.
+    Whatever comes in, a message that is none leaves the center as it was, and is answered.
 
     Args:
         server: is asked by one thread at a time.
         clock: gives seconds.
+        primary: what this server is to a standby; None: it has none.
 
     Attributes:
         lock: held while the server is asked.
+        changed: said when a difference came, or a standby has one.
+        clock: gives seconds.
         refused: how often each sender was refused, by reason.
     """
 
-    def __init__(self, server: CenterServer, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        server: CenterServer,
+        clock: Callable[[], float] = time.monotonic,
+        primary: Primary | None = None,
+    ) -> None:
         self.server = server
+        self.primary = primary or Primary(Standing(), "")
         self.lock = threading.Lock()
+        self.changed = threading.Condition(self.lock)
         self.refused: Counter[tuple[str, Refusal]] = Counter()
-        self._clock = clock
+        self.clock = clock
         self._free: deque[Tensor] = deque(maxlen=_KEPT)
         """Memory of differences, which took as long to get as to fill."""
         self._operations: dict[Any, Callable[[Message], Answer]] = {
@@ -64,17 +75,44 @@ class Handler:
         Args:
             frames: of the message. What they raise goes on to the caller.
             sender: for the log.
+
+        Raises:
+            NotPrimary: another server is to be asked.
         """
         try:
             message = Message(frames)
+            self._require_primary(message)
             operation = message.text.get("do")
             if not isinstance(operation, str) or operation not in self._operations:
                 raise _malformed("do", operation, ", ".join(map(repr, self._operations)))
             answer = self._operations[operation](message)
         except Refused as refused:
             self._note(sender, refused)
-            answer = list(cut({"refused": refused.reason.value, "message": str(refused)}))
+            answer = self._say({"refused": refused.reason.value, "message": str(refused)})
         yield from answer
+
+    def _say(self, said: dict[str, Any], payload: Sequence[memoryview] = ()) -> Answer:
+        return list(cut({**said, "fence": self.primary.standing.fence}, payload))
+
+    def _require_primary(self, message: Message) -> None:
+        fence = _whole(message, "fence") if "fence" in message.text else 0
+        with self.lock:
+            if fence > self.primary.standing.fence:
+                raise NotPrimary("Another server has taken over from this one.")
+            if not self.primary.answers(self.clock()):
+                raise NotPrimary("This server is a standby, or waits for its standby.")
+
+    def _wait_until_kept(self, version: int) -> None:
+        """Wait for the standby, while it may not have taken over; the lock is held.
+
+        Raises:
+            NotPrimary: it is silent.
+        """
+        primary = self.primary
+        while not primary.has_kept(version):
+            if not primary.answers(self.clock()):
+                raise NotPrimary("The standby of this server is silent.")
+            self.changed.wait(primary.lease / 8)
 
     def _note(self, sender: str, refused: Refused) -> None:
         """Log the first refusal of a sender for a reason, and then ever fewer."""
@@ -93,17 +131,17 @@ class Handler:
         if message.payload_bytes and not self.server.has_center:
             weights = vector_on(model, message.payload(byte_size(model)))
         with self.lock:
-            terms = self.server.join(worker, incarnation, model, now=self._clock(), weights=weights)
-        return list(cut(asdict(terms)))
+            terms = self.server.join(worker, incarnation, model, now=self.clock(), weights=weights)
+        return self._say(asdict(terms))
 
     def _get(self, message: Message) -> Answer:
         worker, incarnation = _sender(message)
         message.payload(0)
         with self.lock:
-            now = self._clock()
+            now = self.clock()
             version, center = self.server.get(worker, incarnation, now=now)
             said = {"version": version, "alpha": self.server.alpha(now)}
-            return list(cut(said, bytes_of(center)))
+            return self._say(said, bytes_of(center))
 
     def _add(self, message: Message) -> Answer:
         worker, incarnation = _sender(message)
@@ -116,14 +154,16 @@ class Handler:
         memory = message.payload(byte_size(layout), self._memory(layout))
         given = (worker, incarnation, sequence, vector_on(layout, memory))
         with self.lock:
-            now = self._clock()
+            now = self.clock()
             center: list[memoryview] = []
             if fetch:
                 receipt, vector = self.server.exchange(*given, now=now, samples=samples)
                 center = bytes_of(vector)
             else:
                 receipt = self.server.add(*given, now=now, samples=samples)
-            answer = list(cut({**asdict(receipt), "alpha": self.server.alpha(now)}, center))
+            answer = self._say({**asdict(receipt), "alpha": self.server.alpha(now)}, center)
+            self.changed.notify_all()
+            self._wait_until_kept(receipt.version)
         self._free.append(memory)
         return answer
 
@@ -139,8 +179,8 @@ class Handler:
         worker, incarnation = _sender(message)
         message.payload(0)
         with self.lock:
-            self.server.leave(worker, incarnation, now=self._clock())
-        return list(cut({}))
+            self.server.leave(worker, incarnation, now=self.clock())
+        return self._say({})
 
 
 def _sender(message: Message) -> tuple[str, int]:

@@ -12,7 +12,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 from lightning_easgd.schedules.checks import require
-from lightning_easgd.server.certificates import SERVER_NAME, Certificates
+from lightning_easgd.server.certificates import SERVER, SERVER_NAME, Certificates
 
 try:
     from cryptography import x509
@@ -30,7 +30,7 @@ except ModuleNotFoundError as error:
         "Making certificates needs cryptography: pip install 'lightning-easgd[async]'."
     ) from error
 
-_AUTHORITY, _SERVER = "authority", "server"
+_AUTHORITY = "authority"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
@@ -62,12 +62,14 @@ def make_certificates(
     assert isinstance(signer, ec.EllipticCurvePrivateKey)
     issuer = x509.load_pem_x509_certificate(made.authority.read_bytes())
     key = _write_key(made.key)
-    serves = name == _SERVER
-    usage = ExtendedKeyUsageOID.SERVER_AUTH if serves else ExtendedKeyUsageOID.CLIENT_AUTH
+    serves = name == SERVER
+    usages = [ExtendedKeyUsageOID.CLIENT_AUTH]  # a standby asks its primary
+    if serves:
+        usages.append(ExtendedKeyUsageOID.SERVER_AUTH)
     request = (
         _begin(name, issuer.subject, key, days)
         .add_extension(x509.BasicConstraints(False, None), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([usage]), critical=True)
+        .add_extension(x509.ExtendedKeyUsage(usages), critical=True)
         .add_extension(
             x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False
         )

@@ -6,17 +6,27 @@ import logging
 import os
 import threading
 import time
+import uuid
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from lightning_easgd.schedules.checks import require_choice, require_count, require_duration
+from lightning_easgd.schedules.checks import (
+    require,
+    require_choice,
+    require_count,
+    require_duration,
+)
 from lightning_easgd.server.center_server import CenterServer
 from lightning_easgd.server.certificates import Certificates, ShutOut
-from lightning_easgd.server.grpc_transport import GrpcServer
+from lightning_easgd.server.following import Following
+from lightning_easgd.server.grpc_transport import GrpcServer, GrpcTransport
 from lightning_easgd.server.handler import Handler
 from lightning_easgd.server.journal import Journal, remove_journals, replay_journals
 from lightning_easgd.server.model import byte_size
+from lightning_easgd.server.replication import KeptTwice
 from lightning_easgd.server.settings import Settings
 from lightning_easgd.server.snapshots import SnapshotFolder
+from lightning_easgd.server.standing import Primary, load_standing, save_standing
 from lightning_easgd.server.values import SnapshotError
 
 log = logging.getLogger(__name__)
@@ -26,6 +36,31 @@ _LOOKS = 0.1
 
 _LONGEST_JOURNAL = 2**30
 """Bytes after which a snapshot is due, which begins a new one; or those of 8 models, if larger."""
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """How two servers share a center, of which one answers and the other may take its place.
+
+    Args:
+        standby_of: host and port of the primary; what this server's folder has is put aside.
+        alone: say that the standby of this server has ended and never took over, so that it goes on
+            without.
+        lease: seconds after which a standby takes over from a primary that is silent, or soon
+            after; several times what a difference takes to the standby. That of the primary counts.
+
+    Raises:
+        ValueError: one is out of range.
+    """
+
+    standby_of: str | None = None
+    alone: bool = False
+    lease: float = 5.0
+
+    def __post_init__(self) -> None:
+        require_duration("lease", self.lease)
+        both = self.alone and self.standby_of is not None
+        require("alone", self.alone, "False for a standby", not both)
 
 
 class Serving:
@@ -43,6 +78,7 @@ class Serving:
         journal: "written": what was acknowledged survives the end of the process, also a sudden
             one. "synced": and that of the machine; each difference waits for the disk. "none": what
             came after the newest snapshot is lost with the process; workers see it in ``missing``.
+        pairing: with another server; None: it may get a standby.
         certificates: as of GrpcServer.
         shut_out: as of GrpcServer.
         insecure: as of GrpcServer.
@@ -50,6 +86,7 @@ class Serving:
     Attributes:
         handler: answers the workers, and has the server.
         port: on which workers are answered.
+        following: the primary, as a standby does; None: this server began as the primary.
 
     Raises:
         SnapshotError: another server has the folder, or what is in it cannot be restored.
@@ -66,6 +103,7 @@ class Serving:
         seconds: float = 30.0,
         adds: int | None = None,
         journal: Literal["written", "synced", "none"] = "written",
+        pairing: Pairing | None = None,
         certificates: Certificates | None = None,
         shut_out: ShutOut | None = None,
         insecure: bool = False,
@@ -73,12 +111,16 @@ class Serving:
         self._seconds = require_duration("seconds", seconds).total_seconds()
         self._adds = adds if adds is None else require_count("adds", adds, "differences")
         require_choice("journal", journal, ("written", "synced", "none"))
+        pairing = pairing or Pairing()
         self._folder = SnapshotFolder(folder)
         try:
             self._journal = Journal(self._folder, synced=journal == "synced")
-            keeper = None if journal == "none" else self._journal
-            self.handler = Handler(CenterServer(settings, keeper))
-            self._saved = self._restore()
+            kept = None if journal == "none" else self._journal
+            primary = _stand(self._folder, pairing)
+            self.handler = Handler(
+                CenterServer(settings, KeptTwice(kept, primary)), primary=primary
+            )
+            self._saved = self._restore() if primary.standing.serves else -1
             self._saved_at = time.monotonic()
             self._grpc = GrpcServer(
                 self.handler,
@@ -87,6 +129,13 @@ class Serving:
                 shut_out=shut_out,
                 insecure=insecure,
             )
+            self.following = None
+            if pairing.standby_of:
+                transport = GrpcTransport(
+                    pairing.standby_of, certificates=certificates, insecure=insecure, follow=True
+                )
+                self.following = Following(self.handler, transport, self._folder, kept)
+                self.following.start()
         except BaseException:
             self._folder.close()
             raise
@@ -101,6 +150,8 @@ class Serving:
         Raises:
             SnapshotError: it cannot be saved.
         """
+        if self.following:
+            self.following.close()
         self._grpc.close()
         self._ends.set()
         self._saver.join()
@@ -156,3 +207,29 @@ class Serving:
         if server.has_center:
             longest = max(longest, 8 * byte_size(server.layout))
         return self._journal.bytes >= longest
+
+
+def _stand(folder: SnapshotFolder, pairing: Pairing) -> Primary:
+    """Take the place that the folder and whoever starts the server say."""
+    standing = load_standing(folder.path)
+    if pairing.standby_of:
+        standing = replace(standing, serves=False, standby="")
+    elif pairing.alone:
+        standing = replace(standing, serves=True, standby="")
+    elif not standing.serves:
+        raise SnapshotError(
+            f"{folder.path} is of a standby that did not take over. Start it with standby_of=, or,"
+            " if its primary is lost for good, with alone=true."
+        )
+    elif standing.standby:
+        log.warning(
+            "This server answers nobody before its standby is there. If that one took over, start"
+            " this one as its standby. If it ended and did not take over, start this one alone."
+        )
+    save_standing(folder.path, standing)
+    return Primary(
+        standing,
+        run=uuid.uuid4().hex,
+        lease=pairing.lease,
+        keep=lambda changed: save_standing(folder.path, changed),
+    )

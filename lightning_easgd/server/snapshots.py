@@ -35,6 +35,7 @@ FORMAT = 1
 
 _NAME = re.compile(r"center-(\d{12})\.safetensors")
 _PART = ".part"
+_ASIDE = ".aside"
 DAMAGED = ".damaged"
 """At the end of the name of a file that was put aside."""
 
@@ -125,6 +126,15 @@ class SnapshotFolder:
                 " copy, or begin in an empty folder."
             )
         return None
+
+    def put_aside(self) -> None:
+        """Give what is here other names, for a center that begins anew; one such set is kept."""
+        for path in self.path.iterdir():
+            if path.name.startswith("center-") and path.name.endswith(_ASIDE):
+                path.unlink()
+        for path in self.path.iterdir():
+            if re.fullmatch(r"center-\d{12}\.(safetensors|journal)", path.name):
+                os.replace(path, path.with_name(path.name + _ASIDE))
 
     def oldest(self) -> int | None:
         """The version of the oldest snapshot that is kept; None if there is none."""

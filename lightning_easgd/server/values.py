@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -70,6 +70,10 @@ class Added:
     samples: float
     got: int
     difference: FlatVector
+
+    def copy(self) -> Added:
+        """With memory of its own."""
+        return replace(self, difference=self.difference.clone())
 
     def text(self) -> dict[str, Any]:
         """As plain data, but for the difference."""

@@ -81,6 +81,37 @@ def test_a_killed_server_goes_on_and_a_worker_notices_only_that_it_waits(tmp_pat
     last.close()
 
 
+def test_a_primary_that_stood_still_acknowledges_nothing_when_it_is_back(tmp_path: Path) -> None:
+    options = ("--address", "127.0.0.1:0", "--lease", 1)
+    primary = Server(tmp_path / "primary", *options)
+    at = f"127.0.0.1:{primary.port}"
+    standby = Server(tmp_path / "standby", *options, "--standby-of", at)
+    transport = GrpcTransport([at, f"127.0.0.1:{standby.port}"])
+    client = CenterClient(transport, "0", LAYOUT, incarnation=1, patience=60)
+    client.join(constant(0.0))
+    for _ in range(5):  # the client waits for an answer by what answers took
+        client.add(constant(1.0))
+    standing = tmp_path / "primary" / "standing.json"
+    while not json.loads(standing.read_text())["standby"]:
+        client.add(constant(1.0))
+    os.kill(primary.process.pid, signal.SIGSTOP)
+    try:
+        for _ in range(20):
+            client.add(constant(1.0))
+    finally:
+        os.kill(primary.process.pid, signal.SIGCONT)
+    old = CenterClient(GrpcTransport(at), "1", LAYOUT, patience=1)
+    with pytest.raises(ConnectionError, match="waits for its standby"):
+        old.join(constant(0.0))
+    old.close()
+    sent = client.add(constant(1.0))[0].sequence
+    version, center = client.get()
+    client.close()
+    assert version == sent
+    np.testing.assert_array_equal(values(center), sent)
+    assert standby.end(signal.SIGTERM) == primary.end(signal.SIGTERM) == 0
+
+
 def test_keys_let_a_site_in_and_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     keys = tmp_path / "keys"
     serve.make_keys([str(keys), "server", "site-a"])
@@ -91,7 +122,7 @@ def test_keys_let_a_site_in_and_out(tmp_path: Path, capsys: pytest.CaptureFixtur
     client.join(constant(0.0))
     serve.make_keys([str(keys), "--shut-out", "site-a"])
     assert "shut out at once: site-a" in capsys.readouterr().out
-    client._patience = 0.1
+    client.patience = 0.1
     with pytest.raises(ConnectionError, match="'site-a' was shut out"):
         client.get()
     client.close()

@@ -20,6 +20,7 @@ from lightning_easgd.server import CenterServer, Refused, Settings
 from lightning_easgd.server.frames import PROTOCOL, Message, cut
 from lightning_easgd.server.handler import Handler
 from lightning_easgd.server.model import bytes_of, describe
+from lightning_easgd.server.standing import NotPrimary
 
 SMALL = FlatLayout([("weight", torch.empty(3, 2)), ("bias", torch.empty(2))])
 BYTES = 32
@@ -53,10 +54,12 @@ class Fuzz:
         self.handler.server.join("a", 1, SMALL, now=0, weights=constant(0.5, SMALL))
         self.expected = np.full(8, 0.5, dtype=np.float32)
         self.sequence = 0
-        self.receipts = self.refusals = 0
+        self.receipts = self.refusals = self.elsewhere = 0
 
     def sensible(self) -> dict[str, Any]:
-        who = {"worker": self.luck.choice("ab"), "incarnation": 1}
+        who: dict[str, Any] = {"worker": self.luck.choice("ab"), "incarnation": 1}
+        if self.luck.random() < 0.3:
+            who["fence"] = self.luck.choice([0, 0, 0, 1])
         do = self.luck.choice(["join", "get", "add", "add", "leave"])
         if do == "join":
             return {"do": do, **who, "model": describe(SMALL)}
@@ -103,7 +106,12 @@ class Fuzz:
 
     def once(self) -> None:
         message, before = self.message(), self.handler.server.version
-        answer = Message(self.handler.answer(self.frames(message), "fuzz"))
+        try:
+            answer = Message(self.handler.answer(self.frames(message), "fuzz"))
+        except NotPrimary:
+            self.elsewhere += 1
+            assert self.handler.server.version == before
+            return
         if "refused" in answer.text:
             self.refusals += 1
             assert self.handler.server.version == before
@@ -129,6 +137,7 @@ def test_random_and_mutated_messages(seed: int) -> None:
     assert resident() - before < 4 * 2**20
     assert fuzz.receipts > 100
     assert fuzz.refusals > 5_000
+    assert fuzz.elsewhere > 100
     center = values(fuzz.handler.server.delivered())
     assert np.isfinite(center).all()
     np.testing.assert_array_equal(center, fuzz.expected)
