@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,8 @@ class Comparison:
     def run(self) -> bool:
         """Train what is left, and report all; whether nothing failed."""
         self._go_on()
+        if not self._cfg.train:
+            self._require_results()
         try:
             if self._cfg.train and self._is_left():
                 self._store.describe(self._about())
@@ -142,9 +144,11 @@ class Comparison:
 
     def _go_on(self) -> None:
         """Take over what earlier runs found with the settings of now; what failed is run again."""
-        for result in self._store.read():
-            if result.error is None and self._is_of_now(result):
-                self._found[result.job] = result
+        self._found = {result.job: result for result in self._of_now() if result.error is None}
+
+    def _of_now(self) -> list[Result]:
+        """All that is stored of the settings of now, what failed too."""
+        return [result for result in self._store.read() if self._is_of_now(result)]
 
     def _is_of_now(self, result: Result) -> bool:
         named = result.contender in self._cfg.contender
@@ -162,6 +166,20 @@ class Comparison:
             "data": (self._cfg.get("data") or {}).get("_target_"),
             "configuration": cfg,
         }
+
+    def _require_results(self) -> None:
+        """Say so where there is nothing to show, and how what is there came about.
+
+        Raises:
+            ValueError: the folder has no result of the settings of now.
+        """
+        if self._of_now():
+            return
+        told = f"{self._store.folder} has no result of these settings."
+        if others := len(self._store.read()):
+            command = self._store.about().get("command", "not recorded")
+            told += f" It has {others} of others. Repeat their command, but train=false:\n{command}"
+        raise ValueError(told)
 
     def _is_left(self) -> bool:
         return any(job not in self._found for job in self._plan.jobs(self._found))
@@ -200,7 +218,18 @@ class Comparison:
         for name, result in self._failed.items():
             reason = (result.error or "").splitlines()[-1]
             print(f"error: {name} was left out: {result.job} failed, {reason}", file=sys.stderr)
+        if results := self._of_now():
+            self._write_page(results)
         print(f"results.jsonl is in {self._store.folder}")
+
+    def _write_page(self, results: Sequence[Result]) -> None:
+        try:
+            from presenting.page import write_page
+        except ModuleNotFoundError as error:
+            missing = f'{error.name} is missing: pip install -e ".[scripts]"'
+            print(f"no report.html, for {missing}", file=sys.stderr)
+            return
+        print(write_page(results, self._store.about(), self._store.folder))
 
     def _report_periods(self) -> None:
         results = [r for entry in self._plan.entries for r in self._plan.best(entry, self._found)]
@@ -249,7 +278,7 @@ def _check(cfg: DictConfig) -> None:
                 raise ValueError(f"{name} got {rate!r}; allowed are numbers above 0.")
     if cfg.network is not None:
         rate_of(cfg.network)
-        if (reason := emulation.unavailable()) is not None:
+        if cfg.train and (reason := emulation.unavailable()) is not None:
             raise ValueError(f"Hosts cannot be emulated: {reason}. Or set network=null.")
     if not cfg.taus or not cfg.contender or not (cfg.rates or cfg.factors):
         raise ValueError("taus, contender and factors got nothing; name one of each or more.")

@@ -54,6 +54,21 @@ class Store:
         with self._path.open("a") as file:
             print(json.dumps(result.to_json()), file=file)
 
+    def about(self) -> dict[str, Any]:
+        """How its results were found; nothing where that was never written.
+
+        Raises:
+            ValueError: about.json is damaged.
+        """
+        path = self.folder / "about.json"
+        try:
+            found = json.loads(path.read_text()) if path.exists() else {}
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise ValueError(f"{path} is damaged. Train in another hydra.run.dir.")
+        return found
+
     def describe(self, about: Mapping[str, Any]) -> None:
         """Write how results of now are found, with the machine, the versions and the command."""
         text = json.dumps({**_here(), **about}, indent=2, ensure_ascii=False)

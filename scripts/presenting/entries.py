@@ -106,16 +106,13 @@ def _entry(
 ) -> Entry:
     ended = {result.job: result for result in results if result.error is None}
     failed = {result.job: result for result in results if result.error is not None}
-    counted = [
-        r for r in ended.values() if r.network == about["network"] and r.seed in about["seeds"]
-    ]
-    # Learning rates are tuned without a network.
-    tried = _by_rate(r for r in ended.values() if r.network is None)
-    if len(tried) < 2:
-        tried = {}
-    rate = _best(tried or _by_rate(counted), score)
+    here = [r for r in ended.values() if r.network == about["network"] and not r.tuning]
+    counted = _by_rate(r for r in here if r.seed in about["seeds"])
+    tried = _by_rate(r for r in ended.values() if r.tuning) or counted
+    rate = _best(tried, score)
     title = about["titles"].get(key[0], key[0])
-    runs = _by_rate(counted).get(rate, {})
+    runs = counted.get(rate, {})
+    tried = tried if len(tried) > 1 else {}
     left = [run for job, run in failed.items() if job not in ended]
     return Entry(*key, title=title, rate=rate, runs=runs, tried=tried, failed=left)
 

@@ -24,8 +24,9 @@ from presenting.style import GRID, INK, Look, legend, outside, panels, plain
 from presenting.times import StepTime
 from presenting.words import scaled
 
-_FAR = 5.0
-"""Beyond so many times what the others extend to, a curve gets a panel of its own."""
+_FAR, _DIVERGED = 5.0, 20.0
+"""Beyond so many times what the others extend to, a curve gets a panel of its own; of distances,
+which differ between rules, and grow without bounds where training diverges."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def error_curve(
             _plain_numbers(axes.yaxis, subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0))
         axes.set_xlabel(axis.label)
 
-    return panels(apart, draw, y=score.axis, far="far from the others")
+    return panels(apart, draw, y=score.axis, far="far worse")
 
 
 def gap_curve(
@@ -131,7 +132,7 @@ def gap_curve(
         apart,
         draw,
         y=f"better (+) or worse (−)\nthan {baseline.label}, in {unit}",
-        far="far from the others",
+        far="larger gaps",
     )
 
 
@@ -143,14 +144,14 @@ def distance_curve(entries: Sequence[Entry], look: Mapping[str, Look]) -> Figure
     curves = {label: curve for label, curve in curves.items() if len(curve[0])}
     if not curves:
         return None
-    apart = outside({k: float(v[1].mean(1).max()) for k, v in curves.items()}, _FAR)
+    apart = outside({k: float(v[1].mean(1).max()) for k, v in curves.items()}, _DIVERGED)
 
     def draw(axes: Any, far: bool) -> None:
         _draw_curves(axes, {k: v for k, v in curves.items() if (k in apart) == far}, look)
         axes.set_ylim(bottom=0)
         axes.set_xlabel("optimizer steps of a worker")
 
-    return panels(apart, draw, y="‖x − c‖ / ‖c‖, mean of workers", far="far from the others")
+    return panels(apart, draw, y="‖x − c‖ / ‖c‖, mean of workers", far="larger distances")
 
 
 def step_bars(times: Sequence[StepTime]) -> Figure | None:

@@ -21,7 +21,7 @@ from presenting.sentence import always_reaches, choose, sentence, spelled
 from presenting.times import step_times
 from presenting.words import bits, counted, duration
 
-NAME = "report.html"
+NAME, FIGURES = "report.html", "figures"
 PRICES = {"hour": 1.0, "gigabyte": 0.02}
 """Of a machine for an hour, and of a GB that it sends; a reader sets their own."""
 TRAININGS = 1000
@@ -30,7 +30,7 @@ _NEEDED = ("network", "metric", "lower_is_better", "target", "baseline", "titles
 
 
 def write_page(results: Sequence[Result], about: Mapping[str, Any], folder: Path) -> Path:
-    """Write report.html into a folder, and its figures as PNG and SVG beside it.
+    """Write report.html into a folder, and its figures as PNG and SVG into one beside it.
 
     Args:
         results: all that are stored, those of the tuning and those that failed, too.
@@ -53,8 +53,12 @@ def write_page(results: Sequence[Result], about: Mapping[str, Any], folder: Path
     baseline = _baseline(entries, about["baseline"])
     target = about["target"]
     rows = [Against(entry, baseline, score, target) for entry in entries]
+    pictures = folder / FIGURES
+    pictures.mkdir(exist_ok=True)
+    for old in (*pictures.glob("*.png"), *pictures.glob("*.svg")):
+        old.unlink()  # of results that are there no more
     with style.styled():
-        drawn = dict(_figures(rows, baseline, about, score, folder))
+        drawn = dict(_figures(rows, baseline, about, score, pictures))
     page = folder / NAME
     page.write_text(_render(_context(rows, baseline, about, score) | {"figures": drawn}))
     return page
@@ -90,7 +94,10 @@ def _context(
         "steps": tables.steps(step_times(entries)),
         "facts": dict(_facts(entries, about)),
         "tuning": tables.tuning(entries, score),
-        "failures": [*tables.failures(entries, about["seeds"], target, score)],
+        "failures": [*tables.failures(entries, about, score)],
+        "tuned_apart": any(
+            run.tuning for e in entries for r in e.tried.values() for run in r.values()
+        ),
         "emulated": about["network"] not in (None, "cluster"),
         "network": about["network"] and spelled(about["network"]),
         "spacing": _spacing(entries),
@@ -150,7 +157,10 @@ def _facts(entries: Sequence[Entry], about: Mapping[str, Any]) -> Iterator[tuple
     yield "hosts of workers", ", ".join(_hosts(entries)) or "not recorded"
     yield "network", _network(about["network"])
     yield "rate of the link, measured before each run", _link(entries)
-    yield "model and data", f"{about.get('model')}, {about.get('data')}"
+    yield (
+        "module and data",
+        " on ".join(str(about[key]).split(".")[-1] for key in ("model", "data") if about.get(key)),
+    )
     yield "epochs", str(about.get("epochs", "not recorded"))
     yield "seeds", ", ".join(map(str, about["seeds"]))
     yield "distance of tests", _spacing(entries) or "one test only, at the end"

@@ -149,7 +149,6 @@ def panels(apart: set[str], draw: Callable[[Any, bool], None], *, y: str, far: s
     draw(below, False)
     above.set_title(far)
     above.set_xlabel("")
-    for axes in (above, below):
-        axes.set_ylabel(y)
+    figure.supylabel(y, fontsize="medium")
     legend(figure)
     return figure

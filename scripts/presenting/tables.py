@@ -162,7 +162,7 @@ def tuning(entries: Sequence[Entry], score: Score) -> list[dict[str, Any]]:
             for rate, runs in sorted(entry.tried.items(), key=lambda item: item[0] or 0.0)
         ]
         taken = _rate_name(entry.rate) if entry.runs else "none"
-        budget = counted(sum(map(len, entry.tried.values())), "run") if entry.tried else "no run"
+        budget = counted(len(seeds) * len(entry.tried), "run") if entry.tried else "no run"
         found.append({"label": entry.label, "tried": tried, "taken": taken, "budget": budget})
     return found
 
@@ -180,10 +180,12 @@ def _mean_score(runs: Mapping[int, Any], seeds: Sequence[int], score: Score) -> 
     return score.shown(cost if score.lower_is_better else -cost)
 
 
-def failures(
-    entries: Sequence[Entry], seeds: Sequence[int], target: float | None, score: Score
-) -> Iterator[str]:
+def failures(entries: Sequence[Entry], about: Mapping[str, Any], score: Score) -> Iterator[str]:
     """What failed, diverged, did not reach the target, was not run, or was not counted."""
+    seeds, target = about["seeds"], about["target"]
+    known = {entry.contender for entry in entries}
+    for name in (name for name in about["titles"] if name not in known):
+        yield f"{about['titles'][name]}: no run"
     for entry in entries:
         for run in entry.failed:
             reason = (run.error or "").strip().splitlines() or ["no reason is known"]

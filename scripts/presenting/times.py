@@ -70,7 +70,7 @@ def _slowest(runs: Sequence[Result]) -> str:
         for name, seconds in _paces(run):
             names.setdefault(name, []).append(seconds)
     means = {name: statistics.fmean(values) for name, values in names.items()}
-    if len(means) < 2:
+    if len(means) < 2 or not all(means.values()):
         return ""
     name = max(means, key=means.__getitem__)
     more = 100 * (means[name] / statistics.median(means.values()) - 1)
@@ -86,6 +86,6 @@ def _paces(run: Result) -> Iterator[tuple[str, float]]:
 
 
 def _pace(worker: WorkerTime, steps: int | None) -> float | None:
-    if worker.step_seconds is not None:
+    if worker.step_seconds:  # 0 where no step was without an exchange
         return worker.step_seconds
     return worker.computing / steps if worker.computing is not None and steps else None

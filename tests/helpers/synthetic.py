@@ -61,7 +61,7 @@ def results(
 ) -> list[Result]:
     """Those of the tuning at three rates without a network, and those that count."""
     tuning = [
-        replace(_result(name, seed, rate, tests), network=None, link_rate=None)
+        replace(_result(name, seed, rate, tests), network=None, link_rate=None, tuning=True)
         for name in names
         for seed in seeds[:2]
         for rate in (0.1, 0.2, 0.5)
@@ -87,8 +87,7 @@ def diverged(result: Result) -> Result:
 
 def failed(result: Result, why: str = "Traceback ...\nRuntimeError: no <luck> & no time") -> Result:
     """The same job, which ended with an error."""
-    empty = Result(result.contender, result.tau, result.rate, result.seed, result.network, HOSTS)
-    return replace(empty, error=why)
+    return Result.of(result.job, {}, HOSTS, 1.0, error=why)
 
 
 def _result(name: str, seed: int, rate: float, tests: int) -> Result:

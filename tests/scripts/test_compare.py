@@ -168,6 +168,9 @@ def test_a_small_comparison_and_going_on_with_it(tmp_path: Path) -> None:
     assert about["machine"]["cores"] == os.cpu_count()
     assert "diverged" not in told
     assert not (tmp_path / "accuracy.png").exists()
+    page = (tmp_path / "report.html").read_text()
+    assert all(title in page for title in about["titles"].values())
+    assert (tmp_path / "figures" / "error_over_time.svg").exists()
 
     # Two more periods of two contenders, and what diverges: to NaN, under DDP too, and to worse.
     wild = "contender.downpour.optimizer.lr"

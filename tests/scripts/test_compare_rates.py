@@ -157,8 +157,15 @@ def test_pairs_begin_alike_and_one_that_fails_loses_nothing_of_the_others(
     count = len(results(tmp_path))
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("compare", overrides=[*SMALL, *contenders, "train=false"])
+    page = (tmp_path / "report.html").read_text()
+    (tmp_path / "report.html").unlink()
     assert Comparison(cfg, tmp_path).run()
     assert len(results(tmp_path)) == count
+    assert (tmp_path / "report.html").read_text() == page
+    assert "What failed or is missing" in page
+    cfg.epochs += 1
+    with pytest.raises(ValueError, match=rf"no result of these settings. It has {count} of others"):
+        Comparison(cfg, tmp_path).run()
     assert "+0.00 ± 0.00" in capsys.readouterr().out
     assert processes_of(tmp_path) == {}
 

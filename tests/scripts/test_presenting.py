@@ -246,7 +246,7 @@ def test_the_rate_is_that_of_the_tuning_and_one_that_diverged_is_not(lower: bool
     """With seed 44 alone the worse rate would have been the better one."""
     at = {0.1: (0.2, 0.2), 0.2: (0.1, 0.1) if lower else (0.3, 0.3), 0.4: (0.0, None)}
     results = [
-        run([score], rate=rate, seed=seed, network=None)
+        run([score], rate=rate, seed=seed, network=None, tuning=True)
         for rate, scores in at.items()
         for seed, score in zip((42, 43), scores, strict=True)
     ]
@@ -258,6 +258,14 @@ def test_the_rate_is_that_of_the_tuning_and_one_that_diverged_is_not(lower: bool
     assert row["taken"] == "0.2"
     assert row["tried"][2] == "0.4: diverged"
     assert row["budget"] == "6 runs"
+
+
+def test_without_runs_of_their_own_rates_are_chosen_by_the_seeds_that_all_were_tried_with() -> None:
+    results = [run([0.5 + rate], rate=rate, seed=42) for rate in (0.1, 0.2)]
+    results += [run([0.1], rate=0.2, seed=43)]
+    (entry,) = entries_of(results, synthetic.about(), ACCURACY)
+    assert (entry.rate, sorted(entry.runs)) == (0.2, [42, 43])
+    assert tables.tuning([entry], ACCURACY)[0]["budget"] == "2 runs"
 
 
 def test_what_other_settings_found_is_not_counted() -> None:
@@ -273,13 +281,11 @@ def test_what_failed_or_is_missing_is_listed() -> None:
         synthetic.failed(run([0.9], contender="ddp", tau=None)),
         run([0.9], contender="ddp", tau=None, seed=43, diverged="loss 9", score=None),
     ]
-    about = synthetic.about()
+    about = synthetic.about(titles={"ddp": "DDP", "easgd": "EASGD", "downpour": "DOWNPOUR"})
     entries = entries_of(results, about, ACCURACY)
-    found = [
-        each.replace("\u00a0", " ")
-        for each in tables.failures(entries, [42, 43, 44], 0.88, ACCURACY)
-    ]
+    found = [each.replace("\u00a0", " ") for each in tables.failures(entries, about, ACCURACY)]
     assert found == [
+        "DOWNPOUR: no run",
         "DDP, seed 42: failed, RuntimeError: no <luck> & no time",
         "DDP, seed 43: diverged, loss 9",
         "DDP: no run with seed 44",
@@ -308,6 +314,16 @@ def test_steps_are_told_apart_and_the_baseline_is_estimated() -> None:
     assert theirs.estimated
     assert (theirs.computing, theirs.waited) == pytest.approx((0.12, 0.18))
     assert theirs.hidden is None
+
+
+def test_where_no_step_is_without_an_exchange_what_was_not_waited_counts() -> None:
+    workers = tuple(WorkerTime(f"h{n}", 10.0, 1.0 + 4 * (n == 1), 0.0, 0.0) for n in range(3))
+    entries = entries_of([run([0.9], workers=workers)], synthetic.about(), ACCURACY)
+    (ours,) = step_times(entries)
+    assert ours.slowest == "all alike within 1 %"
+    still = tuple(replace(each, waited=10.0) for each in workers)
+    entries = entries_of([run([0.9], workers=still)], synthetic.about(), ACCURACY)
+    assert step_times(entries)[0].slowest == ""
 
 
 def test_one_that_diverges_does_not_squash_the_others() -> None:
@@ -392,7 +408,7 @@ def test_the_page_is_one_file_of_stored_results_alone(tmp_path: Path) -> None:
     assert {each for each in addresses if "www.w3.org" not in each} == set()
     assert "no &lt;luck&gt; &amp; no time" in before
     shown = set(re.findall(r' id="([a-z_]+)-figure_1"', before))
-    drawn = ({path.stem for path in tmp_path.glob(f"*.{form}")} for form in ("png", "svg"))
+    drawn = ({path.stem for path in tmp_path.glob(f"figures/*.{form}")} for form in ("png", "svg"))
     assert [*drawn] == [shown, shown]
     assert len(shown) == 7
     identities = re.findall(r' id="([^"]+)"', before)
@@ -408,8 +424,9 @@ def test_the_page_is_one_file_of_stored_results_alone(tmp_path: Path) -> None:
         [synthetic.diverged(each) for each in MADE],
         [replace(run([0.9]), points=(), seconds=None, steps=None, sent_bytes=None)],
         [run([0.9], contender="of another time", tau=None)],
+        [each for each in MADE if each.tuning],
     ],
-    ids=["one run", "failed", "diverged", "no tests", "unknown contender"],
+    ids=["one run", "failed", "diverged", "no tests", "unknown contender", "tuning only"],
 )
 def test_a_page_of_little_is_a_page(results: list[Result], tmp_path: Path) -> None:
     for about in (synthetic.about(), synthetic.about(target=None, baseline=None, machine=None)):
