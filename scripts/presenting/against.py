@@ -37,11 +37,6 @@ class Against:
         return Spread([*self._seconds(self.entry).values()])
 
     @cached_property
-    def samples(self) -> Spread:
-        """Of all workers until the target was reached."""
-        return Spread([*self._reached(self.entry, lambda p: p.samples).values()])
-
-    @cached_property
     def bytes(self) -> Spread:
         """Sent by a worker until the target was reached."""
         return Spread([*self._bytes(self.entry).values()])

@@ -17,7 +17,7 @@ from presenting.against import Against
 from presenting.difference import ENOUGH
 from presenting.entries import Entry, entries_of, tested
 from presenting.score import Score, score_of
-from presenting.sentence import always_reaches, choose, sentence, spelled
+from presenting.sentence import always_reaches, choose, limit, sentence
 from presenting.times import step_times
 from presenting.words import bits, counted, duration
 
@@ -99,7 +99,8 @@ def _context(
             run.tuning for e in entries for r in e.tried.values() for run in r.values()
         ),
         "emulated": about["network"] not in (None, "cluster"),
-        "network": about["network"] and spelled(about["network"]),
+        "network": about["network"] and limit(about["network"]),
+        "at_once": (about.get("configuration") or {}).get("parallel") or 1,
         "spacing": _spacing(entries),
         "few": min((len(e.finished) for e in entries if e.finished), default=0) < ENOUGH,
     }
@@ -181,7 +182,7 @@ def _network(name: str | None) -> str:
         return "none: all workers on one machine, nothing limited"
     if name == "cluster":
         return "that of the cluster"
-    return f"emulated on one machine, limited to {spelled(name)} for each host"
+    return f"emulated on one machine, {limit(name)} for what each host sends, and receives"
 
 
 def _link(entries: Sequence[Entry]) -> str:

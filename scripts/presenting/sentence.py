@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
+from comparing.networks import UNLIMITED
+
 from presenting.against import Against
 from presenting.difference import ENOUGH
 from presenting.words import bits, counted, duration
@@ -48,15 +50,17 @@ def network(row: Against) -> str:
     measured = f"measured {bits(statistics.median(rates))}" if rates else "its rate not measured"
     if name == "cluster":
         return f"this network ({measured})"
-    return f"this emulated network of {spelled(name)} ({measured})"
+    return f"this emulated network {limit(name)} ({measured})"
 
 
-def spelled(name: str) -> str:
-    """The name of a network with its unit: 100mbit as 100 Mbit/s."""
+def limit(name: str) -> str:
+    """What the name of an emulated network says: 100mbit as "of 100 Mbit/s"."""
+    if name == UNLIMITED:
+        return "without a limit"
     for ending, unit in (("kbit", "kbit/s"), ("mbit", "Mbit/s"), ("gbit", "Gbit/s")):
         if name.endswith(ending):
-            return f"{name.removesuffix(ending)} {unit}"
-    return name
+            return f"of {name.removesuffix(ending)} {unit}"
+    return f"of {name}"
 
 
 def always_reaches(row: Against) -> bool:

@@ -83,9 +83,9 @@ def styled() -> Iterator[None]:
         yield
 
 
-def plain(**size: Any) -> tuple[Figure, Any]:
+def plain() -> tuple[Figure, Any]:
     """A figure and its axes."""
-    figure = Figure(figsize=SIZE, layout="constrained", **size)
+    figure = Figure(figsize=SIZE, layout="constrained")
     return figure, figure.add_subplot()
 
 

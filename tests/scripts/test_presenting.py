@@ -182,6 +182,26 @@ def test_the_first_sentence_says_what_was_measured(
     assert said(results, **about) == expected
 
 
+@pytest.mark.parametrize(
+    ("network", "expected"),
+    [
+        ("1.5gbit", "On this emulated network of 1.5 Gbit/s (its rate not measured), with 4 "),
+        ("unlimited", "On this emulated network without a limit (its rate not measured), with 4 "),
+    ],
+)
+def test_an_emulated_network_is_named_as_such(network: str, expected: str) -> None:
+    results = only_at_its_rate(MADE, network=network, link_rate=None)
+    assert said(results, network=network).startswith(expected)
+
+
+def test_runs_that_took_time_from_each_other_are_said_to(tmp_path: Path) -> None:
+    alone = [replace(run([0.9]), network=None)]
+    for parallel, said in ((2, True), (None, False)):
+        about = synthetic.about(network=None, configuration={"parallel": parallel})
+        page = write_page(alone, about, tmp_path).read_text()
+        assert ("Up to 2 runs were made at the same time" in page) == said
+
+
 def test_a_difference_within_the_spread_is_not_called_one() -> None:
     ddp = [
         run([0.9 + d], contender="ddp", tau=None, seed=s)
