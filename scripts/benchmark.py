@@ -18,9 +18,9 @@ from pathlib import Path
 
 import hydra
 from comparing.agent import JobError, serve
-from comparing.clusters import AGENT, ClusterError
+from comparing.clusters import AGENT
 from comparing.contender import FOLDER, named
-from comparing.speed import Comparison
+from comparing.speed import Benchmark
 from emulation import EmulationError
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
@@ -33,9 +33,9 @@ def main(cfg: DictConfig) -> None:
     by_name = bool(named(chosen.overrides.task, FOLDER))
     output = Path(chosen.runtime.output_dir)
     try:
-        if not Comparison(cfg, output, by_name=by_name).run():
-            print("Time is up. The same command with the same hydra.run.dir goes on.")
-    except (ValueError, EmulationError, ClusterError) as error:
+        if not Benchmark(cfg, output, by_name=by_name).run():
+            sys.exit(1)
+    except (ValueError, EmulationError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print(f"\nStopped. What was measured is in {output}.", file=sys.stderr)

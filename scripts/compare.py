@@ -2,6 +2,7 @@
 
     python scripts/compare.py                                    DDP, EASGD, EAMSGD, DOWNPOUR
     python scripts/compare.py data=fashion_mnist contender=[ddp,ddp_bf16,easgd] taus=[4,16]
+    python scripts/compare.py network=100mbit                    on emulated hosts
     python scripts/compare.py preset=accuracy                    against DDP, at the best of three η
     python scripts/compare.py data=text                          a small GPT, bits per byte
     python scripts/compare.py hydra.run.dir=FOLDER               goes on with what is left there

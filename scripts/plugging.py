@@ -109,6 +109,12 @@ def several(cfg: Any) -> list[Any]:
     return [instantiate(each) for each in ([cfg] if "_target_" in cfg else cfg.values())]
 
 
+def read_by(cfg: DictConfig, start: Iterable[str]) -> DictConfig:
+    """What some keys read of a configuration, besides themselves: all that need be resolved."""
+    found = _reached(cfg, start)
+    return OmegaConf.masked_copy(cfg, [name for name in cfg if name in found])
+
+
 def needed(cfg: DictConfig, typed: Iterable[str], *, also: Iterable[str] = ()) -> DictConfig:
     """What a job reads of its configuration, which is what can be resolved.
 

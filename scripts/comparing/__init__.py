@@ -1,8 +1,9 @@
-"""Accuracy of update rules at equal samples, over the communication period τ.
+"""Ways to train together, compared: by whole trainings (``comparison``), or by speed (``speed``).
 
-What is asked for is a list of jobs: a contender, a period, a learning rate and a seed each
-(``plan``). A job is a training run in workers forked from one process that has all imports and data
-(``job``, ``running``). What jobs found goes to JSON lines, which a later run goes on with
-(``comparison``), to a table of differences (``paired``), and to a table and a picture over τ
-(``report``).
+What is asked for is a list of jobs (``result.Job``, ``plan``, ``speed_plan``), each a contender's
+turn (``contender``). A launcher runs them (``running``): in workers forked from this process, on
+emulated hosts, or in those that torchrun or SLURM started (``clusters``, ``agent``). What a worker
+does is in ``work``, with tests on the way in ``watching``, and in ``speed_job`` where only speed is
+measured. What jobs found are results (``result.Result``), which are stored (``store``), gone on
+with (``ledger``) and told (``table``, ``periods``, ``summary``, ``speed_report``).
 """

@@ -51,18 +51,11 @@ def measure_link(port: int) -> float | None:
 
 
 def _worker(cfg: Any) -> Callable[[Mapping[str, Any]], Any]:
-    """What does the orders of a script, of which this is the configuration."""
-    if "speed_lr" in cfg:
-        from comparing import speed_job, speed_plan
+    from comparing.result import Job
+    from comparing.work import Workbench
 
-        bench = speed_job.Workbench(cfg)
-        return lambda order: bench.measure(speed_plan.Job.from_json(order["job"]), order["port"])
-    from comparing import result, work
-
-    learning = work.Workbench(cfg.get("data"))
-    return lambda order: learning.work(
-        result.Job(**order["job"]), order["settings"], port=order["port"]
-    )
+    work = Workbench(cfg.get("data")).work
+    return lambda order: work(Job(**order["job"]), order["settings"], port=order["port"])
 
 
 def in_child(work: Callable[..., Any], *args: Any) -> Any:

@@ -8,16 +8,20 @@ import selectors
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from emulation import EmulatedHosts
+from launching import is_worker
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 
-from comparing.agent import JobError, in_child
-from comparing.networks import rate_of
-from comparing.speed_plan import Setting
+from comparing.agent import JobError, in_child, measure_link
+from comparing.meeting import Meeting
+from comparing.networks import Setting, rate_of
+from comparing.result import Job
 
 AGENT = "--agent"
 """The argument by which scripts/benchmark.py becomes an agent."""
@@ -34,18 +38,46 @@ _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _SCRIPT = Path(__file__).parents[1] / "benchmark.py"
 
 
+def rank_on_cluster() -> int | None:
+    """This process's rank among those that torchrun or SLURM started; None: nobody did.
+
+    What workers look for in the environment is there then, as torchrun would set it.
+    """
+    if "WORLD_SIZE" not in os.environ and is_worker():
+        slurm = SLURMEnvironment()
+        os.environ |= {
+            "RANK": str(slurm.global_rank()),
+            "LOCAL_RANK": str(slurm.local_rank()),
+            "WORLD_SIZE": str(slurm.world_size()),
+            "LOCAL_WORLD_SIZE": os.environ.get("SLURM_NTASKS_PER_NODE", "1"),
+            "MASTER_ADDR": slurm.main_address,
+        }
+    return int(os.environ.get("RANK", "0")) if "WORLD_SIZE" in os.environ else None
+
+
 class ClusterError(RuntimeError):
     """A job failed on some host."""
 
 
 class Cluster(Protocol):
-    """Runs one job at a time."""
+    """Runs one job at a time within a ``with`` block."""
 
-    def run(self, job: Any) -> list[dict[str, Any]] | None:
-        """The measurements of all workers in rank order; None if another process gets them.
+    def __enter__(self) -> Cluster: ...
 
-        Args:
-            job: which knows its contender, and itself as plain values.
+    def __exit__(self, *_: object) -> None: ...
+
+    def run(self, job: Job, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """What all workers found, in rank order.
+
+        Raises:
+            ClusterError: it failed; says where its output is.
+        """
+
+    def link_rate(self) -> float:
+        """Bits per second from one host to another, measured.
+
+        Raises:
+            ClusterError: nothing came through.
         """
 
 
@@ -86,15 +118,14 @@ class EmulatedCluster:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def run(self, job: Any, settings: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+    def run(self, job: Job, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
         """What all workers found, in rank order.
 
         Raises:
             ClusterError: it failed; says where its output is.
         """
         order = {"job": job.to_json(), "settings": settings}
-        found = self._order(f"{job.contender} failed", self._timeout, **order)
-        return found if settings is not None else found[0]
+        return self._order(f"{job.contender} failed", self._timeout, **order)
 
     def link_rate(self) -> float:
         """Bits per second from one host to another, measured.
@@ -167,28 +198,52 @@ class EmulatedCluster:
 
 
 class TorchrunCluster:
-    """This process as one of those that torchrun started; all of them run the same jobs.
+    """This process as one of those that torchrun or SLURM started; all of them run the same jobs.
 
     Args:
-        bench: a Workbench.
+        work: called as ``work(job, settings, port=...)``.
         port: the first of as many as the jobs need, on MASTER_ADDR.
+        timeout: seconds that a job may take.
     """
 
-    def __init__(self, bench: Any, port: int) -> None:
-        self._bench = bench
-        self._port = port
+    def __init__(self, work: Callable[..., Any], port: int, timeout: float) -> None:
+        self._work = work
+        self._meeting = Meeting(port, timeout)
+        self._port = port + 1
 
-    def run(self, job: Any) -> list[dict[str, Any]] | None:
-        """The measurements of all workers; None on all but worker 0.
+    def __enter__(self) -> TorchrunCluster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Go on: a job that failed has ended on all hosts."""
+
+    def share(self, value: Any) -> Any:
+        """What worker 0 gives, on all."""
+        return self._meeting.exchange(value if self._meeting.rank == 0 else None)[0]
+
+    def run(self, job: Job, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """What all workers found, in rank order, on each of them.
 
         Raises:
-            ClusterError: it failed here.
+            ClusterError: it failed on one.
         """
-        port = self._port
-        self._port += _PORTS_PER_JOB
+        port, self._port = self._port, self._port + _PORTS_PER_JOB
         try:
-            found: list[dict[str, Any]] | None = in_child(lambda: self._bench.measure(job, port))
+            outcome = {"found": in_child(partial(self._work, port=port), job, settings)}
         except JobError as error:
-            rank = os.environ["RANK"]
-            raise ClusterError(f"{job.contender} failed on worker {rank}: {error}.") from None
-        return found
+            outcome = {"error": str(error)}
+        everybody = self._meeting.exchange(outcome)
+        for rank, each in enumerate(everybody):
+            if "error" in each:
+                raise ClusterError(f"{job.contender} failed on worker {rank}: {each['error']}.")
+        return [each["found"] for each in everybody]
+
+    def link_rate(self) -> float:
+        """Bits per second from the host of worker 1 to that of worker 0, measured."""
+        port, self._port = self._port, self._port + _PORTS_PER_JOB
+        rate: float = self._meeting.exchange(measure_link(port))[0]
+        return rate
+
+    def leave(self) -> None:
+        """Be done."""
+        self._meeting.leave()

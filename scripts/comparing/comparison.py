@@ -7,23 +7,22 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import configs
 import emulation
 from omegaconf import DictConfig, OmegaConf
+from plugging import read_by
 
-from comparing import report
-from comparing.clusters import EmulatedCluster
+from comparing import periods
+from comparing.clusters import TorchrunCluster, rank_on_cluster
 from comparing.contender import choose, contenders_of
-from comparing.networks import rate_of
+from comparing.ledger import Ledger
+from comparing.networks import Setting, rate_of
 from comparing.plan import Entry, Plan
 from comparing.result import Job, Result
-from comparing.running import EmulatedJobs, Jobs, Launcher
-from comparing.speed_plan import Setting
-from comparing.store import Store
+from comparing.running import ClusterJobs, Jobs, Launcher, emulated
 from comparing.table import Table
 from comparing.work import Workbench
 
@@ -31,6 +30,7 @@ _WORKLOAD = (
     *("workers", "points", "metric", "train_loss", "accelerator"),
     *("classes",),
 )
+_READ = ("contender", "module", "data", *_WORKLOAD)
 _ABOUT = (
     *("network", "workers", "metric", "lower_is_better", "target", "baseline", "taus"),
     *("epochs", "points"),
@@ -51,42 +51,59 @@ class Comparison:
     def __init__(self, cfg: DictConfig, output: Path) -> None:
         _check(cfg)
         self._cfg = cfg
-        self._store = Store(output)
         resolved = OmegaConf.to_container(cfg.contender, resolve=True)
         choose(contenders_of(resolved), cfg.accelerator, by_name=True, learns=True)
+        self._rank = rank_on_cluster()
+        network = cfg.network if self._rank is None else "cluster"
         self._titles = {name: config.title for name, config in cfg.contender.items()}
         self._plan = Plan(
             entries=list(_entries(cfg)),
             rates={name: list(_rates(cfg, name)) for name in cfg.contender},
             seeds=range(cfg.seed, cfg.seed + cfg.seeds),
             tuning=cfg.tuning_seeds,
-            network=cfg.network,
+            network=network,
+            hosts=cfg.workers if self._rank is None else int(os.environ["WORLD_SIZE"]),
             apart=cfg.network is not None or cfg.tuning_epochs not in (None, cfg.epochs),
             lower=cfg.lower_is_better,
         )
-        self._found: dict[Job, Result] = {}
-        self._failed: dict[str, Result] = {}
+        self._output = output
         self._began = time.monotonic()
 
     def run(self) -> bool:
         """Train what is left, and report all; whether nothing failed."""
-        self._go_on()
+        cluster = None if self._rank is None else self._join()
+        self._ledger = Ledger(
+            self._output,
+            self._cfg.contender,
+            self._settings_of,
+            cluster,
+            speaks=not self._rank,
+        )
+        self._ledger.go_on()
         if not self._cfg.train:
             self._require_results()
         try:
             if self._cfg.train and self._is_left():
-                self._store.describe(self._about())
-                self._train()
+                self._train(cluster)
         finally:
-            self._report()
-        return not self._failed
+            if not self._rank:
+                self._report()
+        if cluster is not None:
+            cluster.leave()
+        return not self._ledger.failed
 
-    def _train(self) -> None:
+    def _join(self) -> TorchrunCluster:
+        cfg = self._cfg
+        return TorchrunCluster(Workbench(cfg.get("data")).work, cfg.port, cfg.job_timeout)
+
+    def _train(self, cluster: TorchrunCluster | None) -> None:
+        if not self._rank:
+            self._ledger.store.describe(self._about())
         before = self._done()
         # Rates are tried first, without the network, then all that counts runs on it.
         for network in dict.fromkeys((None, self._plan.network)):
             if self._next(network) is not None:
-                with self._launcher(network) as running:
+                with self._launcher(network, cluster) as running:
                     self._run(running, network, before)
 
     def _run(self, running: Launcher, network: str | None, before: int) -> None:
@@ -96,35 +113,26 @@ class Comparison:
             if not len(running):
                 return
             result = running.wait()
-            self._keep(result)
-            print(f"{self._progress(before)} {self._told(result)}", flush=True)
+            self._ledger.keep(result)
+            self._ledger.tell(f"{self._progress(before)} {self._told(result)}")
 
-    def _launcher(self, network: str | None) -> Launcher:
+    def _launcher(self, network: str | None, cluster: TorchrunCluster | None) -> Launcher:
         cfg = self._cfg
+        if cluster is not None:
+            return ClusterJobs(lambda: cluster)
         if network is None:
             work = Workbench(cfg.get("data")).work
             room = cfg.parallel or max(1, (os.cpu_count() or 1) // cfg.workers)
             return Jobs(work, workers=cfg.workers, room=room, timeout=cfg.job_timeout)
-        config = self._store.folder / "resolved.yaml"
-        configs.save(cfg, config)
-        logs = self._store.folder / "logs"
-        make = partial(EmulatedCluster, Setting(network, cfg.workers), config, logs)
-        return EmulatedJobs(partial(make, timeout=cfg.job_timeout, threads=1), cfg.workers)
+        setting = Setting(network, cfg.workers)
+        return emulated(cfg, setting, self._output, threads=1)
 
     def _next(self, network: str | None, running: Launcher | tuple[()] = ()) -> Job | None:
         """The most urgent job that is neither found nor running, of a contender that works."""
         for job in self._plan.jobs(self._found):
-            done = job in self._found or job in running or job.network != network
-            if not done and job.contender not in self._failed:
+            if job.network == network and job not in running and self._ledger.is_open(job):
                 return job
         return None
-
-    def _keep(self, result: Result) -> None:
-        if result.error is None:
-            self._found[result.job] = result
-        else:
-            self._failed[result.contender] = result
-        self._store.add(result)
 
     def _settings_of(self, job: Job) -> dict[str, Any]:
         """All that the job's result depends on, resolved but for the environment."""
@@ -133,7 +141,7 @@ class Comparison:
         if optimizer is not None:
             rate = {} if job.rate is None else {"lr": job.rate}
             cfg.optimizer = OmegaConf.merge(optimizer, rate)
-        resolved = configs.resolved(cfg)
+        resolved = configs.resolved(read_by(cfg, _READ))
         return {
             "contender": resolved["contender"][job.contender],
             "module": resolved["module"],
@@ -142,21 +150,11 @@ class Comparison:
             | {"epochs": (job.tuning and cfg.tuning_epochs) or cfg.epochs},
         }
 
-    def _go_on(self) -> None:
-        """Take over what earlier runs found with the settings of now; what failed is run again."""
-        self._found = {result.job: result for result in self._of_now() if result.error is None}
-
-    def _of_now(self) -> list[Result]:
-        """All that is stored of the settings of now, what failed too."""
-        return [result for result in self._store.read() if self._is_of_now(result)]
-
-    def _is_of_now(self, result: Result) -> bool:
-        named = result.contender in self._cfg.contender
-        return named and self._settings_of(result.job) == result.settings
-
     def _about(self) -> dict[str, Any]:
-        cfg = configs.resolved(self._cfg)
+        cfg = configs.resolved(read_by(self._cfg, [*_READ, *_ABOUT]))
         return {key: cfg[key] for key in _ABOUT} | {
+            "network": self._plan.network,
+            "workers": self._plan.hosts,
             "titles": self._titles,
             "seeds": list(self._plan.seeds),
             "rates": self._plan.rates,
@@ -173,13 +171,17 @@ class Comparison:
         Raises:
             ValueError: the folder has no result of the settings of now.
         """
-        if self._of_now():
+        if self._ledger.of_now():
             return
-        told = f"{self._store.folder} has no result of these settings."
-        if others := len(self._store.read()):
-            command = self._store.about().get("command", "not recorded")
+        told, store = f"{self._output} has no result of these settings.", self._ledger.store
+        if others := len(store.read()):
+            command = store.about().get("command", "not recorded")
             told += f" It has {others} of others. Repeat their command, but train=false:\n{command}"
         raise ValueError(told)
+
+    @property
+    def _found(self) -> dict[Job, Result]:
+        return self._ledger.found
 
     def _is_left(self) -> bool:
         return any(job not in self._found for job in self._plan.jobs(self._found))
@@ -214,13 +216,11 @@ class Comparison:
     def _report(self) -> None:
         print(f"\n{self._table.text(self._found)}\n")
         if len(self._cfg.taus) > 1:
-            self._report_periods()
-        for name, result in self._failed.items():
-            reason = (result.error or "").splitlines()[-1]
-            print(f"error: {name} was left out: {result.job} failed, {reason}", file=sys.stderr)
-        if results := self._of_now():
+            self._draw()
+        self._ledger.tell_failures()
+        if results := self._ledger.of_now():
             self._write_page(results)
-        print(f"results.jsonl is in {self._store.folder}")
+        print(f"results.jsonl is in {self._output}")
 
     def _write_page(self, results: Sequence[Result]) -> None:
         try:
@@ -229,13 +229,12 @@ class Comparison:
             missing = f'{error.name} is missing: pip install -e ".[scripts]"'
             print(f"no report.html, for {missing}", file=sys.stderr)
             return
-        print(write_page(results, self._store.about(), self._store.folder))
+        print(write_page(results, self._ledger.store.about(), self._output))
 
-    def _report_periods(self) -> None:
+    def _draw(self) -> None:
         results = [r for entry in self._plan.entries for r in self._plan.best(entry, self._found)]
-        print(f"{report.table(results, self._titles)}\n")
         try:
-            report.draw(results, self._titles, self._store.folder / "accuracy.png")
+            periods.draw(results, self._titles, self._output / "accuracy.png")
         except ModuleNotFoundError:
             print('no picture: pip install -e ".[scripts]" brings matplotlib', file=sys.stderr)
 
@@ -249,7 +248,13 @@ def _entries(cfg: DictConfig) -> Iterator[Entry]:
 def _optimizer(cfg: DictConfig, name: str) -> DictConfig | None:
     """What a contender trains with, if the module takes an optimizer."""
     reads = "${optimizer" in OmegaConf.to_yaml(cfg.module)
-    return (cfg.optimizer or cfg.contender[name].get("optimizer")) if reads else None
+    found = cfg.optimizer or cfg.contender[name].get("optimizer")
+    if reads and found is None:
+        raise ValueError(
+            f"contender {name} has no optimizer of its own. Give it one in its file, or set"
+            " optimizer=NAME, a file of conf/optimizer."
+        )
+    return found if reads else None
 
 
 def _rates(cfg: DictConfig, name: str) -> Iterator[float | None]:
@@ -277,6 +282,8 @@ def _check(cfg: DictConfig) -> None:
             if not known or not 0 < rate < math.inf:
                 raise ValueError(f"{name} got {rate!r}; allowed are numbers above 0.")
     if cfg.network is not None:
+        if rank_on_cluster() is not None:
+            raise ValueError("On a cluster the network is what it is. Leave out network.")
         rate_of(cfg.network)
         if cfg.train and (reason := emulation.unavailable()) is not None:
             raise ValueError(f"Hosts cannot be emulated: {reason}. Or set network=null.")

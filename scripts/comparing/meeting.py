@@ -20,6 +20,7 @@ class Meeting:
 
     def __init__(self, port: int, timeout: float) -> None:
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self._exchanges = 0
         self._store = dist.TCPStore(
             os.environ["MASTER_ADDR"],
             port,
@@ -42,17 +43,16 @@ class Meeting:
         """Whether all workers have been counted there."""
         return self._store.add(f"{place}/arrived", 0) == self.size
 
-    def tell(self, name: str, value: Any) -> None:
-        """Leave a message for the others."""
-        self._store.set(name, json.dumps(value))
+    def exchange(self, value: Any) -> list[Any]:
+        """What all workers give here, in rank order."""
+        self._exchanges += 1
+        names = [f"exchange{self._exchanges}/{rank}" for rank in range(self.size)]
+        self._store.set(names[self.rank], json.dumps(value))
+        return [json.loads(self._store.get(name)) for name in names]
 
-    def read(self, name: str) -> Any:
-        """A message that somebody left, or will leave."""
-        return json.loads(self._store.get(name))
-
-    def gather(self, name: str, value: Any) -> list[Any] | None:
-        """On worker 0 the values of all workers, in rank order; None on the others."""
-        self.tell(f"{name}/{self.rank}", value)
-        if self.rank:
-            return None
-        return [self.read(f"{name}/{rank}") for rank in range(self.size)]
+    def leave(self) -> None:
+        """Be done; worker 0, which has the store, waits for the others."""
+        names = [f"left/{rank}" for rank in range(self.size)]
+        self._store.set(names[self.rank], "")
+        if self.rank == 0:
+            self._store.wait(names)

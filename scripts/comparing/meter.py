@@ -37,8 +37,8 @@ class Measurement:
     """Elements of the trained parameters."""
     period: int | None
     """Steps between two exchanges in the end; None without exchanges."""
-    accuracy: float | None = None
-    """Share of the test images that the delivered model got right; worker 0 only."""
+    samples: int
+    """Of the steps between the two."""
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""

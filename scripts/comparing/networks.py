@@ -1,8 +1,9 @@
-"""Networks by name: 20mbit, 1gbit, unlimited."""
+"""Networks by name: 20mbit, 1gbit, unlimited; and how many hosts they join."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 UNLIMITED = "unlimited"
 _UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
@@ -23,3 +24,33 @@ def rate_of(network: object) -> float | None:
             f" ({', '.join(_UNITS)}), such as network=100mbit."
         )
     return float(found[1]) * _UNITS[found[2]]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where contenders meet."""
+
+    network: str | None
+    """A name of :func:`rate_of`, "cluster" on a real one; None: this machine alone."""
+    hosts: int
+    """Workers, one on each emulated host."""
+    stall: float = 0.0
+    """Seconds that every worker stalls at random, once in 16 steps on average."""
+
+    def __str__(self) -> str:
+        stalls = f", random stalls of {self.stall:g} s" if self.stall else ""
+        return f"{self.network}, {self.hosts} hosts{stalls}"
+
+    def check(self) -> Setting:
+        """Itself.
+
+        Raises:
+            ValueError: it cannot be made.
+        """
+        if isinstance(self.hosts, bool) or not isinstance(self.hosts, int) or self.hosts < 2:
+            raise ValueError(f"hosts got {self.hosts!r}; allowed is a whole number from 2 on.")
+        if self.hosts > 200:
+            raise ValueError(f"hosts got {self.hosts}; allowed are up to 200 on one machine.")
+        if not isinstance(self.stall, (int, float)) or self.stall < 0:
+            raise ValueError(f"stall got {self.stall!r}; allowed are seconds from 0 on.")
+        return self

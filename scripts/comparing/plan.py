@@ -27,6 +27,8 @@ class Plan:
     """With so many of the seeds, the first, all rates are tried; with the others the best one."""
     network: str | None = None
     """Of the runs that count."""
+    hosts: int = 0
+    """Workers of each job."""
     apart: bool = False
     """Whether runs that choose a rate are none of those that count."""
     lower: bool = False
@@ -48,12 +50,12 @@ class Plan:
             tunes = not self.apart and number < self.tuning
             for entry in self.entries:
                 rates = self.rates[entry[0]] if tunes else self._best(entry, found)
-                yield from (Job(*entry, rate, seed, self.network) for rate in rates)
+                yield from (self._job(entry, rate, seed) for rate in rates)
 
     def best(self, entry: Entry, found: Found) -> list[Result]:
         """What was found with the best of the rates that were tried."""
         rates = self._best(entry, found, partly=True)
-        jobs = [Job(*entry, rate, seed, self.network) for rate in rates for seed in self.seeds]
+        jobs = [self._job(entry, rate, seed) for rate in rates for seed in self.seeds]
         return [found[job] for job in jobs if job in found]
 
     def tried(self, entry: Entry, found: Found) -> dict[float | None, float]:
@@ -89,7 +91,11 @@ class Plan:
     def _trial(self, entry: Entry, rate: float | None, seed: int) -> Job:
         # The network does not matter for what is learned from as many samples, as all exchanges
         # are synchronous; without it, several jobs run at a time.
-        return Job(*entry, rate, seed, None if self.apart else self.network, self.apart)
+        network = None if self.apart and self.network != "cluster" else self.network
+        return Job(*entry, rate, seed, network, self.apart, self.hosts)
+
+    def _job(self, entry: Entry, rate: float | None, seed: int) -> Job:
+        return Job(*entry, rate, seed, self.network, hosts=self.hosts)
 
     def _best(self, entry: Entry, found: Found, *, partly: bool = False) -> list[float | None]:
         """The best rate; none before all were tried, or any if partly."""

@@ -6,29 +6,21 @@ import statistics
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from typing import TextIO
 
-from comparing.speed_plan import Job
+from comparing.result import Job
 
 
 class Progress:
-    """Prints a line per job, and judges how long the others will take by those that are done.
+    """Has a line for each job, and judges how long the others will take by those that are done.
 
     Args:
         jobs: all that are to be run, in order.
         done: jobs that earlier runs did, and their seconds.
-        stream: where to print.
     """
 
-    def __init__(
-        self,
-        jobs: Sequence[Job],
-        done: Sequence[tuple[Job, float]] = (),
-        stream: TextIO | None = None,
-    ) -> None:
+    def __init__(self, jobs: Sequence[Job], done: Sequence[tuple[Job, float]] = ()) -> None:
         self._left = list(jobs)
         self._total = len(done) + len(jobs)
-        self._stream = stream or sys.stdout
         self._done = list(done)
         self._began = time.monotonic()
 
@@ -40,16 +32,16 @@ class Progress:
     def begin(self, job: Job) -> None:
         """A job starts; a terminal shows which."""
         self._job_began = time.monotonic()
-        if self._stream.isatty():
-            print(f"{self._head(job)} ...", end="\r", file=self._stream, flush=True)
+        if sys.stdout.isatty():
+            print(f"{self._head(job)} ...", end="\r", flush=True)
 
     @property
     def job_seconds(self) -> float:
         """Time since the job began that runs."""
         return time.monotonic() - self._job_began
 
-    def end(self, job: Job, found: str) -> None:
-        """A job is done.
+    def end(self, job: Job, found: str) -> str:
+        """A job is done; a line about it.
 
         Args:
             job: the first of those left.
@@ -60,7 +52,7 @@ class Progress:
         self._left.remove(job)
         if self._left:
             line += f"; {_told(self.expected(self._left))} left"
-        print(line, file=self._stream, flush=True)
+        return line
 
     def expected(self, jobs: Iterable[Job]) -> float:
         """Seconds that jobs will take, by those that are done: the more hosts, the longer."""
@@ -76,10 +68,8 @@ class Progress:
 
     def _head(self, job: Job) -> str:
         number = self._total - len(self._left) + 1
-        return (
-            f"[{number}/{self._total}] {job.setting}, repetition {job.repetition + 1}:"
-            f" {job.contender}"
-        )
+        where = "" if job.network is None else f"{job.setting}: "
+        return f"[{number}/{self._total}] {where}{job.contender}, seed {job.seed}"
 
 
 def _told(seconds: float) -> str:

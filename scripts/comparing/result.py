@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
+
+from comparing.networks import Setting
+from comparing.statistics import percentile
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,15 @@ class Job:
     """Between emulated hosts, as 100mbit; "cluster" on a real one; None: this machine alone."""
     tuning: bool = False
     """Whether it only chooses a learning rate: shorter, or without the network."""
+    hosts: int = 0
+    """Workers; each is on a host of its own where hosts are emulated."""
+    stall: float = 0.0
+    """Seconds that every worker stalls at random, once in 16 steps on average."""
+
+    @property
+    def setting(self) -> Setting:
+        """Where it is done."""
+        return Setting(self.network, self.hosts, self.stall)
 
     def __str__(self) -> str:
         period = "" if self.tau is None else f", τ = {self.tau}"
@@ -76,6 +88,54 @@ class WorkerTime:
 
 
 @dataclass(frozen=True)
+class Speed:
+    """How fast a contender trains, measured over some steps."""
+
+    samples_per_second: float
+    """Of all workers together, by the time of the slowest."""
+    bytes_per_step: float
+    """Sent by a worker, counted on the interface, headers and acknowledgements included."""
+    bytes_to_ring: float | None
+    """By how much that is more than an fp32 ring all-reduce of all parameters every period."""
+    period: int | None
+    """Steps between two exchanges in the end; None without exchanges."""
+    step_p50: float
+    step_p95: float
+    wait_p50: float | None
+    """Seconds that a worker stood still for one exchange; None if nothing counted them."""
+    wait_p95: float | None
+    peak_bytes: int
+    """Memory of the worker that needed most, besides what its process began with."""
+    parameters: int
+    steps: int
+    """Steps that were measured."""
+
+    @classmethod
+    def of(cls, workers: Sequence[Mapping[str, Any]]) -> Speed:
+        """From the measurements of all workers, :class:`comparing.meter.Measurement` each."""
+        steps, parameters = workers[0]["steps"], workers[0]["parameters"]
+        sent = sum(worker["sent_bytes"] for worker in workers) / len(workers) / steps
+        period = workers[0]["period"]
+        ring = 2 * (len(workers) - 1) / len(workers) * 4 * parameters
+        step_seconds = [s for worker in workers for s in worker["step_seconds"]]
+        waits = [s for worker in workers for s in worker["waits"] or []]
+        slowest = max(worker["seconds"] for worker in workers)
+        return cls(
+            samples_per_second=sum(worker["samples"] for worker in workers) / slowest,
+            bytes_per_step=sent,
+            period=period,
+            bytes_to_ring=None if period is None else sent * period / ring,
+            step_p50=percentile(step_seconds, 50),
+            step_p95=percentile(step_seconds, 95),
+            wait_p50=percentile(waits, 50) if waits else None,
+            wait_p95=percentile(waits, 95) if waits else None,
+            peak_bytes=max(worker["peak_bytes"] for worker in workers),
+            parameters=parameters,
+            steps=steps,
+        )
+
+
+@dataclass(frozen=True)
 class Result:
     """What one job found. Of what has not come to an end or diverged, much is None."""
 
@@ -84,10 +144,12 @@ class Result:
     rate: float | None
     seed: int
     network: str | None = None
-    tuning: bool = False
-    """Whether it only chose a learning rate, and is no result of its own."""
     hosts: int = 0
     """Workers; each is on a host of its own where hosts are emulated."""
+    tuning: bool = False
+    """Whether it only chose a learning rate, and is no result of its own."""
+    stall: float = 0.0
+    """Seconds that every worker stalls at random, once in 16 steps on average."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """The contender's configuration and the workload's, by which later runs know them again."""
     job_seconds: float = 0.0
@@ -118,11 +180,18 @@ class Result:
     """In rank order."""
     link_rate: float | None = None
     """Bits per second that were measured between two hosts before this job; None: not measured."""
+    speed: Speed | None = None
+    """Where only speed was measured."""
 
     @property
     def job(self) -> Job:
         """What found it."""
-        return Job(self.contender, self.tau, self.rate, self.seed, self.network, self.tuning)
+        return Job(**{each.name: getattr(self, each.name) for each in fields(Job)})
+
+    @property
+    def setting(self) -> Setting:
+        """Where it was found."""
+        return self.job.setting
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
@@ -140,15 +209,14 @@ class Result:
         return next((p for p in known if sign * (p.score or 0.0) >= sign * target), None)
 
     @classmethod
-    def of(
-        cls, job: Job, settings: Mapping[str, Any], hosts: int, job_seconds: float, **found: Any
-    ) -> Result:
+    def of(cls, job: Job, settings: Mapping[str, Any], job_seconds: float, **found: Any) -> Result:
         """Of a job, with what it found as further fields."""
-        return cls(**asdict(job), settings=settings, hosts=hosts, job_seconds=job_seconds, **found)
+        return cls(**asdict(job), settings=settings, job_seconds=job_seconds, **found)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Result:
         """The inverse of :meth:`to_json`."""
         points = tuple(Point(**each) for each in values["points"])
         workers = tuple(WorkerTime(**each) for each in values["workers"])
-        return cls(**{**values, "points": points, "workers": workers})
+        speed = values["speed"] and Speed(**values["speed"])
+        return cls(**{**values, "points": points, "workers": workers, "speed": speed})

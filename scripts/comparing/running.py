@@ -5,11 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
+import configs
 from forking import Outcome, Workers, one_node
+from omegaconf import DictConfig
+from plugging import read_by
 
-from comparing.clusters import ClusterError, EmulatedCluster
+from comparing.clusters import Cluster, ClusterError, EmulatedCluster
+from comparing.networks import Setting
 from comparing.result import Job, Result
 from comparing.work import gathered
 
@@ -45,23 +51,21 @@ class Launcher(Protocol):
         """What the next job that ends has found, or how it failed."""
 
 
-class EmulatedJobs:
-    """One job after another on emulated hosts, whose link is measured before each.
+class ClusterJobs:
+    """One job after another on a cluster, whose link is measured before each.
 
     Args:
-        make: starts the hosts, anew after a job that failed.
-        hosts: how many there are.
+        make: the cluster; called again after a job that failed.
     """
 
     room = 1
 
-    def __init__(self, make: Callable[[], EmulatedCluster], hosts: int) -> None:
+    def __init__(self, make: Callable[[], Cluster]) -> None:
         self._make = make
-        self._hosts = hosts
-        self._cluster: EmulatedCluster | None = None
+        self._cluster: Cluster | None = None
         self._jobs: list[tuple[Job, Mapping[str, Any]]] = []
 
-    def __enter__(self) -> EmulatedJobs:
+    def __enter__(self) -> ClusterJobs:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -90,10 +94,25 @@ class EmulatedJobs:
             rate = self._cluster.link_rate()
             found = gathered(self._cluster.run(job, settings)) | {"link_rate": rate}
         except ClusterError as error:
-            self.__exit__()  # the other hosts wait for the one that failed
+            self.__exit__()  # hosts wait for the one that failed
             found = {"error": str(error)}
-        seconds = time.monotonic() - began
-        return Result.of(job, settings, self._hosts, seconds, **found)
+        return Result.of(job, settings, time.monotonic() - began, **found)
+
+
+def emulated(cfg: DictConfig, setting: Setting, output: Path, *, threads: int) -> ClusterJobs:
+    """Jobs on emulated hosts.
+
+    Args:
+        cfg: of the script, which the hosts read.
+        setting: of the hosts.
+        output: the folder of results, and of what hosts print.
+        threads: of each worker.
+    """
+    config = output / "resolved.yaml"
+    configs.save(read_by(cfg, ["data"]), config)
+    timeout, logs = cfg.job_timeout, output / "logs"
+    make = partial(EmulatedCluster, setting, config, logs, timeout=timeout, threads=threads)
+    return ClusterJobs(make)
 
 
 class Jobs:
@@ -155,7 +174,7 @@ class Jobs:
             if error is not None or done:
                 values = [running.outcomes[rank].value for rank in range(self._workers) if done]
                 found = {"error": error} if error is not None else gathered(values)
-                yield Result.of(job, running.settings, self._workers, seconds, **found)
+                yield Result.of(job, running.settings, seconds, **found)
 
     def _error(self, running: _Running, seconds: float) -> str | None:
         """Of the worker that failed first; the others may have failed for want of it."""

@@ -5,33 +5,35 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
-from functools import cached_property
+from functools import partial
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import configs
 import emulation
 from omegaconf import DictConfig, OmegaConf
+from plugging import read_by
 
 from comparing import speed_report as report
-from comparing.clusters import Cluster, EmulatedCluster, TorchrunCluster
+from comparing.clusters import TorchrunCluster, rank_on_cluster
 from comparing.contender import Contender, choose, contenders_of
-from comparing.networks import rate_of
+from comparing.ledger import Ledger
+from comparing.networks import Setting, rate_of
 from comparing.progress import Progress
-from comparing.speed_plan import Job, Setting, jobs_of, settings_of
-from comparing.speed_results import Result, Results
+from comparing.result import Job, Result
+from comparing.running import ClusterJobs, emulated
+from comparing.speed_plan import jobs_of, settings_of
 from comparing.summary import LIMIT, summarize
+from comparing.work import Workbench
 
-_WORKLOAD = (
-    *("data", "module", "tau", "steps", "speed_lr", "accuracy"),
-    *("epochs", "seed", "accelerator", "threads"),
-)
+_WORKLOAD = ("steps", "accelerator", "threads")
 
 _START_SECONDS_PER_HOST = 6.0
 """What it takes to start the agents, about."""
 
 
-class Comparison:
+class Benchmark:
     """Contenders on networks, as configured.
 
     Args:
@@ -54,35 +56,39 @@ class Comparison:
         self._missing: Mapping[str, str] = found[1]
         self._baselines = _baselines(cfg.baselines, self._contenders)
         _check_numbers(cfg)
-        self._jobs = jobs_of(self._settings(), self._contenders, cfg.repetitions)
+        self._rank = rank_on_cluster()
+        periods = dict.fromkeys(self._contenders, cfg.tau)
+        self._jobs = jobs_of(self._settings(), periods, cfg.repetitions, cfg.seed)
 
     def run(self) -> bool:
-        """Measure what is left; whether nothing is left any more."""
-        if _is_on_cluster() and int(os.environ["RANK"]):
-            for job in self._jobs:
-                self._here.run(job)
-            return True
-        resolved = configs.resolved(self._cfg)
-        results = Results(self._output, {key: resolved[key] for key in _WORKLOAD})
-        if _is_on_cluster() and list(results):
-            raise ValueError(
-                f"{self._output} has results, and on a cluster they are not gone on with. Set"
-                " another hydra.run.dir."
-            )
-        for name, reason in self._missing.items():
+        """Measure what is left, and report all; whether nothing failed."""
+        cluster, cfg, speaks = None, self._cfg, not self._rank
+        if self._rank is not None:
+            work = Workbench(cfg.data).work
+            cluster = TorchrunCluster(work, cfg.port, cfg.job_timeout)
+        self._settings_of = partial(settings_for, cfg)
+        names = self._contenders
+        ledger = Ledger(self._output, names, self._settings_of, cluster, speaks=speaks)
+        ledger.go_on()
+        for name, reason in self._missing.items() if speaks else ():
             print(f"{name} is left out: {reason}", file=sys.stderr)
-        left = [job for job in self._jobs if job not in results]
-        done = [(each.job, each.job_seconds) for each in results if each.job in self._jobs]
-        progress = Progress(left, done)
-        for _, jobs in groupby(left, key=lambda job: job.setting):
-            if not self._run_setting(list(jobs), results, progress):
+        left = [job for job in self._jobs if job not in ledger.found]
+        results = [ledger.found[job] for job in self._jobs if job in ledger.found]
+        progress = Progress(left, [(each.job, each.job_seconds) for each in results])
+        for setting, jobs in groupby(left, key=lambda job: job.setting):
+            if not self._run_setting(setting, list(jobs), ledger, progress, cluster):
+                ledger.tell("Time is up. The same command with the same hydra.run.dir goes on.")
                 break
-        self._report(results)
-        return all(job in results for job in self._jobs)
+        if speaks:
+            self._report([ledger.found[job] for job in self._jobs if job in ledger.found])
+            ledger.tell_failures()
+        if cluster is not None:
+            cluster.leave()
+        return not ledger.failed
 
     def _settings(self) -> list[Setting]:
         cfg = self._cfg
-        if _is_on_cluster():
+        if self._rank is not None:
             _refuse_on_cluster(cfg)
             here = Setting("cluster", int(os.environ["WORLD_SIZE"]), cfg.stall)
             return settings_of(here, self._over, cfg.sweep["values"])
@@ -93,57 +99,40 @@ class Comparison:
         _refuse_to_emulate(cfg)
         return settings
 
-    def _run_setting(self, jobs: Sequence[Job], results: Results, progress: Progress) -> bool:
+    def _run_setting(
+        self,
+        setting: Setting,
+        jobs: Sequence[Job],
+        ledger: Ledger,
+        progress: Progress,
+        cluster: TorchrunCluster | None,
+    ) -> bool:
         """Run jobs of one setting; False when time is up."""
-        start = _START_SECONDS_PER_HOST * jobs[0].setting.hosts
+        start = _START_SECONDS_PER_HOST * setting.hosts
         if self._is_too_late(jobs[0], progress, start):
             return False
-        if _is_on_cluster():
-            return self._run_jobs(self._here, jobs, results, progress)
-        config = self._output / "resolved.yaml"
-        configs.save(self._cfg, config)
-        with EmulatedCluster(
-            jobs[0].setting,
-            config,
-            self._output / "logs",
-            timeout=self._cfg.job_timeout,
-            threads=self._cfg.threads,
-        ) as cluster:
-            return self._run_jobs(cluster, jobs, results, progress)
-
-    def _run_jobs(
-        self, cluster: Cluster, jobs: Sequence[Job], results: Results, progress: Progress
-    ) -> bool:
-        for job in jobs:
-            if self._is_too_late(job, progress):
-                return False
-            progress.begin(job)
-            workers = cluster.run(job)
-            assert workers is not None, "worker 0 gets all measurements"
-            batch_size = self._cfg.data.batch_size
-            result = Result.of(
-                job,
-                workers,
-                batch_size=batch_size,
-                job_seconds=progress.job_seconds,
-            )
-            results.add(result)
-            progress.end(job, f"{result.samples_per_second:.0f} samples/s")
+        with self._launcher(setting, cluster) as launcher:
+            for job in filter(ledger.is_open, jobs):
+                if self._is_too_late(job, progress):
+                    return False
+                progress.begin(job)
+                launcher.start(job, self._settings_of(job))
+                result = launcher.wait()
+                ledger.keep(result)
+                ledger.tell(progress.end(job, _told(result)))
         return True
 
-    @cached_property
-    def _here(self) -> Cluster:
-        """This process as one of the cluster's."""
-        from comparing.speed_job import Workbench
-
-        return TorchrunCluster(Workbench(self._cfg), self._cfg.port)
+    def _launcher(self, setting: Setting, cluster: TorchrunCluster | None) -> ClusterJobs:
+        if cluster is not None:
+            return ClusterJobs(lambda: cluster)
+        return emulated(self._cfg, setting, self._output, threads=self._cfg.threads)
 
     def _is_too_late(self, job: Job, progress: Progress, start: float = 0.0) -> bool:
         minutes = self._cfg.minutes
         end = progress.elapsed + start + progress.expected([job])
         return minutes is not None and end > 60 * minutes
 
-    def _report(self, results: Results) -> None:
+    def _report(self, results: Sequence[Result]) -> None:
         summaries = summarize(results)
         if not summaries:
             return
@@ -155,6 +144,27 @@ class Comparison:
         except ModuleNotFoundError:
             print('no picture: pip install -e ".[scripts]" brings matplotlib', file=sys.stderr)
         print(f"results.jsonl, summary.jsonl and {picture.name} are in {self._output}")
+
+
+def settings_for(cfg: DictConfig, job: Job) -> dict[str, Any]:
+    """All that a job's result depends on, resolved but for the environment."""
+    read = ("contender", "module", "data", *_WORKLOAD)
+    resolved = configs.resolved(read_by(OmegaConf.merge(cfg, {"seed": job.seed}), read))
+    module = resolved["module"]
+    if cfg.speed_lr is not None and module.get("optimizer"):
+        module["optimizer"] = module["optimizer"] | {"lr": cfg.speed_lr}
+    return {
+        "contender": resolved["contender"][job.contender],
+        "module": module,
+        "data": resolved["data"],
+        "workload": {key: resolved[key] for key in _WORKLOAD},
+    }
+
+
+def _told(result: Result) -> str:
+    if result.speed is None:
+        return f"failed on {result.error}"
+    return f"{result.speed.samples_per_second:.0f} samples/s"
 
 
 def _baselines(asked: Sequence[str] | None, contenders: Collection[str]) -> list[str]:
@@ -171,7 +181,7 @@ def _baselines(asked: Sequence[str] | None, contenders: Collection[str]) -> list
 def _refuse_on_cluster(cfg: DictConfig) -> None:
     if cfg.sweep.over not in (None, "stall") or cfg.minutes is not None:
         raise ValueError(
-            "On a cluster network and hosts are what they are, and results are not gone on with."
+            "On a cluster network and hosts are what they are, and each worker has its own clock."
             " Leave out sweep=bandwidth, sweep=workers and minutes."
         )
 
@@ -189,7 +199,7 @@ def _refuse_to_emulate(cfg: DictConfig) -> None:
 
 
 def _check_numbers(cfg: DictConfig) -> None:
-    for name in ("tau", "steps", "epochs", "threads"):
+    for name in ("tau", "steps", "threads"):
         if isinstance(cfg[name], bool) or not isinstance(cfg[name], int) or cfg[name] < 1:
             raise ValueError(f"{name} got {cfg[name]!r}; allowed is a whole number from 1 on.")
     if cfg.steps % cfg.tau:
@@ -207,7 +217,3 @@ def _check_numbers(cfg: DictConfig) -> None:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_on_cluster() -> bool:
-    return "WORLD_SIZE" in os.environ

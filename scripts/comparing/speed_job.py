@@ -1,160 +1,124 @@
-"""One worker's part of a job."""
+"""One worker's part of a job that measures speed alone."""
 
 from __future__ import annotations
 
-import logging
-import math
 import os
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch.strategies import ParallelStrategy, Strategy
-from omegaconf import DictConfig
+from omegaconf import OmegaConf
 from torch.utils.data import DataLoader, DistributedSampler
 
-from comparing.contender import Contender, contenders_of
+from comparing.contender import Contender
 from comparing.counting import interface_towards, peak_resident_bytes, resident_bytes
 from comparing.meeting import Meeting
 from comparing.meter import Measurement, Meter, Stalls, Window
-from comparing.speed_plan import Job, Setting
+from comparing.result import Job
 from lightning_easgd.communication import leave_all_groups
 
+QUIET = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+"""Options of a trainer that says nothing and leaves nothing."""
+
+_PATIENCE_SECONDS = 600.0
 _EVERY_STEP_SHARE = 8
 """Who exchanges at every step is measured over an eighth of the steps, which says as much."""
 
 
-def make_module(cfg: DictConfig) -> pl.LightningModule:
-    """What all contenders train: at the learning rate for speed, unless accuracy is asked for."""
-    trains = cfg.accuracy or cfg.speed_lr is None
-    module: pl.LightningModule = instantiate(
-        cfg.module, **({} if trains else {"optimizer": {"lr": cfg.speed_lr}})
-    )
-    return module
+def window(contender: Contender, steps: int, job: Job) -> Window:
+    """Which steps are measured."""
+    # From the end of a round: as many bytes and waits as belong to the steps.
+    first = 2 * (job.tau or 1) + contender.warm_up
+    if contender.period == 1 and not job.stall:
+        return Window(2, max(1, steps // _EVERY_STEP_SHARE))
+    return Window(first, steps)
 
 
-class Workbench:
-    """What all jobs of a process share: the contenders, the data, how modules are made.
+def measure(
+    data: pl.LightningDataModule, job: Job, settings: Mapping[str, Any], port: int
+) -> dict[str, Any]:
+    """What this worker measures, in a process of its own.
 
     Args:
-        cfg: the resolved configuration of conf/benchmark.yaml.
+        data: which is set up.
+        job: what to run.
+        settings: all that its result depends on.
+        port: the first of two on MASTER_ADDR that nobody uses.
     """
+    memory, workload = resident_bytes(), settings["workload"]
+    os.environ["MASTER_PORT"] = str(port + 1)
+    torch.set_num_threads(workload["threads"])
+    meeting = Meeting(port, _PATIENCE_SECONDS)
+    torch.manual_seed(job.seed)  # equal weights on all workers
+    module = instantiate(OmegaConf.create(settings["module"]))
+    torch.manual_seed(1000 * (job.seed + 1) + meeting.rank)  # and their own dropout masks
+    batches = _share(data, meeting, job.seed)
+    contender = Contender(**settings["contender"])
+    meter, period = _fit(contender, module, job, batches, meeting, workload)
+    found = Measurement(
+        steps=len(meter.step_seconds),
+        samples=len(meter.step_seconds) * (batches.batch_size or 1),
+        seconds=meter.seconds,
+        step_seconds=meter.step_seconds,
+        waits=meter.waits,
+        sent_bytes=meter.sent_bytes / int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        peak_bytes=_peak_bytes() - (memory if workload["accelerator"] == "cpu" else 0),
+        parameters=sum(p.numel() for p in module.parameters() if p.requires_grad),
+        period=period,
+    )
+    meeting.leave()
+    leave_all_groups()
+    return found.to_json()
 
-    def __init__(self, cfg: DictConfig) -> None:
-        for name in ("", "lightning.pytorch"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-        warnings.filterwarnings("ignore")
-        torch.set_num_threads(1)  # workers are forked from here, which no thread would survive
-        self.cfg = cfg
-        self.contenders = contenders_of(cfg.contender)
-        data = instantiate(cfg.data)
-        data.prepare_data()
-        data.setup("fit")
-        self._train, self._test = data.train_dataloader(), data.test_dataloader()
 
-    def window(self, contender: Contender, setting: Setting) -> Window:
-        """Which steps are measured."""
-        # From the end of a round: as many bytes and waits as belong to the steps.
-        first = 2 * self.cfg.tau
-        if self.cfg.accuracy:
-            images = len(self._train.dataset)
-            steps = self.cfg.epochs * images / (self.cfg.data.batch_size * setting.hosts)
-            rounds = max(3, math.ceil(steps / self.cfg.tau))
-            return Window(first, rounds * self.cfg.tau - first)
-        if contender.period == 1 and not setting.stall:
-            return Window(2, max(1, self.cfg.steps // _EVERY_STEP_SHARE))
-        return Window(first + contender.warm_up, self.cfg.steps)
+def _fit(
+    contender: Contender,
+    module: pl.LightningModule,
+    job: Job,
+    batches: DataLoader[Any],
+    meeting: Meeting,
+    workload: Mapping[str, Any],
+) -> tuple[Meter, int | None]:
+    """Train for the steps that are measured; the counters, and the period in the end."""
+    strategy, callbacks = contender.make()
+    measured = window(contender, workload["steps"], job)
+    interface = interface_towards(os.environ["MASTER_ADDR"])
+    meter = Meter(measured, interface, _waited(strategy, callbacks))
+    coupled = contender.period is not None
+    together = _Together(meeting, measured, coupled=coupled)
+    trainer = pl.Trainer(
+        accelerator=workload["accelerator"],
+        strategy=strategy,
+        callbacks=[*callbacks, together, Stalls(job.stall, f"{job.seed} {meeting.rank}"), meter],
+        max_epochs=-1,
+        max_steps=measured.total if coupled else -1,
+        **QUIET,
+        **(size() if isinstance(strategy, ParallelStrategy) else {"devices": 1}),
+    )
+    trainer.fit(module, batches)
+    telemetry = getattr(strategy, "telemetry", None)
+    return meter, telemetry.tau if telemetry else contender.period
 
-    def measure(self, job: Job, port: int) -> list[dict[str, Any]] | None:
-        """Take part in a job, in a process of its own.
 
-        Args:
-            job: what to run.
-            port: the first of two on MASTER_ADDR that nobody uses.
-
-        Returns:
-            On worker 0 the measurements of all workers; None on the others.
-        """
-        memory = resident_bytes()
-        os.environ["MASTER_PORT"] = str(port + 1)
-        os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # which is on another port
-        torch.set_num_threads(self.cfg.threads)
-        meeting = Meeting(port, self.cfg.job_timeout)
-        contender = self.contenders[job.contender]
-        module = self._module(meeting.rank, job.repetition)
-        meter, period = self._fit(contender, module, job, meeting)
-        found = Measurement(
-            steps=len(meter.step_seconds),
-            seconds=meter.seconds,
-            step_seconds=meter.step_seconds,
-            waits=meter.waits,
-            sent_bytes=meter.sent_bytes / int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-            peak_bytes=_peak_bytes() - (memory if self.cfg.accelerator == "cpu" else 0),
-            parameters=sum(p.numel() for p in module.parameters() if p.requires_grad),
-            period=period,
-            accuracy=self._accuracy(module) if self.cfg.accuracy and not meeting.rank else None,
-        )
-        everybody = meeting.gather("measurement", found.to_json())
-        leave_all_groups()
-        return everybody
-
-    def _module(self, rank: int, repetition: int) -> pl.LightningModule:
-        seed = self.cfg.seed + 1000 * repetition
-        torch.manual_seed(seed)  # equal weights on all workers
-        module = make_module(self.cfg)
-        torch.manual_seed(seed + 1 + rank)  # and their own dropout masks
-        return module
-
-    def _fit(
-        self, contender: Contender, module: pl.LightningModule, job: Job, meeting: Meeting
-    ) -> tuple[Meter, int | None]:
-        strategy, callbacks = contender.make()
-        window = self.window(contender, job.setting)
-        interface = interface_towards(os.environ["MASTER_ADDR"])
-        meter = Meter(window, interface, _waited(strategy, callbacks))
-        coupled = contender.period is not None or self.cfg.accuracy  # then at equal samples
-        stalls = Stalls(job.setting.stall, f"{self.cfg.seed} {job.repetition} {meeting.rank}")
-        trainer = pl.Trainer(
-            accelerator=self.cfg.accelerator,
-            strategy=strategy,
-            callbacks=[*callbacks, _Together(meeting, window, coupled=coupled), stalls, meter],
-            max_epochs=-1,
-            max_steps=window.total if coupled else -1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            **_size(strategy),
-        )
-        trainer.fit(module, self._share(meeting, job.repetition))
-        telemetry = getattr(strategy, "telemetry", None)
-        return meter, telemetry.tau if telemetry else contender.period
-
-    def _share(self, meeting: Meeting, repetition: int) -> DataLoader[Any]:
-        """This worker's training data, the same under every contender."""
-        images = self._train.dataset
-        sampler = DistributedSampler(
-            images, meeting.size, meeting.rank, seed=self.cfg.seed + repetition
-        )
-        return DataLoader(
-            images,
-            batch_size=self.cfg.data.batch_size,
-            sampler=sampler,
-            collate_fn=self._train.collate_fn,
-            drop_last=True,
-        )
-
-    @torch.no_grad()
-    def _accuracy(self, module: pl.LightningModule) -> float:
-        module.eval().cpu()
-        right = total = 0
-        for images, labels in self._test:
-            right += int((module(images).argmax(1) == labels).sum())
-            total += len(labels)
-        return right / total
+def _share(data: pl.LightningDataModule, meeting: Meeting, seed: int) -> DataLoader[Any]:
+    """This worker's training data, the same under every contender."""
+    batches = data.train_dataloader()
+    sampler = DistributedSampler(batches.dataset, meeting.size, meeting.rank, seed=seed)
+    return DataLoader(
+        batches.dataset,
+        batch_size=batches.batch_size,
+        sampler=sampler,
+        collate_fn=batches.collate_fn,
+        drop_last=True,
+    )
 
 
 class _Together(pl.Callback):
@@ -187,9 +151,8 @@ class _Together(pl.Callback):
         trainer.should_stop = self._meeting.arrived("end")
 
 
-def _size(strategy: Strategy) -> dict[str, int]:
-    if not isinstance(strategy, ParallelStrategy):
-        return {"devices": 1}
+def size() -> dict[str, int]:
+    """How many workers there are, for a trainer."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return {"devices": local, "num_nodes": int(os.environ["WORLD_SIZE"]) // local}
 

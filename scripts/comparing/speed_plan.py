@@ -2,59 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
+from comparing.networks import Setting
+from comparing.result import Job
+
 _AXES = {"network": str, "hosts": int, "stall": float}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Where contenders meet."""
-
-    network: str
-    """A name of :func:`comparing.networks.rate_of`, or "cluster" on a real one."""
-    hosts: int
-    """Workers, one on each emulated host."""
-    stall: float = 0.0
-    """Seconds that every worker stalls at random, once in 16 steps on average."""
-
-    def __str__(self) -> str:
-        stalls = f", random stalls of {self.stall:g} s" if self.stall else ""
-        return f"{self.network}, {self.hosts} hosts{stalls}"
-
-    def check(self) -> Setting:
-        """Itself.
-
-        Raises:
-            ValueError: it cannot be made.
-        """
-        if isinstance(self.hosts, bool) or not isinstance(self.hosts, int) or self.hosts < 2:
-            raise ValueError(f"hosts got {self.hosts!r}; allowed is a whole number from 2 on.")
-        if self.hosts > 200:
-            raise ValueError(f"hosts got {self.hosts}; allowed are up to 200 on one machine.")
-        if not isinstance(self.stall, (int, float)) or self.stall < 0:
-            raise ValueError(f"stall got {self.stall!r}; allowed are seconds from 0 on.")
-        return self
-
-
-@dataclass(frozen=True)
-class Job:
-    """One contender's turn."""
-
-    setting: Setting
-    contender: str
-    repetition: int
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Job:
-        """The inverse of :meth:`to_json`."""
-        return cls(**(values | {"setting": Setting(**values["setting"])}))
 
 
 def settings_of(setting: Setting, over: str | None, values: Sequence[Any]) -> list[Setting]:
@@ -77,8 +32,19 @@ def settings_of(setting: Setting, over: str | None, values: Sequence[Any]) -> li
     return [replace(setting, **{over: value}).check() for value in values]
 
 
-def jobs_of(settings: Iterable[Setting], contenders: Iterable[str], repetitions: int) -> list[Job]:
+def jobs_of(
+    settings: Iterable[Setting],
+    contenders: Mapping[str, int | None],
+    repetitions: int,
+    seed: int = 0,
+) -> list[Job]:
     """All jobs, one setting after another; contenders take turns within one.
+
+    Args:
+        settings: where contenders meet.
+        contenders: the period of each.
+        repetitions: how many there are, each with a seed of its own.
+        seed: the first.
 
     Raises:
         ValueError: there are no repetitions.
@@ -86,7 +52,7 @@ def jobs_of(settings: Iterable[Setting], contenders: Iterable[str], repetitions:
     if isinstance(repetitions, bool) or not isinstance(repetitions, int) or repetitions < 1:
         raise ValueError(f"repetitions got {repetitions!r}; allowed is a whole number from 1 on.")
     return [
-        Job(setting, name, repetition)
+        Job(name, contenders[name], None, seed + repetition, **asdict(setting))
         for setting in settings
         for repetition in range(repetitions)
         for name in rotated(contenders, repetition)

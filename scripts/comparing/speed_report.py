@@ -42,7 +42,7 @@ def table(summaries: Sequence[Summary], titles: Mapping[str, str], baselines: Se
 def _header(compared: Sequence[str], titles: Mapping[str, str]) -> list[str]:
     ratios = [f"to {titles.get(name, name)}" for name in compared]
     traffic = ["τ", "sent/step", "to fp32 ring", "waits p50", "p95"]
-    return ["", "samples/s", "range", *ratios, *traffic, "memory", "accuracy"]
+    return ["", "samples/s", "range", *ratios, *traffic, "memory"]
 
 
 def _row(summary: Summary, titles: Mapping[str, str], compared: Sequence[str]) -> list[str]:
@@ -58,7 +58,6 @@ def _row(summary: Summary, titles: Mapping[str, str], compared: Sequence[str]) -
         _milliseconds(summary.wait_p50, about),
         _milliseconds(summary.wait_p95, about),
         f"{summary.peak_bytes / 1e6:.0f} MB",
-        "-" if summary.accuracy is None else f"{100 * summary.accuracy:.2f} %",
     ]
 
 
@@ -154,8 +153,8 @@ def _spread(summaries: Sequence[Summary]) -> list[list[float]]:
     return [below, [summary.highest - summary.samples_per_second for summary in summaries]]
 
 
-def _order(value: str | float) -> float:
-    if not isinstance(value, str):
+def _order(value: str | float | None) -> float:
+    if value is not None and not isinstance(value, str):
         return value
     try:
         return rate_of(value) or float("inf")

@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from comparing.speed_plan import Setting
-from comparing.speed_results import Result
+from comparing.networks import Setting
+from comparing.result import Result, Speed
 from comparing.statistics import median_ratio
 
 LIMIT = "limit"
@@ -18,7 +18,7 @@ LIMIT = "limit"
 class Summary:
     """One contender in one setting: medians over its repetitions."""
 
-    network: str
+    network: str | None
     hosts: int
     stall: float
     contender: str
@@ -37,7 +37,6 @@ class Summary:
     waits_are_counted: bool
     """Whether exchanges were timed; else waits are what steps took longer than the limit's."""
     peak_bytes: float
-    accuracy: float | None
 
     @property
     def setting(self) -> Setting:
@@ -59,10 +58,10 @@ def summarize(results: Iterable[Result]) -> list[Summary]:
 
 
 def _summary(found: Sequence[Result], by_contender: dict[str, list[Result]]) -> Summary:
-    first = found[0]
-    rates = [result.samples_per_second for result in found]
-    counted = first.wait_p50 is not None
-    p50, p95 = _counted(found) if counted else _beyond_limit(found, by_contender.get(LIMIT, []))
+    first, speeds = found[0], [_speed(result) for result in found]
+    rates = [speed.samples_per_second for speed in speeds]
+    counted = speeds[0].wait_p50 is not None
+    p50, p95 = _counted(speeds) if counted else _beyond_limit(found, by_contender.get(LIMIT, []))
     return Summary(
         network=first.network,
         hosts=first.hosts,
@@ -73,39 +72,47 @@ def _summary(found: Sequence[Result], by_contender: dict[str, list[Result]]) -> 
         lowest=min(rates),
         highest=max(rates),
         ratios=_ratios(found, by_contender),
-        bytes_per_step=statistics.median(result.bytes_per_step for result in found),
-        bytes_to_ring=_median([result.bytes_to_ring for result in found]),
-        period=_median([result.period for result in found]),
+        bytes_per_step=statistics.median(speed.bytes_per_step for speed in speeds),
+        bytes_to_ring=_median([speed.bytes_to_ring for speed in speeds]),
+        period=_median([speed.period for speed in speeds]),
         wait_p50=p50,
         wait_p95=p95,
         waits_are_counted=counted,
-        peak_bytes=statistics.median(result.peak_bytes for result in found),
-        accuracy=_median([result.accuracy for result in found]),
+        peak_bytes=statistics.median(speed.peak_bytes for speed in speeds),
     )
 
 
 def _ratios(found: Sequence[Result], by_contender: dict[str, list[Result]]) -> dict[str, float]:
-    mine = {result.repetition: result.samples_per_second for result in found}
+    mine = _by_seed(found)
     ratios = {}
     for name, others in by_contender.items():
-        ratio = median_ratio(mine, {r.repetition: r.samples_per_second for r in others})
+        ratio = median_ratio(mine, _by_seed(others))
         if ratio is not None:
             ratios[name] = ratio
     return ratios
 
 
-def _counted(found: Sequence[Result]) -> tuple[float | None, float | None]:
-    return _median([r.wait_p50 for r in found]), _median([r.wait_p95 for r in found])
+def _by_seed(found: Sequence[Result]) -> dict[int, float]:
+    return {result.seed: _speed(result).samples_per_second for result in found}
+
+
+def _speed(result: Result) -> Speed:
+    assert result.speed is not None, "only speeds are summarized"
+    return result.speed
+
+
+def _counted(speeds: Sequence[Speed]) -> tuple[float | None, float | None]:
+    return _median([s.wait_p50 for s in speeds]), _median([s.wait_p95 for s in speeds])
 
 
 def _beyond_limit(
     found: Sequence[Result], limits: Sequence[Result]
 ) -> tuple[float | None, float | None]:
-    usual = _median([limit.step_p50 for limit in limits])
+    usual = _median([_speed(limit).step_p50 for limit in limits])
     if usual is None or found[0].contender == LIMIT:
         return None, None
     p50, p95 = (
-        statistics.median(max(0.0, getattr(result, key) - usual) for result in found)
+        statistics.median(max(0.0, getattr(_speed(result), key) - usual) for result in found)
         for key in ("step_p50", "step_p95")
     )
     return p50, p95

@@ -19,7 +19,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import DictConfig, OmegaConf
 
 from comparing.contender import Contender
-from comparing.result import Job, Point, WorkerTime
+from comparing.result import Job, Point, Speed, WorkerTime
+from comparing.speed_job import QUIET, measure, size
 from comparing.watching import Watch, sent_bytes
 from lightning_easgd import NonFiniteError
 from lightning_easgd.communication import leave_all_groups
@@ -52,11 +53,19 @@ class Workbench:
         Args:
             job: what to run.
             settings: all that its result depends on.
-            port: where workers meet, on MASTER_ADDR; None: as MASTER_PORT says.
+            port: the first of two on MASTER_ADDR where workers meet; None: as MASTER_PORT says.
         """
         _quieten()
+        os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # which is on another port
         if port is not None:
             os.environ["MASTER_PORT"] = str(port)
+        if "steps" in settings["workload"]:
+            assert port is not None
+            self._data.setup("fit")
+            return {"speed": measure(self._data, job, settings, port)}
+        return self._learn(job, settings)
+
+    def _learn(self, job: Job, settings: Mapping[str, Any]) -> dict[str, Any]:
         experiment.seed(job.seed)
         if isinstance(self._data, SampledData):
             self._data.seed = job.seed  # of the shuffling, where workers see all images
@@ -72,11 +81,8 @@ class Workbench:
             check_val_every_n_epoch=None,  # moments are of the whole run
             val_check_interval=1,
             num_sanity_val_steps=0,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            **_size(),
+            **QUIET,
+            **size(),
         )
         found = self._fit(trainer, module, watch, workload, tuning=job.tuning)
         leave_all_groups()
@@ -119,6 +125,8 @@ class Workbench:
 def gathered(workers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What all workers of a job returned, as fields of its result."""
     first = workers[0]
+    if "speed" in first:
+        return {"speed": Speed.of([worker["speed"] for worker in workers])}
     points = [_mean_point([Point(**one) for one in each]) for each in _side_by_side(workers)]
     names = ("score", "loss", "diverged", "restarts", "steps")
     return {
@@ -166,11 +174,6 @@ def _test_in_validation(data: pl.LightningDataModule) -> None:
             setup(each)
 
     data.setup, data.val_dataloader = set_up, data.test_dataloader  # type: ignore[method-assign]
-
-
-def _size() -> dict[str, int]:
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return {"devices": local, "num_nodes": int(os.environ["WORLD_SIZE"]) // local}
 
 
 def _host() -> str:

@@ -16,9 +16,11 @@ from typing import Any
 
 import configs
 from comparing.clusters import ClusterError, EmulatedCluster
-from comparing.networks import rate_of
+from comparing.networks import Setting, rate_of
 from comparing.progress import Progress
-from comparing.speed_plan import Job, Setting, jobs_of
+from comparing.result import Job
+from comparing.speed import settings_for
+from comparing.speed_plan import jobs_of
 from emulation import EmulationError
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
@@ -71,7 +73,7 @@ def exchange(
         if tau < 1 or pairs < 1:
             raise ValueError(f"tau got {tau} and pairs {pairs}; allowed are whole numbers from 1.")
         rate_of(network)
-        jobs = jobs_of([Setting(network, hosts).check()], [_NAME], repetitions)
+        jobs = jobs_of([Setting(network, hosts).check()], {_NAME: tau}, repetitions)
         _exchange(_config(Turns(tau), pairs, data), jobs, Path(folder))
     except (ValueError, EmulationError, ClusterError) as error:
         sys.exit(f"error: {error}")
@@ -90,11 +92,10 @@ def _exchange(cfg: DictConfig, jobs: Sequence[Job], folder: Path) -> None:
     ) as cluster:
         for job in jobs:
             progress.begin(job)
-            workers = cluster.run(job)
-            assert workers is not None, "emulated hosts answer here"
-            steps = _mean_over_workers(workers)
+            workers = cluster.run(job, settings_for(cfg, job))
+            steps = _mean_over_workers([worker["speed"] for worker in workers])
             found = turns.costs(steps)
-            progress.end(job, f"an exchange costs {statistics.fmean(found):.3f} steps")
+            print(progress.end(job, f"an exchange costs {statistics.fmean(found):.3f} steps"))
             costs += found
             seconds.append(statistics.median(steps))
     _tell(costs, statistics.median(seconds), turns, setting)

@@ -87,7 +87,7 @@ def diverged(result: Result) -> Result:
 
 def failed(result: Result, why: str = "Traceback ...\nRuntimeError: no <luck> & no time") -> Result:
     """The same job, which ended with an error."""
-    return Result.of(result.job, {}, HOSTS, 1.0, error=why)
+    return Result.of(result.job, {}, 1.0, error=why)
 
 
 def _result(name: str, seed: int, rate: float, tests: int) -> Result:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import signal
 import socket
 import types
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -21,12 +20,14 @@ from comparing.counting import (
     resident_bytes,
     sent_bytes,
 )
+from comparing.ledger import Ledger
 from comparing.meter import Meter, Stalls, Window
-from comparing.networks import rate_of
+from comparing.networks import Setting, rate_of
 from comparing.progress import Progress
-from comparing.speed_plan import Job, Setting, jobs_of, rotated, settings_of
-from comparing.speed_results import Result, Results
+from comparing.result import Job, Result, Speed
+from comparing.speed_plan import jobs_of, rotated, settings_of
 from comparing.statistics import median_ratio, percentile
+from comparing.store import Store
 from comparing.summary import Summary, summarize
 
 SETTING = Setting("100mbit", 4)
@@ -39,7 +40,7 @@ WORKER = {
     "peak_bytes": 7,
     "parameters": 1000,
     "period": 16,
-    "accuracy": None,
+    "samples": 8 * 64,
 }
 
 
@@ -80,15 +81,16 @@ def test_an_impossible_sweep_is_refused(over: str, values: list[object], message
 
 
 def test_contenders_take_turns_and_every_repetition_begins_with_another() -> None:
-    jobs = jobs_of([SETTING], ["a", "b", "c"], 2)
-    assert [(job.contender, job.repetition) for job in jobs] == [
-        *(("a", 0), ("b", 0), ("c", 0)),
-        *(("b", 1), ("c", 1), ("a", 1)),
+    jobs = jobs_of([SETTING], {"a": 1, "b": None, "c": 16}, 2, seed=42)
+    assert [(job.contender, job.seed) for job in jobs] == [
+        *(("a", 42), ("b", 42), ("c", 42)),
+        *(("b", 43), ("c", 43), ("a", 43)),
     ]
-    assert Job.from_json(json.loads(json.dumps(jobs[4].to_json()))) == jobs[4]
+    assert (jobs[2].tau, jobs[2].setting) == (16, SETTING)
+    assert Job(**json.loads(json.dumps(jobs[4].to_json()))) == jobs[4]
     assert rotated("abc", 5) == ["c", "a", "b"]
     with pytest.raises(ValueError, match="repetitions got 0"):
-        jobs_of([SETTING], ["a"], 0)
+        jobs_of([SETTING], {"a": 1}, 0)
 
 
 HERE = Contender("here", strategy={}, period=1)
@@ -209,23 +211,21 @@ def test_percentiles_and_ratios_of_neighbours() -> None:
     assert median_ratio({0: 1.0}, {1: 1.0}) is None
 
 
-def test_a_result_is_by_the_slowest_worker_and_the_bytes_of_all() -> None:
-    other = WORKER | {"seconds": 4.0, "sent_bytes": 8 * 4500, "peak_bytes": 9, "accuracy": None}
-    job = Job(Setting("1gbit", 2), "easgd", 1)
-    found = Result.of(job, [WORKER, other], batch_size=64, job_seconds=9.0)
+def test_a_speed_is_by_the_slowest_worker_and_the_bytes_of_all() -> None:
+    other = WORKER | {"seconds": 4.0, "sent_bytes": 8 * 4500, "peak_bytes": 9}
+    found = Speed.of([WORKER, other])
     assert found.samples_per_second == 2 * 64 * 8 / 4.0
     assert found.bytes_per_step == 3000
     assert found.bytes_to_ring == 3000 * 16 / (4 * 1000)  # 2 (p-1)/p is 1
     assert (found.step_p50, found.step_p95) == (0.1, 1.3)
     assert (found.wait_p50, found.wait_p95) == (0.0, 1.0)
     assert found.peak_bytes == 9
-    assert found.job == job
 
 
 def result(contender: str, repetition: int, rate: float, **others: object) -> Result:
-    job = Job(SETTING, contender, repetition)
-    found = Result.of(job, [WORKER] * 4, batch_size=64, job_seconds=9.0)
-    return replace(found, samples_per_second=rate, **others)
+    job = Job(contender, 16, None, repetition, **asdict(SETTING))
+    speed = replace(Speed.of([WORKER] * 4), samples_per_second=rate, **others)
+    return Result.of(job, {}, 9.0, speed=speed)
 
 
 def some_results() -> list[Result]:
@@ -292,36 +292,51 @@ def test_the_picture_has_a_line_or_bar_for_each_contender(
         assert len(axes.containers) == 3
 
 
-def test_results_are_gone_on_with_under_the_same_workload_only(tmp_path: Path) -> None:
-    first = Results(tmp_path, {"tau": 16})
-    first.add(result("ddp", 0, 25))
-    second = Results(tmp_path, {"tau": 16})
-    assert list(second) == list(first)
-    assert Job(SETTING, "ddp", 0) in second
-    assert Job(SETTING, "ddp", 1) not in second
-    second.add(result("ddp", 1, 30))
-    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
-    with pytest.raises(ValueError, match=r"another workload: tau differ.* another hydra.run.dir"):
-        Results(tmp_path, {"tau": 4})
+def test_results_are_gone_on_with_under_the_same_settings_only(tmp_path: Path) -> None:
+    found = [replace(one, settings={"steps": 8}) for one in some_results()]
+    failed = replace(found[0], seed=2, speed=None, error="it broke")
+    first = Ledger(tmp_path, ["limit", "ddp"], lambda _: {"steps": 8})
+    for each in [*found, failed]:
+        first.keep(each)
+    assert Store(tmp_path).read() == [*found, failed]
+    second = Ledger(tmp_path, ["limit", "ddp"], lambda _: {"steps": 8})
+    second.go_on()
+    assert list(second.found.values()) == found[:4]  # easgd takes no part any more
+    assert second.is_open(failed.job)
+    assert not first.is_open(failed.job)
+    other = Ledger(tmp_path, ["limit", "ddp"], lambda _: {"steps": 16})
+    other.go_on()
+    assert other.found == {}
+
+
+def test_a_damaged_line_is_said_with_its_number(tmp_path: Path) -> None:
+    Store(tmp_path).add(some_results()[0])
+    with (tmp_path / "results.jsonl").open("a") as file:
+        file.write('{"contender": "ddp"')
+    with pytest.raises(ValueError, match=r"results.jsonl got a line 2 .* another hydra.run.dir"):
+        Store(tmp_path).read()
 
 
 def test_progress_judges_what_is_left_by_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = types.SimpleNamespace(now=0.0)
     monkeypatch.setattr("comparing.progress.time.monotonic", lambda: clock.now)
-    jobs = jobs_of([SETTING], ["a", "b"], 2)
-    stream = io.StringIO()
-    before = Job(Setting("100mbit", 2), "c", 0)
-    progress = Progress(jobs, [(before, 5.0)], stream)
+
+    def job_of(name: str, network: str, hosts: int) -> Job:
+        return Job(name, 16, None, 0, network, hosts=hosts)
+
+    jobs = jobs_of([SETTING], {"a": 16, "b": 16}, 2)
+    progress = Progress(jobs, [(job_of("c", "100mbit", 2), 5.0)])
+    told = []
     for job, seconds in ((jobs[0], 100.0), (jobs[1], 10.0)):
         progress.begin(job)
         clock.now += seconds
-        progress.end(job, "found")
+        told.append(progress.end(job, "found"))
     assert progress.elapsed == 110
     assert progress.expected(jobs[2:]) == 110  # b as long as b, a as long as a
-    assert progress.expected([Job(SETTING, "c", 0)]) == 10  # twice the hosts
-    assert progress.expected([Job(Setting("1gbit", 8), "b", 0)]) == 20
-    assert progress.expected([Job(SETTING, "d", 0)]) == 4 * (5 / 2 + 100 / 4 + 10 / 4) / 3
-    assert stream.getvalue().splitlines() == [
-        "[2/5] 100mbit, 4 hosts, repetition 1: a: found; about 4 min left",
-        "[3/5] 100mbit, 4 hosts, repetition 1: b: found; about 2 min left",
+    assert progress.expected([job_of("c", "100mbit", 4)]) == 10  # twice the hosts
+    assert progress.expected([job_of("b", "1gbit", 8)]) == 20
+    assert progress.expected([job_of("d", "100mbit", 4)]) == 4 * (5 / 2 + 100 / 4 + 10 / 4) / 3
+    assert told == [
+        "[2/5] 100mbit, 4 hosts: a, seed 0: found; about 4 min left",
+        "[3/5] 100mbit, 4 hosts: b, seed 0: found; about 2 min left",
     ]

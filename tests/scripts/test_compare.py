@@ -12,15 +12,14 @@ from typing import Any
 
 import emulation
 import pytest
+from comparing.clusters import rank_on_cluster
 from comparing.comparison import Comparison
 from comparing.contender import moving_average
-from comparing.report import table
-from comparing.result import Result
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from lightning.pytorch.strategies import Strategy
 from omegaconf import DictConfig
-from processes import processes_of, run_script, until_written
+from processes import free_port, processes_of, run_script, until_written
 
 from lightning_easgd import EASGDStrategy
 
@@ -103,29 +102,9 @@ def test_a_moving_average_remembers_as_many_steps_at_every_period() -> None:
         assert (1 - moving_average(100, tau).rate) ** (1 / tau) == pytest.approx(0.99)
 
 
-def result(name: str, tau: int | None, seed: int, accuracy: float | None) -> Result:
-    loss, diverged = (None, "far") if accuracy is None else (1 - accuracy, None)
-    return Result(name, tau, None, seed, score=accuracy, loss=loss, diverged=diverged)
-
-
-def test_the_table_has_medians_ranges_and_what_diverged() -> None:
-    found = [
-        *(result("one", 2, seed, accuracy) for seed, accuracy in enumerate([0.5, 0.7, 0.4])),
-        *(result("one", 8, seed, accuracy) for seed, accuracy in enumerate([None, 0.6, None])),
-        *(result("two", None, seed, None) for seed in range(3)),
-    ]
-    accuracies, losses = table(found, {"one": "One", "two": "Two"}).split("\n\n")
-    assert [" ".join(line.split()) for line in accuracies.splitlines()] == [
-        "test accuracy, % τ = 2 τ = 8",
-        "One 50.00 (40.00 to 70.00) 60.00, 2 of 3 diverged",
-        "Two 3 of 3 diverged 3 of 3 diverged",
-    ]
-    assert "0.500 (0.300 to 0.600)" in losses
-
-
 def run(folder: Path, *overrides: str, code: int = 0) -> str:
     arguments = [f"hydra.run.dir={folder}", *SMALL, *overrides]
-    return run_script(SCRIPT, arguments, folder=folder, workers=1, code=code)
+    return run_script(SCRIPT, arguments, folder=folder, workers=None, code=code)
 
 
 def results(folder: Path) -> list[dict[str, Any]]:
@@ -183,7 +162,6 @@ def test_a_small_comparison_and_going_on_with_it(tmp_path: Path) -> None:
     assert "the training loss was nan" in more[0]["diverged"]
     assert "the weights of every worker were NaN" in more[1]["diverged"]
     assert all(one["score"] is None for one in more)
-    assert told.count("1 of 1 diverged") == 2 * 4
     assert told.count("1, 1 diverged") == 3
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
 
@@ -221,6 +199,72 @@ def test_on_an_emulated_network_one_that_fails_loses_nothing_of_the_others(tmp_p
     assert ddp["sent_bytes"] == ddp["ddp_bytes"]
 
 
+OWN = """
+import lightning.pytorch as pl
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class Lit(pl.LightningModule):
+    def __init__(self, width=1):
+        super().__init__()
+        self.net = torch.nn.Linear(4, width)
+
+    def training_step(self, batch, _):
+        return self.net(batch[0]).square().mean()
+
+    def validation_step(self, batch, _):
+        self.log("val/mine", self.net(batch[0]).square().mean(), sync_dist=True)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def _loader(self):
+        return DataLoader(TensorDataset(torch.ones(16, 4)), batch_size=2)
+
+    train_dataloader = val_dataloader = _loader
+"""
+
+
+def test_a_module_of_ones_own_is_compared_by_the_number_that_it_names(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(OWN)
+    own = ["module._target_=mine.Lit", "module.width=3", "data=none", "workers=2", "epochs=1"]
+    chosen = ["contender=[easgd]", "seeds=1", "points=1", "lower_is_better=true"]
+    arguments = [f"hydra.run.dir={tmp_path}", *own, *chosen]
+    run_script(SCRIPT, [*arguments, "metric=val/mine"], folder=tmp_path, workers=None)
+    (one,) = results(tmp_path)
+    assert one["rate"] is None
+    first, last = one["points"]
+    assert (first["step"], last["step"], last["samples"]) == (2, 4, 16)
+    assert last["score"] < first["score"]
+    told = run_script(SCRIPT, [*arguments, "metric=x"], folder=tmp_path, workers=None, code=1)
+    assert "metric got 'x'; allowed is what validation logs: val/mine." in told
+
+
 def test_an_unknown_contender_is_named_with_those_that_there_are(tmp_path: Path) -> None:
     told = run(tmp_path, "contender=[dpp]", code=1)
     assert "error: contender got dpp; allowed are adownpour, ddp, " in told
+
+
+def test_under_torchrun_all_workers_train_and_the_first_keeps_what_is_found(tmp_path: Path) -> None:
+    small = [*SMALL, "taus=[2]", "contender=[easgd,ddp]", "epochs=1"]
+    for seeds in (1, 2):
+        arguments = [f"hydra.run.dir={tmp_path}", *small, f"seeds={seeds}", f"port={free_port()}"]
+        run_script(SCRIPT, arguments, folder=tmp_path, workers=2)
+    found = results(tmp_path)
+    assert [(one["contender"], one["seed"]) for one in found] == [
+        *(("easgd", 42), ("ddp", 42), ("easgd", 43), ("ddp", 43))
+    ]
+    for one in found:
+        assert (one["network"], one["hosts"], len(one["workers"])) == ("cluster", 2, 2)
+        assert one["points"][-1]["samples"] == 2 * 16 * one["steps"]
+        assert one["link_rate"] > 0
+    assert json.loads((tmp_path / "about.json").read_text())["titles"]["ddp"] == "DDP"
+
+
+def test_a_task_of_slurm_finds_the_others_as_torchrun_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = {"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NODELIST": "host[0-1]"}
+    monkeypatch.setattr(os, "environ", task | {"SLURM_PROCID": "3", "SLURM_LOCALID": "1"})
+    assert rank_on_cluster() == 3
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
+    assert [os.environ[name] for name in names] == ["3", "4", "1", "2", "host0"]

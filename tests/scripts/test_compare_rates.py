@@ -131,7 +131,7 @@ def test_pairs_begin_alike_and_one_that_fails_loses_nothing_of_the_others(
     contenders = ["contender=[easgd,ddp,local_sgd]", "train_loss=true"]
     arguments = [f"hydra.run.dir={tmp_path}", *SMALL, *contenders]
     broken = [*arguments, "parallel=3", "+contender.easgd.strategy.alpha=-1"]
-    told = run_script(SCRIPT, broken, folder=tmp_path, workers=1, code=1)
+    told = run_script(SCRIPT, broken, folder=tmp_path, workers=None, code=1)
     failed = [one for one in results(tmp_path) if one["error"]]
     assert 1 <= len(failed) <= 2  # as many as had begun
     assert {one["contender"] for one in failed} == {"easgd"}
@@ -152,7 +152,7 @@ def test_pairs_begin_alike_and_one_that_fails_loses_nothing_of_the_others(
 
     # What failed runs again once it is mended, one at a time; all else is there.
     count = len(results(tmp_path))
-    run_script(SCRIPT, [*arguments, "parallel=1"], folder=tmp_path, workers=1)
+    run_script(SCRIPT, [*arguments, "parallel=1"], folder=tmp_path, workers=None)
     assert {one["contender"] for one in results(tmp_path)[count:]} == {"easgd"}
     count = len(results(tmp_path))
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
@@ -186,12 +186,12 @@ def test_one_that_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.1)
     count = len(results(tmp_path))
-    run_script(SCRIPT, [*arguments, f"seeds={count + 1}"], folder=tmp_path, workers=1)
+    run_script(SCRIPT, [*arguments, f"seeds={count + 1}"], folder=tmp_path, workers=None)
     assert [one["seed"] for one in results(tmp_path)] == [*range(42, 43 + count)]
 
 
 def test_one_that_takes_too_long_has_failed(tmp_path: Path) -> None:
     arguments = [f"hydra.run.dir={tmp_path}", *SMALL, "contender=[ddp]", "job_timeout=0.01"]
-    told = run_script(SCRIPT, arguments, folder=tmp_path, workers=1, code=1)
+    told = run_script(SCRIPT, arguments, folder=tmp_path, workers=None, code=1)
     assert "not all workers were back after 0.01 s (job_timeout)" in told
     assert processes_of(tmp_path) == {}

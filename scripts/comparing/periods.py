@@ -1,4 +1,4 @@
-"""A table for the terminal and a picture of accuracies over τ."""
+"""A picture of accuracies over τ."""
 
 from __future__ import annotations
 
@@ -10,27 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from comparing.result import Result
-from comparing.speed_report import aligned
 
 _STYLES = ("o-", "s-", "^--", "v--", "D--", "P:", "X-.")
-
-
-def table(results: Sequence[Result], titles: Mapping[str, str]) -> str:
-    """Test accuracies and training losses, a row per contender and a column per period.
-
-    Medians and ranges over seeds, and how many diverged. Who has no period is in all columns.
-    """
-    parts = []
-    for heading, form, values in (
-        ("test accuracy, %", "{:.2f}", lambda r: r.score and 100 * r.score),
-        ("training loss", "{:.3f}", lambda r: r.loss),
-    ):
-        rows = [[heading, *(f"τ = {tau}" for tau in _periods(results))]]
-        for name, title in titles.items():
-            found = [_of(results, name, tau) for tau in _periods(results)]
-            rows.append([title, *(_cell([values(r) for r in each], form) for each in found)])
-        parts.append(aligned(rows))
-    return "\n\n".join(parts)
 
 
 def draw(results: Sequence[Result], titles: Mapping[str, str], path: Path) -> None:
@@ -89,16 +70,3 @@ def _periods(results: Sequence[Result]) -> list[int]:
 
 def _of(results: Sequence[Result], name: str, tau: int) -> list[Result]:
     return [r for r in results if r.contender == name and r.tau in (None, tau)]
-
-
-def _cell(values: Sequence[float | None], form: str) -> str:
-    known = sorted(value for value in values if value is not None)
-    diverged = len(values) - len(known)
-    parts = []
-    if known:
-        parts.append(form.format(statistics.median(known)))
-    if len(known) > 1:
-        parts[0] += f" ({form.format(known[0])} to {form.format(known[-1])})"
-    if diverged:
-        parts.append(f"{diverged} of {len(values)} diverged")
-    return ", ".join(parts)
