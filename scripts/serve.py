@@ -1,13 +1,11 @@
 """Serve a center to workers that come at their own pace, and show them in a table.
 
-    python scripts/serve.py outputs/center --tau 10 --beta 0.9
-    python scripts/serve.py outputs/center --address 0.0.0.0:5700 --keys center-keys
+    python scripts/serve.py folder=outputs/center tau=10 beta=0.9
     python scripts/serve.py keys center-keys server site-a site-b
-    python scripts/serve.py keys center-keys --shut-out site-b
 
-The folder keeps the snapshots; started again, the server goes on from the newest one. The first
-worker that comes brings the model and its weights. What the table shows is written to served.jsonl
-in the folder, too. Ctrl-C or SIGTERM ends the server after a last snapshot.
+The folder keeps snapshots; started again, the server goes on. The first worker that comes brings
+the model and its weights. What the table shows is written to served.jsonl in the folder, too.
+Ctrl-C or SIGTERM ends the server after a last snapshot.
 """
 
 from __future__ import annotations
@@ -17,30 +15,48 @@ import logging
 import signal
 import sys
 import threading
+from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
+import yaml
 from serving import Shown
 
 from lightning_easgd.server import Limits, Settings, SnapshotError
 from lightning_easgd.server.certificates import Certificates, ShutOut
 
+CONF = Path(__file__).parents[1] / "conf" / "serve.yaml"
 SHUT_OUT = "shut_out.txt"
+TEXT = {"folder", "address", "keys", "standby_of"}
+"""Keys whose values are taken as they are written."""
+COMMANDS = """\
+Serve a center to workers that come at their own pace, and show them in a table.
+
+  python scripts/serve.py                                            workers of this machine
+  python scripts/serve.py address=0.0.0.0:5700 keys=center-keys      and others, with certificates
+  python scripts/serve.py folder=outputs/standby standby_of=host:5700    take over if host is lost
+  python scripts/serve.py keys center-keys server site-a             make keys; see keys -h
+
+KEY=VALUE, and what it is if you say nothing:
+"""
 
 
 def main() -> None:
-    """Parse the command line, and serve or make keys."""
+    """Read the command line, and serve or make keys."""
+    arguments = sys.argv[1:]
     try:
-        if sys.argv[1:2] == ["keys"]:
-            make_keys(sys.argv[2:])
+        if {"-h", "--help"} & {*arguments[:1]}:
+            print(COMMANDS + "".join(f"  {line}\n" for line in _lines()), end="")
+        elif arguments[:1] == ["keys"]:
+            make_keys(arguments[1:])
         else:
-            serve(sys.argv[1:])
+            serve(read(arguments))
     except (OSError, ValueError, SnapshotError, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")
 
 
-def serve(arguments: list[str]) -> None:
+def serve(options: argparse.Namespace) -> None:
     """Serve until a signal comes."""
-    options = read(arguments)
     from lightning_easgd.server.serving import Pairing, Serving
 
     settings = Settings(
@@ -79,30 +95,38 @@ def serve(arguments: list[str]) -> None:
 
 
 def read(arguments: list[str]) -> argparse.Namespace:
-    """The options of a server."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("folder", type=Path, help="of the snapshots")
-    add("--address", default="127.0.0.1:5700", help="host and port")
-    add("--keys", type=Path, help="folder of the certificates, for another address")
-    add("--insecure", action="store_true", help="another address without certificates")
-    add("--algorithm", default="easgd", help="easgd, downpour or mdownpour")
-    add("--center-average", help="polyak or ema")
-    add("--tau", type=int, default=10, help="τ, steps between two exchanges")
-    add("--beta", type=float, default=0.9, help="β = pα, in (0, 1)")
-    add("--workers", type=_count, default="live", help="p, or live: those that are there")
-    add("--staleness", default="none", help="scale: a late difference counts less")
-    add("--weight", default="none", help="samples: a difference of more samples counts more")
-    add("--max-norm", type=float, help="of a difference; a larger one is shortened")
-    add("--most-workers", type=int, default=256, help="that may be there at a time")
-    add("--seconds", type=float, default=30.0, help="between two snapshots")
-    add("--standby-of", help="host and port of the server whose place this one takes if it is lost")
-    add("--alone", action="store_true", help="the standby of this server is gone for good")
-    add("--lease", type=float, default=5.0, help="seconds of silence before a standby takes over")
-    add("--journal", default="written", help="written, synced or none: what survives a sudden end")
-    return parser.parse_args(arguments)
+    """The options of a server.
+
+    Raises:
+        ValueError: one is not KEY=VALUE, or there is no such key.
+    """
+    options: dict[str, Any] = yaml.safe_load(CONF.read_text())
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals:
+            raise ValueError(f"{argument} cannot be read. Write KEY=VALUE; --help lists the keys.")
+        if key not in options:
+            near = "".join(f" Did you mean {name}?" for name in get_close_matches(key, options, 1))
+            raise ValueError(f"There is no key {key}.{near} --help lists the keys.")
+        options[key] = value if key in TEXT and value != "null" else _value(argument, value)
+    for name in ("folder", "keys"):
+        options[name] = options[name] and Path(options[name])
+    return argparse.Namespace(**options)
+
+
+def _value(argument: str, value: str) -> Any:
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ValueError(f"{argument} cannot be read. Write KEY=VALUE.") from None
+
+
+def _lines() -> list[str]:
+    """Each key with its value, and what it means."""
+    pairs = [line.split("  # ") for line in CONF.read_text().splitlines()[1:]]
+    given = [(pair[0].replace(": ", "="), pair[1]) for pair in pairs]
+    width = max(len(left) for left, _ in given)
+    return [f"{left:<{width}}  {comment}" for left, comment in given]
 
 
 def make_keys(arguments: list[str]) -> None:
@@ -124,10 +148,6 @@ def make_keys(arguments: list[str]) -> None:
         with open(path, "a") as file:
             file.writelines(f"{name}\n" for name in options.shut_out)
         print(f"shut out at once: {', '.join(options.shut_out)} ({path})")
-
-
-def _count(text: str) -> int | str:
-    return int(text) if text.isdecimal() else text
 
 
 if __name__ == "__main__":

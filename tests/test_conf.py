@@ -280,7 +280,7 @@ def test_what_a_trainer_gets_from_a_group_is_refused_in_it(config, key):
 UNITS = r"""(?x) [αβδζηκλμρτ] | ^\#\ [adLp], | learning\ rate | fraction | pixel
 | \b(?: seconds | steps? | epochs | passes | batch(?:es)? | images | layers | channels
        | exchanges | elements | validations | checkpoints | parts | ports | bytes | windows | tokens
-       | units | blocks | heads | runs | jobs | nodes | cores | minutes )\b"""
+       | units | blocks | heads | runs | jobs | nodes | cores | minutes | workers )\b"""
 SAYS_ALL = {
     *("dropout", "factor", "hosts", "in_channels", "lr_drop", "min_delta", "num_classes"),
     *("num_nodes", "num_workers", "repetitions", "seed", "seeds", "target", "threads"),

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -37,8 +36,8 @@ SCRIPT = Path(serve.__file__)
 class Server:
     """serve.py in a process of its own."""
 
-    def __init__(self, *arguments: Any) -> None:
-        command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        command = [sys.executable, str(SCRIPT), f"folder={folder}", *arguments]
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
@@ -60,7 +59,7 @@ def reach(port: int, certificates: Certificates | None = None) -> CenterClient:
 
 
 def test_a_killed_server_goes_on_and_a_worker_notices_only_that_it_waits(tmp_path: Path) -> None:
-    server = Server(tmp_path, "--address", "127.0.0.1:0", "--seconds", 0.5)
+    server = Server(tmp_path, "address=127.0.0.1:0", "seconds=0.5")
     client, sent = reach(server.port), 0
     client.join(constant(0.0))
     for _ in range(2):
@@ -68,7 +67,7 @@ def test_a_killed_server_goes_on_and_a_worker_notices_only_that_it_waits(tmp_pat
             sent += 1
             assert client.add(constant(1.0))[0].sequence == sent
         assert server.end(signal.SIGKILL) == -signal.SIGKILL
-        server = Server(tmp_path, "--address", f"127.0.0.1:{server.port}", "--seconds", 0.5)
+        server = Server(tmp_path, f"address=127.0.0.1:{server.port}", "seconds=0.5")
     client.add(constant(1.0))
     version, center = client.get()
     client.close()
@@ -82,10 +81,10 @@ def test_a_killed_server_goes_on_and_a_worker_notices_only_that_it_waits(tmp_pat
 
 
 def test_a_primary_that_stood_still_acknowledges_nothing_when_it_is_back(tmp_path: Path) -> None:
-    options = ("--address", "127.0.0.1:0", "--lease", 1)
+    options = ("address=127.0.0.1:0", "lease=1")
     primary = Server(tmp_path / "primary", *options)
     at = f"127.0.0.1:{primary.port}"
-    standby = Server(tmp_path / "standby", *options, "--standby-of", at)
+    standby = Server(tmp_path / "standby", *options, f"standby_of={at}")
     transport = GrpcTransport([at, f"127.0.0.1:{standby.port}"])
     client = CenterClient(transport, "0", LAYOUT, incarnation=1, patience=60)
     client.join(constant(0.0))
@@ -116,7 +115,7 @@ def test_keys_let_a_site_in_and_out(tmp_path: Path, capsys: pytest.CaptureFixtur
     keys = tmp_path / "keys"
     serve.make_keys([str(keys), "server", "site-a"])
     assert f"site-a: give it {keys}/authority.pem, {keys}/site-a.pem" in capsys.readouterr().out
-    server = Server(tmp_path / "center", "--address", "0.0.0.0:0", "--keys", keys)
+    server = Server(tmp_path / "center", "address=0.0.0.0:0", f"keys={keys}")
     names = ("authority.pem", "site-a.pem", "site-a.key")
     client = reach(server.port, Certificates(*(keys / name for name in names)))
     client.join(constant(0.0))
@@ -152,17 +151,23 @@ def test_the_table_shows_who_is_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--beta", "2"], "beta=2.0 is not allowed"),
-        (["--address", "0.0.0.0:0"], "with certificates"),
-        (["--keys", "nowhere"], "No such file"),
-        (["--workers", "some"], "workers='some' is not allowed"),
+        (["beta=2"], "beta=2 is not allowed"),
+        (["address=0.0.0.0:0"], "with certificates"),
+        (["keys=nowhere"], "No such file"),
+        (["workers=some"], "workers='some' is not allowed"),
+        (["workers=[1"], "workers=\\[1 cannot be read"),
+        (["tauu=3"], "There is no key tauu. Did you mean tau?"),
+        (["--tau", "3"], "--tau cannot be read. Write KEY=VALUE"),
+        (["journal=maybe"], "journal='maybe' is not allowed"),
+        (["lease=0"], "lease"),
+        (["alone=true", "standby_of=localhost:1"], "alone=True is not allowed"),
     ],
     ids=str,
 )
 def test_what_cannot_be_served_is_one_line(
     arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["serve.py", str(tmp_path), *arguments])
+    monkeypatch.setattr(sys, "argv", ["serve.py", f"folder={tmp_path}", *arguments])
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(SystemExit, match=said) as ended:
         serve.main()
@@ -171,3 +176,30 @@ def test_what_cannot_be_served_is_one_line(
     assert str(ended.value).startswith("error: ")
     assert len(str(ended.value).splitlines()) == 1
     assert not [name for name in os.listdir(tmp_path) if name.endswith(".safetensors")]
+
+
+def test_help_has_every_key(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["serve.py", "--help"])
+    serve.main()
+    said = capsys.readouterr().out
+    for key in vars(serve.read([])):
+        assert f"\n  {key}=" in said
+    assert max(map(len, said.splitlines())) < 125
+
+
+def test_the_commands_of_the_page_are_read() -> None:
+    page = (SCRIPT.parents[1] / "docs" / "serving.md").read_text()
+    commands = re.findall(r"^python scripts/serve\.py (.*?)(?:  #.*)?$", page, re.M)
+    served = [command.split() for command in commands if not command.startswith("keys ")]
+    assert len(served) >= 3
+    for arguments in served:
+        serve.read(arguments)
+
+
+def test_addresses_are_read_as_they_are_written() -> None:
+    read = serve.read(["address=[::1]:5700", "standby_of=10:20", "keys=null", "workers=4"])
+    assert (read.address, read.standby_of, read.keys, read.workers) == (
+        *("[::1]:5700", "10:20", None, 4),
+    )
