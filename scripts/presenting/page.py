@@ -45,8 +45,8 @@ def write_page(results: Sequence[Result], about: Mapping[str, Any], folder: Path
     """
     if missing := [name for name in _NEEDED if name not in about]:
         raise ValueError(
-            f"about.json is of another version: it lacks {', '.join(missing)}. Train with this"
-            " version, into another folder."
+            f"about.json is missing or of another version: it lacks {', '.join(missing)}. Train"
+            " with this version, into another folder."
         )
     score = score_of(about["metric"], lower_is_better=about["lower_is_better"])
     entries = entries_of(results, about, score)
@@ -182,7 +182,7 @@ def _network(name: str | None) -> str:
         return "none: all workers on one machine, nothing limited"
     if name == "cluster":
         return "that of the cluster"
-    return f"emulated on one machine, {limit(name)} for what each host sends, and receives"
+    return f"emulated on one machine: hosts {limit(name)} each way"
 
 
 def _link(entries: Sequence[Entry]) -> str:
