@@ -74,7 +74,13 @@ class Shown:
                 for name, worker in server.workers(now).items()
             ]
             refused = {reason.value: times for reason, times in server.refusals.items()}
+            primary = handler.primary
+            standby = None
+            if primary.standing.standby:
+                standby = "in step" if primary.answers(now) else "silent"
         return {
+            "serves": primary.standing.serves,
+            "standby": standby,
             "time": time.time(),
             "version": server.version,
             "alpha": alpha,
@@ -103,6 +109,10 @@ def table(look: dict[str, Any]) -> Table:
     """For a terminal."""
     refused = sum(look["refused"].values())
     title = f"center after {look['version']} differences, α = {look['alpha']:.4g}"
+    if not look["serves"]:
+        title = f"standby: {title}"
+    elif look["standby"]:
+        title += f", standby {look['standby']}"
     made = Table(title=title, caption=f"{refused} refused" if refused else None)
     for name, words in COLUMNS.items():
         made.add_column(words, justify="left" if name == "worker" else "right")

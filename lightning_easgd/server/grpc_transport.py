@@ -37,7 +37,7 @@ LONGEST_CALL = 600.0
 """Seconds; a worker must say how long its call may take, and a longer one is refused."""
 
 _SERVICE, _ASK, _FOLLOW = "lightning_easgd.Center", "ask", "follow"
-_AT_ONCE = 32
+AT_ONCE = 32
 """Calls of workers that are answered at once; so many differences lie in memory at most."""
 _OPTIONS = [
     ("grpc.max_receive_message_length", FRAME_BYTES),
@@ -83,7 +83,7 @@ class GrpcServer:
         workers = handler.server.settings.limits.workers
         # Workers may all wait until the standby has their differences: it needs a thread, too.
         self._threads = ThreadPoolExecutor(workers + 8, "center-server")
-        self._at_once = threading.BoundedSemaphore(_AT_ONCE)
+        self._at_once = threading.BoundedSemaphore(AT_ONCE)
         self._server = grpc.server(
             self._threads,
             options=[*_OPTIONS, ("grpc.so_reuseport", 0)],

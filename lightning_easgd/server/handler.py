@@ -106,11 +106,12 @@ class Handler:
         """Wait for the standby, while it may not have taken over; the lock is held.
 
         Raises:
-            NotPrimary: it is silent.
+            NotPrimary: it is silent, or says again and again that it does not have it.
         """
         primary = self.primary
+        give_up = self.clock() + 10 * primary.lease
         while not primary.has_kept(version):
-            if not primary.answers(self.clock()):
+            if not primary.answers(self.clock()) or self.clock() > give_up:
                 raise NotPrimary("The standby of this server is silent.")
             self.changed.wait(primary.lease / 8)
 

@@ -143,7 +143,13 @@ def test_the_table_shows_who_is_there(tmp_path: Path) -> None:
     assert shown.look()["workers"][0]["per_second"] > 0
     screen = Console(file=io.StringIO(), width=120)
     screen.print(table(look))
-    assert "center after 1 differences, α = 0.5" in screen.file.getvalue()
+    screen.print(table({**look, "standby": "silent"}))
+    screen.print(table({**look, "serves": False}))
+    assert (look["serves"], look["standby"]) == (True, None)
+    said = screen.file.getvalue()
+    assert said.count("center after 1 differences, α = 0.5") == 3
+    assert "α = 0.5, standby silent" in said
+    assert "standby: center" in said
     client.close()
     serving.close()
 

@@ -385,6 +385,24 @@ def test_a_sender_that_never_ends_is_cut_off_at_its_deadline(
     client.close()
 
 
+def test_calls_that_are_given_up_leave_room_for_others(server: GrpcServer) -> None:
+    free = threading.Event()
+
+    def endless() -> Iterator[bytes]:
+        yield b"EASG"
+        free.wait(20)
+
+    with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        ask = channel.stream_stream("/lightning_easgd.Center/ask")
+        calls = [ask(endless(), timeout=30) for _ in range(grpc_transport.AT_ONCE + 3)]
+        for call in calls:
+            call.cancel()
+        free.set()
+    client = CenterClient(GrpcTransport(f"127.0.0.1:{server.port}"), "0", LAYOUT)
+    client.join(constant(0.0))
+    client.close()
+
+
 def test_a_frame_that_is_too_large_ends_its_call_only(server: GrpcServer, handler: Handler) -> None:
     with pytest.raises(grpc.RpcError) as refused:
         raw(server.port, [bytes(FRAME_BYTES + 1)], timeout=10)
