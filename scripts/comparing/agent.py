@@ -58,11 +58,18 @@ def _worker(cfg: Any) -> Callable[[Mapping[str, Any]], Any]:
     return lambda order: work(Job(**order["job"]), order["settings"], port=order["port"])
 
 
-def in_child(work: Callable[..., Any], *args: Any) -> Any:
+def in_child(
+    work: Callable[..., Any], *args: Any, why_stop: Callable[[], str | None] = lambda: None
+) -> Any:
     """What ``work(*args)`` returns in a process that is forked from this one.
 
+    Args:
+        work: what to do.
+        *args: of it.
+        why_stop: asked once in a second; why there is no use in waiting any more, if so.
+
     Raises:
-        JobError: it raised, or the process died.
+        JobError: it raised, the process died, or there is no use in waiting.
     """
     fork = multiprocessing.get_context("fork")
     receiver, sender = fork.Pipe(duplex=False)
@@ -70,6 +77,9 @@ def in_child(work: Callable[..., Any], *args: Any) -> Any:
     process.start()
     sender.close()
     try:
+        while not receiver.poll(1.0):
+            if (reason := why_stop()) is not None:
+                raise JobError(reason)
         return receiver.recv()
     except EOFError:
         process.join()

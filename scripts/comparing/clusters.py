@@ -32,6 +32,7 @@ in one job for a tenth of the time and in the next for none of it, whatever the 
 _START_SECONDS = 600.0
 _END_SECONDS = 10.0
 _LINK_SECONDS = 60.0
+_ANOTHER_FAILED = "another worker failed"
 _PORTS_PER_JOB = 2
 _LINES_OF_LOG = 15
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -208,7 +209,8 @@ class TorchrunCluster:
 
     def __init__(self, work: Callable[..., Any], port: int, timeout: float) -> None:
         self._work = work
-        self._meeting = Meeting(port, timeout)
+        self._timeout = timeout
+        self._meeting = Meeting(port, timeout + _END_SECONDS)
         self._port = port + 1
 
     def __enter__(self) -> TorchrunCluster:
@@ -228,13 +230,23 @@ class TorchrunCluster:
             ClusterError: it failed on one.
         """
         port, self._port = self._port, self._port + _PORTS_PER_JOB
+        flag, end = f"failed {port}", time.monotonic() + self._timeout
+
+        def why_stop() -> str | None:
+            if self._meeting.sees_flag(flag):
+                return _ANOTHER_FAILED  # it would be waited for
+            late = time.monotonic() > end
+            return f"it took more than {self._timeout:g} s (job_timeout)" if late else None
+
         try:
-            outcome = {"found": in_child(partial(self._work, port=port), job, settings)}
+            work = partial(self._work, port=port)
+            outcome = {"found": in_child(work, job, settings, why_stop=why_stop)}
         except JobError as error:
+            self._meeting.raise_flag(flag)
             outcome = {"error": str(error)}
         everybody = self._meeting.exchange(outcome)
         for rank, each in enumerate(everybody):
-            if "error" in each:
+            if each.get("error", _ANOTHER_FAILED) != _ANOTHER_FAILED:
                 raise ClusterError(f"{job.contender} failed on worker {rank}: {each['error']}.")
         return [each["found"] for each in everybody]
 

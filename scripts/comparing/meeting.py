@@ -43,6 +43,14 @@ class Meeting:
         """Whether all workers have been counted there."""
         return self._store.add(f"{place}/arrived", 0) == self.size
 
+    def raise_flag(self, name: str) -> None:
+        """Let all workers see something."""
+        self._store.set(f"flag/{name}", "")
+
+    def sees_flag(self, name: str) -> bool:
+        """Whether somebody has let all see it."""
+        return bool(self._store.check([f"flag/{name}"]))
+
     def exchange(self, value: Any) -> list[Any]:
         """What all workers give here, in rank order."""
         self._exchanges += 1

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import time
 import types
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -161,6 +162,8 @@ def test_a_child_that_fails_is_an_error(capfd: pytest.CaptureFixture[str]) -> No
     with pytest.raises(JobError, match="exit code 1"):
         in_child(lambda: 1 / 0)
     assert "ZeroDivisionError" in capfd.readouterr().err
+    with pytest.raises(JobError, match="no use"):
+        in_child(lambda: time.sleep(60), why_stop=lambda: "there is no use")
     with pytest.raises(JobError, match=f"exit code -{signal.SIGKILL.value}"):
         in_child(lambda: os.kill(os.getpid(), signal.SIGKILL))
 

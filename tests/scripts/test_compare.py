@@ -246,7 +246,10 @@ def test_an_unknown_contender_is_named_with_those_that_there_are(tmp_path: Path)
     assert "error: contender got dpp; allowed are adownpour, ddp, " in told
 
 
-def test_under_torchrun_all_workers_train_and_the_first_keeps_what_is_found(tmp_path: Path) -> None:
+def test_under_torchrun_the_first_worker_keeps_what_all_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     small = [*SMALL, "taus=[2]", "contender=[easgd,ddp]", "epochs=1"]
     for seeds in (1, 2):
         arguments = [f"hydra.run.dir={tmp_path}", *small, f"seeds={seeds}", f"port={free_port()}"]
