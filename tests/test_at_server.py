@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -280,3 +283,47 @@ def test_an_address_of_another_machine_needs_keys() -> None:
         EASGDStrategy(center="example.org:5700")
     with pytest.warns(UserWarning, match="can read and change the center"):
         EASGDStrategy(center=CenterAt("example.org:5700", insecure=True))
+
+
+@pytest.mark.multiprocess
+def test_a_server_that_is_killed_and_restarted_adds_every_difference_once(tmp_path: Path) -> None:
+    def start(port: int) -> subprocess.Popen[str]:
+        script = Path(__file__).parent.parent / "scripts" / "serve.py"
+        options = [f"folder={tmp_path}", f"address=127.0.0.1:{port}", "tau=2"]
+        command = [sys.executable, str(script), *options]
+        served = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert served.stdout is not None
+        served.said = served.stdout.readline()
+        return served
+
+    servers = [start(0)]
+    port = int(re.findall(r"port (\d+)", servers[0].said)[0])
+    module, offline = Watched(), []
+
+    def strike(*args: Any) -> None:
+        if args[2] == 5:
+            servers[0].kill()
+        elif args[2] == 12:
+            offline.append(fitting.strategy.telemetry.differences_added)
+            servers.append(start(port))
+
+    module.on_train_batch_end = strike
+    fitting = trainer(1, EASGDStrategy(center=f"127.0.0.1:{port}"))
+    try:
+        fitting.fit(module, loader(0, 24))
+        telemetry = fitting.strategy.telemetry
+        assert fitting.global_step == 24
+        assert offline[0] <= 3  # at 2 and 4, and perhaps one on its way
+        assert offline[0] < telemetry.differences_added == telemetry.exchanges < 12
+        servers[1].send_signal(signal.SIGTERM)
+        servers[1].communicate(timeout=40)
+        last = Serving(Settings(tau=2), tmp_path)
+        assert last.handler.server.version == telemetry.differences_added
+        vector = last.handler.server.delivered()
+        center = dict(zip(vector.layout.names, (v.numpy() for v in vector.views), strict=True))
+        last.close()
+        assert same(center, weights(module))
+    finally:
+        for served in servers:
+            served.kill()
+            served.communicate()

@@ -36,6 +36,7 @@ CLASSES = {
         "log_metrics",
     ],
     f"{PYTORCH}.plugins.io.wrapper:_WrappingCheckpointIO": ["checkpoint_io"],
+    f"{PYTORCH}.trainer.connectors.data_connector:_DataConnector": ["_prepare_dataloader"],
     f"{PYTORCH}.loops.fetchers:_DataLoaderIterDataFetcher": [],
     f"{PYTORCH}.strategies.launchers.multiprocessing:_MultiProcessingLauncher": [
         *("get_extra_results", "update_main_process_results", "is_interactive_compatible"),

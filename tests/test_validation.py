@@ -42,7 +42,8 @@ EXAMPLES: dict[tuple[str, str], dict[str, Any]] = {
     ("tau", "compression"): {"tau": AdaptivePeriod(), "compression": "topk"},
     ("algorithm", "center"): {"algorithm": "diloco", **SERVER},
     ("tau", "center"): {"tau": "auto", **SERVER},
-    ("beta", "center"): {"beta": 0.9, **SERVER},
+    ("beta", "center, an address"): {"beta": 0.9, **SERVER},
+    ("beta", "center"): {"beta": Linear(0.5, 0.9, steps=9), "center": "local"},
     ("alpha", "center"): {"alpha": 0.1, **SERVER},
     ("rho", "center"): {"rho": 1.0, **SERVER},
     ("groups", "center"): {"groups": 2, **SERVER},
@@ -56,7 +57,8 @@ EXAMPLES: dict[tuple[str, str], dict[str, Any]] = {
 
 
 def key(entry: Combination) -> tuple[str, str]:
-    return entry.option, entry.beside + (" with pull" if "pull=" in entry.where else "")
+    more = {"EASGD(pull=...)": " with pull", "an address": ", an address"}
+    return entry.option, entry.beside + more.get(entry.where, "")
 
 
 @pytest.mark.parametrize("entry", REFUSED, ids=lambda entry: "-".join(key(entry)))

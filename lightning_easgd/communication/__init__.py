@@ -19,6 +19,7 @@ from lightning_easgd.communication.header import (
     verify_phases,
 )
 from lightning_easgd.communication.hierarchical import GroupedAllReduce, make_all_reduce
+from lightning_easgd.communication.sharing import share
 from lightning_easgd.communication.solo_group import SoloGroup, no_sums
 from lightning_easgd.communication.subgroup import Subgroup
 from lightning_easgd.communication.sync_module import (
@@ -53,6 +54,7 @@ __all__ = [
     "make_equal_",
     "no_sums",
     "require_equal",
+    "share",
     "start_equal_",
     "verify",
     "verify_phases",

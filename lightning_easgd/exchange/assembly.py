@@ -158,6 +158,7 @@ def assemble_solo(
     link = CenterLink(
         participant,
         courier,
+        stops=stops,
         overlap=rules.overlap,
         timeout=timeout,
         max_offline_rounds=max_offline_rounds,
@@ -168,7 +169,7 @@ def assemble_solo(
             center=center,
             clock=clock,
             levels=levels,
-            rendezvous=Solo(link, clock=clock, stops=stops),
+            rendezvous=Solo(link, clock=clock, stops=stops, leads=center.rank == 0),
             policy=rules,
             agreement=agreement,
             stops=stops,

@@ -25,17 +25,20 @@ import torch
 
 from lightning_easgd.center.flat import FlatVector
 from lightning_easgd.center.wire import Wire
-from lightning_easgd.communication import ExchangeError
+from lightning_easgd.communication import ExchangeError, Stop
 from lightning_easgd.exchange.arrival import report_non_finite
 from lightning_easgd.exchange.consensus import Consensus
 from lightning_easgd.exchange.difference import Difference, Participant, Pull
 from lightning_easgd.exchange.states import Owed
+from lightning_easgd.exchange.stops import Stops
 from lightning_easgd.exchange.timing import StepTimer
 from lightning_easgd.server.courier import Courier
 from lightning_easgd.server.values import Receipt
 
 log = logging.getLogger(__name__)
 
+_PAUSE = 0.2
+"""Seconds between two questions whether others have finished."""
 _LOOKS = 0.05
 """Seconds between two looks whether the server is lost."""
 
@@ -55,6 +58,7 @@ class CenterLink:
     Args:
         participant: takes the differences.
         courier: brings them to the server, of which the worker knows the terms.
+        stops: what ends this worker's training.
         overlap: whether they travel while the worker trains.
         timeout: seconds that this worker stands still for a server that is gone.
         max_offline_rounds: how many exchanges in a row it leaves out before it does.
@@ -65,10 +69,12 @@ class CenterLink:
         participant: Participant,
         courier: Courier,
         *,
+        stops: Stops,
         overlap: bool,
         timeout: float,
         max_offline_rounds: int,
     ) -> None:
+        self._stops = stops
         self.timer = StepTimer()
         self.owed: Owed | None = None
         self.all_reduce = participant.all_reduce
@@ -123,11 +129,16 @@ class CenterLink:
         client = self._courier.client
         self._courier.ask(lambda: client.join(weights)).result()
         _, newest = self._courier.ask(client.get).result()
+        self._courier.ask(self._courier.beat).result()
         client.patience = math.inf  # from now on this link knows how long to wait
         self._wire.write(newest)
         if not goes_on:
             center.overwrite_worker()
         return False
+
+    def stop_all(self) -> None:
+        """Let those that were started with this worker stop, too. Signal-safe."""
+        self._courier.stops = True
 
     def arrived(self) -> bool:
         """Whether the server has answered."""
@@ -147,6 +158,9 @@ class CenterLink:
         Returns:
             The pull, by which the caller moves the worker.
         """
+        if self._courier.told_to_stop:
+            self._stops.hear([Stop.ENOUGH], [0])
+            self._stops.take_effect()
         if not self._has_answer(patiently=last):
             return []
         _require_no_more(self._participant)
@@ -173,8 +187,21 @@ class CenterLink:
         if exchange and not (self._rule.resets_to_center and self._exchanged_at == clock):
             self.start(clock, last=True)
             self._stand_still()
+        self._courier.finished = True
+        self._await_team()
         self._ask(self._courier.client.get, self._take_center)
         self._stand_still()
+
+    def _await_team(self) -> None:
+        """Wait for those that were started with this worker, so that all deliver one center."""
+        training = [-1]
+        while training[-1]:
+            if training[-1] > 0:
+                if len(training) == 2:
+                    log.info("This worker has finished. %d others still train.", training[-1])
+                time.sleep(_PAUSE)
+            self._ask(self._courier.beat, training.append)
+            self._stand_still()
 
     def wait(self) -> None:
         """Wait for an answer, if one is expected, unless the server is gone."""

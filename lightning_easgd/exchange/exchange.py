@@ -225,15 +225,15 @@ class Exchange:
             latest: whether the exchange in flight is awaited first.
             during: what for, to warn of what is undone.
 
-        Raises:
-            ExchangeError, NonFiniteError: as for :meth:`drain`.
+        Raises as :meth:`drain` does.
         """
         if not self.begun:
             yield
             return
         if latest:
             self.drain()
-            self._link.refresh()
+            if not self.swap.is_swapped:  # which is compared with the center that it was given
+                self._link.refresh()
         self.writes.look_at_modes()
         with self.swap.swapped(which, in_flight=not latest, during=during):
             yield

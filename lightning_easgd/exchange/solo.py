@@ -18,10 +18,12 @@ class Solo(Rendezvous):
         link: to the server.
         clock: of this worker.
         stops: what ends its training.
+        leads: whether others that were started with it end with it.
     """
 
-    def __init__(self, link: CenterLink, *, clock: Clock, stops: Stops) -> None:
+    def __init__(self, link: CenterLink, *, clock: Clock, stops: Stops, leads: bool) -> None:
         self._link = link
+        self._leads = leads
         self._clock = clock
         self._stops = stops
         self._finished = False
@@ -44,9 +46,14 @@ class Solo(Rendezvous):
 
     @override
     def request_stop(self, why: Stop) -> bool:
-        """Let this worker stop with its next step. Signal-safe."""
+        """Let this worker stop with its next step. Signal-safe.
+
+        If worker 0 has had enough, so have those that were started with it.
+        """
         if self._finished:
             return why is Stop.PREEMPTED  # there is nothing left to be saved and gone on with
+        if why is Stop.ENOUGH and self._leads:
+            self._link.stop_all()
         self._stops.request(why)
         self._stops.hear([self._stops.requested], [0])
         self._stops.take_effect()

@@ -203,6 +203,11 @@ class CenterServer:
         with self._counting():
             self._roster.leave(worker, incarnation, now=now)
 
+    def beat(self, worker: str, incarnation: int, *, now: float) -> None:
+        """A sign of life; raises as :meth:`leave`."""
+        with self._counting():
+            self._roster.find(worker, incarnation, now=now)
+
     def workers(self, now: float) -> dict[str, Worker]:
         """The workers that are there, by name."""
         return {name: self._roster.workers[name] for name in self._roster.live(now)}

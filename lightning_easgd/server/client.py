@@ -209,6 +209,24 @@ class CenterClient:
         self._pending = None
         return Receipt(**said), center
 
+    def beat(
+        self, *, team: int, finished: bool, stops: bool, once: bool = False
+    ) -> tuple[int, bool]:
+        """Give a sign of life; raises as :meth:`get`.
+
+        Args:
+            team: how many workers were started together.
+            finished: whether this one has sent all that it had.
+            stops: whether all of them are to stop.
+            once: whether the server is asked once only, and LostError raised if that fails.
+
+        Returns:
+            How many of the team still train, and whether this worker is to stop.
+        """
+        asked = {"do": "beat", "team": team, "finished": finished, "stops": stops}
+        said, _ = self._ask_once(asked, (), False) if once else self._ask(asked, ())
+        return said["training"], said["stop"]
+
     def leave(self) -> None:
         """Tell the server that this worker ends; raises as :meth:`get`."""
         self._ask({"do": "leave"}, ())
@@ -243,7 +261,10 @@ class CenterClient:
                 lost = refused
                 if asked["do"] in ("get", "add") and refused.reason is Refusal.NO_CENTER:
                     raise Refused(Refusal.NO_CENTER, _LOST_CENTER) from None
-                if asked["do"] in ("get", "add") and refused.reason is Refusal.UNKNOWN_WORKER:
+                if (
+                    asked["do"] in ("get", "add", "beat")
+                    and refused.reason is Refusal.UNKNOWN_WORKER
+                ):
                     self._join()  # a server that was restored from before this worker came
                 elif refused.reason.ends:
                     raise

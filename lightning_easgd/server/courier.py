@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from queue import SimpleQueue
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 from lightning_easgd.server.client import CenterClient
@@ -16,12 +18,24 @@ T = TypeVar("T")
 class Courier:
     """Runs what a client is to do, one thing after the other; nobody else uses the client.
 
+    In between it gives signs of life, from which the workers that were started together learn of
+    each other.
+
     Args:
         client: closed with it.
+        team: how many workers were started together.
+        every: seconds between two signs of life.
+
+    Attributes:
+        finished: whether this worker has sent all that it had.
+        stops: whether it wants all of the team to stop.
+        told_to_stop: whether another one does.
     """
 
-    def __init__(self, client: CenterClient) -> None:
+    def __init__(self, client: CenterClient, *, team: int = 1, every: float = 10.0) -> None:
         self.client = client
+        self.finished = self.stops = self.told_to_stop = False
+        self._team, self._every = team, every
         self._tasks: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
         # A daemon: the process may end while a server that is gone is asked again and again.
         self._thread = threading.Thread(target=self._run, name="easgd-center", daemon=True)
@@ -33,6 +47,14 @@ class Courier:
         self._tasks.put((future, what))
         return future
 
+    def beat(self, *, once: bool = False) -> int:
+        """Give a sign of life, as part of what is asked; how many of the team still train."""
+        training, stop = self.client.beat(
+            team=self._team, finished=self.finished, stops=self.stops, once=once
+        )
+        self.told_to_stop |= stop
+        return training
+
     def close(self) -> None:
         """End; what has no answer yet is given up."""
         self.client.abandon()
@@ -41,9 +63,23 @@ class Courier:
         self._thread.join()
 
     def _run(self) -> None:
-        while (task := self._tasks.get()) is not None:
-            future, what = task
+        due = time.monotonic() + self._every
+        while True:
             try:
-                future.set_result(what())
-            except BaseException as error:
-                future.set_exception(error)
+                task = self._tasks.get(timeout=max(0.0, due - time.monotonic()))
+                if task is None:
+                    return
+                _do(*task)
+            except Empty:
+                pass
+            if time.monotonic() >= due:
+                with suppress(Exception):  # whoever asks next is told
+                    self.beat(once=True)
+                due = time.monotonic() + self._every
+
+
+def _do(future: Future[Any], what: Callable[[], Any]) -> None:
+    try:
+        future.set_result(what())
+    except BaseException as error:
+        future.set_exception(error)

@@ -19,6 +19,7 @@ from lightning_easgd.server.frames import Message, cut
 from lightning_easgd.server.model import byte_size, bytes_of, layout_of, vector_on
 from lightning_easgd.server.refusal import Refusal, Refused
 from lightning_easgd.server.standing import NotPrimary, Primary, Standing
+from lightning_easgd.server.teams import Teams
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ class Handler:
         self.changed = threading.Condition(self.lock)
         self.refused: Counter[tuple[str, Refusal]] = Counter()
         self.clock = clock
+        self._teams = Teams()
         self._free: deque[Tensor] = deque(maxlen=_KEPT)
         """Memory of differences, which took as long to get as to fill."""
         self._operations: dict[Any, Callable[[Message], Answer]] = {
@@ -67,6 +69,7 @@ class Handler:
             "get": self._get,
             "add": self._add,
             "leave": self._leave,
+            "beat": self._beat,
         }
 
     def answer(self, frames: Iterable[bytes], sender: str) -> Iterator[bytes]:
@@ -182,6 +185,23 @@ class Handler:
         with self.lock:
             self.server.leave(worker, incarnation, now=self.clock())
         return self._say({})
+
+    def _beat(self, message: Message) -> Answer:
+        worker, incarnation = _sender(message)
+        size, message_says = _whole(message, "team"), message.text.get
+        message.payload(0)
+        with self.lock:
+            now = self.clock()
+            self.server.beat(worker, incarnation, now=now)
+            training, stop = self._teams.hear(
+                worker,
+                size=size,
+                finished=message_says("finished") is True,
+                stops=message_says("stops") is True,
+                there=self.server.workers(now),
+                now=now,
+            )
+        return self._say({"training": training, "stop": stop})
 
 
 def _sender(message: Message) -> tuple[str, int]:

@@ -25,7 +25,6 @@ from typing_extensions import override
 from lightning_easgd.algorithms.groups import arrange_levels
 from lightning_easgd.communication import (
     Phase,
-    SoloGroup,
     Stop,
     WorkerGroup,
     gather,
@@ -34,11 +33,11 @@ from lightning_easgd.communication import (
     start_equal_,
 )
 from lightning_easgd.strategy.apart import Apart
-from lightning_easgd.strategy.at_server import AtServer
 from lightning_easgd.strategy.build import make_center
 from lightning_easgd.strategy.collectives import Collectives, SettingUp
 from lightning_easgd.strategy.fit import EqualWorkers, Fit
-from lightning_easgd.strategy.lightning_internals import LoopHooks, without_processes
+from lightning_easgd.strategy.launchers import without_processes
+from lightning_easgd.strategy.lightning_internals import LoopHooks
 from lightning_easgd.strategy.options import Options
 from lightning_easgd.strategy.persistence import Persistence
 from lightning_easgd.strategy.signals import SignalRelay
@@ -104,7 +103,10 @@ class Adapter(Apart):
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
-        self._signals = SignalRelay(trainer, LoopHooks(trainer), self._request_stop)
+        hooks = LoopHooks(trainer)
+        if self.solo:
+            hooks.around_preparing(self.preparing)
+        self._signals = SignalRelay(trainer, hooks, self._request_stop)
         if trainer.state.fn == TrainerFn.FITTING:
             refuse_features(trainer, sync_batchnorm=self._layer_sync is not None)
             self._last_center = None
@@ -128,24 +130,22 @@ class Adapter(Apart):
     @override
     def configure_ddp(self) -> None:
         """Make the workers equal, or ask the server, instead of wrapping the module."""
-        module, options = self.lightning_module, self.options
+        module, options, rank = self.lightning_module, self.options, self.global_rank
         assert module is not None
-        group = SoloGroup() if self.solo else self._make_group()
-        self._collectives = Collectives(group, SettingUp())
         if self.solo:
-            center = make_center(module, options, self.global_rank)
-            server = AtServer.ask(center, options, timeout=self._exchange_timeout)
-            self._workers = EqualWorkers(group, center, server)
+            self._workers = EqualWorkers.at_server(
+                module, options, self._exchange_timeout, rank=rank, workers=self.world_size
+            )
+            self._collectives = Collectives(self._workers.group, SettingUp())
             return
-        start_equal_(group, module, options.lines())
-        self._workers = EqualWorkers(group, make_center(module, options, group.rank))
-
-    def _make_group(self) -> WorkerGroup:
-        return WorkerGroup(
+        group = WorkerGroup(
             self._exchange_timeout,
             self._collective_timeout,
-            from_host=self.options.offload or self.root_device.type == "cpu",
+            from_host=options.offload or self.root_device.type == "cpu",
         )
+        self._collectives = Collectives(group, SettingUp())
+        start_equal_(group, module, options.lines())
+        self._workers = EqualWorkers(group, make_center(module, options, group.rank))
 
     @property
     def _under_way(self) -> Fit:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -20,6 +22,22 @@ class Apart(DDPStrategy):
 
     solo = False
     """Whether no worker waits for another."""
+    _whole = False
+    """Whether a loader is prepared of which this worker has all, as where it validates alone."""
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        return {"num_replicas": 1, "rank": 0} if self._whole else super().distributed_sampler_kwargs
+
+    @contextmanager
+    def preparing(self, trains: bool) -> Iterator[None]:
+        """A loader gets its sampler: only for training do workers share the data out."""
+        self._whole = self.solo and not trains
+        try:
+            yield
+        finally:
+            self._whole = False
 
     @override
     def setup_distributed(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import time
@@ -11,11 +12,15 @@ from datetime import timedelta
 
 from lightning_easgd.center.center import Center
 from lightning_easgd.center.wire import Wire
+from lightning_easgd.communication import share
 from lightning_easgd.server.client import CenterClient
 from lightning_easgd.server.courier import Courier
 from lightning_easgd.strategy.center_at import CenterAt
+from lightning_easgd.strategy.local_server import LocalServer
 from lightning_easgd.strategy.options import Options
 
+_BEAT, _BEAT_ALONE = 1.0, 10.0
+"""Seconds between two signs of life, where others wait for it and where nobody does."""
 _LEAVING = 5.0
 """Seconds that a server has to hear that a worker leaves."""
 
@@ -31,31 +36,50 @@ class AtServer:
     seconds: float
     """Seconds that this worker stands still for a server that is gone."""
 
+    local: LocalServer | None = None
+    """The server, if this worker started it."""
+
     @classmethod
-    def ask(cls, center: Center, options: Options, *, timeout: timedelta) -> AtServer:
-        """Ask the server for its terms.
+    def ask(
+        cls, center: Center, options: Options, *, rank: int, workers: int, timeout: timedelta
+    ) -> AtServer:
+        """Ask the server for its terms; worker 0 starts it first if it is local.
 
         Args:
             center: of this worker's module.
             options: of the strategy.
-            timeout: seconds for which the server is looked for, now and later.
+            rank: of this worker.
+            workers: how many were started together.
+            timeout: how long the server is looked for, now and later.
 
         Raises:
             Refused: the server has another model, or does not let this worker in.
             UnreachableError: no server answered.
+            ExchangeError: worker 0 did not say where the server is.
             ValueError: an option contradicts the terms.
         """
-        at = options.center
+        at, seconds = options.center, timeout.total_seconds()
         assert at is not None
-        seconds = timeout.total_seconds()
-        client = CenterClient(at.transport(), _name(), Wire(center).layout, patience=seconds)
+        local = None
+        if at.is_local and rank == 0:
+            local = LocalServer(**options.settings(workers, lease=at.lease))
+        told = None
+        if rank == 0:
+            told = json.dumps([_team(), [local.address()] if local else at.listed])
+        if workers > 1:
+            told = share(told, rank=rank, size=workers, timeout=timeout)
+        assert told is not None
+        team, addresses = json.loads(told)
+        transport = at.transport(addresses if at.is_local else at.listed)
+        layout = Wire(center).layout
+        client = CenterClient(transport, f"{team}/{rank}", layout, patience=seconds)
         try:
-            terms = client.ask_terms()
-            options = options.at_server(terms)
+            options = options.at_server(client.ask_terms())
         except BaseException:
             client.close()
             raise
-        return cls(at, Courier(client), options, seconds)
+        courier = Courier(client, team=workers, every=_BEAT if workers > 1 else _BEAT_ALONE)
+        return cls(at, courier, options, seconds, local)
 
     def leave(self) -> None:
         """Tell the server, if it can be told, and let go of it."""
@@ -63,9 +87,11 @@ class AtServer:
             if self.courier.client.lost is None:
                 self.courier.ask(self.courier.client.leave).result(_LEAVING)
         self.courier.close()
+        if self.local is not None:
+            self.local.leave()
 
 
-def _name() -> str:
-    """Of this process, and of no other worker."""
+def _team() -> str:
+    """The name of those that were started with this process, and of no others."""
     host = "".join(c for c in platform.node() if c.isascii() and c.isprintable() and c != " ")
     return f"{host[:32]}-{os.getpid()}-{time.time_ns() // 10**6 % 10**9}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_easgd.schedules.checks import require, require_bools, require_count
+from lightning_easgd.schedules.checks import is_number, require, require_bools, require_count
 from lightning_easgd.server.certificates import Certificates, require_protected
 
 if TYPE_CHECKING:
@@ -23,11 +23,12 @@ class CenterAt:
 
     Args:
         addresses: host and port of the server (``scripts/serve.py``), or a list with those that may
-            take its place.
+            take its place; "local": a server on this machine, which worker 0 starts.
         keys: folder with what ``serve.py keys`` made for this site: authority.pem, and one
             certificate with its key. Needed where an address is not of this machine.
         insecure: whether to do without there. Then whoever reaches the address can read and change
             the center.
+        lease: seconds of silence after which a "local" server takes a worker for dead.
         max_offline_rounds: how many exchanges in a row a worker leaves out while no server answers;
             then it waits.
 
@@ -38,6 +39,7 @@ class CenterAt:
     addresses: str | Sequence[str]
     keys: str | os.PathLike[str] | None = None
     insecure: bool = False
+    lease: float = 30.0
     max_offline_rounds: int = 10
 
     def __post_init__(self) -> None:
@@ -47,15 +49,22 @@ class CenterAt:
             "center", given, "'host:5700', or a list of such addresses", several and bool(given)
         )
         require_bools(insecure=self.insecure)
+        positive = is_number(self.lease) and self.lease > 0
+        require("lease", self.lease, "a positive number of seconds", positive)
         require_count("max_offline_rounds", self.max_offline_rounds, "rounds", least=0)
         certificates = self.certificates()
-        for address in self.listed:
+        for address in [] if self.is_local else self.listed:
             require_protected(address, certificates, self.insecure)
 
     @classmethod
     def choose(cls, center: str | Sequence[str] | CenterAt | None) -> CenterAt | None:
         """What the strategy was given, None for a center that all workers hold."""
         return center if center is None or isinstance(center, cls) else cls(center)  # type: ignore[arg-type]
+
+    @property
+    def is_local(self) -> bool:
+        """Whether worker 0 starts the server."""
+        return self.addresses == LOCAL
 
     @property
     def listed(self) -> list[str]:
@@ -79,15 +88,18 @@ class CenterAt:
         )
         return Certificates(*found)
 
-    def transport(self) -> GrpcTransport:
+    def transport(self, addresses: Sequence[str]) -> GrpcTransport:
         """To the server.
+
+        Args:
+            addresses: of it, also if it is local.
 
         Raises:
             ModuleNotFoundError: gRPC is not installed.
         """
         from lightning_easgd.server.grpc_transport import GrpcTransport
 
-        return GrpcTransport(self.listed, certificates=self.certificates(), insecure=self.insecure)
+        return GrpcTransport(addresses, certificates=self.certificates(), insecure=self.insecure)
 
     def __str__(self) -> str:
         return ", ".join(self.listed)

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass
+from datetime import timedelta
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +26,7 @@ from lightning_easgd.checkpoint.own_values import OwnValues
 from lightning_easgd.checkpoint.restoring import Resumed
 from lightning_easgd.communication import (
     Phase,
+    SoloGroup,
     Stop,
     WorkerGroup,
     make_equal_,
@@ -32,7 +34,7 @@ from lightning_easgd.communication import (
 )
 from lightning_easgd.schedules import TrainingLength
 from lightning_easgd.strategy.at_server import AtServer
-from lightning_easgd.strategy.build import make_exchange
+from lightning_easgd.strategy.build import make_center, make_exchange
 from lightning_easgd.strategy.lightning_internals import stops_early
 from lightning_easgd.strategy.options import Options
 from lightning_easgd.strategy.resume_epoch import begin_epoch_as_usual
@@ -56,6 +58,21 @@ class EqualWorkers:
     center: Center
     server: AtServer | None = None
     """Where the center of this worker is; None: all workers have it."""
+
+    @classmethod
+    def at_server(
+        cls,
+        module: pl.LightningModule,
+        options: Options,
+        timeout: timedelta,
+        *,
+        rank: int,
+        workers: int,
+    ) -> EqualWorkers:
+        """This worker alone, with a place at the server; as of AtServer.ask."""
+        center = make_center(module, options, rank)
+        server = AtServer.ask(center, options, rank=rank, workers=workers, timeout=timeout)
+        return cls(SoloGroup(), center, server)
 
 
 class Fit:
@@ -89,7 +106,7 @@ class Fit:
         self.trainer = trainer
         self.group, self.center = workers.group, workers.center
         self._signals, self._options = signals, options
-        self._validates_center = validates_center
+        self._validates_center, self._solo = validates_center, workers.server is not None
         self._uneven = self._uneven_steps = False
         self.exchange = make_exchange(
             self.center,
@@ -102,7 +119,10 @@ class Fit:
         )
         hooks = signals.hooks
         hooks.before_batch(self._before_batch)
-        hooks.around_validation(self._validating)
+        if not self._solo or trainer.is_global_zero:
+            hooks.around_validation(self._validating)
+        else:
+            hooks.skip_validation()
         hooks.before_end(self._finish)
         hooks.around_dump(self._saving, self.exchange.after_dump)
 
@@ -307,6 +327,8 @@ class Fit:
     def _finish(self) -> None:
         """Put what fit delivers into the module, before the first hook of the end."""
         self.enter("at the end of training")
+        if self._solo and stops_early(self.trainer):  # perhaps by a validation after the last batch
+            self.exchange.request_stop(Stop.ENOUGH)
         if not self.finish_exchanging():
             self.stop()
 

@@ -9,23 +9,18 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from copy import copy
-from dataclasses import asdict
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.strategies.registry import _StrategyRegistry
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import Callback, EarlyStopping, Timer
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
-from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors import accelerator_connector
+from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from typing_extensions import override
-
-from lightning_easgd.telemetry import Telemetry
 
 SignalHandler = Callable[[int, Any], None]
 StrategyRegistry = _StrategyRegistry
@@ -57,9 +52,12 @@ class LoopHooks:
         self._checkpoints = trainer._checkpoint_connector
         self._logging = trainer._logger_connector
         self._replaced: dict[tuple[int, str], tuple[Any, Any]] = {}
+        self._callbacks: list[Callback] = []
 
     def restore(self) -> None:
         """Put back what was replaced."""
+        if self._callbacks:
+            self._trainer.callbacks = self._callbacks  # type: ignore[attr-defined]
         for owner, name in [(owner, name) for (_, name), (owner, _) in self._replaced.items()]:
             self._undo(owner, name)
 
@@ -84,6 +82,25 @@ class LoopHooks:
     def around_validation(self, context: Context) -> None:
         """Enter ``context`` for a validation of a fit, with everything that belongs to it."""
         self._surround(self._epoch_loop.val_loop, "run", context)
+
+    def skip_validation(self) -> None:
+        """Let another worker validate, and stop early by what it finds."""
+        self._replace(self._epoch_loop.val_loop, "run", lambda: [])
+        self._callbacks = self._trainer.callbacks  # type: ignore[attr-defined]
+        kept = [each for each in self._callbacks if not isinstance(each, EarlyStopping)]
+        self._trainer.callbacks = kept  # type: ignore[attr-defined]
+
+    def around_preparing(self, context: Callable[[bool], AbstractContextManager[None]]) -> None:
+        """Enter ``context`` where a loader gets its sampler; told whether it is for training."""
+        connector = self._trainer._data_connector
+        self._undo(connector, "_prepare_dataloader")
+        lightnings_own = connector._prepare_dataloader
+
+        def within(loader: object, shuffle: bool, mode: RunningStage) -> object:
+            with context(mode is RunningStage.TRAINING):
+                return lightnings_own(loader, shuffle, mode)
+
+        self._replace(connector, "_prepare_dataloader", within)
 
     def around_dump(self, context: Context, finish: Callable[[Any], Any]) -> None:
         """Enter ``context`` while a checkpoint is made, and let ``finish`` have it there."""
@@ -240,29 +257,6 @@ class _Replacement:
 def itself(value: Any) -> Any:
     """The value, for copies that are to hold it instead of what stood in its place."""
     return value
-
-
-class ForkingLauncher(_MultiProcessingLauncher):
-    """Lightning's, which brings telemetry back from worker 0 besides metrics and weights."""
-
-    @override
-    def get_extra_results(self, trainer: pl.Trainer) -> dict[str, Any]:
-        telemetry = asdict(trainer.strategy.telemetry)  # type: ignore[attr-defined]
-        return {**super().get_extra_results(trainer), "easgd_telemetry": telemetry}
-
-    @override
-    def update_main_process_results(self, trainer: pl.Trainer, extra: dict[str, Any]) -> None:
-        counted = Telemetry(**extra.pop("easgd_telemetry"))
-        trainer.strategy.telemetry = counted  # type: ignore[attr-defined]
-        super().update_main_process_results(trainer, extra)
-
-
-def without_processes(launcher: Any) -> Any:
-    """A launcher for a copy of its strategy, which has started no scripts: they can't be copied."""
-    if isinstance(launcher, _SubprocessScriptLauncher):
-        launcher = copy(launcher)
-        launcher.procs = []
-    return launcher
 
 
 def is_interactive() -> bool:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import replace
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 from lightning_easgd.algorithms import (
     AVERAGED,
@@ -31,6 +31,7 @@ from lightning_easgd.schedules import (
 )
 from lightning_easgd.schedules.automatic import AutomaticPeriod
 from lightning_easgd.schedules.checks import require_bools, require_choice, require_count
+from lightning_easgd.server.settings import Settings
 from lightning_easgd.server.values import Terms
 from lightning_easgd.strategy.center_at import CenterAt
 from lightning_easgd.strategy.validation import (
@@ -99,6 +100,7 @@ class Options:
         rule = choose_rule(algorithm)
         overlap = rule.overlaps if overlap is None else overlap
         require_bools(overlap=overlap)
+        self._beta = beta
         self._tau, tau = tau, rule.default_tau if tau is None else tau
         auto = Auto.of(tau)
         pause = 1 if self.often is None else self.often.tau
@@ -132,6 +134,14 @@ class Options:
             often=self.often,
         )
         self.rules.require_fields()
+        if self.center is not None and self.center.is_local:
+            Settings(**self.settings(1, lease=self.center.lease))
+
+    def settings(self, workers: int, *, lease: float) -> dict[str, Any]:
+        """Of a server that is started for ``workers`` workers; see Settings."""
+        terms = {"algorithm": self.name, "tau": self._tau or self.rules.algorithm.default_tau}
+        beta = {} if self._beta is None else {"beta": self._beta}
+        return {**terms, **beta, "workers": workers, "lease": lease}
 
     def at_server(self, terms: Terms) -> Options:
         """These, with the algorithm and the period that a server has.
@@ -166,9 +176,10 @@ class Options:
 
     @property
     def rule_name(self) -> str:
-        """:attr:`name`; that of the class for a rule of the user's."""
+        """:attr:`name`, or that of the class for a rule of the user's; "_async" at a server."""
         rule = type(self.rules.algorithm)
-        return self.name if rule in RULES.values() else rule.__name__
+        name = self.name if rule in RULES.values() else rule.__name__
+        return name if self.center is None else f"{name}_async"
 
     def lines(self) -> list[str]:
         """What must be equal on all workers, a line each.
@@ -176,7 +187,11 @@ class Options:
         Callables cannot be compared. Nor can addresses, which tell objects apart that have no
         description of their own.
         """
-        kept = {name: value for name, value in vars(self).items() if name not in ("rules", "_tau")}
+        kept = {
+            name: value
+            for name, value in vars(self).items()
+            if name not in ("rules", "_tau", "_beta")
+        }
         lines = [
             f"algorithm={self.rules.algorithm}",
             f"tau={self.rules.period}",

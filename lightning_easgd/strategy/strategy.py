@@ -33,9 +33,8 @@ from lightning_easgd.strategy.adapter import Adapter
 from lightning_easgd.strategy.arguments import refuse
 from lightning_easgd.strategy.center_at import CenterAt
 from lightning_easgd.strategy.checkpoint_io import AtomicCheckpointIO
-from lightning_easgd.strategy.launchers import SoloLauncher
+from lightning_easgd.strategy.launchers import ForkingLauncher, SoloLauncher
 from lightning_easgd.strategy.lightning_internals import (
-    ForkingLauncher,
     StrategyRegistry,
     WrappingCheckpointIO,
 )
@@ -111,7 +110,8 @@ class EASGDStrategy(Adapter):
         center: address of a server that has the center ("host:5700", or a list of those that may
             take its place, or CenterAt(...) with keys): asynchronous EASGD. This worker exchanges
             with it at its own pace, takes algorithm, τ and strength from it, and waits for nobody.
-            None: all workers hold the center, and exchange together.
+            "local", also Trainer(strategy="easgd_async"): worker 0 starts such a server for the
+            workers of this machine. None: all workers hold the center, and exchange together.
         bucket_bytes: the most that one all-reduce carries, in bytes. With ``often`` those of large
             parameters carry no more than all small ones have, or 128 KiB if these have less.
         accelerator: as for DDPStrategy, like all that follow.
@@ -197,6 +197,8 @@ class EASGDStrategy(Adapter):
         methods = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "fork"}
         names: dict[str, dict[str, Any]] = {name: {"algorithm": name} for name in RULES}
         names |= AVERAGED
+        for name in ("easgd", "downpour"):
+            names[f"{name}_async"] = {"algorithm": name, "center": "local"}
         explain_import((name + suffix for name in names for suffix in methods), cls)
         for name, options in names.items():
             for suffix, start_method in methods.items():

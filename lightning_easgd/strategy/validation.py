@@ -223,14 +223,26 @@ REFUSED: tuple[Combination, ...] = (
         f"{_TERMS}, once",
         "Leave it out, or give it the server's number",
     ),
+    Combination(
+        *("beta", "any", "center", "an address"),
+        lambda beta, center: beta is not None and center is not None and not center.is_local,
+        _TERMS,
+        "Leave it out, and start the server with --beta",
+    ),
+    _at_a_server(
+        *("beta", "anything but a number"),
+        lambda beta: beta is not None and not is_number(beta),
+        f"{_TERMS}, once",
+        "Give it a number",
+    ),
     *(
         _at_a_server(
             *(name, "any"),
             lambda value: value is not None,
-            _TERMS,
-            "Leave it out, and start the server with --beta",
+            "the server draws all its workers alike, by beta",
+            "Set beta instead",
         )
-        for name in ("beta", "alpha", "rho")
+        for name in ("alpha", "rho")
     ),
     *(
         _at_a_server(

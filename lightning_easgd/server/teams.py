@@ -1,0 +1,67 @@
+"""Workers that were started together: each trains by itself, and they end together.
+
+A worker of a team says with each sign of life how far it is. So nothing here has to be kept when a
+server is restarted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+_GRACE = 120.0
+"""Seconds after the first worker of a team in which the last one may join."""
+
+
+@dataclass
+class Team:
+    """One team, as its workers told of it."""
+
+    began: float
+    finished: dict[str, bool] = field(default_factory=dict)
+    """Whether it needs its worker no longer, by name."""
+    stops: bool = False
+
+
+class Teams:
+    """What workers say of themselves; the team of worker "run/2" is "run"."""
+
+    def __init__(self) -> None:
+        self._teams: dict[str, Team] = {}
+
+    def hear(
+        self,
+        worker: str,
+        *,
+        size: int,
+        finished: bool,
+        stops: bool,
+        there: Collection[str],
+        now: float,
+    ) -> tuple[int, bool]:
+        """A worker gives a sign of life.
+
+        Args:
+            worker: its name.
+            size: how many workers its team has.
+            finished: whether it has sent all that it had.
+            stops: whether all of the team are to stop.
+            there: names of the workers that are.
+            now: seconds.
+
+        Returns:
+            How many of its team still train, or may come; and whether it is to stop.
+        """
+        self._forget(there, besides=worker)
+        team = self._teams.setdefault(worker.rpartition("/")[0], Team(now))
+        team.finished[worker] = finished
+        team.stops |= stops
+        training = sum(not done and name in there for name, done in team.finished.items())
+        missing = size - len(team.finished) if now - team.began < _GRACE else 0
+        return training + max(0, missing), team.stops
+
+    def _forget(self, there: Collection[str], *, besides: str) -> None:
+        """Forget teams of which nobody is there."""
+        for name, team in list(self._teams.items()):
+            if not any(each in there or each == besides for each in team.finished):
+                del self._teams[name]

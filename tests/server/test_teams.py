@@ -1,0 +1,50 @@
+"""Workers that were started together learn from their server when all have ended."""
+
+from __future__ import annotations
+
+from lightning_easgd.server.teams import Teams
+
+
+def hear(teams: Teams, worker: str, there: str, now: float = 0.0, **said: bool) -> tuple[int, bool]:
+    names = [f"run/{number}" for number in there]
+    said = {"finished": False, "stops": False} | said
+    return teams.hear(f"run/{worker}", size=3, there=names, now=now, **said)
+
+
+def test_a_team_is_awaited_until_all_have_finished() -> None:
+    teams = Teams()
+    assert hear(teams, "0", "0", finished=True) == (2, False)
+    assert hear(teams, "1", "01") == (2, False)
+    assert hear(teams, "2", "012", finished=True) == (1, False)
+    assert hear(teams, "1", "012", finished=True) == (0, False)
+    assert hear(teams, "0", "0", finished=True) == (0, False)  # the others have left
+
+
+def test_a_worker_that_is_gone_is_not_awaited() -> None:
+    teams = Teams()
+    for worker in "012":
+        hear(teams, worker, "012")
+    assert hear(teams, "0", "01", finished=True) == (1, False)
+    assert hear(teams, "1", "01", finished=True) == (0, False)
+
+
+def test_a_worker_that_never_came_is_awaited_for_a_while() -> None:
+    teams = Teams()
+    hear(teams, "0", "0")
+    assert hear(teams, "0", "0", now=100.0, finished=True) == (2, False)
+    assert hear(teams, "0", "0", now=130.0, finished=True) == (0, False)
+
+
+def test_all_of_a_team_stop_and_nobody_else() -> None:
+    teams = Teams()
+    assert hear(teams, "0", "01", stops=True) == (3, True)
+    assert hear(teams, "1", "01") == (3, True)
+    others = {"size": 1, "finished": False, "stops": False, "there": ["run/0", "other/0"]}
+    assert teams.hear("other/0", now=0.0, **others) == (1, False)
+
+
+def test_a_team_that_has_left_is_forgotten() -> None:
+    teams = Teams()
+    hear(teams, "0", "0", stops=True)
+    teams.hear("later/0", size=1, finished=False, stops=False, there=["later/0"], now=0.0)
+    assert hear(teams, "0", "0") == (3, False)
