@@ -39,7 +39,9 @@ class Echo(Handler):
         yield from list(frames)
 
 
-def server(*, workers: int, megabytes: float, encrypted: bool, repetitions: int) -> None:
+def server(
+    *, workers: int, megabytes: float, encrypted: bool, journal: Any, repetitions: int
+) -> None:
     """Measure and print both, in pairs; see scripts/measure.py for the options."""
     torch.set_num_threads(1)
     context = multiprocessing.get_context("fork")
@@ -47,7 +49,7 @@ def server(*, workers: int, megabytes: float, encrypted: bool, repetitions: int)
     with tempfile.TemporaryDirectory() as folder:
         shown = _certificates(folder) if encrypted else {"server": None, "worker": None}
         here, there = context.Pipe()
-        processes = [context.Process(target=_serve, args=(there, shown["server"]))]
+        processes = [context.Process(target=_serve, args=(there, shown["server"], folder, journal))]
         processes[0].start()
         try:
             ports = here.recv()
@@ -67,7 +69,8 @@ def server(*, workers: int, megabytes: float, encrypted: bool, repetitions: int)
             for process in processes:
                 process.kill()
                 process.join()
-    _print(found, f"{workers} workers, {megabytes:g} MB, {'encrypted' if encrypted else 'plain'}")
+    way = "encrypted" if encrypted else "plain"
+    _print(found, f"{workers} workers, {megabytes:g} MB, {way}, journal {journal}")
 
 
 def _measured(
@@ -114,11 +117,15 @@ def _certificates(folder: str) -> dict[str, Any]:
     return {name: make_certificates(Path(folder), name) for name in ("server", "worker")}
 
 
-def _serve(pipe: Connection, certificates: Any) -> None:
+def _serve(pipe: Connection, certificates: Any, folder: str, journal: Any) -> None:
     from lightning_easgd.server.grpc_transport import GrpcServer
+    from lightning_easgd.server.serving import Serving
 
-    handlers = {"echo": Echo(CenterServer()), "server": Handler(CenterServer(Settings()))}
-    servers = {way: GrpcServer(each, certificates=certificates) for way, each in handlers.items()}
+    served = Path(folder) / "center"
+    servers = {
+        "echo": GrpcServer(Echo(CenterServer()), certificates=certificates),
+        "server": Serving(Settings(), served, journal=journal, certificates=certificates),
+    }
     pipe.send({way: each.port for way, each in servers.items()})
     while pipe.recv():
         spent = os.times()
