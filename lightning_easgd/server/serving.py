@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 _LOOKS = 0.1
 """Seconds between two looks whether a snapshot is due."""
 
-_LONGEST_JOURNAL = 2**30
+_LONGEST_JOURNAL = 2**28
 """Bytes after which a snapshot is due, which begins a new one; or those of 8 models, if larger."""
 
 

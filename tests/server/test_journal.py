@@ -211,6 +211,37 @@ def test_damage_before_the_last_record_is_said_and_put_aside(
     kept.close()
 
 
+def test_a_journal_that_is_written_over_is_cut_off_anywhere(path: Path) -> None:
+    """What it had before is skipped, and is no damage."""
+    kept = Kept(path)
+    kept.join()
+    for sequence in range(1, 7):
+        kept.add(sequence)
+        if sequence in (4, 5, 6):
+            kept.snapshot()
+    before = (path / "spare.journal").read_bytes()[:2000]
+    ends = []
+    for sequence in (7, 8, 9):
+        kept.add(sequence)
+        ends.append(kept.journal.bytes)
+    newest = path / "center-000000000006.journal"
+    assert not (path / "spare.journal").exists()
+    after = newest.read_bytes()[: 2 * ends[-1]]
+    kept.kill()
+    folder = SnapshotFolder(path)
+    snapshot = folder.load()
+    assert snapshot
+    for cut in [*range(0, ends[-1], 11), *ends]:
+        mixed = after[:cut] + before[cut:]
+        newest.write_bytes(mixed)
+        pairs = enumerate(zip(mixed, after, strict=False))
+        alike = next((place for place, (one, other) in pairs if one != other), len(mixed))
+        server = CenterServer()
+        server.restore(snapshot, now=0)
+        assert replay_journals(folder, server, now=0) == sum(end <= alike for end in ends)
+    folder.close()
+
+
 def test_a_damaged_snapshot_loses_nothing(path: Path) -> None:
     kept = Kept(path)
     kept.join()
