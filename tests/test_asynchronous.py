@@ -238,6 +238,21 @@ def test_a_worker_trains_on_without_its_server_and_comes_back(
         np.testing.assert_array_equal(worker.weights["w"], server.center["w"])
 
 
+def test_under_downpour_what_a_worker_did_without_its_server_is_not_lost() -> None:
+    with served(algorithm="downpour") as server:
+        transport = Cut(server.handler)
+        worker = server.worker(Slope(), rule=Downpour(), overlap=False, transport=transport)
+        worker.step()
+        transport.cut = True
+        for _ in range(3):
+            worker.step()
+        assert server.center["x"] == [1.0]
+        transport.cut = False
+        worker.step()
+        worker.exchange.finish(exchange=True)
+        assert server.center["x"] == worker.weights["x"] == [5.0]
+
+
 def test_a_worker_waits_when_it_has_left_out_enough_rounds(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

@@ -99,6 +99,7 @@ class CenterLink:
     def start_training(self) -> None:
         """Begin as if there had been no exchange yet."""
         self._missed = 0
+        self._trained_on = False
         self._exchanged_at: int | None = None
 
     def forget_owed(self) -> None:
@@ -205,8 +206,11 @@ class CenterLink:
 
     def wait(self) -> None:
         """Wait for an answer, if one is expected, unless the server is gone."""
-        if self._asked is not None and self._await_answer(lambda: self._lost):
-            self._take()
+        if self._asked is not None:
+            if self._await_answer(lambda: self._lost):
+                self._take()
+            else:
+                self._trained_on = True
 
     def refresh(self) -> None:
         """Let the center here be the newest that there is, unless the server is gone."""
@@ -251,6 +255,7 @@ class CenterLink:
         moves = statistics.pulled(self._telemetry.alpha)
         self._wire.pack_(self._sent, fragment.total, *moves)
         sent, fetch, client = self._sent, self._fetches, self._courier.client
+        self._trained_on = False
         self._ask(lambda: client.add(sent, fetch=fetch), self._take_receipt)
         self._telemetry.bytes_sent += self._bytes
 
@@ -308,9 +313,18 @@ class CenterLink:
         if center is None:
             self._wire.add(self._sent, receipt.weight)
             return
+        if not self._rule.resets_to_center:
+            self._take_center((receipt.version, center))
+            return
+        fragment = self._wire.fragment
+        self._wire.add(self._sent, 1.0)
+        stood = fragment.center.clone()  # when the worker sent
         self._take_center((receipt.version, center))
-        if self._rule.resets_to_center:
-            self._wire.fragment.reset_to_center(self._rule.mixing_rate)
+        if self._trained_on:  # and keeps what that made
+            torch._foreach_sub_(stood.parts, fragment.center.parts)
+            fragment.pull(stood)
+        else:
+            fragment.reset_to_center(self._rule.mixing_rate)
 
 
 def _require_no_more(participant: Participant) -> None:

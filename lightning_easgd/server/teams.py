@@ -24,7 +24,7 @@ class Team:
 
 
 class Teams:
-    """What workers say of themselves; the team of worker "run/2" is "run"."""
+    """What workers say; the team of worker "run/2" is "run", and a name without "/" is its own."""
 
     def __init__(self) -> None:
         self._teams: dict[str, Team] = {}
@@ -53,7 +53,7 @@ class Teams:
             How many of its team still train, or may come; and whether it is to stop.
         """
         self._forget(there, besides=worker)
-        team = self._teams.setdefault(worker.rpartition("/")[0], Team(now))
+        team = self._teams.setdefault(worker.rpartition("/")[0] or worker, Team(now))
         team.finished[worker] = finished
         team.stops |= stops
         training = sum(not done and name in there for name, done in team.finished.items())
