@@ -2,7 +2,8 @@
 
 Every host is a network namespace with one interface, eth0; a bridge in a namespace of its own joins
 them, as a switch would. Nothing touches the machine's own network, and all of it goes when the
-namespaces go. Linux, root and iproute2 are needed::
+namespaces go; those of a process that was killed go when the next one makes some. Linux, root and
+iproute2 are needed::
 
     with EmulatedHosts(4, rate_bits=100e6) as hosts:
         processes = [hosts.start(host, [sys.executable, "train.py"]) for host in range(4)]
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 _INTERFACE = "eth0"
+_NAME = "emulated"
 _MASTER_PORT = 29500
 _NAMESPACES = Path("/run/netns")
 _CLONE_NEWNET = 0x40000000
@@ -86,7 +88,7 @@ class EmulatedHosts:
         self.count = count
         self._rate_bits = rate_bits
         self._delay = delay
-        self._name = f"emulated-{os.getpid()}-{secrets.token_hex(2)}"
+        self._name = f"{_NAME}-{os.getpid()}-{secrets.token_hex(2)}"
         self._switch = f"{self._name}-switch"
         self._made: list[str] = []
         self._processes: list[subprocess.Popen[Any]] = []
@@ -99,6 +101,7 @@ class EmulatedHosts:
         if threading.current_thread() is threading.main_thread():
             self._sigterm = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         try:
+            _remove_abandoned()
             self._make_switch()
             for host in range(self.count):
                 self._make_host(host)
@@ -248,6 +251,18 @@ def _no_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _remove_abandoned() -> None:
+    """End the hosts of processes that were killed before they could."""
+    for path in _NAMESPACES.glob(f"{_NAME}-*"):
+        maker = path.name.split("-")[1]
+        if Path("/proc", maker).exists():
+            continue
+        with suppress(EmulationError, ProcessLookupError):  # another process ends it, too
+            for pid in _ip("netns", "pids", path.name).split():
+                os.kill(int(pid), signal.SIGKILL)
+            _ip("netns", "delete", path.name)
 
 
 def _tc(namespace: str, interface: str, *discipline: str) -> None:
