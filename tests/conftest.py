@@ -16,6 +16,7 @@ import torch
 
 # One thread: workers are forked from this process, and a fork does not survive OpenMP's threads.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # or a trainer without workers would set more
 
 # A shell that started pytest in the background made it, and all that it starts, deaf to Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
