@@ -139,6 +139,12 @@ def test_exchanges_that_stop_hiding_are_said_once(watched: Any) -> None:
     assert "raise tau (now 7)" in said[4][0]
 
 
+def test_how_stale_differences_are_is_shown_where_a_server_has_the_center(watched: Any) -> None:
+    watched.watch._telemetry.count_staleness(3)
+    watched()
+    assert watched.watch.shown == "τ 7 · 14.3 % of DDP's bytes · staleness 3.0 · waited 0.0 %"
+
+
 def test_telemetry_is_a_table() -> None:
     telemetry = Telemetry(steps=10, bytes_sent=2_500_000, wait_seconds=0.0123, tau=5)
     telemetry.count_waits([0.5, 12.0])

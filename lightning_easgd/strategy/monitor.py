@@ -122,6 +122,8 @@ class _Watched:
             texts.append(
                 f"{100 * counted.bytes_sent / counted.ddp_bytes_sent:.3g} % of DDP's bytes"
             )
+        if counted.staleness is not None:
+            texts.append(f"staleness {counted.staleness:.1f}")
         share = (waited - self._waited_before) / max(now - self._began, 1e-9)
         return " · ".join([*texts, f"waited {100 * share:.1f} %"])
 

@@ -31,7 +31,7 @@ _FEW = 8
 
 _COUNTED = (
     *("tau", "exchanges", "exchanges_often", "bytes_sent", "bytes_inside", "bytes_often"),
-    *("ddp_bytes_sent", "wait_seconds"),
+    *("ddp_bytes_sent", "staleness", "wait_seconds"),
     *("worker_wait_seconds", "worker_awaited_seconds"),
 )
 
@@ -115,6 +115,9 @@ class Report:
     bytes_often: int | None = None
     """Of those, for parameters that are exchanged often."""
     ddp_bytes_sent: int | None = None
+    staleness: float | None = None
+    """How often the center moved between the first worker's getting it and the adding of its
+    difference, the mean, if a server has the center."""
     wait_seconds: float | None = None
     """Those of runs that this one went on from included, as all that is counted above."""
     worker_wait_seconds: list[float] = field(default_factory=list)
@@ -161,6 +164,9 @@ class Report:
         if self.exchanges is not None:
             often = f", and {self.exchanges_often} of small parameters"
             rows.append(("exchanges", f"{self.exchanges}{often if self.exchanges_often else ''}"))
+        if self.staleness is not None:
+            moved = f"the center moved {self.staleness:.1f} times between get and add"
+            rows.append(("staleness of worker 0", moved))
         if self.bytes_sent is not None:
             rows += self._sent(self.bytes_sent)
         return rows + self._waited() + self._straggler()

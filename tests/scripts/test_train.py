@@ -96,6 +96,12 @@ def test_small_parameters_are_reported_by_themselves() -> None:
     assert "  of that, for small parameters  0.40 MB, 4.0 % of DDP's 10.00 MB" in table
 
 
+def test_how_stale_differences_were_is_reported_where_a_server_has_the_center() -> None:
+    table = Report(strategy="easgd_async", workers=2, exchanges=3, staleness=1.25).table()
+    assert "staleness of worker 0  the center moved 1.2 times between get and add" in table
+    assert "staleness" not in Report(strategy="easgd", workers=2, exchanges=3).table()
+
+
 def test_a_picture_that_cannot_be_drawn_is_said_and_no_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
