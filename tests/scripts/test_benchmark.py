@@ -179,17 +179,17 @@ def test_an_unknown_contender_is_named_with_those_that_there_are(tmp_path: Path)
 @pytest.mark.usefixtures("nothing_left")
 def test_all_contenders_on_two_hosts_and_going_on_with_it(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="pip install matplotlib")
-    chosen = f"contender=[{','.join(PLAIN)}]"
-    told = run(tmp_path, chosen)
+    chosen, length = f"contender=[{','.join(PLAIN)}]", "steps=32"
+    told = run(tmp_path, chosen, length)
     found = by_contender(results(tmp_path))
     assert list(found) == [one["contender"] for one in results(tmp_path, "summary")] == PLAIN
     assert all(f": {name}, seed 42: " in told for name in PLAIN)
     for name, one in found.items():
         assert one["samples_per_second"] > 0
         assert one["peak_bytes"] > 4 * one["parameters"]
-        assert one["steps"] == (2 if name.startswith("ddp") else 16)
+        assert one["steps"] == (4 if name.startswith("ddp") else 32)
     # As many bytes on the wire as the ring all-reduces of the measured steps carry. Where nobody
-    # waits for them, a part of the last may be under way yet when bytes are counted.
+    # waits for them, a part of the last of eight may be under way yet when bytes are counted.
     to_ring = {name: one["bytes_to_ring"] for name, one in found.items()}
     for name in ("ddp", "torch_local_sgd", "easgd_blocking"):
         assert 0.9 < to_ring[name] < 1.2
@@ -202,12 +202,12 @@ def test_all_contenders_on_two_hosts_and_going_on_with_it(tmp_path: Path) -> Non
     assert found["limit"]["bytes_per_step"] < found["easgd_int8"]["bytes_per_step"] / 2
     assert (tmp_path / "samples_per_second.png").read_bytes().startswith(b"\x89PNG")
 
-    told = run(tmp_path, "contender=[limit,easgd]", "repetitions=2")
+    told = run(tmp_path, "contender=[limit,easgd]", length, "repetitions=2")
     assert told.count(" samples/s") == 2 + 1  # the second repetition only, and the table
     assert len(results(tmp_path)) == len(PLAIN) + 2
     assert by_contender(results(tmp_path, "summary"))["easgd"]["repetitions"] == 2
 
-    told = run(tmp_path, chosen, "repetitions=2", "minutes=0.0001")
+    told = run(tmp_path, chosen, length, "repetitions=2", "minutes=0.0001")
     assert "Time is up. The same command with the same hydra.run.dir goes on." in told
     assert len(results(tmp_path)) == len(PLAIN) + 2
 
