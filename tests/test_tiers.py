@@ -77,6 +77,6 @@ def test_a_test_that_is_slow_unmarked_is_said() -> None:
         marks = dict.fromkeys(keywords, 1)
         return pytest.TestReport(name, ("", 0, ""), marks, "passed", None, when, duration=seconds)
 
-    reports = [report("a", 4), report("a", 3, when="setup"), report("b", 4)]
+    reports = [report("a", 2), report("a", 1, when="setup"), report("b", 2)]
     reports += [report("c", 100, "slow"), report("tests/test_golden.py::test_a[b]", 100)]
-    assert tiers.unmarked(reports) == ["7 s  a"]
+    assert tiers.unmarked(reports) == ["3 s  a"]

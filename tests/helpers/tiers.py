@@ -24,11 +24,11 @@ TESTS = Path(__file__).parents[1]
 OURS = (TESTS, TESTS.parent / "scripts")
 STARTERS = (subprocess, multiprocessing.get_context, Workers)
 SLOW = TESTS / "slow.txt"
-"""The tests that take over 3 s on 2 quiet cores, one in a line; see unmarked.
+"""The tests that take over 2 s on 2 quiet cores, one in a line; see unmarked.
 
 Those that share what takes so long go together.
 """
-SECONDS = 3
+SECONDS = 2
 NEVER_SLOW = "tests/test_golden.py"
 """What every push should see, however long it takes."""
 
