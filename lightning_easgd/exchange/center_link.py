@@ -108,11 +108,7 @@ class CenterLink:
     def begin(self, *, goes_on: bool) -> bool:
         """Join the server, which takes this worker's weights if it has no center, and begin there.
 
-        Args:
-            goes_on: whether the worker has weights of its own already, from a checkpoint.
-
-        Returns:
-            Whether the center here is that of the module at the first batch.
+        Arguments and result are those of :meth:`Link.begin`.
 
         Raises:
             Refused: the server does not let this worker in.
@@ -150,15 +146,7 @@ class CenterLink:
 
     @torch.no_grad()
     def start(self, clock: int, *, last: bool = False) -> Pull:
-        """Send this worker's difference off, unless no server answers.
-
-        Args:
-            clock: steps taken.
-            last: whether the worker does not go on after it.
-
-        Returns:
-            The pull, by which the caller moves the worker.
-        """
+        """Send this worker's difference off, as of Link, unless no server answers."""
         if self._courier.told_to_stop:
             self._stops.hear([Stop.ENOUGH], [0])
             self._stops.take_effect()

@@ -227,7 +227,7 @@ REFUSED: tuple[Combination, ...] = (
         *("beta", "any", "center", "an address"),
         lambda beta, center: beta is not None and center is not None and not center.is_local,
         _TERMS,
-        "Leave it out, and start the server with --beta",
+        "Leave it out, and start the server with beta=...",
     ),
     _at_a_server(
         *("beta", "anything but a number"),

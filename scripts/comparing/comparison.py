@@ -26,10 +26,7 @@ from comparing.running import ClusterJobs, Jobs, Launcher, emulated
 from comparing.table import Table
 from comparing.work import Workbench
 
-_WORKLOAD = (
-    *("workers", "points", "metric", "train_loss", "accelerator"),
-    *("classes",),
-)
+_WORKLOAD = ("workers", "points", "metric", "train_loss", "accelerator", "classes")
 _READ = ("contender", "module", "data", *_WORKLOAD)
 _ABOUT = (
     *("network", "workers", "metric", "lower_is_better", "target", "baseline", "taus"),
@@ -171,13 +168,17 @@ class Comparison:
         Raises:
             ValueError: the folder has no result of the settings of now.
         """
-        if self._ledger.of_now():
+        if self._results():
             return
         told, store = f"{self._output} has no result of these settings.", self._ledger.store
         if others := len(store.read()):
             command = store.about().get("command", "not recorded")
             told += f" It has {others} of others. Repeat their command, but train=false:\n{command}"
         raise ValueError(told)
+
+    def _results(self) -> list[Result]:
+        """All that is stored of what is asked for now, what failed too."""
+        return [result for result in self._ledger.of_now() if self._plan.has(result.job)]
 
     @property
     def _found(self) -> dict[Job, Result]:
@@ -218,7 +219,7 @@ class Comparison:
         if len(self._cfg.taus) > 1:
             self._draw()
         self._ledger.tell_failures()
-        if results := self._ledger.of_now():
+        if results := self._results():
             self._write_page(results)
         print(f"results.jsonl is in {self._output}")
 

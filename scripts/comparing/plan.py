@@ -52,6 +52,15 @@ class Plan:
                 rates = self.rates[entry[0]] if tunes else self._best(entry, found)
                 yield from (self._job(entry, rate, seed) for rate in rates)
 
+    def has(self, job: Job) -> bool:
+        """Whether it may be one of the jobs, whatever is found."""
+        entry = (job.contender, job.tau)
+        if entry not in self.entries or job.rate not in self.rates[job.contender]:
+            return False
+        again = self._trial if job.tuning else self._job
+        seeds = self._first if job.tuning else self.seeds
+        return job.seed in seeds and job == again(entry, job.rate, job.seed)
+
     def best(self, entry: Entry, found: Found) -> list[Result]:
         """What was found with the best of the rates that were tried."""
         rates = self._best(entry, found, partly=True)

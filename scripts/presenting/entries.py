@@ -79,9 +79,7 @@ def final(run: Result) -> float | None:
 
 def reached(run: Result, target: float | None, score: Score) -> Point | None:
     """The first test that met the target; never a moment between two tests."""
-    if target is None:
-        return None
-    return next((p for p in tested(run) if score.is_met(p.score, target)), None)
+    return None if target is None else run.reached(target, lower=score.lower_is_better)
 
 
 def score_at(run: Result, seconds: float) -> float | None:

@@ -27,10 +27,6 @@ class Score:
         """Of curves: with accuracy it is the error that is drawn."""
         return "test error in %" if self.unit == "%" else self.name
 
-    def is_met(self, value: float, target: float) -> bool:
-        """Whether a value is at least as good as the target."""
-        return value <= target if self.lower_is_better else value >= target
-
     def shown(self, value: float) -> str:
         """A value with its unit."""
         return f"{self.scale * value:.{self.digits}f} {self.unit}".rstrip()

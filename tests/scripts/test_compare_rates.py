@@ -96,6 +96,23 @@ def test_rates_are_tried_without_the_network_in_runs_that_do_not_count() -> None
     assert Plan([("a", None)], {"a": [None]}, range(3), 1, "100mbit", apart=True).__len__() == 3
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_what_an_earlier_run_of_the_folder_asked_for_besides_is_none_of_its_jobs(
+    apart: bool,
+) -> None:
+    """Or the page would choose among learning rates that the table does not know."""
+    plan = replace(PLAN, network="100mbit", apart=apart)
+    alike = {(name, rate): 0.5 for name, _ in PLAN.entries for rate in (0.1, 0.2)}
+    jobs = list(finished(plan, len(plan), alike))
+    assert all(map(plan.has, jobs))
+    for job in jobs:
+        others = {"rate": 0.3, "seed": 4, "network": "20mbit", "contender": "eamsgd", "hosts": 8}
+        others |= {"tau": 16, "tuning": not job.tuning}
+        assert not any(plan.has(replace(job, **{key: others[key]})) for key in others)
+    tried = [job for job in jobs if job.tuning]
+    assert not any(plan.has(replace(job, seed=2)) for job in tried)  # rates are tried with 0 and 1
+
+
 def test_of_bits_per_byte_fewer_are_better() -> None:
     scores = {("ddp", 0.1): 3.0, ("ddp", 0.2): 2.5, ("easgd", 0.1): 2.0, ("easgd", 0.2): None}
     plan = replace(PLAN, seeds=range(1), tuning=1, lower=True)
