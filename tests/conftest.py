@@ -30,6 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Whatever a test starts imports what the test does: this tree, and not an installed one."""
     gc.disable()  # until all is imported: a fifth of the time went to look for garbage in it
     cheap_forks.remember_packages()
+    cheap_forks.remember_that_there_is_no_gpu()
     given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     paths = [*map(str, config.getini("pythonpath")), *filter(None, given)]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)

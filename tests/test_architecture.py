@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -37,15 +38,21 @@ def layer_of(name: str) -> int:
     return layer
 
 
-def imports(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+@cache
+def nodes(path: Path) -> list[ast.AST]:
+    return [*ast.walk(ast.parse(path.read_text()))]
+
+
+@cache
+def imports(path: Path) -> frozenset[str]:
+    found: set[str] = set()
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"relative import in {path}"
             found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+    return frozenset(found)
 
 
 def modules() -> list[tuple[str, Path]]:
@@ -129,7 +136,7 @@ def test_nothing_unpickles_what_came_from_elsewhere() -> None:
     """But Lightning's own broadcast of objects, which is that of DDP."""
     for _, path in modules():
         assert not imports(path) & {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes(path):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
                 safe = [k.value for k in node.keywords if k.arg == "weights_only"]
                 # A checkpoint is read as its user asked for.
@@ -145,7 +152,7 @@ def test_every_new_tensor_says_where_it_lies() -> None:
     """Else ``torch.set_default_device`` of the user's decides, also for what crosses gloo."""
     constructors = {of.__name__ for of in _device_constructors()} - {"asarray", "as_tensor"}
     for name, path in modules():
-        for node in ast.walk(ast.parse(path.read_text())) if name != "workloads" else ():
+        for node in nodes(path) if name != "workloads" else ():
             if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("torch."):
                 made = ast.unparse(node.func).removeprefix("torch.")
                 given = {keyword.arg for keyword in node.keywords}

@@ -1,6 +1,6 @@
 import inspect
 import re
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 
@@ -42,12 +42,13 @@ def config(tmp_path, monkeypatch):
     for name in ("cat", "dog"):  # what data=image_folder counts
         (tmp_path / "data" / "train" / name).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-
-    def build(*overrides):
-        return compose("train", overrides=[f"output_dir={tmp_path}", *overrides])
-
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        yield build
+        yield composed
+
+
+@cache  # most of a test's time; no test changes what it gets
+def composed(*overrides):
+    return compose("train", overrides=["output_dir=.", *overrides])
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
 MAPS = Path("/proc/self/maps")
 """What memory this process has; Linux only."""
 WORTH_IT = 15
@@ -21,6 +23,12 @@ def remember_packages() -> None:
     """Read once what is installed: every Trainer and every process group asks all packages."""
     installed: Any = metadata.entry_points()
     metadata.entry_points = lambda **asked: installed.select(**asked)
+
+
+def remember_that_there_is_no_gpu() -> None:
+    """Every step of an optimizer asks, and where there is no driver, looks for its library."""
+    if not torch.cuda.device_count():
+        torch.cuda._cached_device_count = 0
 
 
 def keep_memory_shared(forking: int) -> None:

@@ -9,6 +9,7 @@ with. Cases that divide, or keep moments, are not exact (``exact=False``) and ar
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -186,11 +187,14 @@ def _with(case: Case, options: dict[str, Any]) -> Case:
     return Case(options, case.momentum, exact=case.exact)
 
 
-def run(rank: int, workers: int, folder: Path) -> dict[str, list[list[float]]]:
+def run(
+    rank: int, workers: int, folder: Path, chosen: Callable[[Case], bool] = lambda _: True
+) -> dict[str, list[list[float]]]:
     """The weights of this worker after each step, then what is delivered; by case."""
     return {
         name: train(rank, workers, case, folder / str(number))
         for number, (name, case) in enumerate(cases(workers).items())
+        if chosen(case)
     }
 
 

@@ -25,7 +25,7 @@ from lightning_easgd.server.serving import Pairing, Serving
 
 pytestmark = pytest.mark.timeout(60)
 
-LEASE = 0.6
+LEASE = 0.4
 
 
 class Pair:
@@ -220,7 +220,12 @@ def test_a_standby_with_other_settings_says_so(pair: Pair, tmp_path: Path) -> No
 
 def test_only_a_server_may_follow_and_nonsense_is_refused(tmp_path: Path) -> None:
     shown = {name: make_certificates(tmp_path / "keys", name) for name in ("server", "site")}
-    serving = Serving(Settings(), tmp_path / "center", certificates=shown["server"])
+    serving = Serving(
+        Settings(),
+        tmp_path / "center",
+        certificates=shown["server"],
+        pairing=Pairing(lease=LEASE),  # so long an answer may take
+    )
     asked = {"name": "x", "have": -1, "run": "", "heard": None, "fence": 0, "ends": False}
     weird = [{**asked, name: value} for name in asked for value in (None, -2)]
 

@@ -128,7 +128,7 @@ def test_who_is_shut_out_is_out_at_once(tmp_path: Path) -> None:
 
 
 def test_workers_train_on_while_a_server_is_replaced(tmp_path: Path) -> None:
-    """Closed and started again at its port, ten times, while two workers send."""
+    """Closed and started again at its port, five times, while two workers send."""
     serving, stop, sent = Serving(Settings(), tmp_path), threading.Event(), [0, 0]
     port = serving.port
 
@@ -143,7 +143,7 @@ def test_workers_train_on_while_a_server_is_replaced(tmp_path: Path) -> None:
     threads = [threading.Thread(target=work, args=(worker,)) for worker in range(2)]
     for thread in threads:
         thread.start()
-    for _ in range(10):
+    for _ in range(5):
         before = sum(sent)
         until(lambda before=before: sum(sent) > before + 5)
         serving.close()

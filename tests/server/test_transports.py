@@ -167,11 +167,12 @@ def test_a_model_is_larger_than_a_message(serve: Serve) -> None:
 
 
 def test_many_parameters_are_described(serve: Serve) -> None:
-    many = FlatLayout((f"layer.{i}.{'x' * 100}", torch.empty(1)) for i in range(30_000))
+    """By a text that takes several frames."""
+    many = FlatLayout((f"layer.{i}.{'x' * 1000}", torch.empty(1)) for i in range(3_000))
     served = serve(Settings())
-    assert served.joined(model=many).get()[1].parts[0].numel() == 30_000
-    other = FlatLayout((f"layer.{i}.{'x' * 100}", torch.empty(1)) for i in range(29_999))
-    with pytest.raises(Refused, match=r"only the server has 'layer\.29999"):
+    assert served.joined(model=many).get()[1].parts[0].numel() == 3_000
+    other = FlatLayout((f"layer.{i}.{'x' * 1000}", torch.empty(1)) for i in range(2_999))
+    with pytest.raises(Refused, match=r"only the server has 'layer\.2999"):
         served.client("1", other).join(constant(0.0, other))
 
 
