@@ -86,7 +86,7 @@ class SampledData(LightningDataModule, ABC):
 
     @override
     def val_dataloader(self) -> DataLoader[Batch]:
-        """This rank's part of the validation set.
+        """This rank's part of the validation set; all of it where workers train on their own.
 
         Raises:
             ValueError: If there are fewer examples than ranks.
@@ -95,7 +95,7 @@ class SampledData(LightningDataModule, ABC):
 
     @override
     def test_dataloader(self) -> DataLoader[Batch]:
-        """This rank's part of the test set.
+        """This rank's part of the test set; all of it where workers train on their own.
 
         Raises:
             ValueError: If there are fewer examples than ranks.
@@ -104,6 +104,8 @@ class SampledData(LightningDataModule, ABC):
 
     def _evaluation(self, split: str) -> DataLoader[Batch]:
         rank, world_size = self._rank_and_world_size()
+        if getattr(getattr(self.trainer, "strategy", None), "solo", False):
+            rank, world_size = 0, 1  # nobody evaluates the rest
         shard, sampler = evaluation_shard(self._sets[split], rank=rank, world_size=world_size)
         return self._loader(DataLoader, shard, sampler=sampler)
 

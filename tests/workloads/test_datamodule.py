@@ -70,6 +70,13 @@ def test_evaluation_covers_the_test_set_exactly_once(world_size):
     assert sum(len(labels) for _, labels in parts) == 360
 
 
+def test_who_evaluates_alone_has_all_of_the_set_and_trains_on_a_share():
+    data = of_rank(1, 4)
+    data.trainer.strategy = SimpleNamespace(solo=True)
+    assert len(drain(data.val_dataloader())[1]) == len(drain(data.test_dataloader())[1]) == 360
+    assert isinstance(data.train_dataloader().sampler, RandomSampler)
+
+
 def test_crops_are_random_in_training_and_central_in_evaluation():
     data = digits(image_size=6, augment="crop_flip")
     data.setup("fit")
