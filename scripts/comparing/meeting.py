@@ -51,6 +51,10 @@ class Meeting:
         """Whether somebody has let all see it."""
         return bool(self._store.check([f"flag/{name}"]))
 
+    def await_flag(self, name: str) -> None:
+        """Wait until somebody has let all see it."""
+        self._store.wait([f"flag/{name}"])
+
     def exchange(self, value: Any) -> list[Any]:
         """What all workers give here, in rank order."""
         self._exchanges += 1

@@ -39,6 +39,8 @@ class Measurement:
     """Steps between two exchanges in the end; None without exchanges."""
     samples: int
     """Of the steps between the two."""
+    coupled: bool
+    """Whether exchanges keep the workers together."""
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
@@ -74,6 +76,30 @@ class Stalls(pl.Callback):
         """Before each batch."""
         if self._seconds and self._random.random() < 1 / STALL_EVERY:
             time.sleep(self._seconds)
+
+
+class Pace(pl.Callback):
+    """Makes steps longer, without a processor.
+
+    Args:
+        seconds: by which all are longer.
+        times: how many times as long they take then.
+        waited: seconds that this worker has stood still for exchanges so far, if anybody knows:
+            those do not take longer on a slower machine.
+    """
+
+    def __init__(self, seconds: float, times: float, waited: Callable[[], float | None]) -> None:
+        self._seconds, self._times, self._waited = seconds, times, waited
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Before each batch."""
+        self._began = time.perf_counter() - (self._waited() or 0.0)
+        time.sleep(self._seconds)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """After each batch."""
+        took = time.perf_counter() - (self._waited() or 0.0) - self._began
+        time.sleep(max(0.0, (self._times - 1) * took))
 
 
 class Meter(pl.Callback):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -36,10 +37,13 @@ class Setting:
     """Workers, one on each emulated host."""
     stall: float = 0.0
     """Seconds that every worker stalls at random, once in 16 steps on average."""
+    slow: float = 1.0
+    """How many times as long as the others' the steps of the last worker take."""
 
     def __str__(self) -> str:
         stalls = f", random stalls of {self.stall:g} s" if self.stall else ""
-        return f"{self.network}, {self.hosts} hosts{stalls}"
+        slow = f", worker {self.hosts - 1} {self.slow:g} x slower" if self.slow != 1 else ""
+        return f"{self.network}, {self.hosts} hosts{stalls}{slow}"
 
     def check(self) -> Setting:
         """Itself.
@@ -53,4 +57,6 @@ class Setting:
             raise ValueError(f"hosts got {self.hosts}; allowed are up to 200 on one machine.")
         if not isinstance(self.stall, (int, float)) or self.stall < 0:
             raise ValueError(f"stall got {self.stall!r}; allowed are seconds from 0 on.")
+        if not isinstance(self.slow, (int, float)) or not 1 <= self.slow < math.inf:
+            raise ValueError(f"slow got {self.slow!r}; allowed is a number from 1 on.")
         return self

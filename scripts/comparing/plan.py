@@ -98,8 +98,8 @@ class Plan:
             yield from (self._trial(entry, rate, seed) for rate in rates)
 
     def _trial(self, entry: Entry, rate: float | None, seed: int) -> Job:
-        # The network does not matter for what is learned from as many samples, as all exchanges
-        # are synchronous; without it, several jobs run at a time.
+        # The network does not matter for what is learned from as many samples where exchanges are
+        # synchronous, and hardly where they are not; without it, several jobs run at a time.
         network = None if self.apart and self.network != "cluster" else self.network
         return Job(*entry, rate, seed, network, self.apart, self.hosts)
 

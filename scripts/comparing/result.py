@@ -28,11 +28,13 @@ class Job:
     """Workers; each is on a host of its own where hosts are emulated."""
     stall: float = 0.0
     """Seconds that every worker stalls at random, once in 16 steps on average."""
+    slow: float = 1.0
+    """How many times as long as the others' the steps of the last worker take."""
 
     @property
     def setting(self) -> Setting:
         """Where it is done."""
-        return Setting(self.network, self.hosts, self.stall)
+        return Setting(self.network, self.hosts, self.stall, self.slow)
 
     def __str__(self) -> str:
         period = "" if self.tau is None else f", τ = {self.tau}"
@@ -92,7 +94,8 @@ class Speed:
     """How fast a contender trains, measured over some steps."""
 
     samples_per_second: float
-    """Of all workers together, by the time of the slowest."""
+    """Of all workers together: by the time of the slowest where exchanges keep them together, else
+    the sum of what each has by its own time."""
     bytes_per_step: float
     """Sent by a worker, counted on the interface, headers and acknowledgements included."""
     bytes_to_ring: float | None
@@ -120,8 +123,10 @@ class Speed:
         step_seconds = [s for worker in workers for s in worker["step_seconds"]]
         waits = [s for worker in workers for s in worker["waits"] or []]
         slowest = max(worker["seconds"] for worker in workers)
+        seconds = [slowest if worker["coupled"] else worker["seconds"] for worker in workers]
+        pairs = zip(workers, seconds, strict=True)
         return cls(
-            samples_per_second=sum(worker["samples"] for worker in workers) / slowest,
+            samples_per_second=sum(worker["samples"] / each for worker, each in pairs),
             bytes_per_step=sent,
             period=period,
             bytes_to_ring=None if period is None else sent * period / ring,
@@ -150,6 +155,8 @@ class Result:
     """Whether it only chose a learning rate, and is no result of its own."""
     stall: float = 0.0
     """Seconds that every worker stalls at random, once in 16 steps on average."""
+    slow: float = 1.0
+    """How many times as long as the others' the steps of the last worker take."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """The contender's configuration and the workload's, by which later runs know them again."""
     job_seconds: float = 0.0

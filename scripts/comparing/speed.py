@@ -27,7 +27,7 @@ from comparing.speed_plan import jobs_of, settings_of
 from comparing.summary import LIMIT, summarize
 from comparing.work import Workbench
 
-_WORKLOAD = ("steps", "accelerator", "threads")
+_WORKLOAD = ("steps", "accelerator", "threads", "pace")
 
 _START_SECONDS_PER_HOST = 6.0
 """What it takes to start the agents, about."""
@@ -90,9 +90,9 @@ class Benchmark:
         cfg = self._cfg
         if self._rank is not None:
             _refuse_on_cluster(cfg)
-            here = Setting("cluster", int(os.environ["WORLD_SIZE"]), cfg.stall)
+            here = Setting("cluster", int(os.environ["WORLD_SIZE"]), cfg.stall, cfg.slow)
             return settings_of(here, self._over, cfg.sweep["values"])
-        asked = Setting(cfg.network, cfg.hosts, cfg.stall)
+        asked = Setting(cfg.network, cfg.hosts, cfg.stall, cfg.slow)
         settings = settings_of(asked, self._over, cfg.sweep["values"])
         for setting in settings:
             rate_of(setting.network)
@@ -179,7 +179,7 @@ def _baselines(asked: Sequence[str] | None, contenders: Collection[str]) -> list
 
 
 def _refuse_on_cluster(cfg: DictConfig) -> None:
-    if cfg.sweep.over not in (None, "stall") or cfg.minutes is not None:
+    if cfg.sweep.over not in (None, "stall", "slow") or cfg.minutes is not None:
         raise ValueError(
             "On a cluster network and hosts are what they are, and each worker has its own clock."
             " Leave out sweep=bandwidth, sweep=workers and minutes."
@@ -209,6 +209,8 @@ def _check_numbers(cfg: DictConfig) -> None:
         )
     if cfg.speed_lr is not None and not (_is_number(cfg.speed_lr) and cfg.speed_lr > 0):
         raise ValueError(f"speed_lr got {cfg.speed_lr!r}; allowed are null and a number above 0.")
+    if not (_is_number(cfg.pace) and cfg.pace >= 0):
+        raise ValueError(f"pace got {cfg.pace!r}; allowed are seconds from 0 on.")
     if cfg.minutes is not None and not (_is_number(cfg.minutes) and cfg.minutes > 0):
         raise ValueError(f"minutes got {cfg.minutes!r}; allowed are null and a number above 0.")
     if cfg.accelerator not in ("cpu", "gpu"):

@@ -13,10 +13,11 @@ from lightning.pytorch.strategies import ParallelStrategy, Strategy
 from omegaconf import OmegaConf
 from torch.utils.data import DataLoader, DistributedSampler
 
+from comparing.center import is_apart
 from comparing.contender import Contender
 from comparing.counting import interface_towards, peak_resident_bytes, resident_bytes
 from comparing.meeting import Meeting
-from comparing.meter import Measurement, Meter, Stalls, Window
+from comparing.meter import Measurement, Meter, Pace, Stalls, Window
 from comparing.result import Job
 from lightning_easgd.communication import leave_all_groups
 
@@ -62,7 +63,7 @@ def measure(
     torch.manual_seed(1000 * (job.seed + 1) + meeting.rank)  # and their own dropout masks
     batches = _share(data, meeting, job.seed)
     contender = Contender(**settings["contender"])
-    meter, period = _fit(contender, module, job, batches, meeting, workload)
+    meter, period, coupled = _fit(contender, module, job, batches, meeting, workload)
     found = Measurement(
         steps=len(meter.step_seconds),
         samples=len(meter.step_seconds) * (batches.batch_size or 1),
@@ -73,6 +74,7 @@ def measure(
         peak_bytes=_peak_bytes() - (memory if workload["accelerator"] == "cpu" else 0),
         parameters=sum(p.numel() for p in module.parameters() if p.requires_grad),
         period=period,
+        coupled=coupled,
     )
     meeting.leave()
     leave_all_groups()
@@ -86,18 +88,27 @@ def _fit(
     batches: DataLoader[Any],
     meeting: Meeting,
     workload: Mapping[str, Any],
-) -> tuple[Meter, int | None]:
-    """Train for the steps that are measured; the counters, and the period in the end."""
+) -> tuple[Meter, int | None, bool]:
+    """Train for the steps that are measured.
+
+    Returns:
+        The counters, the period in the end, and whether exchanges keep the workers together.
+    """
     strategy, callbacks = contender.make()
     measured = window(contender, workload["steps"], job)
     interface = interface_towards(os.environ["MASTER_ADDR"])
-    meter = Meter(measured, interface, _waited(strategy, callbacks))
-    coupled = contender.period is not None
+    waited = _waited(strategy, callbacks)
+    meter = Meter(measured, interface, waited)
+    last = meeting.rank == meeting.size - 1
+    coupled = contender.period is not None and not is_apart(strategy)
     together = _Together(meeting, measured, coupled=coupled)
     trainer = pl.Trainer(
         accelerator=workload["accelerator"],
         strategy=strategy,
-        callbacks=[*callbacks, together, Stalls(job.stall, f"{job.seed} {meeting.rank}"), meter],
+        callbacks=[
+            *(*callbacks, together, Stalls(job.stall, f"{job.seed} {meeting.rank}")),
+            *(Pace(workload["pace"], job.slow if last else 1.0, waited), meter),
+        ],
         max_epochs=-1,
         max_steps=measured.total if coupled else -1,
         **QUIET,
@@ -105,7 +116,7 @@ def _fit(
     )
     trainer.fit(module, batches)
     telemetry = getattr(strategy, "telemetry", None)
-    return meter, telemetry.tau if telemetry else contender.period
+    return meter, telemetry.tau if telemetry else contender.period, coupled
 
 
 def _share(data: pl.LightningDataModule, meeting: Meeting, seed: int) -> DataLoader[Any]:

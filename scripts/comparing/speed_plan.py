@@ -9,7 +9,7 @@ from typing import Any
 from comparing.networks import Setting
 from comparing.result import Job
 
-_AXES = {"network": str, "hosts": int, "stall": float}
+_AXES = {"network": str, "hosts": int, "stall": float, "slow": float}
 
 
 def settings_of(setting: Setting, over: str | None, values: Sequence[Any]) -> list[Setting]:

@@ -16,6 +16,7 @@ _AXIS_TITLES = {
     "network": "bandwidth of each host",
     "hosts": "workers",
     "stall": "seconds of a random stall",
+    "slow": "times that the last worker's steps are longer",
 }
 _STYLES = ("-", "--", ":", "-.")
 

@@ -21,6 +21,7 @@ class Summary:
     network: str | None
     hosts: int
     stall: float
+    slow: float
     contender: str
     repetitions: int
     samples_per_second: float
@@ -41,7 +42,7 @@ class Summary:
     @property
     def setting(self) -> Setting:
         """Where."""
-        return Setting(self.network, self.hosts, self.stall)
+        return Setting(self.network, self.hosts, self.stall, self.slow)
 
 
 def summarize(results: Iterable[Result]) -> list[Summary]:
@@ -66,6 +67,7 @@ def _summary(found: Sequence[Result], by_contender: dict[str, list[Result]]) -> 
         network=first.network,
         hosts=first.hosts,
         stall=first.stall,
+        slow=first.slow,
         contender=first.contender,
         repetitions=len(found),
         samples_per_second=statistics.median(rates),

@@ -11,6 +11,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 
+from comparing.center import is_apart
+from comparing.meeting import Meeting
 from comparing.peers import HookedDDP
 from comparing.result import Point, WorkerTime
 from lightning_easgd.workloads.report import count_bytes, samples_of
@@ -90,18 +92,15 @@ class Watch(pl.Callback):
                 f" {', '.join(sorted(tested)) or 'nothing, so log a number in it'}."
             )
         score = float(tested[self._metric])
-        telemetry = getattr(trainer.strategy, "telemetry", None)
-        self.points.append(
-            Point(
-                seconds=self.seconds,
-                step=trainer.global_step,
-                samples=self._samples,
-                sent_bytes=self._sent,
-                score=score if math.isfinite(score) else None,
-                distance=getattr(telemetry, "consensus_distance", None),
-            )
-        )
+        self.pass_by(trainer, score if math.isfinite(score) else None)
         return score
+
+    def pass_by(self, trainer: pl.Trainer, score: float | None = None) -> None:
+        """Add a point; its score is that of who tested, if that was another worker."""
+        telemetry = getattr(trainer.strategy, "telemetry", None)
+        distance = getattr(telemetry, "consensus_distance", None)
+        step, sent = trainer.global_step, self._sent
+        self.points.append(Point(self.seconds, step, self._samples, sent, score, distance))
 
     def time_of(self, trainer: pl.Trainer, host: str) -> WorkerTime:
         """Where this worker's time went."""
@@ -113,8 +112,49 @@ class Watch(pl.Callback):
         return WorkerTime(host, self.seconds, waited, hidden, telemetry.step_seconds)
 
 
+class WatchApart(Watch):
+    """Of workers that wait for nobody: worker 0 tests, and the others stand still meanwhile.
+
+    So the clock can stand still for all, and what they share of the machine is worker 0's.
+
+    Args:
+        points: as of Watch.
+        metric: as of Watch.
+        meeting: of the workers.
+    """
+
+    def __init__(self, points: int, metric: str, meeting: Meeting) -> None:
+        super().__init__(points, metric)
+        self._meeting = meeting
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop all clocks."""
+        super().on_validation_start(trainer, pl_module)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._meeting.raise_flag(f"test {len(self.points)}")
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep what was found, and let all go on."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._meeting.raise_flag(f"tested {len(self.points)}")
+        super().on_validation_end(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, _: Any, batch: Any, __: int) -> None:
+        """Before each batch."""
+        number = len(self.points)
+        if self._meeting.rank and self._meeting.sees_flag(f"test {number}"):
+            self._stop()
+            self._sent = sent_bytes(trainer, trainer.lightning_module)
+            self.pass_by(trainer)
+            self._meeting.await_flag(f"tested {number}")
+            self._began = time.perf_counter()
+        super().on_train_batch_start(trainer, _, batch, __)
+
+
 def sent_bytes(trainer: pl.Trainer, module: pl.LightningModule) -> float | None:
-    """What this worker sent so far; None if nobody counts it."""
+    """What this worker sent so far, and what a server sent to it; None if nobody counts it."""
     sent: int | None = count_bytes(trainer, module).get("bytes_sent")
+    if sent is not None and is_apart(trainer.strategy):
+        return sent + trainer.strategy.telemetry.bytes_received
     halved = isinstance(trainer.strategy, HookedDDP)  # gradients travel in 16 bits
     return sent / 2 if halved and sent is not None else sent

@@ -14,14 +14,18 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from forking import free_port
 from hydra.utils import instantiate
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import DictConfig, OmegaConf
 
+from comparing.center import PATIENCE, is_apart, told_by_worker_0
 from comparing.contender import Contender
+from comparing.meeting import Meeting
 from comparing.result import Job, Point, Speed, WorkerTime
 from comparing.speed_job import QUIET, measure, size
-from comparing.watching import Watch, sent_bytes
+from comparing.watching import Watch, WatchApart, sent_bytes
 from lightning_easgd import NonFiniteError
 from lightning_easgd.communication import leave_all_groups
 from lightning_easgd.workloads import experiment
@@ -72,7 +76,7 @@ class Workbench:
         workload = settings["workload"]
         module: pl.LightningModule = instantiate(OmegaConf.create(settings["module"]))
         strategy, callbacks = Contender(**settings["contender"]).make()
-        watch = Watch(0 if job.tuning else workload["points"], workload["metric"])
+        watch = _watch(strategy, 0 if job.tuning else workload["points"], workload["metric"])
         trainer = pl.Trainer(
             accelerator=workload["accelerator"],
             strategy=strategy,
@@ -109,6 +113,9 @@ class Workbench:
             trainer.fit(module, datamodule=self._data)
         except NonFiniteError as error:
             return {"diverged": str(error).split(". ")[0]}
+        if is_apart(trainer.strategy) and not trainer.is_global_zero:
+            watch.pass_by(trainer)
+            return {}
         tested = trainer.validate(module, datamodule=self._data, verbose=False)[0]
         score = watch.keep(trainer, tested)
         kind, loss = "test", tested.get("val/loss", 0.0)
@@ -142,8 +149,12 @@ def gathered(workers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _side_by_side(workers: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
-    return list(zip(*(worker["points"] for worker in workers), strict=False))
+def _side_by_side(workers: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    """All workers' points at each of worker 0; of one that was done by then, its last."""
+    found = [worker["points"] for worker in workers]
+    if not all(found):
+        return []
+    return [[each[min(i, len(each) - 1)] for each in found] for i in range(len(found[0]))]
 
 
 def _mean_point(points: Sequence[Point]) -> Point:
@@ -161,6 +172,13 @@ def _mean_point(points: Sequence[Point]) -> Point:
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return statistics.fmean(known) if len(known) == len(values) else None
+
+
+def _watch(strategy: Strategy, points: int, metric: str) -> Watch:
+    if not points or not is_apart(strategy):
+        return Watch(points, metric)
+    port = int(told_by_worker_0(free_port))
+    return WatchApart(points, metric, Meeting(port, PATIENCE.total_seconds()))
 
 
 def _test_in_validation(data: pl.LightningDataModule) -> None:

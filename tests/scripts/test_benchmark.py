@@ -67,7 +67,7 @@ def test_by_default_all_contenders_take_part_in_all_sweeps_but_jitter() -> None:
 
 def settings(*overrides: str) -> list[Setting]:
     cfg = composed(*overrides)
-    asked = Setting(cfg.network, cfg.hosts, cfg.stall)
+    asked = Setting(cfg.network, cfg.hosts, cfg.stall, cfg.slow)
     return settings_of(asked, cfg.sweep.over, cfg.sweep["values"])
 
 
@@ -78,6 +78,8 @@ def test_sweeps() -> None:
     assert {"10mbit", "20mbit", "100mbit", "1gbit", "unlimited"} <= set(networks)
     assert [setting.hosts for setting in settings("sweep=workers")] == [2, 4, 8, 16]
     assert settings("sweep=jitter") == [Setting("1gbit", 4, 0.5)]
+    assert settings("sweep=straggler") == [Setting("1gbit", 4, slow=slow) for slow in (1, 4)]
+    assert str(settings("sweep=straggler")[1]) == "1gbit, 4 hosts, worker 3 4 x slower"
 
 
 @pytest.mark.parametrize(
@@ -109,6 +111,8 @@ def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
         ("steps=20", "steps got 20; allowed are multiples of tau=16"),
         ("tau=0", "tau got 0"),
         ("minutes=soon", "minutes got 'soon'"),
+        ("slow=0.5", "slow got 0.5; allowed is a number from 1 on"),
+        ("pace=-1", "pace got -1; allowed are seconds from 0 on"),
         ("speed_lr=0", "speed_lr got 0; allowed are null and a number above 0"),
         ("accelerator=tpu", "accelerator got 'tpu'; allowed are cpu and gpu"),
         ("accelerator=gpu", "emulated hosts would share one.* torchrun"),
@@ -179,11 +183,13 @@ def test_an_unknown_contender_is_named_with_those_that_there_are(tmp_path: Path)
 @pytest.mark.usefixtures("nothing_left")
 def test_all_contenders_on_two_hosts_and_going_on_with_it(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="pip install matplotlib")
-    chosen, length = f"contender=[{','.join(PLAIN)}]", "steps=32"
+    pytest.importorskip("grpc", reason="needs gRPC: pip install -e '.[async]'")
+    names = [*PLAIN, "easgd_async"]
+    chosen, length = f"contender=[{','.join(names)}]", "steps=32"
     told = run(tmp_path, chosen, length)
     found = by_contender(results(tmp_path))
-    assert list(found) == [one["contender"] for one in results(tmp_path, "summary")] == PLAIN
-    assert all(f": {name}, seed 42: " in told for name in PLAIN)
+    assert list(found) == [one["contender"] for one in results(tmp_path, "summary")] == names
+    assert all(f": {name}, seed 42: " in told for name in names)
     for name, one in found.items():
         assert one["samples_per_second"] > 0
         assert one["peak_bytes"] > 4 * one["parameters"]
@@ -199,17 +205,18 @@ def test_all_contenders_on_two_hosts_and_going_on_with_it(tmp_path: Path) -> Non
     for name in ("ddp_fp16", "ddp_bf16", "easgd_bf16"):
         assert 0.4 < to_ring[name] < 0.7
     assert to_ring["easgd_int8"] < 0.4
+    assert 0.7 < to_ring["easgd_async"] < 1.3  # worker 1's both ways, of which the ring has as many
     assert found["limit"]["bytes_per_step"] < found["easgd_int8"]["bytes_per_step"] / 2
     assert (tmp_path / "samples_per_second.png").read_bytes().startswith(b"\x89PNG")
 
     told = run(tmp_path, "contender=[limit,easgd]", length, "repetitions=2")
     assert told.count(" samples/s") == 2 + 1  # the second repetition only, and the table
-    assert len(results(tmp_path)) == len(PLAIN) + 2
+    assert len(results(tmp_path)) == len(names) + 2
     assert by_contender(results(tmp_path, "summary"))["easgd"]["repetitions"] == 2
 
     told = run(tmp_path, chosen, length, "repetitions=2", "minutes=0.0001")
     assert "Time is up. The same command with the same hydra.run.dir goes on." in told
-    assert len(results(tmp_path)) == len(PLAIN) + 2
+    assert len(results(tmp_path)) == len(names) + 2
 
 
 @needs_hosts

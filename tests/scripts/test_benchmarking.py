@@ -22,7 +22,7 @@ from comparing.counting import (
     sent_bytes,
 )
 from comparing.ledger import Ledger
-from comparing.meter import Meter, Stalls, Window
+from comparing.meter import Meter, Pace, Stalls, Window
 from comparing.networks import Setting, rate_of
 from comparing.progress import Progress
 from comparing.result import Job, Result, Speed
@@ -42,6 +42,7 @@ WORKER = {
     "parameters": 1000,
     "period": 16,
     "samples": 8 * 64,
+    "coupled": True,
 }
 
 
@@ -205,6 +206,23 @@ def test_stalls_come_at_the_same_steps_under_every_contender(
     assert stalled(0.0, "0") == []
 
 
+def test_a_slow_worker_takes_as_many_times_as_long_but_for_its_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = types.SimpleNamespace(now=0.0, waited=0.0)
+
+    def sleep(seconds: float) -> None:
+        clock.now += seconds
+
+    monkeypatch.setattr("comparing.meter.time.sleep", sleep)
+    monkeypatch.setattr("comparing.meter.time.perf_counter", lambda: clock.now)
+    pace = Pace(0.1, 4, lambda: clock.waited)
+    pace.on_train_batch_start()
+    clock.now, clock.waited = clock.now + 0.02 + 0.5, 0.5
+    pace.on_train_batch_end()
+    assert clock.now == pytest.approx(4 * 0.12 + 0.5)
+
+
 def test_percentiles_and_ratios_of_neighbours() -> None:
     values = [float(v) for v in range(1, 101)]
     assert (percentile(values, 50), percentile(values, 95), percentile([7.0], 95)) == (50, 95, 7)
@@ -214,10 +232,12 @@ def test_percentiles_and_ratios_of_neighbours() -> None:
     assert median_ratio({0: 1.0}, {1: 1.0}) is None
 
 
-def test_a_speed_is_by_the_slowest_worker_and_the_bytes_of_all() -> None:
+def test_a_speed_is_by_the_slowest_worker_that_others_wait_for_and_the_bytes_of_all() -> None:
     other = WORKER | {"seconds": 4.0, "sent_bytes": 8 * 4500, "peak_bytes": 9}
     found = Speed.of([WORKER, other])
     assert found.samples_per_second == 2 * 64 * 8 / 4.0
+    apart = Speed.of([each | {"coupled": False} for each in (WORKER, other)])
+    assert apart.samples_per_second == 64 * 8 / WORKER["seconds"] + 64 * 8 / 4.0
     assert found.bytes_per_step == 3000
     assert found.bytes_to_ring == 3000 * 16 / (4 * 1000)  # 2 (p-1)/p is 1
     assert (found.step_p50, found.step_p95) == (0.1, 1.3)

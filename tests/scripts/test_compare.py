@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ import pytest
 from comparing.clusters import rank_on_cluster
 from comparing.comparison import Comparison
 from comparing.contender import moving_average
+from comparing.result import Point, WorkerTime
+from comparing.work import gathered
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from lightning.pytorch.strategies import Strategy
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from processes import free_port, processes_of, run_script, until_written
 
 from lightning_easgd import EASGDStrategy
@@ -59,6 +62,33 @@ def test_every_contender_has_a_title_an_optimizer_and_a_strategy(name: str) -> N
     if isinstance(strategy, EASGDStrategy) and name != "easgd_auto":
         assert str(strategy.options.rules.period) == str(cfg[name].period)
         assert cfg[name].period == (4 if name == "delayed_sgd_often_int8" else 8)
+
+
+@pytest.mark.parametrize("name", ["easgd", "eamsgd", "downpour"])
+def test_asynchronous_contenders_differ_by_where_the_center_is_alone(name: str) -> None:
+    pair = composed(f"contender=[{name},{name}_async]", "tau=8").contender
+    one, other = (OmegaConf.to_container(pair[each], resolve=True) for each in pair)
+    assert (one["optimizer"], one["period"]) == (other["optimizer"], other["period"])
+    strategies = [instantiate(each["strategy"]) for each in (one, other)]
+    assert [strategy.solo for strategy in strategies] == [False, True]
+    lines = [
+        [line for line in strategy.options.lines() if not line.startswith("center=")]
+        for strategy in strategies
+    ]
+    assert lines[0] == lines[1]
+    assert strategies[1].options.center.is_local
+
+
+def test_of_a_worker_that_was_done_before_a_test_its_last_point_counts() -> None:
+    def worker(*samples: int) -> dict[str, Any]:
+        points = [asdict(Point(1.0 * n, n, n, 10.0 * n)) for n in samples]
+        time = asdict(WorkerTime("host", 1.0))
+        return {"points": points, "time": time, "sent_bytes": 1.0, "ddp_bytes": 2.0, "steps": 3}
+
+    found = gathered([worker(1, 2, 3) | {"score": 0.5}, worker(2, 4)])
+    assert [point.samples for point in found["points"]] == [3, 6, 7]
+    assert [point.sent_bytes for point in found["points"]] == [15, 30, 35]
+    assert gathered([worker() | {"diverged": "so"}, worker()])["points"] == ()
 
 
 def test_data_bring_their_length_and_their_target() -> None:
@@ -186,9 +216,10 @@ def test_a_signal_leaves_results_and_no_process(tmp_path: Path) -> None:
 @needs_hosts
 @pytest.mark.usefixtures("nothing_left")
 def test_on_an_emulated_network_one_that_fails_loses_nothing_of_the_others(tmp_path: Path) -> None:
-    chosen = ["contender=[easgd,ddp]", "+contender.easgd.strategy.alpha=-1", "taus=[2]"]
+    pytest.importorskip("grpc", reason="needs gRPC: pip install -e '.[async]'")
+    chosen = ["contender=[easgd,ddp,easgd_async]", "+contender.easgd.strategy.alpha=-1", "taus=[2]"]
     told = run(tmp_path, *chosen, "network=100mbit", "epochs=1", code=1)
-    failed, ddp = results(tmp_path)
+    failed, ddp, apart = results(tmp_path)
     assert failed["contender"] == "easgd"
     assert "alpha" in failed["error"]
     assert "error: easgd was left out" in told
@@ -197,6 +228,12 @@ def test_on_an_emulated_network_one_that_fails_loses_nothing_of_the_others(tmp_p
     assert [worker["host"] for worker in ddp["workers"]] == ["host0", "host1"]
     assert len(ddp["points"]) == 4
     assert ddp["sent_bytes"] == ddp["ddp_bytes"]
+    # Each has the other's samples of the moment, and the sample of what is delivered is the whole.
+    steps, samples = zip(*((p["step"], p["samples"]) for p in apart["points"]), strict=True)
+    assert (steps, samples[-1]) == ((11, 22, 33, 44), 2 * 16 * 44)
+    assert sorted(set(samples)) == list(samples)
+    # A difference and a center every second step, in place of gradients of twice that at each.
+    assert apart["sent_bytes"] / apart["ddp_bytes"] == pytest.approx(1.0, rel=0.1)
 
 
 OWN = """
