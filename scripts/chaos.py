@@ -11,6 +11,13 @@ With --also, other things happen beside signals: a worker's loader is stuck (STU
 the disk is full (FULL) or read-only (READ). For the last two root gives the folder a small disk.
 
 python scripts/chaos.py --rounds 100 --seed 1 --also STUCK SLOW FULL READ
+
+With --center workers train at their own pace, at a server. One fault happens in each run, --rounds
+of each kind: a worker, the server or a primary is killed, a link is cut or a process stopped for
+five seconds. No step of a survivor and no difference that was added may be lost. The results are in
+faults.jsonl of --folder, and a later call goes on with what is left.
+
+python scripts/chaos.py --center --rounds 20 --folder outputs/faults
 """
 
 from __future__ import annotations
@@ -33,6 +40,7 @@ from typing import Any
 import struck
 import torch
 from disk import SmallDisk
+from faults import KINDS, require_hosts, run_all, table
 from struck import Struck
 
 from lightning_easgd.checkpoint.restoring import Restorer
@@ -259,24 +267,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=20, help="strikes (default: 20)")
+    parser.add_argument(
+        "--rounds", type=int, default=20, help="strikes, or faults of each kind (default: 20)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the strikes (default: 0)")
-    parser.add_argument("--workers", type=int, default=2, help="processes (default: 2)")
+    parser.add_argument("--workers", type=int, help="processes (default: 2, with --center 4)")
     parser.add_argument(
         "--also", nargs="+", choices=_OTHERS, default=[], help="what happens beside signals"
     )
     parser.add_argument("--folder", type=Path, help="where to write; default: one that is removed")
+    parser.add_argument("--center", action="store_true", help="workers at a server")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="of faults, with --center"
+    )
     given = parser.parse_args(arguments)
+    if given.center and given.also:
+        parser.error("--also is for workers that exchange together: leave out --center or --also")
     folder = given.folder or Path(tempfile.mkdtemp(prefix="chaos-"))
     try:
+        if given.center:
+            return _strike_apart(given, folder)
         summary = run(
             given.rounds,
             seed=given.seed,
-            workers=given.workers,
+            workers=given.workers or 2,
             folder=folder,
             also=given.also,
         )
-    except (ChaosError, TimeoutError) as error:
+    except (ChaosError, TimeoutError, ValueError) as error:
         print(f"FAILED: {error}")
         return 1
     finally:
@@ -284,6 +302,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             shutil.rmtree(folder)
     print(summary)
     return 0 if summary.equal == summary.runs else 1
+
+
+def _strike_apart(given: argparse.Namespace, folder: Path) -> int:
+    """Exit code 0 if nothing was lost."""
+    require_hosts(given.kinds)
+    workers = given.workers or 4
+    results = run_all(given.kinds, given.rounds, seed=given.seed, workers=workers, folder=folder)
+    print(f"\n{table(results)}")
+    return 1 if any(found.error for found in results) else 0
 
 
 if __name__ == "__main__":
