@@ -115,7 +115,10 @@ def test_every_debugging_makes_a_trainer(config, name):
 @pytest.mark.parametrize("name", of("experiment"))
 def test_every_experiment_can_be_built(config, name):
     cfg = config(f"experiment={name}")
-    assert isinstance(instantiate(cfg.strategy), EASGDStrategy)
+    alone = name in ("paper_sgd", "paper_msgd")
+    kind = SingleDeviceStrategy if alone else EASGDStrategy
+    assert isinstance(instantiate(cfg.strategy), kind)
+    assert cfg.trainer.devices == (1 if alone else 4)
     assert isinstance(instantiate(cfg.module), LightningModule)
     assert isinstance(instantiate(cfg.data), LightningDataModule)
     own = OmegaConf.load(CONF / "experiment" / f"{name}.yaml").get("strategy", {})
@@ -223,13 +226,30 @@ def test_single_runs_one_process_on_the_accelerator(config):
     assert instantiate(gpu.strategy).root_device == torch.device("cuda:0")
 
 
-def test_the_experiment_of_the_paper_has_the_numbers_of_the_paper(config):
-    cfg = config("experiment=cifar10_paper")
-    data, optimizer = cfg.data, cfg.optimizer
+PAPER = {
+    "easgd": (10, None),
+    "eamsgd": (10, 0.99),
+    "downpour": (1, None),
+    "adownpour": (1, None),
+    "mvadownpour": (1, None),
+    "mdownpour": (1, None),
+    "sgd": (None, None),
+    "msgd": (None, 0.99),
+}
+"""The paper's methods: τ, and the momentum of the workers."""
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_experiments_of_the_paper_have_the_numbers_of_the_paper(config, name):
+    cfg = config(f"experiment=paper_{name}")
+    data, strategy = cfg.data, instantiate(cfg.strategy)
     assert (data.augment, data.image_size, data.batch_size) == ("crop_flip", 28, 128)
-    assert (data.sampling, cfg.strategy.tau) == ("whole", 10)
-    assert (optimizer.momentum, optimizer.weight_decay) == (0.99, 1e-4)
+    assert (data.sampling, cfg.optimizer.weight_decay) == ("whole", 1e-4)
     assert (cfg.schedule, cfg.model.image_size) == ("constant", 28)
+    assert (cfg.strategy.get("tau"), cfg.optimizer.get("momentum")) == PAPER[name]
+    if isinstance(strategy, EASGDStrategy):
+        assert strategy.options.rule_name == name.replace("eamsgd", "easgd")
+    assert cfg.trainer.max_epochs == 60
 
 
 def test_experiments_choose_a_period_that_strategies_without_one_ignore(config):

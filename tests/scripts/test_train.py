@@ -191,7 +191,7 @@ def test_help_lists_the_usual_commands_and_its_own_choices_with_their_comments(
 ) -> None:
     printed = train(tmp_path, "--help")
     assert "\nlogger=csv\n  csv          Metrics as a table, " in printed
-    assert "\nexperiment=NAME\n  cifar10_paper  The paper's CIFAR-10 experiment" in printed
+    assert "\n  paper_easgd        The paper's CIFAR-10 experiment with EASGD" in printed
     for path in (SCRIPT.parents[1] / "conf").glob("*/*.yaml"):
         listed = f"\n  {path.stem} " in printed
         assert listed or path.parent.name in ("comparison", "contender", "preset", "sweep"), path
