@@ -102,7 +102,7 @@ def draw(path: Path) -> None:
         first.set_title("Synchronous, 4 workers")
         _draw_region(second, 4, 1.2, in_turn, stable_in_turn)
         second.set_title("Workers in turn at a center, any number")
-        _draw_radii(third)
+        draw_radii(third)
         path.parent.mkdir(parents=True, exist_ok=True)
         FigureCanvasAgg(figure).print_png(path)
 
@@ -145,7 +145,7 @@ def _draw_region(
     _legend(axes)
 
 
-def _draw_radii(axes: Any) -> None:
+def draw_radii(axes: Any) -> None:
     """The paper's figure 1, for one learning rate."""
     rhos, few = np.linspace(0, 10, 101), np.linspace(0.5, 10, 9)
     for workers, dash in ((3, "-"), (8, "--")):

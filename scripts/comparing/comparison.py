@@ -168,7 +168,7 @@ class Comparison:
         Raises:
             ValueError: the folder has no result of the settings of now.
         """
-        if self._results():
+        if self.results():
             return
         told, store = f"{self._output} has no result of these settings.", self._ledger.store
         if others := len(store.read()):
@@ -176,8 +176,8 @@ class Comparison:
             told += f" It has {others} of others. Repeat their command, but train=false:\n{command}"
         raise ValueError(told)
 
-    def _results(self) -> list[Result]:
-        """All that is stored of what is asked for now, what failed too."""
+    def results(self) -> list[Result]:
+        """All that is stored of what is asked for now, what failed too; once it ran."""
         return [result for result in self._ledger.of_now() if self._plan.has(result.job)]
 
     @property
@@ -219,7 +219,7 @@ class Comparison:
         if len(self._cfg.taus) > 1:
             self._draw()
         self._ledger.tell_failures()
-        if results := self._results():
+        if results := self.results():
             self._write_page(results)
         print(f"results.jsonl is in {self._output}")
 
@@ -262,12 +262,18 @@ def _rates(cfg: DictConfig, name: str) -> Iterator[float | None]:
     """Learning rates that a contender tries: as many for each."""
     optimizer = _optimizer(cfg, name)
     own = None if optimizer is None else optimizer.get("lr")
-    if cfg.rates:
-        yield from cfg.rates
+    if rates := cfg.rates.get(name) if isinstance(cfg.rates, DictConfig) else cfg.rates:
+        yield from rates
     elif own is None:
         yield None
     else:
         yield from (float(f"{factor * own:.6g}") for factor in cfg.factors)
+
+
+def _numbers(rates: Any) -> list[Any]:
+    """All of a list, or of the lists of contenders; none of null."""
+    lists = rates.values() if isinstance(rates, DictConfig) else [rates or []]
+    return [rate for each in lists for rate in each]
 
 
 def _check(cfg: DictConfig) -> None:
@@ -277,8 +283,12 @@ def _check(cfg: DictConfig) -> None:
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} got {value!r}; allowed is a whole number from 1 on.")
+    if isinstance(cfg.rates, DictConfig) and (unknown := set(cfg.rates) - set(cfg.contender)):
+        raise ValueError(
+            f"rates got {', '.join(sorted(unknown))}; allowed are {', '.join(cfg.contender)}."
+        )
     for name in ("rates", "factors"):
-        for rate in cfg[name] or []:
+        for rate in _numbers(cfg[name]):
             known = isinstance(rate, (int, float)) and not isinstance(rate, bool)
             if not known or not 0 < rate < math.inf:
                 raise ValueError(f"{name} got {rate!r}; allowed are numbers above 0.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import configs
+import torch
 from forking import Outcome, Workers, one_node
 from omegaconf import DictConfig
 from plugging import read_by
@@ -115,6 +117,14 @@ def emulated(cfg: DictConfig, setting: Setting, output: Path, *, threads: int) -
     return ClusterJobs(make)
 
 
+def sharing_gpu(rank: int, gpus: int) -> dict[str, str]:
+    """Environment of a worker that sees one GPU, maybe with others, as if on a node of its own."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = seen.split(",") if seen else [str(number) for number in range(gpus)]
+    own = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "NODE_RANK": str(rank)}
+    return own | {"CUDA_VISIBLE_DEVICES": names[rank % gpus]}
+
+
 class Jobs:
     """Jobs that run within a ``with`` block; leaving it ends those that still do.
 
@@ -153,7 +163,10 @@ class Jobs:
         workers = Workers(self._of_rank, job, settings, workers=self._workers, variables=variables)
         self._running[job] = _Running(dict(settings), workers)
 
-    def _of_rank(self, _: int, job: Job, settings: Mapping[str, Any]) -> Any:
+    def _of_rank(self, rank: int, job: Job, settings: Mapping[str, Any]) -> Any:
+        gpus = torch.cuda.device_count() if settings["workload"]["accelerator"] == "gpu" else 0
+        if 0 < gpus < self._workers:
+            os.environ |= sharing_gpu(rank, gpus)
         return self._work(job, settings)
 
     def wait(self) -> Result:

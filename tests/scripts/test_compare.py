@@ -17,6 +17,7 @@ from comparing.clusters import rank_on_cluster
 from comparing.comparison import Comparison
 from comparing.contender import moving_average
 from comparing.result import Point, WorkerTime
+from comparing.running import sharing_gpu
 from comparing.work import gathered
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
@@ -61,7 +62,7 @@ def test_every_contender_has_a_title_an_optimizer_and_a_strategy(name: str) -> N
     assert isinstance(strategy, Strategy)
     if isinstance(strategy, EASGDStrategy) and name != "easgd_auto":
         assert str(strategy.options.rules.period) == str(cfg[name].period)
-        assert cfg[name].period == (4 if name == "delayed_sgd_often_int8" else 8)
+        assert cfg[name].period == {"delayed_sgd_often_int8": 4, "mdownpour": 1}.get(name, 8)
 
 
 @pytest.mark.parametrize("name", ["easgd", "eamsgd", "downpour"])
@@ -116,6 +117,8 @@ def test_data_bring_their_length_and_their_target() -> None:
         ("tuning_seeds=0", "tuning_seeds got 0"),
         ("parallel=0", "parallel got 0"),
         ("rates=[0.1,-1]", "rates got -1; allowed are numbers above 0"),
+        ("rates={easgd:[0]}", "rates got 0; allowed are numbers above 0"),
+        ("rates={sgd:[0.1]}", "rates got sgd; allowed are ddp, easgd, eamsgd, downpour"),
     ],
 )
 def test_what_is_impossible_is_refused_before_anything_starts(
@@ -124,6 +127,20 @@ def test_what_is_impossible_is_refused_before_anything_starts(
     with pytest.raises(ValueError, match=message):
         Comparison(composed(override), tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_contenders_may_try_rates_of_their_own(tmp_path: Path) -> None:
+    plan = Comparison(composed("rates={easgd:[0.3,0.7]}", "contender=[ddp,easgd]"), tmp_path)._plan
+    assert plan.rates == {"ddp": [0.025, 0.05, 0.1], "easgd": [0.3, 0.7]}
+
+
+def test_workers_share_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    found = [sharing_gpu(rank, 2) for rank in range(3)]
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in found] == ["0", "1", "0"]
+    assert {each["LOCAL_RANK"] for each in found} == {"0"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3")
+    assert sharing_gpu(1, 2)["CUDA_VISIBLE_DEVICES"] == "3"
 
 
 def test_a_moving_average_remembers_as_many_steps_at_every_period() -> None:

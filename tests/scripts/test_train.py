@@ -186,6 +186,10 @@ def test_sweeps_over_anything_leave_each_job_its_folder(tmp_path: Path) -> None:
     assert not [path for folder in folders for path in folder.rglob("metrics.csv")]
 
 
+OTHERS = {"comparison", "contender", "preset", "scale", "sweep"}
+"""Groups of other scripts."""
+
+
 def test_help_lists_the_usual_commands_and_its_own_choices_with_their_comments(
     tmp_path: Path,
 ) -> None:
@@ -194,7 +198,7 @@ def test_help_lists_the_usual_commands_and_its_own_choices_with_their_comments(
     assert "\n  paper_easgd        The paper's CIFAR-10 experiment with EASGD" in printed
     for path in (SCRIPT.parents[1] / "conf").glob("*/*.yaml"):
         listed = f"\n  {path.stem} " in printed
-        assert listed or path.parent.name in ("comparison", "contender", "preset", "sweep"), path
+        assert listed or path.parent.name in OTHERS, path
     assert "contender" not in printed
     commands = [line for line in printed.splitlines() if line.startswith("  python ")]
     assert len(commands) == 5
