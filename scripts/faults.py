@@ -37,7 +37,8 @@ KINDS = {
 _AWAY_SECONDS = 5.0
 _LONGEST_DELAY_SECONDS = 0.1
 _LONGEST_PAUSE_SECONDS = 3.0
-_LIMIT_SECONDS = 180.0
+_LIMIT_SECONDS = 600.0
+"""For which a run may take on a machine with much other work; a hang takes longer."""
 _ROUNDING = 1e-5
 """The most by which a worker's weights may differ from where its steps and differences lead."""
 

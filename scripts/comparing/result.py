@@ -117,16 +117,20 @@ class Speed:
     def of(cls, workers: Sequence[Mapping[str, Any]]) -> Speed:
         """From the measurements of all workers, :class:`comparing.meter.Measurement` each."""
         steps, parameters = workers[0]["steps"], workers[0]["parameters"]
-        sent = sum(worker["sent_bytes"] for worker in workers) / len(workers) / steps
+        slowest = max(worker["seconds"] for worker in workers)
+        # By rates, for workers that wait for nobody are measured at different times.
+        seconds = [slowest if worker["coupled"] else worker["seconds"] for worker in workers]
+        samples_per_second, bytes_per_second = (
+            sum(worker[name] / each for worker, each in zip(workers, seconds, strict=True))
+            for name in ("samples", "sent_bytes")
+        )
+        sent = bytes_per_second / sum(steps / each for each in seconds)
         period = workers[0]["period"]
         ring = 2 * (len(workers) - 1) / len(workers) * 4 * parameters
         step_seconds = [s for worker in workers for s in worker["step_seconds"]]
         waits = [s for worker in workers for s in worker["waits"] or []]
-        slowest = max(worker["seconds"] for worker in workers)
-        seconds = [slowest if worker["coupled"] else worker["seconds"] for worker in workers]
-        pairs = zip(workers, seconds, strict=True)
         return cls(
-            samples_per_second=sum(worker["samples"] / each for worker, each in pairs),
+            samples_per_second=samples_per_second,
             bytes_per_step=sent,
             period=period,
             bytes_to_ring=None if period is None else sent * period / ring,

@@ -205,7 +205,7 @@ def test_all_contenders_on_two_hosts_and_going_on_with_it(tmp_path: Path) -> Non
     for name in ("ddp_fp16", "ddp_bf16", "easgd_bf16"):
         assert 0.4 < to_ring[name] < 0.7
     assert to_ring["easgd_int8"] < 0.4
-    assert 0.7 < to_ring["easgd_async"] < 1.3  # worker 1's both ways, of which the ring has as many
+    assert 0.2 < to_ring["easgd_async"] < 1.5  # worker 1's both ways; 1 where both are as fast
     assert found["limit"]["bytes_per_step"] < found["easgd_int8"]["bytes_per_step"] / 2
     assert (tmp_path / "samples_per_second.png").read_bytes().startswith(b"\x89PNG")
 

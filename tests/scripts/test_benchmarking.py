@@ -237,7 +237,8 @@ def test_a_speed_is_by_the_slowest_worker_that_others_wait_for_and_the_bytes_of_
     found = Speed.of([WORKER, other])
     assert found.samples_per_second == 2 * 64 * 8 / 4.0
     apart = Speed.of([each | {"coupled": False} for each in (WORKER, other)])
-    assert apart.samples_per_second == 64 * 8 / WORKER["seconds"] + 64 * 8 / 4.0
+    assert apart.samples_per_second == 64 * 8 / 2.0 + 64 * 8 / 4.0
+    assert apart.bytes_per_step == (8 * 1500 / 2 + 8 * 4500 / 4) / (8 / 2 + 8 / 4)
     assert found.bytes_per_step == 3000
     assert found.bytes_to_ring == 3000 * 16 / (4 * 1000)  # 2 (p-1)/p is 1
     assert (found.step_p50, found.step_p95) == (0.1, 1.3)

@@ -9,7 +9,9 @@ import chaos
 import faults
 import numpy as np
 import pytest
+import struck_apart
 from faults import KINDS, Fault, Found, judge, run_all, table
+from processes import processes_of
 from struck_apart import STEPS, Log, Told
 
 
@@ -143,3 +145,19 @@ def test_a_log_ends_where_its_worker_was_killed(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-5])
     read = Told.read(path)
     assert (len(read.sent), read.versions, read.moved) == (1, [1], None)
+
+
+@pytest.mark.timeout(200)
+def test_a_server_that_is_killed_and_started_again_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("grpc", reason="needs gRPC: pip install -e '.[async]'")
+    for module in (faults, struck_apart):
+        monkeypatch.setattr(module, "STEPS", 40)
+    drawn = Fault.draw("server", 0, 0, 2)
+    found = faults.run(replace(drawn, step=12, pause_seconds=0.0), tmp_path / "run")
+    assert (found.error, found.lost, found.steps_lost, found.steps) == (None, 0, 0, [40, 40])
+    assert 0 < found.added <= 2 * 40 // 4
+    assert found.accuracy is not None
+    assert processes_of(tmp_path) == {}
+    assert not (tmp_path / "run").exists()
