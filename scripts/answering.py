@@ -47,8 +47,8 @@ def explain(error: BaseException, config: str, arguments: Iterable[str]) -> str:
     if isinstance(error, WorkerError):
         alike = in_words(str(error.outcome.error), error.outcome.message)
         return _line(alike if error.alike else str(error))
-    if isinstance(error, MissingConfigException) and error.options:
-        return _wrong_choice(error.missing_cfg_file or "", error.options)
+    if isinstance(error, MissingConfigException) and _is_choice(error):
+        return _wrong_choice(error.missing_cfg_file or "", error.options or ())
     if isinstance(error, OverrideParseException):
         return (
             f"{error.override} cannot be read: {_first_line(error)}. Write KEY=VALUE, and quotes"
@@ -88,7 +88,13 @@ def _wrong_choice(file: str, options: Iterable[str]) -> str:
     why = f"there is no such file.{_meant(f'{group}=', name, options)}"
     if group.startswith("hydra/"):
         why = "Hydra has no such plugin here. pip install 'lightning-easgd[sweep]' brings some."
-    return f"{group}={name} is not possible: {why} Allowed: {', '.join(options)}"
+    allowed = f" Allowed: {', '.join(options)}" if options else ""
+    return f"{group}={name} is not possible: {why}{allowed}"
+
+
+def _is_choice(error: MissingConfigException) -> bool:
+    """Whether a file of a group is missing, or a whole group that a plugin brings."""
+    return bool(error.options) or (error.missing_cfg_file or "").startswith("hydra/")
 
 
 def _wrong_key(key: str, config: str, arguments: Iterable[str]) -> str:

@@ -66,13 +66,32 @@ def newest_checkpoint(folder: str | Path | None) -> Path | None:
     return max(left, key=lambda path: path.stat().st_mtime, default=None)
 
 
+def again(overrides: Sequence[str]) -> str:
+    """The command that runs one job of a sweep by itself."""
+    return command(sys.argv[0], _flags(sys.argv[1:]), overrides)
+
+
 def command(
-    script: str, flags: Sequence[str], overrides: Sequence[str], checkpoint: Path, folder: Path
+    script: str,
+    flags: Sequence[str],
+    overrides: Sequence[str],
+    checkpoint: Path | None = None,
+    folder: Path | None = None,
 ) -> str:
-    """What was typed, with where it goes on."""
+    """What was typed, with where it goes on, if it does."""
     kept = [each for each in overrides if not each.lstrip("+").startswith(("ckpt_path=", "hydra."))]
-    program = ["python", script] if script.endswith(".py") else [script]
-    return shlex.join([*program, *flags, *kept, *_further(checkpoint, folder)])
+    further = _further(checkpoint, folder) if checkpoint and folder else []
+    return shlex.join([*_program(script), *flags, *kept, *further])
+
+
+def search_again(folder: Path) -> str:
+    """The command of a search, for it to go on in its folder."""
+    typed = [each for each in sys.argv[1:] if not each.startswith("hydra.sweep.dir=")]
+    return shlex.join([*_program(sys.argv[0]), *typed, f"hydra.sweep.dir={quoted(folder)}"])
+
+
+def _program(script: str) -> list[str]:
+    return ["python", script] if script.endswith(".py") else [script]
 
 
 def _further(checkpoint: Path, folder: Path) -> list[str]:

@@ -11,19 +11,31 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from going_on import again
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from launching import rank_of_worker
 from omegaconf import DictConfig
+from searching import RECORD, VALIDATIONS, ended_jobs, is_search, read, state_of
 
-_RECORD = "job.json"
 
-_begun: list[tuple[Path, float]] = []
-"""Folder and time of the sweep that this process started."""
+@dataclass(frozen=True)
+class _Begun:
+    """A sweep that this process started."""
+
+    folder: Path
+    since: float
+    """Jobs that began before are not of it."""
+    direction: str | None = None
+    """Of a search: maximize or minimize."""
+
+
+_begun: list[_Begun] = []
 
 
 class Sweep(Callback):
@@ -31,7 +43,11 @@ class Sweep(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Keep in mind where its jobs will be."""
-        _begun.append((Path(config.hydra.sweep.dir), time.time()))
+        folder, hydra_cfg = Path(config.hydra.sweep.dir), config.hydra
+        if is_search(hydra_cfg):  # it goes on with all that is there
+            _begun.append(_Begun(folder, 0.0, hydra_cfg.sweeper.direction))
+        else:
+            _begun.append(_Begun(folder, time.time()))
 
 
 def is_sweep() -> bool:
@@ -51,8 +67,7 @@ def record(began: float, *, objective: object = None, error: str | None = None) 
         return
     hydra_cfg = HydraConfig.get()
     folder = Path(hydra_cfg.runtime.output_dir)
-    report = folder / "report.json"
-    found = json.loads(report.read_text()) if error is None and report.exists() else {}
+    found = read(folder / "report.json", {}) if error is None else {}
     values = {
         "job": hydra_cfg.job.num,
         "folder": str(folder),
@@ -62,23 +77,26 @@ def record(began: float, *, objective: object = None, error: str | None = None) 
         "objective": objective,
         "tested": found.get("tested", {}),
         "bytes_sent": found.get("bytes_sent"),
+        "pruned": found.get("pruned", False),
+        "validations": read(folder / VALIDATIONS, []),
         "error": error,
     }
-    (folder / _RECORD).write_text(json.dumps(values, indent=2))
+    (folder / RECORD).write_text(json.dumps(values, indent=2))
 
 
 def close() -> bool:
     """Print the table of the sweep that ends, write it to ``sweep.csv``; whether no job failed."""
     if not _begun:
         return True
-    folder, since = _begun.pop()
-    found = [json.loads(path.read_text()) for path in folder.rglob(_RECORD)]
-    jobs = sorted((job for job in found if job["began"] >= since), key=lambda job: job["job"])
+    begun = _begun.pop()
+    folder = begun.folder
+    jobs = [job for job in ended_jobs(folder) if job["began"] >= begun.since]
     if jobs:
         rows = table(jobs)
         with (folder / "sweep.csv").open("w", newline="") as file:
             csv.writer(file).writerows(rows)
         print(f"\n{aligned([row[:-1] for row in rows])}\n\n  {folder}/sweep.csv")  # errors follow
+        print(*_best(begun.direction, jobs), sep="\n")
     failed = [job for job in jobs if job["error"] is not None]
     if failed:
         lines = [
@@ -89,12 +107,27 @@ def close() -> bool:
     return not failed
 
 
+def _best(direction: str | None, jobs: Sequence[dict[str, Any]]) -> list[str]:
+    """The best run of a search, with its command."""
+    reached = [job for job in jobs if direction and state_of(job) == "COMPLETE"]
+    if not reached:
+        return ["  best        none: no run ended with a number"] if direction else []
+    better = max if direction == "maximize" else min
+    best = better(reached, key=lambda job: job["objective"])
+    return [
+        f"  best        job {best['job']}, {best['objective']:.4g}",
+        f"  command     {again(best['overrides'])}",
+    ]
+
+
 def table(jobs: Sequence[dict[str, Any]]) -> list[list[Any]]:
     """A row for each job, under their names: what varied, what was reached, what it took."""
     keys, typed = varied([job["overrides"] for job in jobs])
     tested = names(job["tested"] for job in jobs)
     optimizes = any(job["objective"] is not None for job in jobs)
-    rows = [["job", *keys, *["objective"] * optimizes, *tested, "seconds", "MB sent", "error"]]
+    prunes = any(job["pruned"] for job in jobs)
+    last = [*["ended early"] * prunes, "seconds", "MB sent", "error"]
+    rows = [["job", *keys, *["objective"] * optimizes, *tested, *last]]
     for job, values in zip(jobs, typed, strict=True):
         sent = job["bytes_sent"]
         rows.append(
@@ -102,6 +135,7 @@ def table(jobs: Sequence[dict[str, Any]]) -> list[list[Any]]:
                 *(job["job"], *(values.get(key, "") for key in keys)),
                 *[job["objective"]] * optimizes,
                 *(job["tested"].get(name) for name in tested),
+                *["yes" if job["pruned"] else "no"] * prunes,
                 *(job["seconds"], None if sent is None else sent / 1e6, job["error"]),
             ]
         )

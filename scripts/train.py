@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from hydra.utils import instantiate
 from jobs import attempt, command_line, quieten, read_config, start_workers
 from omegaconf import DictConfig
 from plugging import several
+from searching import Rivals
 
 TITLE = "Train a model under elastic averaging (or DDP, or alone), and report cost and result."
 COMMANDS = """\
@@ -42,12 +44,13 @@ def start(cfg: DictConfig) -> float | None:
     from objective import objective
 
     read = read_config(cfg)
-    return objective(read.objective, asdict(start_workers(read, run)[0]))
+    reports = start_workers(read, partial(run, rivals=Rivals.of_this_job()))
+    return objective(read.objective, asdict(reports[0]))
 
 
-def run(cfg: DictConfig) -> Report:
+def run(cfg: DictConfig, *, rivals: Rivals | None = None) -> Report:
     """What one worker does."""
-    from objective import Sought
+    from objective import Prune, Sought
     from progress import Progress
 
     from lightning_easgd.communication import leave_all_groups
@@ -60,10 +63,12 @@ def run(cfg: DictConfig) -> Report:
     strategy, logger = instantiate(cfg.strategy), several(cfg.get("logger")) or False
     checkpoint = instantiate(cfg.checkpoint) if cfg.trainer.enable_checkpointing else None
     progress = Progress(Path(cfg.output_dir))
+    prune = [Prune(cfg.objective, rivals)] if rivals else []
     callbacks = [
         progress,
         *experiment.callbacks(strategy, checkpoint, cfg.seed),
         *([Sought(cfg.objective, tested=cfg.test)] if cfg.objective and cfg.train else []),
+        *prune,
         *several(cfg.get("callbacks")),
         *several(cfg.trainer.get("callbacks")),
     ]
@@ -71,7 +76,13 @@ def run(cfg: DictConfig) -> Report:
     if cfg.train:
         progress.begin(trainer)
     report = experiment.run(
-        trainer, module, datamodule, train=cfg.train, test=cfg.test, ckpt_path=cfg.ckpt_path
+        trainer,
+        module,
+        datamodule,
+        train=cfg.train,
+        test=cfg.test,
+        ckpt_path=cfg.ckpt_path,
+        pruned=lambda: any(each.pruned for each in prune),
     )
     if trainer.is_global_zero:
         print(report.table())

@@ -19,6 +19,7 @@ import pages
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from pages import ROOT, Page
 from plugging import replace_whole
@@ -186,10 +187,13 @@ def lacks(plugin: str) -> bool:
 def jobs(arguments: list[str]) -> list[tuple[str, ...]]:
     """The overrides of each job of a sweep, or of the only one."""
     parsed = OverridesParser.create().parse_overrides([word for word in arguments if "=" in word])
-    values = [
-        [f"{each.key_or_group}={value}" for value in each.sweep_string_iterator()]
-        if each.is_sweep_override()
-        else [each.input_line]
-        for each in parsed
-    ]
-    return list(product(*values))
+    return list(product(*map(values_of, parsed)))
+
+
+def values_of(override: Override) -> list[str]:
+    """What one override sets in each job; a search's interval by its start."""
+    if override.is_interval_sweep():
+        return [f"{override.key_or_group}={override.value().start}"]
+    if not override.is_sweep_override():
+        return [override.input_line]
+    return [f"{override.key_or_group}={value}" for value in override.sweep_string_iterator()]

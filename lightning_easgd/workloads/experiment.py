@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import warnings
+from collections.abc import Callable
 
 import lightning.pytorch as pl
 import numpy as np
@@ -89,6 +90,7 @@ def run(
     train: bool,
     test: bool,
     ckpt_path: str | None,
+    pruned: Callable[[], bool] = lambda: False,
 ) -> Report:
     """Train and test, as asked, and report.
 
@@ -99,6 +101,7 @@ def run(
         train: whether to train, from the checkpoint if one is given.
         test: whether to test at the end: what was trained, else the checkpoint.
         ckpt_path: a checkpoint to resume from or to test; "last" for the newest, if there is one.
+        pruned: whether training was ended early as promising little, and no test follows.
 
     Raises:
         ValueError: the strategy does not use all processes that were started, there is nothing to
@@ -122,14 +125,17 @@ def run(
         logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
         checkpoint = _save_end(trainer)
     tested: dict[str, float] = {}
-    if test:
+    ended_early = train and pruned()
+    if test and not ended_early:
         path = None if train else ckpt_path
         for loader in trainer.test(module, datamodule, ckpt_path=path, verbose=False):
             tested |= loader
         if not train:
             checkpoint = _tested(trainer)
     described = describe(trainer, module, datamodule, stopwatch if train else None)
-    return Report(**described, tested=tested, logged=logged, checkpoint=checkpoint)
+    return Report(
+        **described, tested=tested, logged=logged, checkpoint=checkpoint, pruned=ended_early
+    )
 
 
 def _save_end(trainer: pl.Trainer) -> str | None:

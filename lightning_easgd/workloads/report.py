@@ -125,6 +125,8 @@ class Report:
     worker_awaited_seconds: list[float] = field(default_factory=list)
     """Others waited so long for each worker in this run, in rank order."""
     checkpoint: str | None = None
+    pruned: bool = False
+    """Whether a search ended it early, so that it was not tested."""
 
     def to_json(self) -> str:
         """The report as one JSON object."""
@@ -138,6 +140,7 @@ class Report:
             *((name, f"{value:.5g}{whose}") for name, value in self.tested.items()),
             *self._costs(),
             ("checkpoint", self.checkpoint or "none written"),
+            *([("ended early", "by the search, without a test")] if self.pruned else []),
         ]
         width = max(len(name) for name, _ in rows)
         return "\n" + "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)

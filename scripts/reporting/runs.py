@@ -92,6 +92,7 @@ class Run:
             "tested": self.report.get("tested", {}),
             "seconds": self.seconds,
             "bytes_sent": self.report.get("bytes_sent"),
+            "pruned": False,  # a problem here: what it reached is not of a whole run
             "error": self.problem,
         }
 
@@ -169,7 +170,7 @@ def _problem(folder: Path, report: dict[str, Any]) -> str | None:
         return "report.json cannot be read"
     if missing := [name for name in _READ if name not in report]:
         return f"report.json is of another version: it lacks {', '.join(missing)}"
-    return None
+    return "the search ended it early" if report.get("pruned") else None
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -225,12 +225,14 @@ def test_reports_of_another_version_or_damaged_ones_are_left_out(
     store("3", ["tau=64"], accuracy=None)
     other = {"data": "Other", "versions": {"torch": "1.0"}, "bytes_sent": None}
     store("4", ["tau=128"], accuracy=0.9, **other)
+    store("5", ["tau=256"], accuracy=0.9, pruned=True)
     runs = find([tmp_path / "sweep"])
     assert list(notes(runs)) == [
         "1 [tau=4]: report.json is of another version: it lacks rule, tested",
         "2 [tau=16]: report.json cannot be read",
         "3 [tau=64]: no report.json, for the run has not ended",
         "4: its bytes were not counted, so it is neither drawn nor recommended",
+        "5 [tau=256]: the search ended it early",
         "The runs differ in data: , Other.",
         "The runs are of 2 sets of versions; see their report.json.",
     ]

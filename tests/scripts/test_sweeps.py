@@ -87,13 +87,28 @@ def typed(folder: Path, *overrides: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_optuna_looks_for_the_best(tmp_path: Path) -> None:
+def test_a_search_ends_a_poor_run_early_and_names_the_best_with_its_command(tmp_path: Path) -> None:
     needs("hydra_optuna_sweeper")
-    typed(tmp_path, "hparams_search=optuna", "hydra.sweeper.n_trials=3")
-    found = rows(tmp_path)
-    assert len(found) == 3
-    text = (tmp_path / "sweep" / "optimization_results.yaml").read_text()
-    assert str(max(float(row["objective"]) for row in found)) in text
+    threshold = "hydra.sweeper.pruner._target_=optuna.pruners.ThresholdPruner"
+    search = [
+        *("hparams_search=optuna", "hydra.sweeper.n_trials=2", "hydra/sweeper/sampler=random"),
+        *("hydra.sweeper.sampler.seed=8", "optimizer.lr=choice(1e-9,0.3)", "trainer.max_epochs=2"),
+        *("strategy.tau=4", "strategy.beta=0.9", threshold, "hydra.sweeper.pruner.lower=0.5"),
+    ]
+    printed = typed(tmp_path, *search)
+    by_rate = {row["optimizer.lr"]: row for row in rows(tmp_path)}
+    poor, good = by_rate["1e-09"], by_rate["0.3"]
+    assert (poor["ended early"], good["ended early"]) == ("yes", "no")
+    assert poor["test/accuracy"] == ""
+    assert float(poor["objective"]) < 0.5 < float(good["objective"])
+    reports = (tmp_path / "sweep" / row["job"] / "report.json" for row in (poor, good))
+    early, whole = (json.loads(path.read_text())["steps"] for path in reports)
+    assert 2 * early == whole
+    (best,) = (line for line in printed.splitlines() if line.startswith("  best "))
+    assert f"job {good['job']}," in best
+    (command,) = (line for line in printed.splitlines() if line.startswith("  command "))
+    assert "optimizer.lr=0.3" in command
+    assert "hydra." not in command
 
 
 def test_joblib_runs_jobs_at_a_time(tmp_path: Path) -> None:
