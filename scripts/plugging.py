@@ -82,12 +82,16 @@ def flags_first(arguments: Sequence[str]) -> list[str]:
 
 
 def find_own_code(arguments: Sequence[str]) -> None:
-    """Let this process and its workers import from the folder of --config-dir and from this one."""
+    """Let this process and its workers import from the folder of --config-dir and from this one.
+
+    What a launcher starts elsewhere, such as a job of Slurm, imports the scripts themselves, too.
+    """
     folders = [*config_folders(arguments), Path.cwd()]
     paths = [str(folder.absolute()) for folder in folders]
     sys.path[1:1] = paths  # behind the scripts themselves
     given = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([*paths, *([given] if given else [])])
+    scripts = str(Path(__file__).parent)
+    os.environ["PYTHONPATH"] = os.pathsep.join([scripts, *paths, *([given] if given else [])])
 
 
 def config_folders(arguments: Sequence[str]) -> list[Path]:

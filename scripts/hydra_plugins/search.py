@@ -25,7 +25,9 @@ from omegaconf import DictConfig
 if TYPE_CHECKING:
     import optuna
 
-logging.getLogger("alembic").setLevel(logging.WARNING)  # Optuna imports it, and it tells its plugins
+logging.getLogger("alembic").setLevel(
+    logging.WARNING
+)  # Optuna imports it, and it tells its plugins
 
 
 class Search(Sweeper):

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from shutil import copytree
 
+import plugging
 import pytest
 import torch
 from plugging import find_own_code, flags_first, replace_whole
@@ -184,7 +185,8 @@ def test_own_code_is_found_in_its_folders_by_the_workers_too(
     find_own_code(arguments)
     found = [str(tmp_path / folder) for folder in folders] + [str(tmp_path)]
     assert sys.path == ["scripts", *found, "site"]
-    assert os.environ["PYTHONPATH"].split(os.pathsep) == [*found, "given"]
+    scripts = str(Path(plugging.__file__).parent)
+    assert os.environ["PYTHONPATH"].split(os.pathsep) == [scripts, *found, "given"]
 
 
 def test_a_class_replaces_another_with_all_its_arguments() -> None:
