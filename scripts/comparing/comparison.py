@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from comparing.contender import choose, contenders_of
 from comparing.ledger import Ledger
 from comparing.networks import Setting, rate_of
 from comparing.plan import Entry, Plan
+from comparing.progress import Progress
 from comparing.result import Job, Result
 from comparing.running import ClusterJobs, Jobs, Launcher, emulated
 from comparing.table import Table
@@ -64,7 +64,6 @@ class Comparison:
             lower=cfg.lower_is_better,
         )
         self._output = output
-        self._began = time.monotonic()
 
     def run(self) -> bool:
         """Train what is left, and report all; whether nothing failed."""
@@ -80,7 +79,7 @@ class Comparison:
         if not self._cfg.train:
             self._require_results()
         try:
-            if self._cfg.train and self._is_left():
+            if self._cfg.train and self._plan.left(self._found):
                 self._train(cluster)
         finally:
             if not self._rank:
@@ -96,22 +95,30 @@ class Comparison:
     def _train(self, cluster: TorchrunCluster | None) -> None:
         if not self._rank:
             self._ledger.store.describe(self._about())
-        before = self._done()
+        earlier = [self._found[j] for j in self._plan.jobs(self._found) if j in self._found]
+        self._progress = Progress(
+            ((each.job, each.job_seconds) for each in earlier),
+            work=self._epochs,
+            at_once=lambda job: self._room if job.network is None else 1,
+        )
         # Rates are tried first, without the network, then all that counts runs on it.
         for network in dict.fromkeys((None, self._plan.network)):
             if self._next(network) is not None:
                 with self._launcher(network, cluster) as running:
-                    self._run(running, network, before)
+                    self._run(running, network)
 
-    def _run(self, running: Launcher, network: str | None, before: int) -> None:
+    def _run(self, running: Launcher, network: str | None) -> None:
         while True:
             while len(running) < running.room and (job := self._next(network, running)):
+                self._ledger.tell_start(job)
                 running.start(job, self._settings_of(job))
             if not len(running):
                 return
             result = running.wait()
             self._ledger.keep(result)
-            self._ledger.tell(f"{self._progress(before)} {self._told(result)}")
+            left = [*filter(self._ledger.is_open, self._plan.left(self._found))]
+            told = self._progress.end(result.job, result.job_seconds, left)
+            self._ledger.tell(f"{told} {self._told(result)}")
 
     def _launcher(self, network: str | None, cluster: TorchrunCluster | None) -> Launcher:
         cfg = self._cfg
@@ -119,8 +126,7 @@ class Comparison:
             return ClusterJobs(lambda: cluster)
         if network is None:
             work = Workbench(cfg.get("data")).work
-            room = cfg.parallel or max(1, (os.cpu_count() or 1) // cfg.workers)
-            return Jobs(work, workers=cfg.workers, room=room, timeout=cfg.job_timeout)
+            return Jobs(work, workers=cfg.workers, room=self._room, timeout=cfg.job_timeout)
         setting = Setting(network, cfg.workers)
         return emulated(cfg, setting, self._output, threads=1)
 
@@ -143,9 +149,16 @@ class Comparison:
             "contender": resolved["contender"][job.contender],
             "module": resolved["module"],
             "data": resolved.get("data"),
-            "workload": {key: resolved[key] for key in _WORKLOAD}
-            | {"epochs": (job.tuning and cfg.tuning_epochs) or cfg.epochs},
+            "workload": {key: resolved[key] for key in _WORKLOAD} | {"epochs": self._epochs(job)},
         }
+
+    def _epochs(self, job: Job) -> int:
+        return (job.tuning and self._cfg.tuning_epochs) or self._cfg.epochs
+
+    @property
+    def _room(self) -> int:
+        """Jobs that run at the same time, without a network."""
+        return self._cfg.parallel or max(1, (os.cpu_count() or 1) // self._cfg.workers)
 
     def _about(self) -> dict[str, Any]:
         cfg = configs.resolved(read_by(self._cfg, [*_READ, *_ABOUT]))
@@ -183,22 +196,6 @@ class Comparison:
     @property
     def _found(self) -> dict[Job, Result]:
         return self._ledger.found
-
-    def _is_left(self) -> bool:
-        return any(job not in self._found for job in self._plan.jobs(self._found))
-
-    def _done(self) -> int:
-        return sum(job in self._found for job in self._plan.jobs(self._found))
-
-    def _progress(self, before: int) -> str:
-        """How far it is, and for how long it goes on like this.
-
-        Args:
-            before: how many jobs were done when it began.
-        """
-        done, total = self._done(), len(self._plan)
-        each = (time.monotonic() - self._began) / max(1, done - before)
-        return f"[{done}/{total}, about {(total - done) * each / 60:.0f} min left]"
 
     def _told(self, result: Result) -> str:
         """One result in words."""

@@ -75,6 +75,11 @@ class Ledger:
         if self._speaks:
             print(line, flush=True)
 
+    def tell_start(self, job: Job) -> None:
+        """Show on a terminal which job starts, until the next line takes its place."""
+        if self._speaks and sys.stdout.isatty():
+            print(f"{job} ...", end="\r", flush=True)
+
     def tell_failures(self) -> None:
         """Print what failed, and why."""
         for name, result in self.failed.items():

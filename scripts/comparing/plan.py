@@ -36,7 +36,7 @@ class Plan:
 
     def __len__(self) -> int:
         """How many jobs there are."""
-        return sum(len(self.seeds) + self._trials(name) for name, _ in self.entries)
+        return len(self.left({}))
 
     def jobs(self, found: Found) -> Iterator[Job]:
         """Those that can run by what is found, the most urgent first; what has run is among them.
@@ -51,6 +51,14 @@ class Plan:
             for entry in self.entries:
                 rates = self.rates[entry[0]] if tunes else self._best(entry, found)
                 yield from (self._job(entry, rate, seed) for rate in rates)
+
+    def left(self, found: Found) -> list[Job]:
+        """Those that are not found; of a contender whose best rate is not known yet, with any."""
+        jobs = dict.fromkeys(self.jobs(found))
+        for entry in self.entries:
+            rates = self._best(entry, found) or self.rates[entry[0]][:1]
+            jobs |= dict.fromkeys(self._job(entry, rates[0], seed) for seed in self.seeds)
+        return [job for job in jobs if job not in found]
 
     def has(self, job: Job) -> bool:
         """Whether it may be one of the jobs, whatever is found."""
@@ -86,11 +94,6 @@ class Plan:
 
     def _is_tuned(self, name: str) -> bool:
         return len(self.rates[name]) > 1
-
-    def _trials(self, name: str) -> int:
-        """Jobs that only choose a rate."""
-        more = len(self.rates[name]) - (not self.apart)
-        return more * len(self._first) if self._is_tuned(name) else 0
 
     def _tuning(self, seed: int) -> Iterator[Job]:
         for entry in self.entries:

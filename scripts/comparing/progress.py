@@ -1,27 +1,33 @@
-"""What runs now, what it found, and how long the rest will take."""
+"""How far jobs are, and how long the rest will take."""
 
 from __future__ import annotations
 
 import statistics
-import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from comparing.result import Job
 
 
 class Progress:
-    """Has a line for each job, and judges how long the others will take by those that are done.
+    """Judges how long jobs will take by those that are done.
 
     Args:
-        jobs: all that are to be run, in order.
         done: jobs that earlier runs did, and their seconds.
+        work: of a job, in any unit: of two jobs that differ in it alone, the one with twice as much
+            takes twice as long. By default its hosts, which share the processors.
+        at_once: how many jobs run side by side with a job, itself included.
     """
 
-    def __init__(self, jobs: Sequence[Job], done: Sequence[tuple[Job, float]] = ()) -> None:
-        self._left = list(jobs)
-        self._total = len(done) + len(jobs)
+    def __init__(
+        self,
+        done: Iterable[tuple[Job, float]] = (),
+        *,
+        work: Callable[[Job], float] = lambda job: job.hosts,
+        at_once: Callable[[Job], int] = lambda _: 1,
+    ) -> None:
         self._done = list(done)
+        self._work, self._at_once = work, at_once
         self._began = time.monotonic()
 
     @property
@@ -29,48 +35,37 @@ class Progress:
         """Seconds since it was made."""
         return time.monotonic() - self._began
 
-    def begin(self, job: Job) -> None:
-        """A job starts; a terminal shows which."""
-        self._job_began = time.monotonic()
-        if sys.stdout.isatty():
-            print(f"{self._head(job)} ...", end="\r", flush=True)
-
-    @property
-    def job_seconds(self) -> float:
-        """Time since the job began that runs."""
-        return time.monotonic() - self._job_began
-
-    def end(self, job: Job, found: str) -> str:
-        """A job is done; a line about it.
+    def end(self, job: Job, seconds: float, left: Sequence[Job]) -> str:
+        """A job is done; how far all are.
 
         Args:
-            job: the first of those left.
-            found: to be told about it.
+            job: that is done.
+            seconds: that it took.
+            left: those that are not done.
         """
-        self._done.append((job, self.job_seconds))
-        line = f"{self._head(job)}: {found}"
-        self._left.remove(job)
-        if self._left:
-            line += f"; {_told(self.expected(self._left))} left"
-        return line
+        self._done.append((job, seconds))
+        number = f"{len(self._done)}/{len(self._done) + len(left)}"
+        if not left:
+            return f"[{number}]"
+        rest = sum(self.expected(each) / self._at_once(each) for each in left)
+        # Nothing tells how much longer a job takes on a network that no job was on yet.
+        is_known = {each.setting for each in left} <= {each.setting for each, _ in self._done}
+        return f"[{number}, {'about' if is_known else 'more than'} {_told(rest)} left]"
 
-    def expected(self, jobs: Iterable[Job]) -> float:
-        """Seconds that jobs will take, by those that are done: the more hosts, the longer."""
-        return sum(self._expected(job) for job in jobs)
-
-    def _expected(self, job: Job) -> float:
-        contender = [each for each in self._done if each[0].contender == job.contender]
-        kind = [each for each in contender if each[0].setting == job.setting]
-        per_host = [
-            seconds / done.setting.hosts for done, seconds in kind or contender or self._done
-        ]
-        return job.setting.hosts * statistics.fmean(per_host) if per_host else 0.0
-
-    def _head(self, job: Job) -> str:
-        number = self._total - len(self._left) + 1
-        where = "" if job.network is None else f"{job.setting}: "
-        return f"[{number}/{self._total}] {where}{job.contender}, seed {job.seed}"
+    def expected(self, job: Job) -> float:
+        """Seconds that a job will take, by those that are most like it."""
+        for kind in (
+            lambda each: (each.contender, each.tau, each.setting, each.tuning),
+            lambda each: (each.contender, each.setting),
+            lambda each: each.contender,
+            lambda _: None,
+        ):
+            alike = [(each, s) for each, s in self._done if kind(each) == kind(job)]
+            if alike:
+                per_work = statistics.fmean(s / self._work(each) for each, s in alike)
+                return self._work(job) * per_work
+        return 0.0
 
 
 def _told(seconds: float) -> str:
-    return f"about {seconds:.0f} s" if seconds < 90 else f"about {seconds / 60:.0f} min"
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

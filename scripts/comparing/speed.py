@@ -73,8 +73,8 @@ class Benchmark:
         for name, reason in self._missing.items() if speaks else ():
             print(f"{name} is left out: {reason}", file=sys.stderr)
         left = [job for job in self._jobs if job not in ledger.found]
-        results = [ledger.found[job] for job in self._jobs if job in ledger.found]
-        progress = Progress(left, [(each.job, each.job_seconds) for each in results])
+        earlier = [ledger.found[job] for job in self._jobs if job in ledger.found]
+        progress = Progress((each.job, each.job_seconds) for each in earlier)
         for setting, jobs in groupby(left, key=lambda job: job.setting):
             if not self._run_setting(setting, list(jobs), ledger, progress, cluster):
                 ledger.tell("Time is up. The same command with the same hydra.run.dir goes on.")
@@ -115,11 +115,12 @@ class Benchmark:
             for job in filter(ledger.is_open, jobs):
                 if self._is_too_late(job, progress):
                     return False
-                progress.begin(job)
+                ledger.tell_start(job)
                 launcher.start(job, self._settings_of(job))
                 result = launcher.wait()
                 ledger.keep(result)
-                ledger.tell(progress.end(job, _told(result)))
+                left = [*filter(ledger.is_open, self._jobs)]
+                ledger.tell(f"{progress.end(job, result.job_seconds, left)} {_told(result)}")
         return True
 
     def _launcher(self, setting: Setting, cluster: TorchrunCluster | None) -> ClusterJobs:
@@ -129,7 +130,7 @@ class Benchmark:
 
     def _is_too_late(self, job: Job, progress: Progress, start: float = 0.0) -> bool:
         minutes = self._cfg.minutes
-        end = progress.elapsed + start + progress.expected([job])
+        end = progress.elapsed + start + progress.expected(job)
         return minutes is not None and end > 60 * minutes
 
     def _report(self, results: Sequence[Result]) -> None:
@@ -162,9 +163,10 @@ def settings_for(cfg: DictConfig, job: Job) -> dict[str, Any]:
 
 
 def _told(result: Result) -> str:
+    where = f"{result.setting}: {result.contender}, seed {result.seed}"
     if result.speed is None:
-        return f"failed on {result.error}"
-    return f"{result.speed.samples_per_second:.0f} samples/s"
+        return f"{where}: failed on {result.error}"
+    return f"{where}: {result.speed.samples_per_second:.0f} samples/s"
 
 
 def _baselines(asked: Sequence[str] | None, contenders: Collection[str]) -> list[str]:

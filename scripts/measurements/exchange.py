@@ -86,16 +86,17 @@ def _exchange(cfg: DictConfig, jobs: Sequence[Job], folder: Path) -> None:
     configs.save(cfg, config)
     costs: list[float] = []
     seconds: list[float] = []
-    progress = Progress(jobs)
+    progress = Progress()
     with EmulatedCluster(
         setting, config, folder / "logs", timeout=cfg.job_timeout, threads=cfg.threads
     ) as cluster:
-        for job in jobs:
-            progress.begin(job)
+        for number, job in enumerate(jobs, 1):
+            began = progress.elapsed
             workers = cluster.run(job, settings_for(cfg, job))
             steps = _mean_over_workers([worker["speed"] for worker in workers])
             found = turns.costs(steps)
-            print(progress.end(job, f"an exchange costs {statistics.fmean(found):.3f} steps"))
+            told = progress.end(job, progress.elapsed - began, jobs[number:])
+            print(f"{told} an exchange costs {statistics.fmean(found):.3f} steps")
             costs += found
             seconds.append(statistics.median(steps))
     _tell(costs, statistics.median(seconds), turns, setting)

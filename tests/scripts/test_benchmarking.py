@@ -341,26 +341,25 @@ def test_a_damaged_line_is_said_with_its_number(tmp_path: Path) -> None:
         Store(tmp_path).read()
 
 
-def test_progress_judges_what_is_left_by_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = types.SimpleNamespace(now=0.0)
-    monkeypatch.setattr("comparing.progress.time.monotonic", lambda: clock.now)
-
+def test_progress_judges_what_is_left_by_what_was_done() -> None:
     def job_of(name: str, network: str, hosts: int) -> Job:
         return Job(name, 16, None, 0, network, hosts=hosts)
 
     jobs = jobs_of([SETTING], {"a": 16, "b": 16}, 2)
-    progress = Progress(jobs, [(job_of("c", "100mbit", 2), 5.0)])
-    told = []
-    for job, seconds in ((jobs[0], 100.0), (jobs[1], 10.0)):
-        progress.begin(job)
-        clock.now += seconds
-        told.append(progress.end(job, "found"))
-    assert progress.elapsed == 110
-    assert progress.expected(jobs[2:]) == 110  # b as long as b, a as long as a
-    assert progress.expected([job_of("c", "100mbit", 4)]) == 10  # twice the hosts
-    assert progress.expected([job_of("b", "1gbit", 8)]) == 20
-    assert progress.expected([job_of("d", "100mbit", 4)]) == 4 * (5 / 2 + 100 / 4 + 10 / 4) / 3
-    assert told == [
-        "[2/5] 100mbit, 4 hosts: a, seed 0: found; about 4 min left",
-        "[3/5] 100mbit, 4 hosts: b, seed 0: found; about 2 min left",
-    ]
+    progress = Progress([(job_of("c", "100mbit", 2), 5.0)])
+    assert progress.end(jobs[0], 100.0, jobs[1:]) == "[2/5, about 4 min left]"
+    assert progress.end(jobs[1], 10.0, jobs[2:]) == "[3/5, about 2 min left]"
+    assert [progress.expected(job) for job in jobs[2:]] == [10, 100]  # b as b before, a as a
+    assert progress.expected(job_of("c", "100mbit", 4)) == 10  # twice the hosts
+    assert progress.expected(job_of("b", "1gbit", 8)) == 20
+    assert progress.expected(job_of("d", "100mbit", 4)) == 4 * (5 / 2 + 100 / 4 + 10 / 4) / 3
+    assert progress.end(jobs[2], 1.0, []) == "[4/4]"
+
+
+def test_runs_that_try_rates_are_shorter_and_none_was_on_the_network_yet() -> None:
+    progress = Progress(work=lambda job: 1 if job.tuning else 6, at_once=lambda job: 2)
+    trial = Job("a", 16, 0.1, 0, None, tuning=True, hosts=4)
+    final = Job("a", 16, 0.1, 0, "100mbit", hosts=4)
+    left = [replace(trial, rate=0.2), final, replace(final, seed=1)]
+    assert progress.end(trial, 10.0, left) == "[1/4, more than 65 s left]"
+    assert progress.end(final, 200.0, left[2:]) == "[2/3, about 2 min left]"
