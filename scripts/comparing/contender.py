@@ -82,8 +82,11 @@ def named(overrides: Iterable[str], folder: Path) -> list[str]:
         folder: where contenders are configured.
 
     Raises:
-        ValueError: one has no file there.
+        ValueError: one has no file there, or they are set by a word of earlier versions.
     """
+    if old := [each for each in overrides if each.startswith(("compared=", "contenders="))]:
+        chosen = old[0].partition("=")[2].strip("[]")
+        raise ValueError(f"{old[0]}: there is no such key any more. Write contender=[{chosen}].")
     names = [
         name
         for override in overrides

@@ -25,9 +25,7 @@ from omegaconf import DictConfig
 if TYPE_CHECKING:
     import optuna
 
-logging.getLogger("alembic").setLevel(
-    logging.WARNING
-)  # Optuna imports it, and it tells its plugins
+logging.getLogger("alembic").setLevel(logging.WARNING)  # Optuna imports it, and it is talkative
 
 
 class Search(Sweeper):

@@ -125,6 +125,8 @@ def test_contenders_are_named_by_their_files(tmp_path: Path) -> None:
     assert named(["hosts=2", "contender=[]"], tmp_path) == []
     with pytest.raises(ValueError, match=r"got dpp; allowed are ddp, easgd, and files"):
         named(["contender=[dpp,easgd]"], tmp_path)
+    with pytest.raises(ValueError, match=r"any more\. Write contender=\[ddp,easgd\]\."):
+        named(["compared=[ddp,easgd]"], tmp_path)
 
 
 def test_bytes_are_counted_on_the_interface_that_carries_them(
