@@ -14,7 +14,6 @@ import emulation
 from omegaconf import DictConfig, OmegaConf
 from plugging import read_by
 
-from comparing import periods
 from comparing.clusters import TorchrunCluster, rank_on_cluster
 from comparing.contender import choose, contenders_of
 from comparing.ledger import Ledger
@@ -213,8 +212,6 @@ class Comparison:
 
     def _report(self) -> None:
         print(f"\n{self._table.text(self._found)}\n")
-        if len(self._cfg.taus) > 1:
-            self._draw()
         self._ledger.tell_failures()
         if results := self.results():
             self._write_page(results)
@@ -228,13 +225,6 @@ class Comparison:
             print(f"no report.html, for {missing}", file=sys.stderr)
             return
         print(write_page(results, self._ledger.store.about(), self._output))
-
-    def _draw(self) -> None:
-        results = [r for entry in self._plan.entries for r in self._plan.best(entry, self._found)]
-        try:
-            periods.draw(results, self._titles, self._output / "accuracy.png")
-        except ModuleNotFoundError:
-            print('no picture: pip install -e ".[scripts]" brings matplotlib', file=sys.stderr)
 
 
 def _entries(cfg: DictConfig) -> Iterator[Entry]:

@@ -18,9 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from presenting.break_even import BreakEven
-from presenting.entries import Entry, tested
+from presenting.entries import Entry, final, tested
 from presenting.score import Score
-from presenting.style import GRID, INK, Look, legend, outside, panels, plain
+from presenting.style import GRID, INK, Look, legend, looks, outside, panels, plain
 from presenting.times import StepTime
 from presenting.words import scaled
 
@@ -152,6 +152,52 @@ def distance_curve(entries: Sequence[Entry], look: Mapping[str, Look]) -> Figure
         axes.set_xlabel("optimizer steps of a worker")
 
     return panels(apart, draw, y="‖x − c‖ / ‖c‖, mean of workers", far="larger distances")
+
+
+def period_curve(entries: Sequence[Entry], baseline: Entry | None, score: Score) -> Figure | None:
+    """What the delivered models reach over τ, × where runs diverged; None with a single period."""
+    taus = sorted({entry.tau for entry in entries if entry.tau is not None})
+    if len(taus) < 2:
+        return None
+    lines: dict[str, list[Entry]] = {}
+    for entry in entries:
+        lines.setdefault(entry.title, []).append(entry)
+    look = looks([*lines], baseline and baseline.title)
+    worst = {t: max(map(abs, _reached(each, score)), default=0.0) for t, each in lines.items()}
+    apart = outside(worst, _FAR)
+
+    def draw(axes: Any, far: bool) -> None:
+        for title in (each for each in lines if (each in apart) == far):
+            _draw_over_periods(axes, lines[title], taus, score, look[title])
+        axes.set_xscale("log")
+        axes.set_xticks(taus, [str(tau) for tau in taus])
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel("τ, optimizer steps between two exchanges")
+
+    return panels(apart, draw, y=score.axis, far="far worse")
+
+
+def _draw_over_periods(
+    axes: Any, entries: Sequence[Entry], taus: Sequence[int], score: Score, look: Look
+) -> None:
+    rows = [
+        (tau, values)
+        for entry in entries
+        if (values := _reached([entry], score))
+        for tau in ([entry.tau] if entry.tau else [taus[0], taus[-1]])
+    ]
+    x = [tau for tau, _ in rows]
+    axes.plot(x, [statistics.fmean(v) for _, v in rows], label=entries[0].title, **look.line)
+    low, high = ([end(v) for _, v in rows] for end in (min, max))
+    axes.fill_between(x, low, high, color=look.colour, alpha=0.15, linewidth=0)
+    if lost := [e.tau or taus[0] for e in entries if len(e.finished) < len(e.runs)]:
+        style: dict[str, Any] = {"color": look.colour, "transform": axes.get_xaxis_transform()}
+        axes.plot(lost, [0.03] * len(lost), "x", markersize=7, **style)
+
+
+def _reached(entries: Sequence[Entry], score: Score) -> list[float]:
+    """What is drawn of all their runs that ended."""
+    return [score.drawn(value) for entry in entries for value in entry.values(final).values()]
 
 
 def step_bars(times: Sequence[StepTime]) -> Figure | None:

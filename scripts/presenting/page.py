@@ -127,6 +127,7 @@ def _figures(
         for axis in axes
     }
     found["gap_over_epochs"] = figures.gap_curve(entries, baseline, epoch, score, look)
+    found["score_over_period"] = figures.period_curve(entries, baseline, score)
     found["distance"] = figures.distance_curve(entries, look)
     found["time_per_step"] = figures.step_bars(step_times(entries))
     chosen = choose(rows)

@@ -193,7 +193,7 @@ def test_a_small_comparison_and_going_on_with_it(tmp_path: Path) -> None:
     assert (about["target"], about["baseline"], about["workers"]) == (0.4, "ddp", 2)
     assert about["machine"]["cores"] == os.cpu_count()
     assert "diverged" not in told
-    assert not (tmp_path / "accuracy.png").exists()
+    assert not (tmp_path / "figures" / "score_over_period.svg").exists()
     page = (tmp_path / "report.html").read_text()
     assert all(title in page for title in about["titles"].values())
     assert (tmp_path / "figures" / "error_over_time.svg").exists()
@@ -210,7 +210,7 @@ def test_a_small_comparison_and_going_on_with_it(tmp_path: Path) -> None:
     assert "the weights of every worker were NaN" in more[1]["diverged"]
     assert all(one["score"] is None for one in more)
     assert told.count("1, 1 diverged") == 3
-    assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "figures" / "score_over_period.png").read_bytes().startswith(b"\x89PNG")
 
     # Another seed of a contender: what is known is not trained again, and seeds differ.
     run(tmp_path, "contender=[easgd]", "seeds=2", "taus=[2]")

@@ -394,6 +394,20 @@ def test_the_gap_is_of_tests_after_as_many_samples() -> None:
     assert line.get_ydata().tolist() == pytest.approx([-10.0, 10.0])
 
 
+def test_over_periods_each_contender_is_a_line_and_one_without_period_a_level() -> None:
+    lost = synthetic.diverged(run([0.5], tau=64, seed=43))
+    results = [run([0.9], contender="ddp", tau=None), run([0.8]), run([0.6], tau=64), lost]
+    entries = entries_of(results, synthetic.about(), ACCURACY)
+    picture = figures.period_curve(entries, entries[0], ACCURACY)
+    assert picture is not None
+    ddp, easgd, diverged = picture.axes[0].lines
+    assert [*ddp.get_xdata()] == [*easgd.get_xdata()] == [16, 64]
+    assert [*ddp.get_ydata()] == pytest.approx([10.0, 10.0])
+    assert [*easgd.get_ydata()] == pytest.approx([20.0, 40.0])
+    assert [*diverged.get_xdata()] == [64]
+    assert figures.period_curve(entries[:2], entries[0], ACCURACY) is None
+
+
 def test_looks_differ_in_grey_too() -> None:
     found = style.looks([str(number) for number in range(12)], "0")
     assert found["0"].colour == style.INK
