@@ -11,6 +11,7 @@ from pathlib import Path
 
 import cheap_forks
 import pytest
+import staying
 import tiers
 import torch
 
@@ -49,6 +50,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     item.stash[ENDED] = tiers.ended_processes()
+    staying.patching = "monkeypatch" in getattr(item, "fixturenames", ())
     return (yield)
 
 
@@ -63,6 +65,10 @@ def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
         "This test starts processes, which its code does not show: "
         "decorate it with pytest.mark.multiprocess."
     )
+
+
+def pytest_sessionfinish() -> None:
+    staying.end()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -106,8 +112,8 @@ def leaves_nothing_behind():
     variables, threads, ports = set(os.environ), set(threading.enumerate()), sockets()
     files, processes = set(os.listdir(ROOT)), children()
     yield
-    assert not multiprocessing.active_children()
-    assert children() <= processes
+    assert {str(each.pid) for each in multiprocessing.active_children()} <= staying.running()
+    assert children() - staying.running() <= processes
     until = time.monotonic() + 10
     while not sockets() <= ports and time.monotonic() < until:
         time.sleep(0.01)  # gRPC's threads close theirs a moment later

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import run_workers
+from staying import run_workers
 from torch import Tensor, nn
 from toy import Toy, loader, trainer
 

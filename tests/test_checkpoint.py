@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
-from processes import run_workers
+from staying import run_workers
 from torch import Tensor
 from torch.utils.data import DataLoader
 from toy import Batches, Resumable, Toy, trainer, weights

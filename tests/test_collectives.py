@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import run_workers
+from staying import run_workers
 from torch import Tensor
 from torch.distributed import ReduceOp, distributed_c10d
 from toy import Toy, loader, trainer

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import run_workers
+from staying import run_workers
 from toy import Toy, loader, trainer
 from typing_extensions import override
 

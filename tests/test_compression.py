@@ -17,7 +17,8 @@ import reference
 import torch
 from against_reference import LR, reference_optimizers
 from lightning.pytorch.callbacks import ModelCheckpoint
-from processes import Workers, run_in_turn, run_workers
+from processes import Workers
+from staying import run_in_turn, run_workers
 from torch import nn
 from toy import Resumable, Toy, batches, initial_weights, loader, trainer, weights
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from inside import recorded_collectives
 from lightning.pytorch.loggers.logger import DummyLogger
 from modules import WithNorm, final_bits
-from processes import run_in_turn, run_workers
+from staying import run_in_turn, run_workers
 from torch.distributed import distributed_c10d
 from toy import Toy, bits, loader, trainer, weights
 

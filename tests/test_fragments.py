@@ -12,7 +12,7 @@ import torch
 from against_reference import LR, OPTIMIZERS, ROWS, STEPS, compare, strength
 from lightning.pytorch.callbacks import ModelCheckpoint
 from modules import final_bits
-from processes import run_in_turn, run_workers
+from staying import run_in_turn, run_workers
 from toy import Resumable, Toy, bits, loader, trainer, weights
 
 from lightning_easgd import EASGDStrategy

@@ -14,7 +14,7 @@ from against_reference import reference_optimizers
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from modules import ADAMW, Gan
-from processes import run_workers
+from staying import run_workers
 from torch.optim import lr_scheduler
 from toy import Resumable, Toy, batches, initial_weights, loader, trainer, weights
 

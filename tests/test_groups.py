@@ -18,7 +18,7 @@ import torch
 from against_reference import LR, OPTIMIZERS, reference_optimizers
 from lightning.pytorch.callbacks import ModelCheckpoint
 from modules import ADAMW, Noisy, WithNorm
-from processes import run_workers
+from staying import run_workers
 from toy import Resumable, Toy, batches, bits, initial_weights, loader, trainer, weights
 
 from lightning_easgd import (

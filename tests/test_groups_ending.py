@@ -11,7 +11,7 @@ import pytest
 import torch
 from interrupted import kill_one, stop_alone, stop_and_go_on
 from modules import Gan
-from processes import run_workers
+from staying import run_workers
 from toy import Toy, loader, trainer
 
 from lightning_easgd import EASGDStrategy, Groups, NonFiniteError

@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from modules import ADAMW
-from processes import run_workers
+from staying import run_workers
 from toy import Toy, loader, trainer
 
 from lightning_easgd import Cosine, EASGDStrategy, Groups

@@ -11,7 +11,7 @@ import torch
 from inside import middles
 from lightning.pytorch.callbacks import ModelCheckpoint
 from modules import ADAMW, Noisy
-from processes import run_workers
+from staying import run_workers
 from toy import Resumable, Toy, bits, trainer, weights
 
 from lightning_easgd import EASGDStrategy, Groups

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from processes import run_workers
+from staying import run_workers
 from toy import Toy, loader, trainer, weights
 
 from lightning_easgd import EASGDStrategy, LeaderSGD

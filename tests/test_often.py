@@ -18,7 +18,8 @@ import trajectories
 from against_reference import OPTIMIZERS, compare
 from in_memory import Wire, make_worker, run_threads
 from interrupted import signs_of_life_come_often
-from processes import Workers, run_workers
+from processes import Workers
+from staying import run_workers
 from torch import Tensor, nn
 from toy import Toy, loader, trainer
 from trajectories import Case, Given, Steps

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from processes import run_workers
+from staying import run_workers
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from toy import Resumable, Toy, trainer

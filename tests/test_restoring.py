@@ -16,7 +16,7 @@ import pytest
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
-from processes import run_workers
+from staying import run_workers
 from toy import Resumable, Toy, trainer, weights
 
 from lightning_easgd import EASGDStrategy

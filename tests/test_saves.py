@@ -17,8 +17,8 @@ import pytest
 import torch
 from fsspec.implementations.local import LocalFileSystem
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
-from processes import run_workers
 from saving import SGD, STEPS, files, require_whole, save_of, train
+from staying import run_workers
 from toy import Toy
 
 from lightning_easgd.checkpoint.files import remove_debris, remove_saves, worker_file

@@ -13,7 +13,7 @@ import torch
 from against_reference import LR, reference_optimizers
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
-from processes import run_workers
+from staying import run_workers
 from toy import Resumable, Toy, batches, initial_weights, trainer, weights
 
 from lightning_easgd import EASGDStrategy

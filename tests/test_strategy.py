@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
 )
 from lightning.pytorch.strategies import StrategyRegistry
-from processes import run_workers
+from staying import run_workers
 from torch import nn
 from toy import Toy, initial_weights, loader, trainer, weights
 

@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from processes import run_in_turn, run_workers
+from staying import run_in_turn, run_workers
 from torch import Tensor
 from toy import Toy, loader, trainer
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from against_reference import OPTIMIZERS
 from lightning.pytorch.callbacks import ModelCheckpoint
-from processes import run_workers
+from staying import run_workers
 from toy import Resumable, Toy, loader, trainer, weights
 
 from lightning_easgd import Auto, EASGDStrategy

@@ -20,7 +20,7 @@ import torch
 from against_reference import LR, OPTIMIZERS, reference_optimizers
 from inside import middles
 from modules import Thawing
-from processes import run_workers
+from staying import run_workers
 from toy import Toy, batches, bits, initial_weights, loader, trainer, weights
 
 from lightning_easgd import EASGD, EASGDStrategy, Groups

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from processes import run_in_turn, run_workers
+from staying import run_in_turn, run_workers
 from torch import Tensor, nn
 from toy import bits, loader, trainer
 

@@ -13,7 +13,7 @@ import reference
 import torch
 from against_reference import LR, OPTIMIZERS, reference_optimizers, strength
 from lightning.pytorch.callbacks import ModelCheckpoint
-from processes import run_workers
+from staying import run_workers
 from torch.utils.data import DataLoader, IterableDataset
 from toy import Batches, Toy, batches, initial_weights, loader, trainer, weights
 

@@ -13,7 +13,7 @@ import reference
 import torch
 from against_reference import reference_optimizers
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from processes import run_workers
+from staying import run_workers
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 from toy import Batches, Toy, batches, initial_weights, loader, trainer, weights
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from interrupted import ended
 from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
-from processes import run_workers
+from staying import run_workers
 from toy import Resumable, Toy, loader, trainer, weights
 
 from lightning_easgd import EASGDStrategy

@@ -14,7 +14,7 @@ import pytest
 import torch
 from in_memory import Wire, make_worker, run_threads
 from lightning.pytorch.callbacks import ModelCheckpoint
-from processes import run_workers
+from staying import run_workers
 from toy import trainer
 from trajectories import STEPS, Case, Given, Steps, run_in_memory
 

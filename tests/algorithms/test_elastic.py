@@ -80,7 +80,7 @@ def test_mean_and_variance_of_the_center_follow_the_closed_forms():
 @pytest.mark.parametrize("tau", [1, 2, 4, 16])
 def test_stationary_variance_at_exchange_times(tau):
     samples = 40_000
-    *_, (_, c) = noisy_quadratic(tau=tau, steps=40 * tau + 1, samples=samples)
+    *_, (_, c) = noisy_quadratic(tau=tau, steps=12 * tau + 1, samples=samples)
     assert float(c.var()) == pytest.approx(stationary_variance(tau), rel=5 * math.sqrt(2 / samples))
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
-from processes import run_workers
+from staying import run_workers
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 from toy import Resumable, Toy, loader, trainer, weights
 

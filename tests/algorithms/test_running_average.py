@@ -14,7 +14,7 @@ import reference
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from noisy_quadratic import ETA, SIGMA, H, P, noisy_quadratic
-from processes import run_workers
+from staying import run_workers
 from torch import nn
 from toy import Resumable, Toy, batches, initial_weights, loader, trainer, weights
 
@@ -294,7 +294,7 @@ def test_the_variance_of_polyaks_average_goes_to_its_limit(tau: int) -> None:
 
     In general, what τ steps of noise leave, Σ_j η q^j σ ξ_j, over what a step takes back, 1 - q^τ.
     """
-    samples, steps, q = 10_000, 2000, 1 - ETA * H
+    samples, steps, q = 10_000, 800, 1 - ETA * H
     left = ETA**2 * SIGMA**2 / P * sum(q ** (2 * j) for j in range(tau))
     expected = tau * left / (1 - q**tau) ** 2
     assert tau > 1 or expected == pytest.approx(SIGMA**2 / (P * H**2))

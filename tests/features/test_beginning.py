@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, LearningRateFinder
-from processes import run_workers
+from staying import run_workers
 from torch import nn
 from toy import loader, trainer, weights
 

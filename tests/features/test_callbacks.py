@@ -20,8 +20,9 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.core.hooks import CheckpointHooks, DataHooks, ModelHooks
-from processes import Workers, run_workers
+from processes import Workers
 from spring import Trace, Validated, state
+from staying import run_workers
 from torch import nn
 from torch.utils.data import DataLoader
 from toy import Batches, loader, trainer

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, Timer
-from processes import run_workers
+from staying import run_workers
 from toy import Toy, bits, loader, trainer, weights
 
 from lightning_easgd import EASGDStrategy

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from processes import run_workers
+from staying import run_workers
 from torch import Tensor, nn
 from toy import Toy, loader, trainer
 

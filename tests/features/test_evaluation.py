@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from processes import run_workers
+from staying import run_workers
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 from toy import Toy, loader, trainer, weights

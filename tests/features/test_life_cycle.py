@@ -13,8 +13,8 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
 from lightning.pytorch.tuner import Tuner
-from processes import run_workers
 from spring import Trace, Validated, assert_like_on_a_spring, state
+from staying import run_workers
 from torch.utils.data import DataLoader, TensorDataset
 from toy import loader, trainer
 

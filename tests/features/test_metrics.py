@@ -11,8 +11,8 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from processes import run_workers
 from spring import state
+from staying import run_workers
 from torchmetrics import MeanMetric
 from toy import Toy, batches, loader, trainer
 

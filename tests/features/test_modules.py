@@ -10,8 +10,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.plugins import TorchSyncBatchNorm
-from processes import run_workers
 from spring import Validated, assert_like_on_a_spring, state, training
+from staying import run_workers
 from torch import Tensor, nn
 from toy import loader, trainer
 

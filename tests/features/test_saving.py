@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from processes import run_workers
+from staying import run_workers
 from torch import Tensor, nn
 from toy import Toy, loader, trainer, weights
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import reference
 import torch
-from processes import run_in_turn
+from staying import run_in_turn
 from toy import Toy, batches, initial_weights, loader, trainer, weights
 
 from lightning_easgd import EASGDStrategy

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import runpy
 import subprocess
@@ -25,7 +24,6 @@ __all__ = [
     "free_port",
     "on_host",
     "processes_of",
-    "run_in_turn",
     "run_script",
     "run_workers",
 ]
@@ -47,23 +45,6 @@ def run_workers(
     for rank, outcome in enumerate(outcomes):
         assert outcome.error is None, f"worker {rank}: {outcome.trace}"
     return [outcome.value for outcome in outcomes]
-
-
-def run_in_turn(
-    target: Callable[..., Any], cases: Sequence[tuple[Any, ...]], *, workers: int
-) -> list[list[Any]]:
-    """Run ``target(rank, *case)`` for one case after another, all in the same workers.
-
-    Returns for each case what each worker returned. That takes half as long as workers for each
-    case: a worker's first training costs as much as the next two.
-    """
-    ended = run_workers(_each, target, cases, workers=workers)
-    return [list(of_case) for of_case in zip(*ended, strict=True)]
-
-
-def _each(rank: int, target: Callable[..., Any], cases: Sequence[tuple[Any, ...]]) -> list[Any]:
-    # Copies, as of workers of its own: cases may share what changes in training.
-    return [target(rank, *copy.deepcopy(case)) for case in cases]
 
 
 def on_host(rank: int, hosts: EmulatedHosts, target: Callable[..., Any], *args: Any) -> Any:

@@ -6,6 +6,7 @@ Workers that draw the same batches stay equal, so one of them and the center are
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from processes import run_workers
+from staying import run_workers
 from torch import Tensor
 from toy import Toy, loader, trainer
 
@@ -146,13 +147,17 @@ def training(make_module: Callable[[], pl.LightningModule], **options: Any) -> S
 
     Callbacks are given as functions that make them.
     """
+    return partial(_train, make_module, options)
 
-    def scenario(make_trainer: Callable[..., pl.Trainer]) -> Any:
-        module, trace = make_module(), Trace()
-        callbacks = [trace, *(make() for make in options.get("callbacks", ()))]
-        fitting = make_trainer(**options | {"callbacks": callbacks})
-        dtype = next(module.parameters()).dtype.to_real()
-        fitting.fit(module, loader(0, 8, dtype), loader(1, 2, dtype))
-        return trace.seen, state(module), fitting.global_step, fitting.current_epoch
 
-    return scenario
+def _train(
+    make_module: Callable[[], pl.LightningModule],
+    options: dict[str, Any],
+    make_trainer: Callable[..., pl.Trainer],
+) -> Any:
+    module, trace = make_module(), Trace()
+    callbacks = [trace, *(make() for make in options.get("callbacks", ()))]
+    fitting = make_trainer(**options | {"callbacks": callbacks})
+    dtype = next(module.parameters()).dtype.to_real()
+    fitting.fit(module, loader(0, 8, dtype), loader(1, 2, dtype))
+    return trace.seen, state(module), fitting.global_step, fitting.current_epoch

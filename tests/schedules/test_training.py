@@ -12,7 +12,7 @@ import pytest
 import reference
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from processes import run_workers
+from staying import run_workers
 from toy import Resumable, Toy, batches, initial_weights, loader, trainer, weights
 
 from lightning_easgd import (
