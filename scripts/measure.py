@@ -64,6 +64,8 @@ def main() -> None:
     six.add_argument("--megabytes", type=float, default=5.0, help="of the model")
     six.add_argument("--encrypted", action="store_true", help="with certificates on both sides")
     six.add_argument("--journal", default="none", choices=("none", "written", "synced"))
+    six.add_argument("--shards", type=int, default=1, help="also several servers, a slice each")
+    six.add_argument("--standby", action="store_true", help="also a server that has a standby")
     six.add_argument("--repetitions", type=int, default=9, help="pairs of server and echo")
     options = vars(parser.parse_args())
     measurements = {

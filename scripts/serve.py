@@ -16,18 +16,25 @@ import signal
 import sys
 import threading
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from serving import Shown
+from serving import SECONDS, Shown, Watched
+from sharding import Shards
 
+from lightning_easgd.schedules.checks import require, require_count
 from lightning_easgd.server import Limits, Settings, SnapshotError
 from lightning_easgd.server.certificates import Certificates, ShutOut
+from lightning_easgd.server.shards import address_of
+
+if TYPE_CHECKING:
+    from lightning_easgd.server.serving import Serving
 
 CONF = Path(__file__).parents[1] / "conf" / "serve.yaml"
 SHUT_OUT = "shut_out.txt"
-TEXT = {"folder", "address", "keys", "standby_of"}
+TEXT = {"folder", "address", "keys", "standby_of", "shard"}
 """Keys whose values are taken as they are written."""
 COMMANDS = """\
 Serve a center to workers that come at their own pace, and show them in a table.
@@ -35,6 +42,7 @@ Serve a center to workers that come at their own pace, and show them in a table.
   python scripts/serve.py                                            workers of this machine
   python scripts/serve.py address=0.0.0.0:5700 keys=center-keys      and others, with certificates
   python scripts/serve.py folder=outputs/standby standby_of=host:5700    take over if host is lost
+  python scripts/serve.py shards=2                                   two servers, half a center each
   python scripts/serve.py keys center-keys server site-a             make keys; see keys -h
 
 KEY=VALUE, and what it is if you say nothing:
@@ -51,15 +59,33 @@ def main() -> None:
             make_keys(arguments[1:])
         else:
             serve(read(arguments))
-    except (OSError, ValueError, SnapshotError, ModuleNotFoundError) as error:
+    except (OSError, ValueError, RuntimeError, SnapshotError, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")
 
 
 def serve(options: argparse.Namespace) -> None:
     """Serve until a signal comes."""
-    from lightning_easgd.server.serving import Pairing, Serving
+    ends = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ends.set())
+    served: Watched | Shards
+    if options.shards > 1 and options.shard is None:
+        settings_of(options, 0)  # what is refused is refused before processes start
+        served = Shards(partial(start, options), options.shards)
+    else:
+        served = Watched(start(options, options.shard or 0))
+    print(f"serving on port {served.port}; Ctrl-C ends after a snapshot", flush=True)
+    try:
+        with Shown(options.folder / "served.jsonl") as shown:
+            while not ends.wait(SECONDS):
+                shown.show(served.look())
+    finally:
+        served.close()
 
-    settings = Settings(
+
+def settings_of(options: argparse.Namespace, shard: int) -> Settings:
+    """Of the server of a shard, which is all of the center if there is one only."""
+    return Settings(
         algorithm=options.algorithm,
         center_average=options.center_average,
         tau=options.tau,
@@ -69,29 +95,31 @@ def serve(options: argparse.Namespace) -> None:
         weight=options.weight,
         max_norm=options.max_norm,
         limits=Limits(workers=options.most_workers),
+        shard=shard,
+        shards=options.shards,
     )
-    shown = None
+
+
+def start(options: argparse.Namespace, shard: int) -> Serving:
+    """The server of a shard."""
+    from lightning_easgd.server.serving import Pairing, Serving
+
+    certificates = None
     if options.keys:
         names = ("authority.pem", "server.pem", "server.key")
-        shown = Certificates(*(options.keys / name for name in names))
-    ends = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: ends.set())
-    serving = Serving(
-        settings,
-        options.folder,
-        address=options.address,
+        certificates = Certificates(*(options.keys / name for name in names))
+    standby_of = options.standby_of and address_of(options.standby_of, shard)
+    return Serving(
+        settings_of(options, shard),
+        options.folder / f"shard-{shard}" if shard else options.folder,
+        address=address_of(options.address, shard),
         seconds=options.seconds,
         journal=options.journal,
-        pairing=Pairing(options.standby_of, alone=options.alone, lease=options.lease),
-        certificates=shown,
+        pairing=Pairing(standby_of, alone=options.alone, lease=options.lease),
+        certificates=certificates,
         shut_out=ShutOut(options.keys / SHUT_OUT) if options.keys else None,
         insecure=options.insecure,
     )
-    try:
-        Shown(serving, options.folder / "served.jsonl").until(ends)
-    finally:
-        serving.close()
 
 
 def read(arguments: list[str]) -> argparse.Namespace:
@@ -111,7 +139,22 @@ def read(arguments: list[str]) -> argparse.Namespace:
         options[key] = value if key in TEXT and value != "null" else _value(argument, value)
     for name in ("folder", "keys"):
         options[name] = options[name] and Path(options[name])
+    _read_shards(options)
     return argparse.Namespace(**options)
+
+
+def _read_shards(options: dict[str, Any]) -> None:
+    """How many there are, and which of them is served; "1/2" is the second of two."""
+    require_count("shards", options["shards"], "shards")
+    if options["shard"] is not None:
+        number, _, shards = options["shard"].partition("/")
+        known = number.isdecimal() and shards.isdecimal() and int(number) < int(shards)
+        require("shard", options["shard"], "as 0/2 and 1/2, the first and second of two", known)
+        options["shard"], options["shards"] = int(number), int(shards)
+    free = options["address"].endswith(":0") and options["shards"] > 1
+    require(
+        "address", options["address"], "with several shards a port, as 127.0.0.1:5700", not free
+    )
 
 
 def _value(argument: str, value: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import threading
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lightning_easgd.server.serving import Serving
 
 SECONDS = 1.0
+"""Between two looks."""
 COLUMNS = {
     "worker": "worker",
     "exchanges": "exchanges",
@@ -31,39 +32,30 @@ COLUMNS = {
 }
 
 
-class Shown:
-    """Looks at a server once a second.
+class Watched:
+    """Looks at a server again and again.
 
     Args:
         serving: the server.
-        path: of the lines of JSON.
+
+    Attributes:
+        port: on which workers are answered.
+        close: ends the server.
     """
 
-    def __init__(self, serving: Serving, path: Path) -> None:
+    def __init__(self, serving: Serving) -> None:
+        self.port, self.close = serving.port, serving.close
         self._serving = serving
-        self._path = path
         self._before: dict[str, tuple[float, int]] = {}
-        self._console = Console()
-
-    def until(self, ends: threading.Event) -> None:
-        """Show and write until this is set."""
-        print(f"serving on port {self._serving.port}; Ctrl-C ends after a snapshot", flush=True)
-        with (
-            open(self._path, "a") as file,
-            Live(console=self._console, auto_refresh=False, transient=True) as live,
-        ):
-            while not ends.wait(SECONDS):
-                following = self._serving.following
-                if following and following.failed:
-                    raise following.failed
-                look = self.look()
-                file.write(json.dumps(look) + "\n")
-                file.flush()
-                if self._console.is_terminal:
-                    live.update(table(look), refresh=True)
 
     def look(self) -> dict[str, Any]:
-        """The center and its workers now, as plain data."""
+        """The center and its workers now, as plain data.
+
+        Raises:
+            Exception: the server is a standby, and can no longer follow its primary.
+        """
+        if (following := self._serving.following) and following.failed:
+            raise following.failed
         handler = self._serving.handler
         with handler.lock:
             server, now = handler.server, time.monotonic()
@@ -105,10 +97,80 @@ class Shown:
         }
 
 
+def together(looks: list[dict[str, Any]]) -> dict[str, Any]:
+    """What servers of one center show, as of one server; of counts the smallest."""
+    names = sorted({row["worker"] for look in looks for row in look["workers"]})
+    rows = [[r for look in looks for r in look["workers"] if r["worker"] == n] for n in names]
+    reasons = sorted({reason for look in looks for reason in look["refused"]})
+    return {
+        "serves": all(look["serves"] for look in looks),
+        "standby": _standby([look["standby"] for look in looks]),
+        "time": min(look["time"] for look in looks),
+        "version": min(look["version"] for look in looks),
+        "versions": [look["version"] for look in looks],
+        "alpha": min(look["alpha"] for look in looks),
+        "model_bytes": sum(look["model_bytes"] for look in looks),
+        "refused": {
+            reason: sum(look["refused"].get(reason, 0) for look in looks) for reason in reasons
+        },
+        "workers": [_one_row(of_one) for of_one in rows],
+    }
+
+
+def _standby(said: list[str | None]) -> str | None:
+    return "silent" if "silent" in said else said[0] if len(set(said)) == 1 else "missing"
+
+
+def _one_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of one worker at all servers."""
+    how: dict[str, Any] = {
+        "exchanges": min,
+        "per_second": min,
+        "mb_per_second": sum,
+        "staleness": max,
+        "distance": lambda distances: math.hypot(*distances),
+        "missing": sum,
+        "silent_seconds": max,
+    }
+    found = {name: combine([row[name] for row in rows]) for name, combine in how.items()}
+    return {"worker": rows[0]["worker"], **found}
+
+
+class Shown:
+    """Shows what is seen, and writes it.
+
+    Args:
+        path: of the lines of JSON.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._console = Console()
+        self._live = Live(console=self._console, auto_refresh=False, transient=True)
+
+    def __enter__(self) -> Shown:
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def show(self, look: dict[str, Any]) -> None:
+        """Show and write a look."""
+        with open(self._path, "a") as file:
+            file.write(json.dumps(look) + "\n")
+        if self._console.is_terminal:
+            self._live.update(table(look), refresh=True)
+
+
 def table(look: dict[str, Any]) -> Table:
     """For a terminal."""
     refused = sum(look["refused"].values())
-    title = f"center after {look['version']} differences, α = {look['alpha']:.4g}"
+    least, most = look["version"], max(look.get("versions", [look["version"]]))
+    after = f"{least}" if least == most else f"{least} to {most}"
+    title = f"center after {after} differences, α = {look['alpha']:.4g}"
+    if "versions" in look:
+        title = f"{title}, {len(look['versions'])} shards"
     if not look["serves"]:
         title = f"standby: {title}"
     elif look["standby"]:

@@ -24,6 +24,7 @@ from lightning.pytorch.callbacks import (
     LearningRateFinder,
     ModelCheckpoint,
 )
+from served import free_ports
 from toy import Toy, initial_weights, loader, trainer, weights
 
 from lightning_easgd import CenterAt, EASGDMonitor, EASGDStrategy
@@ -31,6 +32,7 @@ from lightning_easgd.server import Refused, Settings
 
 pytest.importorskip("grpc", reason="needs gRPC: pip install -e '.[async]'")
 pytest.importorskip("safetensors", reason="needs safetensors: pip install -e '.[async]'")
+pytest.importorskip("cryptography", reason="needs cryptography: pip install -e '.[async]'")
 from lightning_easgd.server.serving import Serving
 
 pytestmark = pytest.mark.timeout(60)
@@ -270,6 +272,31 @@ def test_downpour_and_eamsgd_train_at_a_server(tmp_path: Path) -> None:
     assert server.version == 6
     assert same(module.seen["training"], server.center)
     server.serving.close()
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_servers_with_a_slice_each_are_met_as_one(
+    server: Server, tmp_path: Path, overlap: bool
+) -> None:
+    port = free_ports(3)
+    shards = [
+        Serving(
+            Settings(tau=3, shard=shard, shards=3),
+            tmp_path / f"{shard}",
+            address=f"127.0.0.1:{port + shard}",
+        )
+        for shard in range(3)
+    ]
+    modules = [Watched(), Watched()]
+    for address, module in zip((server.address, f"127.0.0.1:{port}"), modules, strict=True):
+        strategy = EASGDStrategy(center=address, overlap=overlap)
+        trainer(1, strategy).fit(module, loader(0, STEPS))
+    assert same(*map(weights, modules))
+    assert same(modules[0].seen["training"], modules[1].seen["training"])
+    assert [each.handler.server.version for each in shards] == [server.version] * 3
+    assert not any(each.handler.server.workers(0.0) for each in shards)
+    for each in shards:
+        each.close()
 
 
 @pytest.mark.parametrize("addresses", [[], "", 5, "host", ["127.0.0.1:1", 7]])

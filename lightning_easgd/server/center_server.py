@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from lightning_easgd.algorithms import RULES
 from lightning_easgd.center.flat import FlatLayout, FlatVector
 from lightning_easgd.schedules.checks import is_number
 from lightning_easgd.server.center_state import CenterState
@@ -48,6 +47,7 @@ class CenterServer:
         self.refusals: Counter[Refusal] = Counter()
         self._roster = Roster(self.settings)
         self._state: CenterState | None = None
+        self._founder: tuple[str, int] | None = None
 
     @property
     def has_center(self) -> bool:
@@ -94,13 +94,15 @@ class CenterServer:
             known = self._roster.join(worker, incarnation, version=self.version, now=now)
             if weights and not self._state:
                 self._begin_at(weights.clone())
+                self._founder = worker, incarnation
             return Terms(
-                algorithm=self._rule_name(),
+                algorithm=self.settings.kind["algorithm"],
                 tau=self.settings.tau,
                 alpha=self.alpha(now),
                 version=self.version,
                 sequence=known.receipt.sequence,
                 has_center=self.has_center,
+                began=self._founder == (worker, incarnation),
             )
 
     def alpha(self, now: float) -> float:
@@ -220,8 +222,7 @@ class CenterServer:
         """
         state = self._require_state()
         facts = {
-            "algorithm": self._rule_name(),
-            "average": repr(self.settings.average),
+            **self.settings.kind,
             "model": describe(state.center.layout),
             "version": self.version,
             "roster": self._roster.state(),
@@ -232,15 +233,16 @@ class CenterServer:
         """Go on from a snapshot, in place of all that the server knew.
 
         Raises:
-            SnapshotError: it is of another algorithm or average.
+            SnapshotError: it is of another algorithm, average or shard.
         """
         facts, tensors = snapshot.facts, snapshot.tensors
-        ours = (self._rule_name(), repr(self.settings.average))
-        if (facts["algorithm"], facts["average"]) != ours:
+        ours = self.settings.kind
+        theirs = {name: facts.get(name, "0 of 1") for name in ours}
+        if theirs != ours:
+            said = [", ".join(f"{n}={v}" for n, v in each.items()) for each in (theirs, ours)]
             raise SnapshotError(
-                f"The snapshot is of algorithm={facts['algorithm']} with"
-                f" center_average={facts['average']}, and this server has {ours[0]} with {ours[1]}."
-                " Give the server the same options, or begin in an empty folder."
+                f"The snapshot is of {said[0]}, and this server has {said[1]}. Give the server the"
+                " same options, or begin in an empty folder."
             )
         layout = layout_of(facts["model"], self.settings.limits.model_bytes)
         state = CenterState.from_tensors(self.settings, layout, tensors)
@@ -273,10 +275,6 @@ class CenterServer:
         except Refused as refused:
             self.refusals[refused.reason] += 1
             raise
-
-    def _rule_name(self) -> str:
-        rule = type(self.settings.rule)
-        return next(name for name, known in RULES.items() if known is rule)
 
     def _begin_at(self, center: FlatVector) -> None:
         self._state = CenterState(self.settings, center)

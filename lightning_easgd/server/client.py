@@ -21,6 +21,7 @@ from lightning_easgd.server.frames import Message, cut
 from lightning_easgd.server.handler import Handler
 from lightning_easgd.server.model import byte_size, bytes_of, describe, vector_on
 from lightning_easgd.server.refusal import Refusal, Refused
+from lightning_easgd.server.shards import WHOLE, Shard
 from lightning_easgd.server.standing import NotPrimary
 from lightning_easgd.server.values import Receipt, Terms
 
@@ -97,6 +98,7 @@ class CenterClient:
         transport: to the server; closed with the client.
         worker: its name, of 1 to 64 visible ASCII characters, and of no other worker.
         model: of the worker.
+        shard: the slice that the server has. All vectors here are of it.
         incarnation: of this process, larger than of any before; None: the time.
         patience: seconds for which it asks again.
         clock: gives seconds.
@@ -114,6 +116,7 @@ class CenterClient:
         worker: str,
         model: FlatLayout,
         *,
+        shard: Shard = WHOLE,
         incarnation: int | None = None,
         patience: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
@@ -126,7 +129,7 @@ class CenterClient:
         self._transport = transport
         incarnation = time.time_ns() if incarnation is None else incarnation
         self._who = {"worker": worker, "incarnation": incarnation}
-        self._model = model
+        self._shard, self._model = shard, shard.layout(model)
         self._abandoned = threading.Event()
         self._clock, self._sleep = clock, sleep or self._abandoned.wait
         self._sequence = 0
@@ -134,6 +137,15 @@ class CenterClient:
         self._pending: tuple[dict[str, Any], FlatVector] | None = None
         self._took: deque[float] = deque(maxlen=_MEASURED)
         self._jitter = random.Random(f"{self._who}")
+
+    def ask_shards(self) -> int:
+        """How many servers have a slice of the center each; raises as :meth:`get`."""
+        said, _ = self._ask({"do": "shards"}, ())
+        return int(said["shards"])
+
+    def slice_of(self, vector: FlatVector) -> FlatVector:
+        """The slice of a vector of the whole model; it shares its memory."""
+        return self._shard.slice_of(vector, self._model)
 
     def ask_terms(self) -> Terms:
         """Join the server, which may have no center yet; raises as :meth:`join`."""
@@ -240,7 +252,8 @@ class CenterClient:
         self._transport.close()
 
     def _join(self, weights: FlatVector | None = None) -> Terms:
-        asked = {"do": "join", "model": describe(self._model)}
+        shard = [self._shard.number, self._shard.of]
+        asked = {"do": "join", "shard": shard, "model": describe(self._model)}
         said, _ = self._ask(asked, bytes_of(weights) if weights else ())
         return Terms(alpha=self.alpha, **said)
 

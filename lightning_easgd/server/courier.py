@@ -11,6 +11,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 from lightning_easgd.server.client import CenterClient
+from lightning_easgd.server.sharded import ShardedClient, fulfil
 
 T = TypeVar("T")
 
@@ -32,7 +33,9 @@ class Courier:
         told_to_stop: whether another one does.
     """
 
-    def __init__(self, client: CenterClient, *, team: int = 1, every: float = 10.0) -> None:
+    def __init__(
+        self, client: CenterClient | ShardedClient, *, team: int = 1, every: float = 10.0
+    ) -> None:
         self.client = client
         self.finished = self.stops = self.told_to_stop = False
         self._team, self._every = team, every
@@ -69,17 +72,10 @@ class Courier:
                 task = self._tasks.get(timeout=max(0.0, due - time.monotonic()))
                 if task is None:
                     return
-                _do(*task)
+                fulfil(*task)
             except Empty:
                 pass
             if time.monotonic() >= due:
                 with suppress(Exception):  # whoever asks next is told
                     self.beat(once=True)
                 due = time.monotonic() + self._every
-
-
-def _do(future: Future[Any], what: Callable[[], Any]) -> None:
-    try:
-        future.set_result(what())
-    except BaseException as error:
-        future.set_exception(error)

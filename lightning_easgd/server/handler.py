@@ -65,6 +65,7 @@ class Handler:
         self._free: deque[Tensor] = deque(maxlen=_KEPT)
         """Memory of differences, which took as long to get as to fill."""
         self._operations: dict[Any, Callable[[Message], Answer]] = {
+            "shards": self._shards,
             "join": self._join,
             "get": self._get,
             "add": self._add,
@@ -128,8 +129,13 @@ class Handler:
         if refused.reason.ends and times & (times - 1) == 0:
             log.warning("%s was refused for the %d. time: %s", sender, times, refused)
 
+    def _shards(self, message: Message) -> Answer:
+        message.payload(0)
+        return self._say({"shards": self.server.settings.shards})
+
     def _join(self, message: Message) -> Answer:
         worker, incarnation = _sender(message)
+        self._require_shard(message.text.get("shard"))
         model = layout_of(message.text.get("model"), self.server.settings.limits.model_bytes)
         weights = None
         if message.payload_bytes and not self.server.has_center:
@@ -137,6 +143,16 @@ class Handler:
         with self.lock:
             terms = self.server.join(worker, incarnation, model, now=self.clock(), weights=weights)
         return self._say(asdict(terms))
+
+    def _require_shard(self, theirs: object) -> None:
+        settings = self.server.settings
+        if theirs != [settings.shard, settings.shards]:
+            raise Refused(
+                Refusal.OTHER_SHARD,
+                f"This server has shard {settings.shard} of {settings.shards} of its center, and"
+                f" was asked for {theirs!r:.80}. Give workers the address of shard 0, and have"
+                " those of the others at the next ports.",
+            )
 
     def _get(self, message: Message) -> Answer:
         worker, incarnation = _sender(message)

@@ -17,6 +17,7 @@ class Refusal(Enum):
     NOT_KEPT = "not_kept"
     TOO_MANY_WORKERS = "too_many_workers"
     OTHER_MODEL = "other_model"
+    OTHER_SHARD = "other_shard"
     NOT_FINITE = "not_finite"
     MALFORMED = "malformed"
     TOO_LARGE = "too_large"

@@ -43,7 +43,10 @@ class KeptTwice:
 
 def terms_of(settings: Settings) -> dict[str, Any]:
     """What a standby must have in common with its primary."""
-    names = ("beta", "workers", "tau", "staleness", "weight", "order", "max_norm")
+    names = (
+        *("beta", "workers", "tau", "staleness", "weight"),
+        *("order", "max_norm", "shard", "shards"),
+    )
     return {name: getattr(settings, name) for name in names}
 
 

@@ -6,7 +6,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lightning_easgd.algorithms import RULES, CenterAverage, Rule, choose_average, choose_rule
-from lightning_easgd.schedules.checks import is_number, require, require_choice, require_count
+from lightning_easgd.schedules.checks import (
+    is_count,
+    is_number,
+    require,
+    require_choice,
+    require_count,
+)
 
 ADDING = ("easgd", "downpour", "mdownpour")
 """The rules that need one worker at a time; all others need the mean over the workers."""
@@ -56,6 +62,8 @@ class Settings:
         max_norm: Euclidean norm to which a larger difference is shortened.
         smoothing: seconds in which a live p falls most of the way.
         lease: seconds of silence after which a worker does not count as there.
+        shard: which slice of the center this server has, from 0.
+        shards: how many servers there are, with a slice each.
         limits: what workers may ask.
 
     Raises:
@@ -73,6 +81,8 @@ class Settings:
     max_norm: float | None = None
     smoothing: float = 30.0
     lease: float = 60.0
+    shard: int = 0
+    shards: int = 1
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
@@ -93,8 +103,28 @@ class Settings:
             "with order='round_robin' a number",
             not in_turn or self.workers != "live",
         )
+        self._require_shard()
         for name in ("max_norm", "smoothing", "lease"):
             _require_positive(name, getattr(self, name))
+
+    def _require_shard(self) -> None:
+        require_count("shards", self.shards, "shards")
+        inside = is_count(self.shard, 0) and self.shard < self.shards
+        require("shard", self.shard, f"a whole number from 0 to {self.shards - 1}", inside)
+        for name, whole in (("max_norm", None), ("staleness", "none"), ("weight", "none")):
+            given = getattr(self, name)
+            allowed = f"with several shards {whole!r}, since each would weigh its slice by itself"
+            require(name, given, allowed, self.shards == 1 or given == whole)
+
+    @property
+    def kind(self) -> dict[str, str]:
+        """What a snapshot must have in common with its server."""
+        rule = type(self.rule)
+        return {
+            "algorithm": next(name for name, known in RULES.items() if known is rule),
+            "average": repr(self.average),
+            "shard": f"{self.shard} of {self.shards}",
+        }
 
     @property
     def rule(self) -> Rule:

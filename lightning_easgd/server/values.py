@@ -39,6 +39,7 @@ class Terms:
         version: of the center.
         sequence: of the last difference of this incarnation that was added; 0 if none was.
         has_center: whether the server has a center. If not, join with weights that shall be it.
+        began: whether the center began as what this incarnation brought, as far as is known.
     """
 
     algorithm: str
@@ -47,6 +48,7 @@ class Terms:
     version: int
     sequence: int
     has_center: bool
+    began: bool = False
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from datetime import timedelta
 from lightning_easgd.center.center import Center
 from lightning_easgd.center.wire import Wire
 from lightning_easgd.communication import share
-from lightning_easgd.server.client import CenterClient
 from lightning_easgd.server.courier import Courier
+from lightning_easgd.server.sharded import ShardedClient
 from lightning_easgd.strategy.center_at import CenterAt
 from lightning_easgd.strategy.local_server import LocalServer
 from lightning_easgd.strategy.options import Options
@@ -70,9 +70,13 @@ class AtServer:
             told = share(told, rank=rank, size=workers, timeout=timeout)
         assert told is not None
         team, addresses = json.loads(told)
-        transport = at.transport(addresses if at.is_local else at.listed)
-        layout = Wire(center).layout
-        client = CenterClient(transport, f"{team}/{rank}", layout, patience=seconds)
+        addresses = addresses if at.is_local else at.listed
+        client = ShardedClient(
+            lambda shard: at.transport(addresses, shard),
+            f"{team}/{rank}",
+            Wire(center).layout,
+            patience=seconds,
+        )
         try:
             options = options.at_server(client.ask_terms())
         except BaseException:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lightning_easgd.schedules.checks import is_number, require, require_bools, require_count
 from lightning_easgd.server.certificates import Certificates, require_protected
+from lightning_easgd.server.shards import address_of
 
 if TYPE_CHECKING:
     from lightning_easgd.server.grpc_transport import GrpcTransport
@@ -88,17 +89,19 @@ class CenterAt:
         )
         return Certificates(*found)
 
-    def transport(self, addresses: Sequence[str]) -> GrpcTransport:
-        """To the server.
+    def transport(self, addresses: Sequence[str], shard: int = 0) -> GrpcTransport:
+        """To the server, or to that of another shard of its center.
 
         Args:
             addresses: of it, also if it is local.
+            shard: from 0.
 
         Raises:
             ModuleNotFoundError: gRPC is not installed.
         """
         from lightning_easgd.server.grpc_transport import GrpcTransport
 
+        addresses = [address_of(each, shard) for each in addresses]
         return GrpcTransport(addresses, certificates=self.certificates(), insecure=self.insecure)
 
     def __str__(self) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+from contextlib import ExitStack
+
 import numpy as np
 import torch
 
@@ -31,3 +34,17 @@ def random_vector(seed: int, layout: FlatLayout = LAYOUT) -> FlatVector:
 def values(of: FlatVector) -> np.ndarray:
     """All elements, in double precision."""
     return torch.cat([part.double() for part in of.parts]).numpy()
+
+
+def free_ports(count: int) -> int:
+    """The first of so many free ports, one after the other."""
+    while True:
+        with ExitStack() as held, socket.socket() as first:
+            first.bind(("127.0.0.1", 0))
+            port = first.getsockname()[1]
+            try:
+                for number in range(1, count):
+                    held.enter_context(socket.socket()).bind(("127.0.0.1", port + number))
+            except (OSError, OverflowError):
+                continue
+            return int(port)

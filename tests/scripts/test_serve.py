@@ -9,24 +9,27 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from served import LAYOUT, constant, values
+from served import LAYOUT, constant, free_ports, values
 
 pytest.importorskip("grpc", reason="needs gRPC: pip install -e '.[async]'")
 pytest.importorskip("safetensors", reason="needs safetensors: pip install -e '.[async]'")
 pytest.importorskip("cryptography", reason="needs cryptography: pip install -e '.[async]'")
 import serve
 from rich.console import Console
-from serving import Shown, table
+from serving import Watched, table, together
 
 from lightning_easgd.server import Settings
 from lightning_easgd.server.certificates import Certificates
 from lightning_easgd.server.client import CenterClient
 from lightning_easgd.server.grpc_transport import GrpcTransport
 from lightning_easgd.server.serving import Serving
+from lightning_easgd.server.sharded import ShardedClient
 
 pytestmark = pytest.mark.timeout(150)
 
@@ -111,6 +114,64 @@ def test_a_primary_that_stood_still_acknowledges_nothing_when_it_is_back(tmp_pat
     assert standby.end(signal.SIGTERM) == primary.end(signal.SIGTERM) == 0
 
 
+def test_servers_of_one_center_start_and_end_as_one(tmp_path: Path) -> None:
+    options = (f"address=127.0.0.1:{free_ports(2)}", "shards=2")
+
+    def reach_all(server: Server) -> ShardedClient:
+        def reach(shard: int) -> GrpcTransport:
+            return GrpcTransport(f"127.0.0.1:{server.port + shard}")
+
+        return ShardedClient(reach, "0", LAYOUT, incarnation=1)
+
+    for sent in (0, 1):
+        server = Server(tmp_path, *options)
+        client = reach_all(server)
+        assert client.join(constant(0.0)).version == sent
+        receipt, center = client.add(constant(1.0), fetch=True)
+        client.close()
+        assert receipt.version == sent + 1
+        np.testing.assert_array_equal(values(center), sent + 1)
+        if not sent:
+            assert server.end(signal.SIGKILL) == -signal.SIGKILL  # and its servers end, too
+    lines, ends = tmp_path / "served.jsonl", time.monotonic() + 60
+    while not lines.exists() or not lines.read_text().endswith("\n"):
+        assert time.monotonic() < ends
+        time.sleep(0.05)
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
+    *_, last = children.read_text().split()
+    os.kill(int(last), signal.SIGKILL)
+    said, _ = server.process.communicate(timeout=60)
+    assert server.process.returncode == 1
+    assert "error: The server of shard 1 has ended. The others end, too" in said
+    look = json.loads(lines.read_text().splitlines()[-1])
+    assert look["versions"] == [2, 2]
+    assert (tmp_path / "center-000000000002.safetensors").exists()
+    assert (tmp_path / "shard-1" / "center-000000000001.safetensors").exists()
+
+
+def test_servers_are_shown_as_one() -> None:
+    def look(version: int, *rows: tuple[str, int, int]) -> dict[str, Any]:
+        named = ("worker", "exchanges", "staleness")
+        rest = {"per_second": 1.0, "mb_per_second": 2.0, "missing": 0, "silent_seconds": 0.5}
+        return {
+            **{"serves": True, "standby": None, "time": 1.0, "version": version, "alpha": 0.5},
+            **{"model_bytes": 10, "refused": {"malformed": version}},
+            "workers": [
+                {**dict(zip(named, row, strict=True)), **rest, "distance": 3.0 + i}
+                for i, row in enumerate(rows)
+            ],
+        }
+
+    one = together([look(7, ("a", 4, 1)), look(5, ("b", 1, 0), ("a", 3, 2))])
+    a, b = one["workers"]
+    assert (a["worker"], a["exchanges"], a["staleness"], a["distance"]) == ("a", 3, 2, 5.0)
+    assert (b["exchanges"], a["mb_per_second"], one["model_bytes"]) == (1, 4.0, 20)
+    assert (one["version"], one["refused"]) == (5, {"malformed": 12})
+    screen = Console(file=io.StringIO(), width=120)
+    screen.print(table(one))
+    assert "center after 5 to 7 differences, α = 0.5, 2 shards" in screen.file.getvalue()
+
+
 def test_keys_let_a_site_in_and_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     keys = tmp_path / "keys"
     serve.make_keys([str(keys), "server", "site-a"])
@@ -130,7 +191,7 @@ def test_keys_let_a_site_in_and_out(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_the_table_shows_who_is_there(tmp_path: Path) -> None:
     serving = Serving(Settings(beta=0.5), tmp_path)
-    shown = Shown(serving, tmp_path / "served.jsonl")
+    shown = Watched(serving)
     assert shown.look()["workers"] == []
     client = reach(serving.port)
     client.join(constant(0.0))
@@ -166,6 +227,11 @@ def test_the_table_shows_who_is_there(tmp_path: Path) -> None:
         (["--tau", "3"], "--tau cannot be read. Write KEY=VALUE"),
         (["journal=maybe"], "journal='maybe' is not allowed"),
         (["lease=0"], "lease"),
+        (["shards=0"], "shards=0 is not allowed"),
+        (["shard=2/2"], "shard='2/2' is not allowed. Allowed: as 0/2 and 1/2"),
+        (["shard=1"], "shard='1' is not allowed"),
+        (["shards=2", "address=localhost:0"], "address='localhost:0' is not allowed"),
+        (["shards=2", "address=localhost:1", "max_norm=1"], "max_norm=1 is not allowed"),
         (["alone=true", "standby_of=localhost:1"], "alone=True is not allowed"),
     ],
     ids=str,

@@ -369,7 +369,9 @@ def test_what_a_restart_forgot_is_counted() -> None:
 
 def test_a_snapshot_of_another_algorithm_is_refused() -> None:
     snapshot = started(0.0, 1).snapshot()
-    with pytest.raises(SnapshotError, match=r"algorithm=easgd .* this server has downpour"):
+    with pytest.raises(
+        SnapshotError, match=r"algorithm=easgd.* this server has algorithm=downpour"
+    ):
         CenterServer(Settings(algorithm="downpour")).restore(snapshot, now=0)
 
 

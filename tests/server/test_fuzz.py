@@ -28,6 +28,7 @@ PREFIX = struct.Struct("<4sHIQ")
 
 WEIRD: list[Any] = [
     *(None, True, False, 0, -1, 1, 2**63, 2**64, -(2**63), 10**400, 1.5, 1e308, -0.0, 1e-320),
+    *([0, 1], [1, 2], [False, True], [0.0, 1.0], [0], "0/1"),
     *("", "a", "x" * 65, "add", "\x00", "\ud800", "é", "a\nb", "[]", [], {}, [[]], {"a": {}}),
     [["weight", [3, 2], "float32"]],
     [["weight", [2**62, 2**62], "float32"], ["bias", [2], "float32"]],
@@ -60,9 +61,9 @@ class Fuzz:
         who: dict[str, Any] = {"worker": self.luck.choice("ab"), "incarnation": 1}
         if self.luck.random() < 0.3:
             who["fence"] = self.luck.choice([0, 0, 0, 1])
-        do = self.luck.choice(["join", "get", "add", "add", "leave"])
+        do = self.luck.choice(["join", "get", "add", "add", "leave", "shards"])
         if do == "join":
-            return {"do": do, **who, "model": describe(SMALL)}
+            return {"do": do, **who, "shard": [0, 1], "model": describe(SMALL)}
         if do == "add":
             self.sequence += self.luck.randrange(2)
             fetch, samples = self.luck.random() < 0.5, self.luck.choice([1, 64, 0.5])
@@ -156,7 +157,8 @@ def test_texts_that_are_none(text: str) -> None:
 
 def test_memory_is_not_taken_for_what_was_only_promised() -> None:
     handler, before = Handler(CenterServer(Settings())), resident()
-    text = {"do": "join", "worker": "b", "incarnation": 1, "model": [["w", [2**33], "float32"]]}
+    text = {"do": "join", "worker": "b", "incarnation": 1, "shard": [0, 1]}
+    text |= {"model": [["w", [2**33], "float32"]]}
     for size in (2**35, 2**63, 2**64 - 1):
         words = json.dumps(text).encode()
         message = PREFIX.pack(b"EASG", PROTOCOL, len(words), size) + words
