@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from serving import SECONDS, Shown, Watched
+from serving import SECONDS, Shown, Watched, to_tensorboard
 from sharding import Shards
 
 from lightning_easgd.schedules.checks import require, require_count
@@ -68,6 +68,7 @@ def serve(options: argparse.Namespace) -> None:
     ends = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ends.set())
+    writer = to_tensorboard(options.folder / "tensorboard") if options.tensorboard else None
     served: Watched | Shards
     if options.shards > 1 and options.shard is None:
         settings_of(options, 0)  # what is refused is refused before processes start
@@ -76,7 +77,7 @@ def serve(options: argparse.Namespace) -> None:
         served = Watched(start(options, options.shard or 0))
     print(f"serving on port {served.port}; Ctrl-C ends after a snapshot", flush=True)
     try:
-        with Shown(options.folder / "served.jsonl") as shown:
+        with Shown(options.folder / "served.jsonl", writer) as shown:
             while not ends.wait(SECONDS):
                 shown.show(served.look())
     finally:

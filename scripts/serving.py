@@ -16,6 +16,8 @@ from rich.text import Text
 from lightning_easgd.server.model import byte_size
 
 if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
     from lightning_easgd.server.serving import Serving
 
 SECONDS = 1.0
@@ -141,10 +143,12 @@ class Shown:
 
     Args:
         path: of the lines of JSON.
+        writer: to TensorBoard; None: it is not written there.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, writer: SummaryWriter | None = None) -> None:
         self._path = path
+        self._writer = writer
         self._console = Console()
         self._live = Live(console=self._console, auto_refresh=False, transient=True)
 
@@ -154,13 +158,43 @@ class Shown:
 
     def __exit__(self, *_: object) -> None:
         self._live.stop()
+        if self._writer:
+            self._writer.close()
 
     def show(self, look: dict[str, Any]) -> None:
         """Show and write a look."""
         with open(self._path, "a") as file:
             file.write(json.dumps(look) + "\n")
+        if self._writer:
+            for name, value in scalars(look).items():
+                self._writer.add_scalar(name, value, look["version"], look["time"])
         if self._console.is_terminal:
             self._live.update(table(look), refresh=True)
+
+
+def scalars(look: dict[str, Any]) -> dict[str, float]:
+    """Of the center, and of each worker what the table has."""
+    found = {"center/alpha": look["alpha"], "center/refused": sum(look["refused"].values())}
+    found["center/workers"] = len(look["workers"])
+    for row in look["workers"]:
+        found |= {f"{name}/{row['worker']}": row[name] for name in COLUMNS if name != "worker"}
+    return found
+
+
+def to_tensorboard(folder: Path) -> SummaryWriter:
+    """What writes there.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            "tensorboard=true needs pip install 'lightning-easgd[tensorboard]'. Or leave it out:"
+            " served.jsonl has the same."
+        ) from error
+    return SummaryWriter(str(folder), flush_secs=10)
 
 
 def table(look: dict[str, Any]) -> Table:

@@ -22,7 +22,7 @@ pytest.importorskip("safetensors", reason="needs safetensors: pip install -e '.[
 pytest.importorskip("cryptography", reason="needs cryptography: pip install -e '.[async]'")
 import serve
 from rich.console import Console
-from serving import Watched, table, together
+from serving import COLUMNS, Shown, Watched, table, to_tensorboard, together
 
 from lightning_easgd.server import Settings
 from lightning_easgd.server.certificates import Certificates
@@ -213,6 +213,31 @@ def test_the_table_shows_who_is_there(tmp_path: Path) -> None:
     assert "standby: center" in said
     client.close()
     serving.close()
+
+
+def test_tensorboard_has_what_the_table_has(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="needs pip install -e '.[tensorboard]'")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    row = dict.fromkeys(COLUMNS, 1.5) | {"worker": "site [a]/0"}
+    look = {"time": 5.0, "alpha": 0.3, "serves": True, "standby": None, "refused": {"malformed": 2}}
+    with Shown(tmp_path / "served.jsonl", to_tensorboard(tmp_path / "board")) as shown:
+        for version in (4, 9):
+            shown.show({**look, "version": version, "workers": [row]})
+    read = EventAccumulator(str(tmp_path / "board"))
+    read.Reload()
+    points = [(each.wall_time, each.step, each.value) for each in read.Scalars("center/refused")]
+    assert points == [(5.0, 4, 2.0), (5.0, 9, 2.0)]
+    assert [each.value for each in read.Scalars("staleness/site__a_/0")] == [1.5, 1.5]
+    assert len((tmp_path / "served.jsonl").read_text().splitlines()) == 2
+
+
+def test_without_tensorboard_the_way_to_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'lightning-easgd\[tensorboard\]'"):
+        to_tensorboard(tmp_path)
 
 
 @pytest.mark.parametrize(
