@@ -1,9 +1,11 @@
 """What was added since a snapshot, in a file: written before anybody hears that it was added.
 
     record, record, ..., zeros or nothing
-    record = b"EAJ1", CRC-32 of what follows (4 bytes), size of text (4), size of payload (8),
+    record = b"EAJ2", digest of what follows (4 bytes), size of text (4), size of payload (8),
              text in JSON, payload
 
+The digest is the CRC-32 of sizes, text, and the tags that AES-GMAC gives the payload's gibibytes. A
+processor makes such a tag four times as fast as a CRC-32 (5 MB: .16 instead of .7 ms).
 All integers are little-endian. A journal is named after the center that it begins at, and a new one
 begins with each snapshot. Those that follow a snapshot that is kept are kept, too. So a snapshot
 that is damaged loses nothing.
@@ -25,7 +27,7 @@ import re
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -37,8 +39,18 @@ from lightning_easgd.server.refusal import Refusal, Refused
 from lightning_easgd.server.snapshots import DAMAGED, SnapshotFolder
 from lightning_easgd.server.values import Added, Snapshot, SnapshotError
 
+try:
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "The journal of a server needs cryptography: pip install 'lightning-easgd[async]'."
+    ) from error
+
 _NAME = re.compile(r"center-(\d{12})\.journal")
-_MARK = b"EAJ1"
+_MARK = b"EAJ2"
+_GMAC = AESGCM(bytes(16))
+"""With a key that everybody knows: against damage, not against people."""
+_TAGGED = 2**30
 _HEAD = struct.Struct("<4sIIQ")
 _SIZES = struct.Struct("<IQ")
 _STEP = 64 * 2**20
@@ -90,12 +102,10 @@ class Journal:
             Refused: it cannot be written. The file is as it was.
         """
         text = json.dumps(added.text(), separators=(",", ":")).encode()
-        payload: list[bytes | memoryview] = [*bytes_of(added.difference)]
-        sizes = _SIZES.pack(len(text), sum(len(piece) for piece in payload))
-        digest = 0
-        for piece in [sizes, text, *payload]:
-            digest = zlib.crc32(piece, digest)
-        record = [_MARK + digest.to_bytes(4, "little") + sizes + text, *payload]
+        pieces = bytes_of(added.difference)
+        payload = pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces))
+        head = _SIZES.pack(len(text), len(payload)) + text
+        record = [_MARK + _digest(head, payload).to_bytes(4, "little") + head, payload]
         try:
             self._write(record)
         except OSError as error:
@@ -113,7 +123,7 @@ class Journal:
             os.close(self._file)
             self._file = None
 
-    def _write(self, record: list[bytes | memoryview]) -> None:
+    def _write(self, record: Sequence[bytes | memoryview]) -> None:
         if self._file is None:
             self._file = self._open()
         end = self.bytes + sum(len(piece) for piece in record)
@@ -136,7 +146,8 @@ class Journal:
         except FileNotFoundError:
             file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         self._room = os.fstat(file).st_size
-        os.fsync(self._folder.handle)
+        if self._synced:
+            os.fsync(self._folder.handle)
         return file
 
     def _take_room(self, file: int, end: int) -> None:
@@ -239,10 +250,18 @@ def _record(content: bytes | mmap.mmap, place: int) -> tuple[bytes, bytes, int] 
     end = begin + text + payload
     if mark != _MARK or end > len(content):
         return None
-    with memoryview(content) as view, view[begin - _SIZES.size : end] as covered:
-        if zlib.crc32(covered) != digest:
+    with memoryview(content) as view, view[begin + text : end] as covered:
+        if _digest(content[begin - _SIZES.size : begin + text], covered) != digest:
             return None
     return content[begin : begin + text], content[begin + text : end], end
+
+
+def _digest(head: bytes, payload: memoryview) -> int:
+    digest = zlib.crc32(head)
+    for begin in range(0, len(payload), _TAGGED):
+        tag = _GMAC.encrypt(bytes(12), b"", payload[begin : begin + _TAGGED])
+        digest = zlib.crc32(tag, digest)
+    return digest
 
 
 def _marks(content: bytes | mmap.mmap, place: int) -> Iterator[int]:

@@ -19,6 +19,7 @@ from lightning_easgd.center.flat import FlatLayout
 from lightning_easgd.server import CenterServer, Refusal, Refused, Settings, Snapshot
 
 pytest.importorskip("safetensors", reason="needs safetensors: pip install -e '.[async]'")
+pytest.importorskip("cryptography", reason="needs cryptography: pip install -e '.[async]'")
 from lightning_easgd.server import journal
 from lightning_easgd.server.journal import Journal, remove_journals, replay_journals
 from lightning_easgd.server.snapshots import SnapshotFolder
