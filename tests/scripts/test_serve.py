@@ -228,7 +228,7 @@ def test_tensorboard_has_what_the_table_has(tmp_path: Path) -> None:
     read.Reload()
     points = [(each.wall_time, each.step, each.value) for each in read.Scalars("center/refused")]
     assert points == [(5.0, 4, 2.0), (5.0, 9, 2.0)]
-    assert [each.value for each in read.Scalars("staleness/site__a_/0")] == [1.5, 1.5]
+    assert [each.value for each in read.Scalars("staleness/site [a]/0")] == [1.5, 1.5]
     assert len((tmp_path / "served.jsonl").read_text().splitlines()) == 2
 
 
