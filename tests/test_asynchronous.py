@@ -82,26 +82,6 @@ def test_workers_in_turn_follow_the_closed_form(p: int) -> None:
     np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
-def sequential(optimizers: list[Any], *, tau: int, alpha: float, overlap: bool) -> Any:
-    """The center and the workers' iterates, one worker's step after the other's."""
-    p = len(optimizers)
-    data = [batches(rank, STEPS) for rank in range(p)]
-    center, workers = dict(initial_weights()), [dict(initial_weights()) for _ in range(p)]
-    known = [dict(center) for _ in range(p)]
-    for t in range(STEPS + 1):
-        for i, optimizer in enumerate(optimizers):
-            x, c, d = workers[i], known[i] if overlap else center, None
-            if (t % tau == 0 and t > 0) or t == STEPS:
-                d = {k: alpha * (x[k] - c[k]) for k in x}
-                center = {k: center[k] + d[k] for k in x}
-                known[i] = dict(center)
-            if t < STEPS:
-                gradient = reference.toy_gradient(optimizer.gradient_point(x), data[i][t])
-                x = optimizer.step(x, gradient, t)
-                workers[i] = {k: x[k] - d[k] for k in x} if d else x
-    return center, workers
-
-
 @pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize(("p", "tau"), [(1, 1), (2, 1), (3, 2), (4, 5)])
 @pytest.mark.parametrize("name", ["sgd", "nesterov"])
@@ -116,7 +96,9 @@ def test_workers_in_turn_are_the_sequential_reference(
         "nesterov": lambda: reference.Nesterov(rate, 0.9, initial_weights()),
     }[name]
     optimizers = [make() for _ in range(p)]
-    center, iterates = sequential(optimizers, tau=tau, alpha=0.9 / p, overlap=overlap)
+    data = [batches(rank, STEPS) for rank in range(p)]
+    options = {"tau": tau, "alpha": 0.9 / p, "overlap": overlap}
+    center, iterates = reference.asynchronous(initial_weights(), data, optimizers, **options)
     with served(beta=0.9, workers=p, tau=tau) as server:
         torchs = SGD if name == "sgd" else NESTEROV
         workers = [server.worker(Toy(torchs), tau=tau, overlap=overlap) for _ in range(p)]

@@ -299,6 +299,15 @@ def test_servers_with_a_slice_each_are_met_as_one(
         each.close()
 
 
+def test_differences_travel_as_int8(server: Server) -> None:
+    module = Watched()
+    fitting = fit(server, module, strategy={"compression": "int8"})
+    assert same(weights(module), server.center)
+    telemetry = fitting.strategy.telemetry
+    assert telemetry.exchanges == server.version == 4
+    assert telemetry.bytes_sent == 3 * 260 + 8 * 8  # the last in full precision
+
+
 @pytest.mark.parametrize("addresses", [[], "", 5, "host", ["127.0.0.1:1", 7]])
 def test_addresses_are_checked(addresses: Any) -> None:
     with pytest.raises(ValueError, match="is not allowed"):

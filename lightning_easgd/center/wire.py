@@ -37,6 +37,17 @@ class Wire:
         """Memory for all of it, whose values are arbitrary."""
         return FlatVector(self.layout, Memory(torch.device("cpu")).allocate(self.layout.sizes))
 
+    @property
+    def buffers(self) -> dict[torch.dtype, int]:
+        """How many elements of each precision are of buffers."""
+        parameters = self.fragment.layout.sizes
+        return {d: size - parameters.get(d, 0) for d, size in self.layout.sizes.items()}
+
+    def parameters(self, vector: FlatVector) -> dict[str, Tensor]:
+        """Where the parameters lie in a vector, by names that are always the same."""
+        name, sizes = self.fragment.name, self.fragment.layout.sizes
+        return {f"{name}, {p.dtype}": p[: sizes[p.dtype]] for p in vector.parts if p.dtype in sizes}
+
     def pack_(self, vector: FlatVector, *parts: FlatVector) -> None:
         """Put parameters, and buffers if there are any, into a vector of this layout."""
         for theirs, mine in self._pieces(vector, *parts):

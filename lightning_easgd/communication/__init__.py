@@ -7,6 +7,7 @@ from lightning_easgd.communication.codecs import (
     Int8,
     TopK,
     choose_codec,
+    codec_name,
     waiting_time,
 )
 from lightning_easgd.communication.compressed import CompressedAllReduce
@@ -19,8 +20,9 @@ from lightning_easgd.communication.header import (
     verify_phases,
 )
 from lightning_easgd.communication.hierarchical import GroupedAllReduce, make_all_reduce
+from lightning_easgd.communication.one_way import OneWay
 from lightning_easgd.communication.sharing import share
-from lightning_easgd.communication.solo_group import SoloGroup, no_sums
+from lightning_easgd.communication.solo_group import SoloGroup
 from lightning_easgd.communication.subgroup import Subgroup
 from lightning_easgd.communication.sync_module import (
     make_equal_,
@@ -39,6 +41,7 @@ __all__ = [
     "Header",
     "Int8",
     "Level",
+    "OneWay",
     "Payload",
     "PendingSum",
     "Phase",
@@ -48,11 +51,11 @@ __all__ = [
     "TopK",
     "WorkerGroup",
     "choose_codec",
+    "codec_name",
     "gather",
     "leave_all_groups",
     "make_all_reduce",
     "make_equal_",
-    "no_sums",
     "require_equal",
     "share",
     "start_equal_",

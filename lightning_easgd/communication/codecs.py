@@ -207,3 +207,8 @@ def choose_codec(compression: str | Codec | None) -> Codec | None:
             " lightning_easgd.Codec."
         )
     return CODECS[compression]()
+
+
+def codec_name(codec: Codec | None) -> str | None:
+    """The name under which such a codec is known; None for none, and for one of the user's."""
+    return next((name for name, make in CODECS.items() if repr(make()) == repr(codec)), None)

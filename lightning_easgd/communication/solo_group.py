@@ -6,7 +6,6 @@ from typing import Any
 
 from typing_extensions import override
 
-from lightning_easgd.communication.all_reduce import AllReduce, Level
 from lightning_easgd.communication.progress import Progress
 from lightning_easgd.communication.workers import WorkerGroup
 
@@ -34,8 +33,3 @@ class SoloGroup(WorkerGroup):
     @override
     def close(self) -> None:
         """There is nothing to leave."""
-
-
-def no_sums() -> AllReduce:
-    """What a participant takes for sums over workers where there are none."""
-    return AllReduce(SoloGroup(), 2**20, level=Level(0, 1, None))

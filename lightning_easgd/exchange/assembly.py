@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from lightning_easgd.center.center import Center
-from lightning_easgd.communication import AllReduce, no_sums
+from lightning_easgd.communication import AllReduce, Codec, OneWay
 from lightning_easgd.communication.progress import Progress
 from lightning_easgd.exchange.agreement import Agreement
 from lightning_easgd.exchange.center_link import CenterLink
@@ -132,6 +132,7 @@ def assemble_solo(
     progress: Progress,
     timeout: float,
     max_offline_rounds: int,
+    codec: Codec | None = None,
 ) -> Exchange:
     """The exchange of a worker with a center behind a server.
 
@@ -144,11 +145,12 @@ def assemble_solo(
         progress: of this worker.
         timeout: as of CenterLink.
         max_offline_rounds: as of CenterLink.
+        codec: in whose form differences travel; None: in full precision.
     """
     clock, stops, agreement = Clock(rules.period, telemetry), Stops(), Agreement(())
     participant = Participant(
         center,
-        no_sums(),
+        OneWay(codec, feedback=rules.algorithm.moving_rate is not None),
         optimizers=optimizers,
         rule=rules.algorithm,
         rates=lambda _: ({}, courier.client.alpha),

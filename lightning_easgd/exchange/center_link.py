@@ -16,40 +16,30 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
-from concurrent import futures
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from lightning_easgd.center.flat import FlatVector
 from lightning_easgd.center.wire import Wire
-from lightning_easgd.communication import ExchangeError, Stop
+from lightning_easgd.communication import OneWay, Stop, codec_name
 from lightning_easgd.exchange.arrival import report_non_finite
+from lightning_easgd.exchange.asking import Asking
 from lightning_easgd.exchange.consensus import Consensus
 from lightning_easgd.exchange.difference import Difference, Participant, Pull
 from lightning_easgd.exchange.states import Owed
 from lightning_easgd.exchange.stops import Stops
 from lightning_easgd.exchange.timing import StepTimer
 from lightning_easgd.server.courier import Courier
+from lightning_easgd.server.form import Form
 from lightning_easgd.server.values import Receipt
 
 log = logging.getLogger(__name__)
 
 _PAUSE = 0.2
 """Seconds between two questions whether others have finished."""
-_LOOKS = 0.05
-"""Seconds between two looks whether the server is lost."""
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What the server was asked and did not answer yet."""
-
-    answer: futures.Future[Any]
-    take: Callable[[Any], None]
-    """Takes the answer in."""
 
 
 class CenterLink:
@@ -84,11 +74,15 @@ class CenterLink:
         self._courier = courier
         self._wire = Wire(participant.center)
         self._sent = self._wire.vector()
-        self._bytes = sum(part.nbytes for part in self._sent.parts)
+        self._bytes = Form().byte_size(self._wire.layout)
+        assert isinstance(participant.all_reduce, OneWay)
+        self._codes = participant.all_reduce
+        self._form = Form(codec_name(self._codes.codec), self._wire.buffers)
         self._fetches = overlap or self._rule.resets_to_center
-        self._timeout = timeout
         self._most_missed = max_offline_rounds
-        self._asked: Asked | None = None
+        self._asking = Asking(courier, self._telemetry, self.timer, timeout=timeout)
+        self._stood: FlatVector | None = None
+        """Where a worker that restarts at the center was when it sent."""
         self.start_training()
 
     @property
@@ -139,7 +133,7 @@ class CenterLink:
 
     def arrived(self) -> bool:
         """Whether the server has answered."""
-        return self._asked is not None and self._asked.answer.done()
+        return self._asking.answered()
 
     def go_on(self, clock: float = math.inf) -> None:
         """The worker goes on by itself."""
@@ -157,7 +151,7 @@ class CenterLink:
         given = self._participant.contribute(difference, clock=clock, index=0, last=last)
         self._exchanged_at = clock
         if difference.healthy:
-            self._send(difference)
+            self._send(difference, last=last)
         else:
             self._telemetry.non_finite += 1
             rank = self._participant.center.rank
@@ -172,14 +166,18 @@ class CenterLink:
         Raises:
             ExchangeError: no server answered.
         """
-        self._stand_still()
+        self._asking.stand_still()
         if exchange and not (self._rule.resets_to_center and self._exchanged_at == clock):
             self.start(clock, last=True)
-            self._stand_still()
+            self._asking.stand_still()
+        elif self.all_reduce.has_residual:
+            self._sent.zero_()
+            self._send_packed(last=True)
+            self._asking.stand_still()
         self._courier.finished = True
         self._await_team()
-        self._ask(self._courier.client.get, self._take_center)
-        self._stand_still()
+        self._asking.ask(self._courier.client.get, self._take_center)
+        self._asking.stand_still()
 
     def _await_team(self) -> None:
         """Wait for those that were started with this worker, so that all deliver one center."""
@@ -189,21 +187,17 @@ class CenterLink:
                 if len(training) == 2:
                     log.info("This worker has finished. %d others still train.", training[-1])
                 time.sleep(_PAUSE)
-            self._ask(self._courier.beat, training.append)
-            self._stand_still()
+            self._asking.ask(self._courier.beat, training.append)
+            self._asking.stand_still()
 
     def wait(self) -> None:
         """Wait for an answer, if one is expected, unless the server is gone."""
-        if self._asked is not None:
-            if self._await_answer(lambda: self._lost):
-                self._take()
-            else:
-                self._trained_on = True
+        self._trained_on |= not self._asking.wait()
 
     def refresh(self) -> None:
         """Let the center here be the newest that there is, unless the server is gone."""
-        if self._asked is None:
-            self._ask(self._courier.client.get, self._take_center)
+        if not self._asking.pending:
+            self._asking.ask(self._courier.client.get, self._take_center)
             self.wait()
 
     def state(self) -> dict[str, Any]:
@@ -214,15 +208,11 @@ class CenterLink:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """The server knows the rest."""
 
-    @property
-    def _lost(self) -> bool:
-        return self._courier.client.lost is not None
-
     def _has_answer(self, *, patiently: bool) -> bool:
         """Whether nothing is under way; if no server answers, a round is left out instead."""
         if not self._fetches:
             self.refresh()
-        if self._asked is None:
+        if not self._asking.pending:
             self._missed = 0
             return True
         self._missed += 1
@@ -234,62 +224,30 @@ class CenterLink:
             )
         if self._missed <= self._most_missed and not patiently:
             return False
-        self._stand_still()
+        self._asking.stand_still()
         return self._has_answer(patiently=patiently)
 
-    def _send(self, difference: Difference) -> None:
+    def _send(self, difference: Difference, *, last: bool) -> None:
         (fragment,) = difference.fragments
         statistics = self._participant.center.statistics
         moves = statistics.pulled(self._telemetry.alpha)
         self._wire.pack_(self._sent, fragment.total, *moves)
-        sent, fetch, client = self._sent, self._fetches, self._courier.client
+        if self._rule.resets_to_center:
+            self._stood = fragment.center.clone()
+            torch._foreach_add_(self._stood.parts, fragment.total.parts)
+        self._send_packed(last=last)
+
+    def _send_packed(self, *, last: bool) -> None:
+        form = replace(self._form, codec=None) if last else self._form
         self._trained_on = False
-        self._ask(lambda: client.add(sent, fetch=fetch), self._take_receipt)
-        self._telemetry.bytes_sent += self._bytes
-
-    def _ask(self, what: Callable[[], Any], take: Callable[[Any], None]) -> None:
-        self._asked = Asked(self._courier.ask(what), take)
-
-    def _stand_still(self) -> None:
-        """Wait for an answer, if one is expected.
-
-        Raises:
-            ExchangeError: none came in time.
-        """
-        if self._asked is None:
-            return
-        if self._lost:
-            log.warning("This worker waits for a server, for %g s at most.", self._timeout)
-        gives_up = time.monotonic() + self._timeout
-        if not self._await_answer(lambda: self._lost and time.monotonic() > gives_up):
-            raise ExchangeError(
-                f"No server answered within {self._timeout:g} s ({self._courier.client.lost})."
-                " Start it again with the folder of its snapshots, or resume from the last"
-                " checkpoint; exchange_timeout says how long workers wait."
-            )
-        self._take()
-
-    def _await_answer(self, gives_up: Callable[[], bool]) -> bool:
-        """Whether the answer is there, at last."""
-        assert self._asked is not None
-        began = time.perf_counter()
-        try:
-            while not self._asked.answer.done():
-                if gives_up():
-                    return False
-                futures.wait([self._asked.answer], _LOOKS)
-            return True
-        finally:
-            waited = time.perf_counter() - began
-            self._telemetry.wait_seconds += waited
-            self.timer.wait(waited)
+        self._asking.ask(lambda: self._add(form), self._take_receipt)
+        self._telemetry.bytes_sent += form.byte_size(self._wire.layout)
 
     @torch.no_grad()
-    def _take(self) -> None:
-        assert self._asked is not None
-        asked, self._asked = self._asked, None
-        self.timer.arrive()
-        asked.take(asked.answer.result())
+    def _add(self, form: Form) -> tuple[Receipt, FlatVector | None]:
+        """Have what is packed added, and what was kept; the courier does it."""
+        with self._codes.keeping(self._wire.parameters(self._sent)):
+            return self._courier.client.add(self._sent, form, fetch=self._fetches)
 
     def _take_center(self, answer: tuple[int, FlatVector]) -> None:
         self._wire.write(answer[1])
@@ -304,11 +262,9 @@ class CenterLink:
         if not self._rule.resets_to_center:
             self._take_center((receipt.version, center))
             return
-        fragment = self._wire.fragment
-        self._wire.add(self._sent, 1.0)
-        stood = fragment.center.clone()  # when the worker sent
+        fragment, stood = self._wire.fragment, self._stood
         self._take_center((receipt.version, center))
-        if self._trained_on:  # and keeps what that made
+        if self._trained_on and stood is not None:  # and keeps what that made
             torch._foreach_sub_(stood.parts, fragment.center.parts)
             fragment.pull(stood)
         else:

@@ -11,12 +11,13 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from lightning_easgd.center.flat import FlatLayout, FlatVector
+from lightning_easgd.server.form import AS_IT_IS, Form
 from lightning_easgd.server.frames import Message, cut
 from lightning_easgd.server.handler import Handler
 from lightning_easgd.server.model import byte_size, bytes_of, describe, vector_on
@@ -134,7 +135,7 @@ class CenterClient:
         self._clock, self._sleep = clock, sleep or self._abandoned.wait
         self._sequence = 0
         self._fence = 0
-        self._pending: tuple[dict[str, Any], FlatVector] | None = None
+        self._pending: tuple[dict[str, Any], Sequence[memoryview]] | None = None
         self._took: deque[float] = deque(maxlen=_MEASURED)
         self._jitter = random.Random(f"{self._who}")
 
@@ -146,6 +147,11 @@ class CenterClient:
     def slice_of(self, vector: FlatVector) -> FlatVector:
         """The slice of a vector of the whole model; it shares its memory."""
         return self._shard.slice_of(vector, self._model)
+
+    def form_of(self, form: Form, whole: FlatLayout) -> Form:
+        """The form in which the slice travels of a vector that travels in this one."""
+        buffers = form.buffers.items()
+        return Form(form.codec, {d: self._shard.tail(whole.sizes[d], n) for d, n in buffers})
 
     def ask_terms(self) -> Terms:
         """Join the server, which may have no center yet; raises as :meth:`join`."""
@@ -179,12 +185,19 @@ class CenterClient:
         return said["version"], center
 
     def add(
-        self, difference: FlatVector, *, samples: float = 1.0, fetch: bool = False
+        self,
+        difference: FlatVector,
+        form: Form = AS_IT_IS,
+        *,
+        samples: float = 1.0,
+        fetch: bool = False,
     ) -> tuple[Receipt, FlatVector | None]:
         """Have a difference added to the center.
 
         Args:
-            difference: α (x - c), or what the worker's steps made; must stay as it is meanwhile.
+            difference: α (x - c), or what the worker's steps made; becomes what arrives of it, and
+                must stay so meanwhile.
+            form: in which it travels.
             samples: that the worker learned from since its last difference.
             fetch: whether the new center comes back.
 
@@ -201,7 +214,7 @@ class CenterClient:
             raise PendingError("An earlier difference has no receipt yet: call resend() first.")
         self._sequence += 1
         asked = {"do": "add", "sequence": self._sequence, "samples": samples, "fetch": fetch}
-        self._pending = asked, difference
+        self._pending = {**asked, **form.text()}, form.encode_(difference)
         return self.resend()
 
     @property
@@ -212,9 +225,9 @@ class CenterClient:
     def resend(self) -> tuple[Receipt, FlatVector | None]:
         """Ask again for the receipt of the difference that has none; raises as :meth:`add`."""
         assert self._pending is not None
-        asked, difference = self._pending
+        asked, payload = self._pending
         try:
-            said, center = self._ask(asked, bytes_of(difference), answers=asked["fetch"])
+            said, center = self._ask(asked, payload, answers=asked["fetch"])
         except Refused:
             self._pending, self._sequence = None, self._sequence - 1
             raise

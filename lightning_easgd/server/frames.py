@@ -93,7 +93,7 @@ class Message:
         """
         if self.payload_bytes != expected:
             raise _malformed(f"{self.payload_bytes} bytes follow where {expected} are expected")
-        memory = _allocate(expected) if memory is None else memory
+        memory = allocate(expected) if memory is None else memory
         self._fill(memory.numpy().data)
         self._require_end()
         return memory
@@ -127,7 +127,12 @@ class Message:
             raise _malformed("more follows than it says")
 
 
-def _allocate(size: int) -> Tensor:
+def allocate(size: int) -> Tensor:
+    """Memory of dtype uint8, whose values are arbitrary.
+
+    Raises:
+        Refused: there is none.
+    """
     try:
         return torch.empty(size, dtype=torch.uint8, device="cpu")
     except RuntimeError as error:

@@ -8,16 +8,17 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
 
-from lightning_easgd.center.flat import FlatLayout
 from lightning_easgd.server.center_server import CenterServer
-from lightning_easgd.server.frames import Message, cut
+from lightning_easgd.server.form import form_of
+from lightning_easgd.server.frames import Message, allocate, cut
 from lightning_easgd.server.model import byte_size, bytes_of, layout_of, vector_on
-from lightning_easgd.server.refusal import Refusal, Refused
+from lightning_easgd.server.refusal import Refusal, Refused, malformed
 from lightning_easgd.server.standing import NotPrimary, Primary, Standing
 from lightning_easgd.server.teams import Teams
 
@@ -88,7 +89,7 @@ class Handler:
             self._require_primary(message)
             operation = message.text.get("do")
             if not isinstance(operation, str) or operation not in self._operations:
-                raise _malformed("do", operation, ", ".join(map(repr, self._operations)))
+                raise malformed("do", operation, ", ".join(map(repr, self._operations)))
             answer = self._operations[operation](message)
         except Refused as refused:
             self._note(sender, refused)
@@ -169,10 +170,11 @@ class Handler:
         fetch = message.text.get("fetch", False) is True
         samples = message.text.get("samples", 1.0)
         if type(samples) not in (int, float) or not 0 < samples < _MOST:
-            raise _malformed("samples", samples, "a positive number")
+            raise malformed("samples", samples, "a positive number")
         layout = self.server.layout
-        memory = message.payload(byte_size(layout), self._memory(layout))
-        given = (worker, incarnation, sequence, vector_on(layout, memory))
+        memory = self._memory(byte_size(layout))
+        difference = form_of(message.text, layout).decode(message, layout, memory)
+        given = (worker, incarnation, sequence, difference)
         with self.lock:
             now = self.clock()
             center: list[memoryview] = []
@@ -187,13 +189,12 @@ class Handler:
         self._free.append(memory)
         return answer
 
-    def _memory(self, layout: FlatLayout) -> Tensor | None:
-        """Memory that a difference had before, if it has the size."""
-        try:
-            memory = self._free.pop()
-        except IndexError:
-            return None
-        return memory if memory.numel() == byte_size(layout) else None
+    def _memory(self, size: int) -> Tensor:
+        """Memory for a difference: that of an earlier one, if it has the size."""
+        with suppress(IndexError):
+            if (memory := self._free.pop()).numel() == size:
+                return memory
+        return allocate(size)
 
     def _leave(self, message: Message) -> Answer:
         worker, incarnation = _sender(message)
@@ -223,17 +224,12 @@ class Handler:
 def _sender(message: Message) -> tuple[str, int]:
     worker = message.text.get("worker")
     if not isinstance(worker, str) or not _NAME.fullmatch(worker):
-        raise _malformed("worker", worker, "a name of 1 to 64 visible ASCII characters")
+        raise malformed("worker", worker, "a name of 1 to 64 visible ASCII characters")
     return worker, _whole(message, "incarnation")
 
 
 def _whole(message: Message, name: str) -> int:
     value = message.text.get(name)
     if type(value) is not int or not 0 <= value < _MOST:
-        raise _malformed(name, value, f"a whole number from 0 to {_MOST - 1}")
+        raise malformed(name, value, f"a whole number from 0 to {_MOST - 1}")
     return value
-
-
-def _malformed(name: str, value: object, allowed: str) -> Refused:
-    shown = repr(value)
-    return Refused(Refusal.MALFORMED, f"{name}={shown:.80} is not allowed. Allowed: {allowed}.")

@@ -35,3 +35,8 @@ class Refused(Exception):
     def __init__(self, reason: Refusal, message: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+
+def malformed(name: str, value: object, allowed: str) -> Refused:
+    """The refusal of a value in a message."""
+    return Refused(Refusal.MALFORMED, f"{name}={value!r:.80} is not allowed. Allowed: {allowed}.")

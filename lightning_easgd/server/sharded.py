@@ -24,6 +24,7 @@ from lightning_easgd.server.client import (
     Transport,
     UnreachableError,
 )
+from lightning_easgd.server.form import AS_IT_IS, Form
 from lightning_easgd.server.refusal import Refusal, Refused
 from lightning_easgd.server.shards import WHOLE, Shard, joined
 from lightning_easgd.server.values import Receipt, Terms
@@ -132,14 +133,20 @@ class ShardedClient:
         return min(versions), joined(self._model, centers)
 
     def add(
-        self, difference: FlatVector, *, samples: float = 1.0, fetch: bool = False
+        self,
+        difference: FlatVector,
+        form: Form = AS_IT_IS,
+        *,
+        samples: float = 1.0,
+        fetch: bool = False,
     ) -> tuple[Receipt, FlatVector | None]:
         """Have a difference added to the center; as of CenterClient, also if only one raises."""
         if self.pending:
             raise PendingError("An earlier difference has no receipt yet: call resend() first.")
 
         def add(client: CenterClient) -> tuple[Receipt, FlatVector | None]:
-            return client.add(client.slice_of(difference), samples=samples, fetch=fetch)
+            mine = client.form_of(form, self._model)
+            return client.add(client.slice_of(difference), mine, samples=samples, fetch=fetch)
 
         self._answers = self._ask(add, range(len(self._clients)))
         return self._answer()

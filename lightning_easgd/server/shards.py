@@ -55,6 +55,11 @@ class Shard:
         parts = {part.dtype: part[slice(*self._ends(part.numel()))] for part in vector.parts}
         return FlatVector(layout, parts)
 
+    def tail(self, numel: int, count: int) -> int:
+        """How many of the last ``count`` of so many elements the slice has."""
+        begin, end = self._ends(numel)
+        return max(0, end - max(begin, numel - count))
+
     def _ends(self, numel: int) -> tuple[int, int]:
         return numel * self.number // self.of, numel * (self.number + 1) // self.of
 

@@ -85,6 +85,7 @@ def make_exchange(
             progress=group.progress,
             timeout=server.seconds,
             max_offline_rounds=server.at.max_offline_rounds,
+            codec=options.codec,
         )
     subgroups = [Subgroup(group, ranks, options.bucket_bytes) for ranks in groups]
     levels: list[GroupLevel] = []

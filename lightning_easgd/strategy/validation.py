@@ -14,10 +14,11 @@ import torch
 
 from lightning_easgd.algorithms import EASGD, Downpour, Rule
 from lightning_easgd.algorithms.groups import Groups
-from lightning_easgd.communication import choose_codec, waiting_time
+from lightning_easgd.communication import choose_codec, codec_name, waiting_time
 from lightning_easgd.exchange.moving_rates import NOT_AT_ONCE
 from lightning_easgd.schedules import Auto, Schedule, Strength, WorkerView
 from lightning_easgd.schedules.checks import is_number
+from lightning_easgd.server.form import DECODED
 
 _NOT_ELASTIC = "a rule without elastic pull"
 _RESTARTS = "a rule whose workers go on from the new center"
@@ -259,14 +260,19 @@ REFUSED: tuple[Combination, ...] = (
         "a message is the whole model, in pieces",
         "Leave fragments out",
     ),
-    *(
-        _at_a_server(
-            *(name, "any"),
-            lambda value: value is not None,
-            "messages to a server are of the center in full precision, out of host memory",
-            f"Leave {name} out, or center",
-        )
-        for name in ("compression", "center_device")
+    _at_a_server(
+        *("compression", "'topk', or a codec of your own"),
+        lambda compression: (
+            compression is not None and codec_name(choose_codec(compression)) not in DECODED
+        ),
+        "a server decodes what comes with every difference, by a codec that it knows",
+        f"Take compression={', '.join(map(repr, DECODED))} or None",
+    ),
+    _at_a_server(
+        *("center_device", "any"),
+        lambda device: device is not None,
+        "messages to a server are out of host memory",
+        "Leave center_device out, or center",
     ),
     _at_a_server(
         *("center_average", "any"),

@@ -13,6 +13,7 @@ from toy import loader, weights
 from lightning_easgd.algorithms import EASGD, Rule
 from lightning_easgd.center.center import Center
 from lightning_easgd.center.wire import Wire
+from lightning_easgd.communication import choose_codec
 from lightning_easgd.communication.progress import Progress
 from lightning_easgd.exchange.assembly import assemble_solo
 from lightning_easgd.exchange.exchange import Exchange
@@ -88,6 +89,7 @@ class Served:
         overlap: bool = True,
         batches: int = 100,
         transport: Transport | None = None,
+        codec: str | None = None,
         **options: Any,
     ) -> Worker:
         """Another worker, which begins to train."""
@@ -108,6 +110,7 @@ class Served:
             ),
             telemetry=Telemetry(),
             progress=Progress(),
+            codec=choose_codec(codec),
             **{"timeout": 20.0, "max_offline_rounds": 3} | options,
         )
         worker = Worker(module, optimizer, exchange, courier, iter(loader(rank, batches)))

@@ -183,6 +183,62 @@ def easgd(
     return center, workers
 
 
+def asynchronous(
+    start: State,
+    batches: list[list[tuple[np.ndarray, np.ndarray]]],
+    optimizers: list[Any],
+    *,
+    tau: int,
+    alpha: float,
+    overlap: bool,
+    codec: Callable[[np.ndarray], np.ndarray] | None = None,
+    feedback: bool = True,
+) -> tuple[State, list[State]]:
+    """The center and the workers' iterates, one worker's step after the other's.
+
+    ``codec`` gives what arrives of a worker's difference, all parameters in a row; what is lost
+    goes with its next one, or without ``feedback`` stays in its weights. The last is sent in full.
+    """
+    p, steps = len(optimizers), len(batches[0])
+    center, workers = dict(start), [dict(start) for _ in range(p)]
+    known = [dict(center) for _ in range(p)]
+    lost = [{k: 0.0 * v for k, v in start.items()} for _ in range(p)]
+    for t in range(steps + 1):
+        for i, optimizer in enumerate(optimizers):
+            x, c, d = workers[i], known[i] if overlap else center, None
+            if (t % tau == 0 and t > 0) or t == steps:
+                d = {k: alpha * (x[k] - c[k]) for k in x}
+                sent = {k: d[k] + lost[i][k] for k in d}
+                if codec and t < steps:
+                    flat = codec(np.concatenate([each.ravel() for each in sent.values()]))
+                    ends = np.cumsum([each.size for each in sent.values()])[:-1]
+                    pieces = zip(sent.items(), np.split(flat, ends), strict=True)
+                    arrives = {k: piece.reshape(each.shape) for (k, each), piece in pieces}
+                    if feedback:
+                        lost[i] = {k: sent[k] - arrives[k] for k in sent}
+                    else:
+                        d = arrives
+                    sent = arrives
+                center = {k: center[k] + sent[k] for k in x}
+                known[i] = dict(center)
+            if t < steps:
+                gradient = toy_gradient(optimizer.gradient_point(x), batches[i][t])
+                x = optimizer.step(x, gradient, t)
+                workers[i] = {k: x[k] - d[k] for k in x} if d else x
+    return center, workers
+
+
+def int8(values: np.ndarray) -> np.ndarray:
+    """What arrives of up to 256 values: whole multiples of a 127th of the largest."""
+    scale = float(np.float32(np.abs(values).max() / 127))
+    return np.rint(values / scale) * scale if scale else 0 * values
+
+
+def fp16(values: np.ndarray) -> np.ndarray:
+    """What arrives of values within the range of half precision."""
+    return values.astype(np.float16).astype(values.dtype)
+
+
 class LocalSgd:
     """The center becomes the mean of the workers; after Stich 2019.
 

@@ -67,7 +67,9 @@ class Fuzz:
         if do == "add":
             self.sequence += self.luck.randrange(2)
             fetch, samples = self.luck.random() < 0.5, self.luck.choice([1, 64, 0.5])
-            return {"do": do, **who, "sequence": self.sequence, "samples": samples, "fetch": fetch}
+            said = {"do": do, **who, "sequence": self.sequence, "samples": samples, "fetch": fetch}
+            coded = {"codec": "int8", "buffers": {"float32": 3}}
+            return {**said, **(coded if self.luck.random() < 0.3 else {})}
         return {"do": do, **who}
 
     def message(self) -> bytes:
@@ -76,7 +78,11 @@ class Fuzz:
             return self.luck.randbytes(self.luck.randrange(200))
         text = self.sensible()
         size = BYTES if text["do"] == "add" or self.luck.random() < 0.1 else 0
-        if size and self.luck.random() < 0.8:
+        if size and "codec" in text:
+            codes = struct.pack("<256b", *self.luck.choices(range(-127, 128), k=256))
+            scale = self.luck.choice([1e-6, 1e-6, 1e-6, float("inf"), float("nan")])
+            payload = struct.pack("<3f", *[1e-4] * 3) + codes + struct.pack("<f", scale)
+        elif size and self.luck.random() < 0.8:
             payload = struct.pack("<8f", *[self.luck.uniform(-1e-3, 1e-3)] * 8)
         else:
             payload = self.luck.randbytes(size)
@@ -119,7 +125,18 @@ class Fuzz:
         if self.handler.server.version > before:
             self.receipts += 1
             assert answer.text["version"] == before + 1
-            self.expected += np.frombuffer(message[-BYTES:], dtype=np.float32)
+            self.expected += added(message)
+
+
+def added(message: bytes) -> np.ndarray:
+    """What a message adds, buffers first and then codes if it has some."""
+    words, size = PREFIX.unpack(message[: PREFIX.size])[2:]
+    payload = message[PREFIX.size + words :][:size]
+    if size == BYTES:
+        return np.frombuffer(payload, dtype=np.float32)
+    assert json.loads(message[PREFIX.size :][:words])["codec"] == "int8"
+    codes, scale = np.frombuffer(payload[12:17], np.int8), np.frombuffer(payload[-4:], np.float32)
+    return np.concatenate([codes * scale, np.frombuffer(payload[:12], np.float32)])
 
 
 def resident() -> int:

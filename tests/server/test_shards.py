@@ -23,6 +23,7 @@ from lightning_easgd.server.client import (
     PendingError,
     UnreachableError,
 )
+from lightning_easgd.server.form import Form
 from lightning_easgd.server.handler import Handler
 from lightning_easgd.server.sharded import ShardedClient
 from lightning_easgd.server.shards import Shard, address_of, joined
@@ -333,3 +334,15 @@ def test_servers_are_at_ports_one_after_the_other() -> None:
     assert address_of("host:5700", 0) == "host:5700"
     assert address_of("[::1]:5700", 2) == "[::1]:5702"
     assert address_of("host", 1) == "host"
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_difference_becomes_what_arrives_of_it_in_the_form_of_a_codec(shards: int) -> None:
+    servers = Servers(shards, algorithm="downpour")
+    client, difference = servers.joined(), random_vector(3)
+    client.add(difference, Form("int8", {torch.float32: 250, torch.float64: 1}))
+    assert not np.array_equal(values(difference), values(random_vector(3)))
+    np.testing.assert_array_equal(servers.center(), values(difference))
+    for mine, sent, buffers in zip(difference.parts, random_vector(3).parts, (250, 1), strict=True):
+        assert torch.equal(mine[-buffers:], sent[-buffers:])
+        torch.testing.assert_close(mine, sent, atol=0.02, rtol=0)
