@@ -273,7 +273,7 @@ def test_the_buffers_of_the_center_follow_those_of_the_workers() -> None:
             x, y = batch
             return super().training_step((self.norm(x), y), batch_idx)
 
-    with served(beta=0.5, workers=1) as server:
+    with served(workers=2) as server:
         worker = server.worker(Normalised(), overlap=False)
         worker.step()
         mean = worker.module.norm.running_mean.clone()
@@ -281,6 +281,33 @@ def test_the_buffers_of_the_center_follow_those_of_the_workers() -> None:
         worker.step()
         want = before + 0.5 * (mean.numpy() - before)
         np.testing.assert_allclose(server.center["norm.running_mean"], want)
+
+
+@pytest.mark.parametrize("rule", [None, Downpour()])
+def test_the_buffers_of_the_center_stay_between_those_of_the_workers(rule: Any) -> None:
+    """Each worker knows a center that others moved since; a variance must not go below zero."""
+
+    class Falling(Slope):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(1)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.norm.running_var.mul_(0.3)
+            return super().training_step(batch, batch_idx)
+
+    algorithm = {"algorithm": "downpour"} if rule else {}
+    with served(workers=4, **algorithm) as server:
+        workers = [server.worker(Falling(), rule=rule) for _ in range(4)]
+        before = 1.0
+        for _ in range(12):
+            for worker in workers:
+                worker.step()
+                worker.exchange.drain()
+                variance = server.center["norm.running_var"][0]
+                assert worker.module.norm.running_var[0] <= variance <= before
+                before = variance
+        assert before < 1e-2
 
 
 def test_a_parameter_that_is_unfrozen_later_is_refused() -> None:

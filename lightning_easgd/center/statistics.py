@@ -210,17 +210,14 @@ class Statistics:
         if new:
             _tell_averaged(new)
 
-    def pulled(self, alpha: float) -> list[FlatVector]:
-        """What a worker alone moves the center by: ``alpha`` of what :meth:`contribute` gave.
-
-        Nothing of elements that have no mean.
-        """
+    def brought(self) -> list[FlatVector]:
+        """What this worker has, by what :meth:`contribute` gave; NaN where there is no mean."""
         if not self:
             return []
-        moves = self.center.clone()
-        for move, total in zip(moves.views, self.total.views, strict=True):
-            move.copy_(torch.where(total.abs() < _FAR / 2, alpha * total, 0.0))
-        return [moves]
+        values = self.center.clone()
+        for value, total in zip(values.views, self.total.views, strict=True):
+            value.copy_(torch.where(total.abs() < _FAR / 2, value + total, math.nan))
+        return [values]
 
     def read_center(self) -> None:
         """Make the module's buffers those of the center."""

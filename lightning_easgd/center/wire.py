@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -41,7 +42,8 @@ class Wire:
     def buffers(self) -> dict[torch.dtype, int]:
         """How many elements of each precision are of buffers."""
         parameters = self.fragment.layout.sizes
-        return {d: size - parameters.get(d, 0) for d, size in self.layout.sizes.items()}
+        counts = {d: size - parameters.get(d, 0) for d, size in self.layout.sizes.items()}
+        return {dtype: count for dtype, count in counts.items() if count}
 
     def parameters(self, vector: FlatVector) -> dict[str, Tensor]:
         """Where the parameters lie in a vector, by names that are always the same."""
@@ -53,6 +55,13 @@ class Wire:
         for theirs, mine in self._pieces(vector, *parts):
             theirs.copy_(mine)
 
+    def pack_nothing_(self, vector: FlatVector) -> None:
+        """Put a difference of zero, and buffers without a value, into a vector."""
+        for part in vector.parts:
+            part.fill_(math.nan)
+        for part in self.parameters(vector).values():
+            part.zero_()
+
     def read_(self, vector: FlatVector) -> None:
         """Put the center into a vector."""
         self.pack_(vector, *self._centers())
@@ -63,8 +72,8 @@ class Wire:
             mine.copy_(theirs)
 
     def add(self, vector: FlatVector, weight: float) -> None:
-        """Let the center move by ``weight`` times a vector."""
-        for theirs, mine in self._pieces(vector, *self._centers()):
+        """Let the center's parameters move by ``weight`` times a vector."""
+        for theirs, mine in self._pieces(vector, self.fragment.center):
             mine.add_(theirs.to(mine.device), alpha=weight)
 
     def _centers(self) -> list[FlatVector]:

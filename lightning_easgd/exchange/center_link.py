@@ -34,6 +34,7 @@ from lightning_easgd.exchange.stops import Stops
 from lightning_easgd.exchange.timing import StepTimer
 from lightning_easgd.server.courier import Courier
 from lightning_easgd.server.form import Form
+from lightning_easgd.server.model import precision
 from lightning_easgd.server.values import Receipt
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,8 @@ class CenterLink:
         self._bytes = Form().byte_size(self._wire.layout)
         assert isinstance(participant.all_reduce, OneWay)
         self._codes = participant.all_reduce
-        self._form = Form(codec_name(self._codes.codec), self._wire.buffers)
+        buffers = {precision(dtype): count for dtype, count in self._wire.buffers.items()}
+        self._form = Form(codec_name(self._codes.codec), buffers)
         self._fetches = overlap or self._rule.resets_to_center
         self._most_missed = max_offline_rounds
         self._asking = Asking(courier, self._telemetry, self.timer, timeout=timeout)
@@ -171,7 +173,7 @@ class CenterLink:
             self.start(clock, last=True)
             self._asking.stand_still()
         elif self.all_reduce.has_residual:
-            self._sent.zero_()
+            self._wire.pack_nothing_(self._sent)
             self._send_packed(last=True)
             self._asking.stand_still()
         self._courier.finished = True
@@ -229,9 +231,8 @@ class CenterLink:
 
     def _send(self, difference: Difference, *, last: bool) -> None:
         (fragment,) = difference.fragments
-        statistics = self._participant.center.statistics
-        moves = statistics.pulled(self._telemetry.alpha)
-        self._wire.pack_(self._sent, fragment.total, *moves)
+        buffers = self._participant.center.statistics.brought()
+        self._wire.pack_(self._sent, fragment.total, *buffers)
         if self._rule.resets_to_center:
             self._stood = fragment.center.clone()
             torch._foreach_add_(self._stood.parts, fragment.total.parts)

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from lightning_easgd.center.flat import FlatLayout, FlatVector
 from lightning_easgd.schedules.checks import is_number
@@ -142,6 +143,7 @@ class CenterServer:
         *,
         now: float,
         samples: float = 1.0,
+        buffers: Mapping[str, int] | None = None,
     ) -> Receipt:
         """Add a difference to the center, once; asked again, the answer is the same.
 
@@ -153,6 +155,8 @@ class CenterServer:
                 overwritten.
             now: as of :meth:`join`.
             samples: that the worker learned from since its last difference.
+            buffers: how many elements of each precision, at the end, are values of buffers, to
+                which those of the center go 1/p of the way.
 
         Raises:
             Refused: the worker is not known, the sequence is an earlier one, the difference is not
@@ -168,6 +172,8 @@ class CenterServer:
             require_same_model(difference.layout, self.layout)
             self._roster.require_turn(worker, now=now)
             _require_samples(samples)
+            buffers = dict(buffers or {})
+            self._require_state().to_moves_(difference, buffers, 1 / self._roster.count(now))
             norm = difference.norm()
             _require_finite(norm, "The difference")
             self._roster.take_token(known, now=now)
@@ -175,7 +181,8 @@ class CenterServer:
             weight = self._weight(worker, samples, staleness, norm, now)
             receipt = Receipt(sequence, self.version + 1, staleness, weight)
             scaled = _scaled(difference, weight)
-            added = Added(worker, incarnation, receipt, norm, samples, known.got, scaled)
+            facts = (worker, incarnation, receipt, norm, samples, known.got)
+            added = Added(*facts, scaled, buffers)
             if self.keeper:
                 self.keeper.add(added)
             self._take_in(added, known)
@@ -187,12 +194,10 @@ class CenterServer:
         incarnation: int,
         sequence: int,
         difference: FlatVector,
-        *,
-        now: float,
-        samples: float = 1.0,
+        **options: Any,
     ) -> tuple[Receipt, FlatVector]:
         """As :meth:`add`, and the center that it leads to, as of :meth:`get`."""
-        receipt = self.add(worker, incarnation, sequence, difference, now=now, samples=samples)
+        receipt = self.add(worker, incarnation, sequence, difference, **options)
         self._roster.workers[worker].got = self.version
         return receipt, self._require_state().center
 
@@ -307,7 +312,7 @@ class CenterServer:
         return weight
 
     def _take_in(self, added: Added, known: Worker) -> None:
-        self._require_state().move_(added.difference, added.receipt.version)
+        self._require_state().move_(added)
         self.version = added.receipt.version
         self._roster.pass_turn(added.worker)
         known.note(added)

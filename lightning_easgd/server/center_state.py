@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_easgd.center.flat import FlatLayout, FlatVector
+from lightning_easgd.server.form import buffers_of
 from lightning_easgd.server.model import parts_by_name, vector_from
 from lightning_easgd.server.settings import Settings
+from lightning_easgd.server.values import Added
 
 
 class CenterState:
@@ -26,14 +29,29 @@ class CenterState:
         self._settings = settings
         self.of_rule: list[dict[str, Any]] = [{} for _ in center.parts]
 
-    def move_(self, difference: FlatVector, version: int) -> None:
-        """Take a difference in, which may be overwritten; it makes the center of this version."""
+    def to_moves_(self, difference: FlatVector, buffers: Mapping[str, int], share: float) -> None:
+        """Let the values of a worker's buffers become what those of the center move by.
+
+        That is ``share`` of the way to them, from where the center is now: workers that all know an
+        older one would send it beyond, and variances below zero. What is not finite stays.
+        """
+        for part, center in zip(difference.parts, self.center.parts, strict=True):
+            if count := buffers_of(buffers, part.dtype):
+                values = part[-count:]
+                move = share * (values - center[-count:])
+                values.copy_(torch.where(move.isfinite(), move, 0.0))
+
+    def move_(self, added: Added) -> None:
+        """Take a difference in, which may be overwritten; the rule moves parameters only."""
         for part, total, state in zip(
-            self.center.parts, difference.parts, self.of_rule, strict=True
+            self.center.parts, added.difference.parts, self.of_rule, strict=True
         ):
-            self._settings.rule.move_(part, total, state)
+            end = part.numel() - buffers_of(added.buffers, part.dtype)
+            self._settings.rule.move_(part[:end], total[:end], state)
+            part[end:].add_(total[end:])
         if self.average and self._settings.average:
-            self._settings.average.follow_(self.average.parts, self.center.parts, version)
+            moves = added.receipt.version
+            self._settings.average.follow_(self.average.parts, self.center.parts, moves)
 
     def tensors(self) -> dict[str, Tensor]:
         """Copies of all, by name."""

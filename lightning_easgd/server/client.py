@@ -20,7 +20,7 @@ from lightning_easgd.center.flat import FlatLayout, FlatVector
 from lightning_easgd.server.form import AS_IT_IS, Form
 from lightning_easgd.server.frames import Message, cut
 from lightning_easgd.server.handler import Handler
-from lightning_easgd.server.model import byte_size, bytes_of, describe, vector_on
+from lightning_easgd.server.model import byte_size, bytes_of, describe, precision, vector_on
 from lightning_easgd.server.refusal import Refusal, Refused
 from lightning_easgd.server.shards import WHOLE, Shard
 from lightning_easgd.server.standing import NotPrimary
@@ -150,8 +150,9 @@ class CenterClient:
 
     def form_of(self, form: Form, whole: FlatLayout) -> Form:
         """The form in which the slice travels of a vector that travels in this one."""
-        buffers = form.buffers.items()
-        return Form(form.codec, {d: self._shard.tail(whole.sizes[d], n) for d, n in buffers})
+        sizes = {precision(dtype): size for dtype, size in whole.sizes.items()}
+        here = {name: self._shard.tail(sizes[name], n) for name, n in form.buffers.items()}
+        return Form(form.codec, {name: count for name, count in here.items() if count})
 
     def ask_terms(self) -> Terms:
         """Join the server, which may have no center yet; raises as :meth:`join`."""

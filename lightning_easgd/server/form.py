@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_easgd.center.flat import FlatLayout, FlatVector
 from lightning_easgd.communication.codecs import CODECS, Codec
 from lightning_easgd.server.frames import Message
-from lightning_easgd.server.model import byte_size, bytes_of, vector_on
+from lightning_easgd.server.model import byte_size, bytes_of, precision, vector_on
 from lightning_easgd.server.refusal import malformed
 
 DECODED = ("bf16", "fp16", "int8")
@@ -30,16 +30,15 @@ class Form:
 
     Args:
         codec: its name; None: all travels as it is.
-        buffers: how many elements of each precision are not for it, at the end.
+        buffers: how many elements of each precision, by its name, are of buffers.
     """
 
     codec: str | None = None
-    buffers: Mapping[torch.dtype, int] = field(default_factory=dict)
+    buffers: Mapping[str, int] = field(default_factory=dict)
 
     def text(self) -> dict[str, Any]:
         """As plain data."""
-        buffers = {_name(dtype): count for dtype, count in self.buffers.items() if count}
-        return {"codec": self.codec, "buffers": buffers}
+        return {"codec": self.codec, "buffers": dict(self.buffers)}
 
     def byte_size(self, layout: FlatLayout) -> int:
         """Bytes of a vector."""
@@ -90,16 +89,15 @@ class Form:
 
     def _sizes(self, layout: FlatLayout) -> tuple[list[int], list[int]]:
         """Bytes of what travels as it is, and of what is encoded, as :meth:`_split` has them."""
-        counts = [(d, layout.sizes[d], self.buffers.get(d, 0)) for d in _order(layout)]
+        order = sorted(layout.sizes, key=lambda dtype: -dtype.itemsize)
+        counts = [(d, layout.sizes[d], buffers_of(self.buffers, d)) for d in order]
         whole = [dtype.itemsize * buffers for dtype, _, buffers in counts]
         return whole, [self._codec.wire_bytes(n - b) for _, n, b in counts if n > b]
 
     def _split(self, vector: FlatVector) -> tuple[list[Tensor], list[Tensor]]:
         """What travels as it is, as bytes, and the values that are encoded."""
-        parts = {part.dtype: part for part in vector.parts}
-        ends = [
-            (parts[d], parts[d].numel() - self.buffers.get(d, 0)) for d in _order(vector.layout)
-        ]
+        parts = sorted(vector.parts, key=lambda part: -part.itemsize)
+        ends = [(part, part.numel() - buffers_of(self.buffers, part.dtype)) for part in parts]
         whole = [part[end:].view(torch.uint8) for part, end in ends]
         return whole, [part[:end] for part, end in ends if end]
 
@@ -116,20 +114,15 @@ def form_of(text: Mapping[str, Any], layout: FlatLayout) -> Form:
     codec, buffers = text.get("codec"), text.get("buffers", {})
     if codec not in (None, *DECODED):
         raise malformed("codec", codec, f"null, or one of {', '.join(map(repr, DECODED))}")
-    sizes = {_name(dtype): size for dtype, size in layout.sizes.items()}
+    sizes = {precision(dtype): size for dtype, size in layout.sizes.items()}
     if not isinstance(buffers, dict) or not all(
         name in sizes and type(count) is int and 0 <= count <= sizes[name]
         for name, count in buffers.items()
     ):
         raise malformed("buffers", buffers, "how many elements of each precision are of buffers")
-    named = {dtype: buffers.get(_name(dtype), 0) for dtype in layout.sizes}
-    return Form(codec, named)
+    return Form(codec, buffers)
 
 
-def _order(layout: FlatLayout) -> list[torch.dtype]:
-    """The longest elements first."""
-    return sorted(layout.sizes, key=lambda dtype: -dtype.itemsize)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def buffers_of(buffers: Mapping[str, int], dtype: torch.dtype) -> int:
+    """How many elements of a precision are of buffers."""
+    return buffers.get(precision(dtype), 0)

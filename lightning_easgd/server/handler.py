@@ -173,16 +173,17 @@ class Handler:
             raise malformed("samples", samples, "a positive number")
         layout = self.server.layout
         memory = self._memory(byte_size(layout))
-        difference = form_of(message.text, layout).decode(message, layout, memory)
-        given = (worker, incarnation, sequence, difference)
+        form = form_of(message.text, layout)
+        given = (worker, incarnation, sequence, form.decode(message, layout, memory))
+        options: dict[str, Any] = {"samples": samples, "buffers": form.buffers}
         with self.lock:
             now = self.clock()
             center: list[memoryview] = []
             if fetch:
-                receipt, vector = self.server.exchange(*given, now=now, samples=samples)
+                receipt, vector = self.server.exchange(*given, now=now, **options)
                 center = bytes_of(vector)
             else:
-                receipt = self.server.add(*given, now=now, samples=samples)
+                receipt = self.server.add(*given, now=now, **options)
             answer = self._say({**asdict(receipt), "alpha": self.server.alpha(now)}, center)
             self.changed.notify_all()
             self._wait_until_kept(receipt.version)

@@ -19,12 +19,14 @@ Description = Sequence[Sequence[Any]]
 """Of each tensor: its name, its shape and its precision in the center."""
 
 
+def precision(dtype: torch.dtype) -> str:
+    """A precision as plain data, for example "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def describe(layout: FlatLayout) -> list[list[Any]]:
     """A layout as plain data."""
-    return [
-        [slot.name, list(slot.shape), str(slot.dtype).removeprefix("torch.")]
-        for slot in layout.slots
-    ]
+    return [[slot.name, list(slot.shape), precision(slot.dtype)] for slot in layout.slots]
 
 
 def layout_of(description: Any, most_bytes: int) -> FlatLayout:
@@ -140,7 +142,7 @@ def byte_size(layout: FlatLayout) -> int:
 
 def parts_by_name(prefix: str, vector: FlatVector) -> dict[str, Tensor]:
     """The flat buffers of a vector, as a file has them."""
-    return {f"{prefix}.{str(p.dtype).removeprefix('torch.')}": p for p in vector.parts}
+    return {f"{prefix}.{precision(p.dtype)}": p for p in vector.parts}
 
 
 def vector_from(prefix: str, layout: FlatLayout, tensors: Mapping[str, Tensor]) -> FlatVector:
@@ -149,5 +151,5 @@ def vector_from(prefix: str, layout: FlatLayout, tensors: Mapping[str, Tensor]) 
     Raises:
         KeyError: a part is missing.
     """
-    names = {dtype: f"{prefix}.{str(dtype).removeprefix('torch.')}" for dtype in layout.sizes}
+    names = {dtype: f"{prefix}.{precision(dtype)}" for dtype in layout.sizes}
     return FlatVector(layout, {dtype: tensors[name].clone() for dtype, name in names.items()})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -63,6 +64,7 @@ class Added:
         samples: behind it.
         got: the version of the center that its worker had last got.
         difference: with the receipt's weight in it.
+        buffers: how many elements of each precision, at the end, are of buffers.
     """
 
     worker: str
@@ -72,6 +74,7 @@ class Added:
     samples: float
     got: int
     difference: FlatVector
+    buffers: Mapping[str, int] = field(default_factory=dict)
 
     def copy(self) -> Added:
         """With memory of its own."""
@@ -79,7 +82,7 @@ class Added:
 
     def text(self) -> dict[str, Any]:
         """As plain data, but for the difference."""
-        facts = {field.name: getattr(self, field.name) for field in fields(self)}
+        facts = {each.name: getattr(self, each.name) for each in fields(self)}
         del facts["difference"]
         return {**facts, "receipt": asdict(self.receipt)}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Callable
@@ -22,8 +23,10 @@ from lightning_easgd.server import (
     Refusal,
     Refused,
     Settings,
+    Snapshot,
     SnapshotError,
 )
+from lightning_easgd.server.values import Added
 
 SHAPES = {"weight": (3, 2), "bias": (2,)}
 
@@ -506,3 +509,38 @@ def test_samples_that_are_none_are_refused(samples: Any) -> None:
     ask = lambda: server.add("0", 1, 1, vector(1.0), now=0, samples=samples)  # noqa: E731
     assert refusal(ask).reason is Refusal.MALFORMED
     np.testing.assert_array_equal(center(server), 0.0)
+
+
+@pytest.mark.parametrize("algorithm", ["easgd", "mdownpour"])
+def test_values_of_buffers_are_followed_by_a_share_and_by_no_momentum(algorithm: str) -> None:
+    kept = Kept()
+    server = CenterServer(Settings(algorithm=algorithm, workers=4), kept)
+    for worker in ("a", "b"):
+        server.join(worker, 1, layout(), now=0, weights=vector(0.0))
+    for sequence in (1, 2):
+        for worker, value in (("a", 1.0), ("b", math.nan)):
+            moved = torch.full((8,), 0.5)
+            moved[-3:] = value
+            server.add(worker, 1, sequence, vector(moved), now=0, buffers={"float64": 3})
+    after = values(server.delivered())
+    np.testing.assert_allclose(after[-3:], 1 - 0.75**2)
+    assert (after[:5] > 2.0).all() if algorithm == "mdownpour" else (after[:5] == 2.0).all()
+    other = CenterServer(Settings(algorithm=algorithm, workers=4))
+    other.restore(kept.snapshot, now=0)
+    for added in kept.added:
+        text = json.loads(json.dumps(added.text()))
+        other.replay(Added.from_text(text, added.difference), now=0)
+    np.testing.assert_array_equal(values(other.delivered()), after)
+
+
+class Kept:
+    """Keeps what a server adds."""
+
+    def __init__(self) -> None:
+        self.added: list[Added] = []
+
+    def begin(self, snapshot: Snapshot) -> None:
+        self.snapshot = snapshot
+
+    def add(self, added: Added) -> None:
+        self.added.append(added.copy())

@@ -340,7 +340,7 @@ def test_servers_are_at_ports_one_after_the_other() -> None:
 def test_a_difference_becomes_what_arrives_of_it_in_the_form_of_a_codec(shards: int) -> None:
     servers = Servers(shards, algorithm="downpour")
     client, difference = servers.joined(), random_vector(3)
-    client.add(difference, Form("int8", {torch.float32: 250, torch.float64: 1}))
+    client.add(difference, Form("int8", {"float32": 250, "float64": 1}))
     assert not np.array_equal(values(difference), values(random_vector(3)))
     np.testing.assert_array_equal(servers.center(), values(difference))
     for mine, sent, buffers in zip(difference.parts, random_vector(3).parts, (250, 1), strict=True):
