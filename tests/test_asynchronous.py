@@ -17,9 +17,9 @@ from at_a_server import Served, Worker, served
 from torch import nn
 from toy import Toy, batches, initial_weights
 
-from lightning_easgd.algorithms import Downpour
 from lightning_easgd.communication import ExchangeError
-from lightning_easgd.server.client import InMemory, LostError
+from lightning_easgd.server.answers import LostError
+from lightning_easgd.server.client import InMemory
 
 LR, STEPS = 0.05, 12
 SGD = partial(torch.optim.SGD, lr=LR)
@@ -121,7 +121,7 @@ def _require_close(got: Any, want: Any) -> None:
 
 def test_downpour_in_turn_adds_what_each_worker_made_and_goes_on_from_the_center() -> None:
     with served(algorithm="downpour", tau=2) as server:
-        options = {"rule": Downpour(), "tau": 2, "overlap": False}
+        options = {"tau": 2, "overlap": False}
         workers = [server.worker(Slope(), **options) for _ in range(2)]
         for _ in range(4):
             for worker in workers:
@@ -223,7 +223,7 @@ def test_a_worker_trains_on_without_its_server_and_comes_back(
 def test_under_downpour_what_a_worker_did_without_its_server_is_not_lost() -> None:
     with served(algorithm="downpour") as server:
         transport = Cut(server.handler)
-        worker = server.worker(Slope(), rule=Downpour(), overlap=False, transport=transport)
+        worker = server.worker(Slope(), overlap=False, transport=transport)
         worker.step()
         transport.cut = True
         for _ in range(3):
@@ -283,8 +283,8 @@ def test_the_buffers_of_the_center_follow_those_of_the_workers() -> None:
         np.testing.assert_allclose(server.center["norm.running_mean"], want)
 
 
-@pytest.mark.parametrize("rule", [None, Downpour()])
-def test_the_buffers_of_the_center_stay_between_those_of_the_workers(rule: Any) -> None:
+@pytest.mark.parametrize("algorithm", ["easgd", "downpour"])
+def test_the_buffers_of_the_center_stay_between_those_of_the_workers(algorithm: str) -> None:
     """Each worker knows a center that others moved since; a variance must not go below zero."""
 
     class Falling(Slope):
@@ -296,9 +296,9 @@ def test_the_buffers_of_the_center_stay_between_those_of_the_workers(rule: Any) 
             self.norm.running_var.mul_(0.3)
             return super().training_step(batch, batch_idx)
 
-    algorithm = {"algorithm": "downpour"} if rule else {}
-    with served(workers=4, **algorithm) as server:
-        workers = [server.worker(Falling(), rule=rule) for _ in range(4)]
+    with served(workers=4, algorithm=algorithm) as server:
+        overlap = algorithm == "easgd"
+        workers = [server.worker(Falling(), overlap=overlap) for _ in range(4)]
         before = 1.0
         for _ in range(12):
             for worker in workers:

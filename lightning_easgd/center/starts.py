@@ -25,6 +25,11 @@ def read_starts(center: Center) -> dict[str, Any]:
     return put_together(pair for f in _fragments(center) for pair in f.values(f.own_start()))
 
 
+def has_starts(center: Center) -> bool:
+    """Whether the worker stood elsewhere than at the center."""
+    return any(fragment.start is not None for fragment in _fragments(center))
+
+
 def load_starts(center: Center, saved: Mapping[str, Tensor]) -> None:
     """The inverse of :func:`read_starts`; a parameter that is not there stood at the center."""
     for fragment in _fragments(center):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -70,6 +70,37 @@ class Wire:
         """Let the center be what a vector says."""
         for theirs, mine in self._pieces(vector, *self._centers()):
             mine.copy_(theirs)
+
+    def goes_along(self) -> dict[str, FlatVector]:
+        """What goes with the center, by name: its average, and what the rule keeps of it."""
+        fragment = self.fragment
+        found = {} if fragment.delivered is fragment.center else {"average": fragment.delivered}
+        for name in sorted(set.intersection(*map(set, fragment.rule_state))):
+            kept = zip(fragment.center.parts, fragment.rule_state, strict=True)
+            values = {part.dtype: state[name] for part, state in kept}
+            found[name] = FlatVector(fragment.layout, values)
+        return {name: self._packed(vector) for name, vector in found.items()}
+
+    def take_along(self, vectors: Mapping[str, FlatVector], moves: int) -> None:
+        """The inverse of :meth:`goes_along`, for a center that has moved so often."""
+        fragment = self.fragment
+        fragment.moves = moves
+        for name, vector in vectors.items():
+            mine = fragment.delivered
+            if name != "average":
+                mine = fragment.center.clone()
+                for state, part in zip(fragment.rule_state, mine.parts, strict=True):
+                    state[name] = part
+            if mine is not fragment.center:
+                for theirs, part in self._pieces(vector, mine):
+                    part.copy_(theirs)
+
+    def _packed(self, parameters: FlatVector) -> FlatVector:
+        """A vector with these, and zeros where buffers are."""
+        vector = self.vector()
+        vector.zero_()
+        self.pack_(vector, parameters)
+        return vector
 
     def add(self, vector: FlatVector, weight: float) -> None:
         """Let the center's parameters move by ``weight`` times a vector."""

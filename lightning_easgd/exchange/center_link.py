@@ -120,11 +120,12 @@ class CenterLink:
         weights = self._wire.vector()
         self._wire.read_(weights)
         client = self._courier.client
-        self._courier.ask(lambda: client.join(weights)).result()
-        _, newest = self._courier.ask(client.get).result()
+        more, moves = self._wire.goes_along(), self._wire.fragment.moves
+        self._courier.ask(lambda: client.join(weights, more, moves=moves)).result()
+        newest = self._courier.ask(client.get_all).result()
         self._courier.ask(self._courier.beat).result()
         client.patience = math.inf  # from now on this link knows how long to wait
-        self._wire.write(newest)
+        self._take_all(newest)
         if not goes_on:
             center.overwrite_worker()
         return False
@@ -178,7 +179,7 @@ class CenterLink:
             self._asking.stand_still()
         self._courier.finished = True
         self._await_team()
-        self._asking.ask(self._courier.client.get, self._take_center)
+        self._asking.ask(self._courier.client.get_all, self._take_all)
         self._asking.stand_still()
 
     def _await_team(self) -> None:
@@ -196,10 +197,16 @@ class CenterLink:
         """Wait for an answer, if one is expected, unless the server is gone."""
         self._trained_on |= not self._asking.wait()
 
+    def _fetch(self) -> None:
+        """Have the center that is the newest, unless the server is gone."""
+        if not self._asking.pending:
+            self._asking.ask(self._courier.client.get, self._take_center)
+            self.wait()
+
     def refresh(self) -> None:
         """Let the center here be the newest that there is, unless the server is gone."""
         if not self._asking.pending:
-            self._asking.ask(self._courier.client.get, self._take_center)
+            self._asking.ask(self._courier.client.get_all, self._take_all)
             self.wait()
 
     def state(self) -> dict[str, Any]:
@@ -213,7 +220,7 @@ class CenterLink:
     def _has_answer(self, *, patiently: bool) -> bool:
         """Whether nothing is under way; if no server answers, a round is left out instead."""
         if not self._fetches:
-            self.refresh()
+            self._fetch()
         if not self._asking.pending:
             self._missed = 0
             return True
@@ -234,7 +241,7 @@ class CenterLink:
         buffers = self._participant.center.statistics.brought()
         self._wire.pack_(self._sent, fragment.total, *buffers)
         if self._rule.resets_to_center:
-            self._stood = fragment.center.clone()
+            self._stood = (fragment.start or fragment.center).clone()
             torch._foreach_add_(self._stood.parts, fragment.total.parts)
         self._send_packed(last=last)
 
@@ -254,6 +261,15 @@ class CenterLink:
         self._wire.write(answer[1])
         self._telemetry.bytes_received += self._bytes
 
+    def _take_all(self, answer: tuple[int, dict[str, FlatVector]]) -> None:
+        version, vectors = answer
+        if self._rule.resets_to_center:
+            self._wire.fragment.own_start()  # from where what the worker makes still counts
+        along = {name: vector for name, vector in vectors.items() if name != "center"}
+        self._take_center((version, vectors["center"]))
+        self._wire.take_along(along, version)
+        self._telemetry.bytes_received += len(along) * self._bytes
+
     def _take_receipt(self, answer: tuple[Receipt, FlatVector | None]) -> None:
         receipt, center = answer
         self._telemetry.count_staleness(receipt.staleness)
@@ -264,6 +280,7 @@ class CenterLink:
             self._take_center((receipt.version, center))
             return
         fragment, stood = self._wire.fragment, self._stood
+        fragment.start = None
         self._take_center((receipt.version, center))
         if self._trained_on and stood is not None:  # and keeps what that made
             torch._foreach_sub_(stood.parts, fragment.center.parts)

@@ -204,7 +204,8 @@ class Exchange:
             ExchangeError: it failed, or the workers are out of step; the center stays as it was.
             NonFiniteError: no worker had finite weights; the center stays as it was.
         """
-        self._levels.drain()
+        if not self.swap.is_swapped:  # a server may answer then, and what moves looks written to
+            self._levels.drain()
 
     def meet(self, phase: Phase) -> bool:
         """Be idle where others may be, too; as of Rendezvous.

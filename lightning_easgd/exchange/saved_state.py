@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_easgd.center.center import Center
-from lightning_easgd.center.starts import load_starts, read_starts
+from lightning_easgd.center.starts import has_starts, load_starts, read_starts
 from lightning_easgd.exchange.agreement import Agreement
 from lightning_easgd.exchange.clock import Clock
 from lightning_easgd.exchange.ending import BeforeTheEnd, weights_owed
@@ -64,8 +64,12 @@ class SavedState:
             "residual": self.levels.top.all_reduce.state(),
             "agreement": self.agreement.own_state(),
             "levels": self.levels.state(),
-            "starts": read_starts(self.center) if self.policy.algorithm.from_own_start else {},
+            "starts": read_starts(self.center) if self._counts_from_start else {},
         }
+
+    @property
+    def _counts_from_start(self) -> bool:
+        return self.policy.algorithm.from_own_start or has_starts(self.center)
 
     def load(self, shared: Mapping[str, Any], own: Mapping[str, Any] | None) -> None:
         """Go on from a checkpoint; the module holds what it delivered, and then the center.
@@ -81,7 +85,7 @@ class SavedState:
         self.policy.schedules.load_state(shared["schedules"])
         self._load_clock(shared)
         if own is not None:
-            if self.policy.algorithm.from_own_start:
+            if self.policy.algorithm.from_own_start or own["starts"]:
                 load_starts(self.center, own["starts"])
             self.optimizers.load_look_ahead_state(own["look_ahead"])
             self.telemetry.load_counters(own["telemetry"])

@@ -13,15 +13,15 @@ Letters: c the center, d `difference`, α `alpha`, β `beta`, p the number of wo
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 from lightning_easgd.center.flat import FlatLayout, FlatVector
-from lightning_easgd.schedules.checks import is_number
 from lightning_easgd.server.center_state import CenterState
+from lightning_easgd.server.checks import require_finite, require_later, require_samples
 from lightning_easgd.server.model import describe, layout_of, require_same_model
 from lightning_easgd.server.refusal import Refusal, Refused
 from lightning_easgd.server.roster import Roster, Worker
@@ -72,6 +72,8 @@ class CenterServer:
         *,
         now: float,
         weights: FlatVector | None = None,
+        more: Mapping[str, FlatVector] | None = None,
+        moves: int = 0,
     ) -> Terms:
         """Let a worker in; asked again, the answer is the same.
 
@@ -81,6 +83,8 @@ class CenterServer:
             model: of the worker.
             now: seconds, of any clock that does not go back.
             weights: become the center if there is none yet; copied.
+            more: what goes with it, as of :meth:`vectors`, from an earlier server.
+            moves: how often that center had moved.
 
         Raises:
             Refused: the model is another one, the weights are not finite or cannot be kept, a
@@ -91,14 +95,18 @@ class CenterServer:
                 require_same_model(model, self.layout)
             elif weights:
                 require_same_model(weights.layout, model)
-                _require_finite(weights.norm(), "The start")
+                for vector in (weights, *(more or {}).values()):
+                    require_finite(vector.norm(), "The start")
             known = self._roster.join(worker, incarnation, version=self.version, now=now)
             if weights and not self._state:
-                self._begin_at(weights.clone())
-                self._founder = worker, incarnation
+                self._begin_at(weights, more or {}, moves)
+                self._founder, known.got = (worker, incarnation), self.version
+            average = self.settings.average
             return Terms(
                 algorithm=self.settings.kind["algorithm"],
-                tau=self.settings.tau,
+                options=vars(self.settings.rule),
+                average=None if average is None else asdict(average),
+                tau=self.settings.period,
                 alpha=self.alpha(now),
                 version=self.version,
                 sequence=known.receipt.sequence,
@@ -124,6 +132,13 @@ class CenterServer:
             self._roster.require_turn(worker, now=now)
             known.got = self.version
             return self.version, center
+
+    def vectors(
+        self, worker: str, incarnation: int, *, now: float
+    ) -> tuple[int, dict[str, FlatVector]]:
+        """As :meth:`get`, with what goes with the center, by name."""
+        version, _ = self.get(worker, incarnation, now=now)
+        return version, self._require_state().vectors()
 
     def delivered(self) -> FlatVector:
         """A copy of the average of the center if there is one, else of the center.
@@ -168,14 +183,14 @@ class CenterServer:
             if sequence == known.receipt.sequence and sequence > 0:
                 known.repeated += 1
                 return known.receipt
-            _require_later(sequence, known.receipt.sequence)
+            require_later(sequence, known.receipt.sequence)
             require_same_model(difference.layout, self.layout)
             self._roster.require_turn(worker, now=now)
-            _require_samples(samples)
+            require_samples(samples)
             buffers = dict(buffers or {})
             self._require_state().to_moves_(difference, buffers, 1 / self._roster.count(now))
             norm = difference.norm()
-            _require_finite(norm, "The difference")
+            require_finite(norm, "The difference")
             self._roster.take_token(known, now=now)
             staleness = self.version - known.got
             weight = self._weight(worker, samples, staleness, norm, now)
@@ -281,13 +296,15 @@ class CenterServer:
             self.refusals[refused.reason] += 1
             raise
 
-    def _begin_at(self, center: FlatVector) -> None:
-        self._state = CenterState(self.settings, center)
+    def _begin_at(self, center: FlatVector, more: Mapping[str, FlatVector], moves: int) -> None:
+        self._state = CenterState(self.settings, center.clone())
+        self._state.take_over(more)
+        self.version = moves
         try:
             if self.keeper:
                 self.keeper.begin(self.snapshot())
         except Refused:
-            self._state = None
+            self._state, self.version = None, 0
             raise
 
     def _require_state(self) -> CenterState:
@@ -324,28 +341,3 @@ def _scaled(difference: FlatVector, weight: float) -> FlatVector:
         for part in difference.parts:
             part.mul_(weight)
     return difference
-
-
-def _require_later(sequence: int, last: int) -> None:
-    if sequence <= last:
-        raise Refused(
-            Refusal.SUPERSEDED,
-            f"Difference {sequence} came after difference {last} of the same worker, and was not"
-            " added. Send one when the one before has its receipt.",
-        )
-
-
-def _require_samples(samples: float) -> None:
-    if not (is_number(samples) and samples > 0):
-        raise Refused(
-            Refusal.MALFORMED, f"samples={samples!r} is not allowed. Allowed: a positive number."
-        )
-
-
-def _require_finite(norm: float, what: str) -> None:
-    if not math.isfinite(norm):
-        raise Refused(
-            Refusal.NOT_FINITE,
-            f"{what} of this worker has values that are not finite, or too large a norm, and was"
-            " left out. Let the worker start again at the center, with a smaller learning rate.",
-        )

@@ -14,6 +14,9 @@ from lightning_easgd.server.model import parts_by_name, vector_from
 from lightning_easgd.server.settings import Settings
 from lightning_easgd.server.values import Added
 
+RULE_STATE = ("momentum",)
+"""What rules keep of a center behind a server, each as large as the center."""
+
 
 class CenterState:
     """The center and what goes with it.
@@ -47,11 +50,33 @@ class CenterState:
             self.center.parts, added.difference.parts, self.of_rule, strict=True
         ):
             end = part.numel() - buffers_of(added.buffers, part.dtype)
-            self._settings.rule.move_(part[:end], total[:end], state)
-            part[end:].add_(total[end:])
+            moves = total[end:].clone()
+            total[end:].zero_()
+            self._settings.rule.move_(part, total, state)
+            part[end:].add_(moves)
         if self.average and self._settings.average:
-            moves = added.receipt.version
-            self._settings.average.follow_(self.average.parts, self.center.parts, moves)
+            version = added.receipt.version
+            self._settings.average.follow_(self.average.parts, self.center.parts, version)
+
+    def vectors(self) -> dict[str, FlatVector]:
+        """The center, its average, and what the rule keeps of all of it, by name."""
+        found = {"center": self.center} | ({"average": self.average} if self.average else {})
+        for name in sorted(set.intersection(*(set(state) for state in self.of_rule))):
+            kept = {part.dtype: state[name] for part, state in self._pairs()}
+            found[name] = FlatVector(self.center.layout, kept)
+        return found
+
+    def take_over(self, vectors: Mapping[str, FlatVector]) -> None:
+        """Begin with what goes with the center, if it is wanted here."""
+        for name, vector in vectors.items():
+            if name == "average" and self.average:
+                self.average = vector.clone()
+            elif name in RULE_STATE:
+                for (_, state), kept in zip(self._pairs(), vector.parts, strict=True):
+                    state[name] = kept.clone()
+
+    def _pairs(self) -> list[tuple[Tensor, dict[str, Any]]]:
+        return list(zip(self.center.parts, self.of_rule, strict=True))
 
     def tensors(self) -> dict[str, Tensor]:
         """Copies of all, by name."""

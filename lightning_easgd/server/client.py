@@ -11,16 +11,15 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from torch import Tensor
-
 from lightning_easgd.center.flat import FlatLayout, FlatVector
+from lightning_easgd.server.answers import LostError, read_answer
 from lightning_easgd.server.form import AS_IT_IS, Form
-from lightning_easgd.server.frames import Message, cut
+from lightning_easgd.server.frames import cut
 from lightning_easgd.server.handler import Handler
-from lightning_easgd.server.model import byte_size, bytes_of, describe, precision, vector_on
+from lightning_easgd.server.model import bytes_of, describe, precision
 from lightning_easgd.server.refusal import Refusal, Refused
 from lightning_easgd.server.shards import WHOLE, Shard
 from lightning_easgd.server.standing import NotPrimary
@@ -37,10 +36,6 @@ _LOST_CENTER = (
     "The server was restarted without its center. Give it the folder of its snapshots, or start"
     " the workers again to begin anew."
 )
-
-
-class LostError(ConnectionError):
-    """No answer came, and perhaps the message did not either."""
 
 
 class UnreachableError(ConnectionError):
@@ -141,7 +136,7 @@ class CenterClient:
 
     def ask_shards(self) -> int:
         """How many servers have a slice of the center each; raises as :meth:`get`."""
-        said, _ = self._ask({"do": "shards"}, ())
+        said, _ = self._ask({"do": "shards"})
         return int(said["shards"])
 
     def slice_of(self, vector: FlatVector) -> FlatVector:
@@ -158,11 +153,19 @@ class CenterClient:
         """Join the server, which may have no center yet; raises as :meth:`join`."""
         return self._join()
 
-    def join(self, weights: FlatVector) -> Terms:
+    def join(
+        self,
+        weights: FlatVector,
+        more: Mapping[str, FlatVector] | None = None,
+        *,
+        moves: int = 0,
+    ) -> Terms:
         """Join the server; the first worker of all brings the center along.
 
         Args:
             weights: that become the center if the server has none.
+            more: what goes with it, as of :meth:`get_all`.
+            moves: how often that center had moved.
 
         Raises:
             Refused: the server does not let this worker in.
@@ -170,7 +173,7 @@ class CenterClient:
         """
         terms = self._join()
         if not terms.has_center:
-            terms = self._join(weights)
+            terms = self._join({"center": weights, **(more or {})}, moves)
         self._sequence = terms.sequence
         return terms
 
@@ -181,9 +184,13 @@ class CenterClient:
             Refused: the server has another answer.
             UnreachableError: no server answered.
         """
-        said, center = self._ask({"do": "get"}, (), answers=True)
-        assert center is not None
-        return said["version"], center
+        said, vectors = self._ask({"do": "get"})
+        return said["version"], vectors["center"]
+
+    def get_all(self) -> tuple[int, dict[str, FlatVector]]:
+        """As :meth:`get`, with what goes with the center, by name: its average, momentum."""
+        said, vectors = self._ask({"do": "get", "all": True})
+        return said["version"], vectors
 
     def add(
         self,
@@ -228,12 +235,12 @@ class CenterClient:
         assert self._pending is not None
         asked, payload = self._pending
         try:
-            said, center = self._ask(asked, payload, answers=asked["fetch"])
+            said, vectors = self._ask(asked, payload)
         except Refused:
             self._pending, self._sequence = None, self._sequence - 1
             raise
         self._pending = None
-        return Receipt(**said), center
+        return Receipt(**said), vectors.get("center")
 
     def beat(
         self, *, team: int, finished: bool, stops: bool, once: bool = False
@@ -250,12 +257,12 @@ class CenterClient:
             How many of the team still train, and whether this worker is to stop.
         """
         asked = {"do": "beat", "team": team, "finished": finished, "stops": stops}
-        said, _ = self._ask_once(asked, (), False) if once else self._ask(asked, ())
+        said, _ = self._ask_once(asked) if once else self._ask(asked)
         return said["training"], said["stop"]
 
     def leave(self) -> None:
         """Tell the server that this worker ends; raises as :meth:`get`."""
-        self._ask({"do": "leave"}, ())
+        self._ask({"do": "leave"})
 
     def abandon(self) -> None:
         """Ask no more: who waits for an answer in another thread gets UnreachableError."""
@@ -265,15 +272,17 @@ class CenterClient:
         """Close the transport."""
         self._transport.close()
 
-    def _join(self, weights: FlatVector | None = None) -> Terms:
-        shard = [self._shard.number, self._shard.of]
+    def _join(self, vectors: Mapping[str, FlatVector] | None = None, moves: int = 0) -> Terms:
+        shard, vectors = [self._shard.number, self._shard.of], vectors or {}
         asked = {"do": "join", "shard": shard, "model": describe(self._model)}
-        said, _ = self._ask(asked, bytes_of(weights) if weights else ())
+        brought = {"vectors": list(vectors), "moves": moves} if vectors else {}
+        payload = [piece for each in vectors.values() for piece in bytes_of(each)]
+        said, _ = self._ask({**asked, **brought}, payload)
         return Terms(alpha=self.alpha, **said)
 
     def _ask(
-        self, asked: dict[str, Any], payload: Any, *, answers: bool = False
-    ) -> tuple[dict[str, Any], FlatVector | None]:
+        self, asked: dict[str, Any], payload: Sequence[memoryview] = ()
+    ) -> tuple[dict[str, Any], dict[str, FlatVector]]:
         """The answer; asked again after what may pass, and joined again at a restarted server."""
         give_up, pause = self._clock() + self.patience, _PAUSES[0]
         while True:
@@ -281,7 +290,7 @@ class CenterClient:
             if self._abandoned.is_set():
                 raise UnreachableError("This worker asks no more.")
             try:
-                return self._ask_once(asked, payload, answers)
+                return self._ask_once(asked, payload)
             except LostError as error:
                 lost, self.lost = error, str(error)
             except Refused as refused:
@@ -304,13 +313,12 @@ class CenterClient:
             pause = min(2 * pause, _PAUSES[1])
 
     def _ask_once(
-        self, asked: dict[str, Any], payload: Any, answers: bool
-    ) -> tuple[dict[str, Any], FlatVector | None]:
+        self, asked: dict[str, Any], payload: Sequence[memoryview] = ()
+    ) -> tuple[dict[str, Any], dict[str, FlatVector]]:
         self.attempts += 1
         began = self._clock()
         message = cut({**self._who, **asked, "fence": self._fence}, payload)
-        expected = byte_size(self._model) if answers else 0
-        said, memory = _read(self._transport.call(message, self.deadline), expected)
+        said, vectors = read_answer(self._transport.call(message, self.deadline), self._model)
         fence = said.pop("fence", 0)
         if fence < self._fence:
             raise LostError("a server answered in whose place another one serves")
@@ -319,7 +327,7 @@ class CenterClient:
             raise Refused(Refusal(said["refused"]), said["message"])
         self._took.append(self._clock() - began)
         self.alpha = said.pop("alpha", self.alpha)
-        return said, vector_on(self._model, memory) if answers else None
+        return said, vectors
 
     @property
     def deadline(self) -> float:
@@ -329,19 +337,3 @@ class CenterClient:
         usual = statistics.median(self._took)
         spread = statistics.median(abs(took - usual) for took in self._took)
         return max(_LEAST_DEADLINE, 10 * (usual + spread))
-
-
-def _read(frames: Iterable[bytes], expected: int) -> tuple[dict[str, Any], Tensor]:
-    """An answer: its plain values, and ``expected`` bytes unless it is a refusal.
-
-    Raises:
-        LostError: it cannot be read. So nobody knows what the server did.
-        Refused: it has another protocol.
-    """
-    try:
-        answer = Message(frames)
-        return answer.text, answer.payload(0 if "refused" in answer.text else expected)
-    except Refused as refused:
-        if refused.reason is Refusal.OTHER_PROTOCOL:
-            raise
-        raise LostError(f"the answer cannot be read: {refused}") from None

@@ -11,7 +11,8 @@ from typing import Any
 
 from safetensors.torch import load
 
-from lightning_easgd.server.client import LostError, Transport
+from lightning_easgd.server.answers import LostError
+from lightning_easgd.server.client import Transport
 from lightning_easgd.server.frames import Message, cut
 from lightning_easgd.server.handler import Handler
 from lightning_easgd.server.journal import Journal

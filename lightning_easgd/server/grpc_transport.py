@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from lightning_easgd.server.answers import LostError
 from lightning_easgd.server.certificates import (
     SERVER,
     SERVER_NAME,
@@ -19,7 +20,6 @@ from lightning_easgd.server.certificates import (
     ShutOut,
     require_protected,
 )
-from lightning_easgd.server.client import LostError
 from lightning_easgd.server.frames import FRAME_BYTES
 from lightning_easgd.server.handler import Handler
 from lightning_easgd.server.refusal import Refused

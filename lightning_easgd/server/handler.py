@@ -14,10 +14,12 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_easgd.center.flat import FlatVector
 from lightning_easgd.server.center_server import CenterServer
+from lightning_easgd.server.center_state import RULE_STATE
 from lightning_easgd.server.form import form_of
 from lightning_easgd.server.frames import Message, allocate, cut
-from lightning_easgd.server.model import byte_size, bytes_of, layout_of, vector_on
+from lightning_easgd.server.model import byte_size, bytes_of, layout_of, vectors_on
 from lightning_easgd.server.refusal import Refusal, Refused, malformed
 from lightning_easgd.server.standing import NotPrimary, Primary, Standing
 from lightning_easgd.server.teams import Teams
@@ -138,11 +140,18 @@ class Handler:
         worker, incarnation = _sender(message)
         self._require_shard(message.text.get("shard"))
         model = layout_of(message.text.get("model"), self.server.settings.limits.model_bytes)
-        weights = None
+        more: dict[str, FlatVector] = {}
         if message.payload_bytes and not self.server.has_center:
-            weights = vector_on(model, message.payload(byte_size(model)))
+            names = _names(message)
+            memory = message.payload(len(names) * byte_size(model))
+            more = dict(zip(names, vectors_on(model, memory, len(names)), strict=True))
+        weights = more.pop("center", None)
+        moves = _whole(message, "moves") if more else 0
         with self.lock:
-            terms = self.server.join(worker, incarnation, model, now=self.clock(), weights=weights)
+            now = self.clock()
+            terms = self.server.join(
+                *(worker, incarnation, model), now=now, weights=weights, more=more, moves=moves
+            )
         return self._say(asdict(terms))
 
     def _require_shard(self, theirs: object) -> None:
@@ -160,9 +169,11 @@ class Handler:
         message.payload(0)
         with self.lock:
             now = self.clock()
-            version, center = self.server.get(worker, incarnation, now=now)
-            said = {"version": version, "alpha": self.server.alpha(now)}
-            return self._say(said, bytes_of(center))
+            version, found = self.server.vectors(worker, incarnation, now=now)
+            if message.text.get("all") is not True:
+                found = {"center": found["center"]}
+            said = {"version": version, "alpha": self.server.alpha(now), "vectors": list(found)}
+            return self._say(said, [piece for each in found.values() for piece in bytes_of(each)])
 
     def _add(self, message: Message) -> Answer:
         worker, incarnation = _sender(message)
@@ -179,12 +190,14 @@ class Handler:
         with self.lock:
             now = self.clock()
             center: list[memoryview] = []
+            named: list[str] = []
             if fetch:
                 receipt, vector = self.server.exchange(*given, now=now, **options)
-                center = bytes_of(vector)
+                center, named = bytes_of(vector), ["center"]
             else:
                 receipt = self.server.add(*given, now=now, **options)
-            answer = self._say({**asdict(receipt), "alpha": self.server.alpha(now)}, center)
+            said = {**asdict(receipt), "alpha": self.server.alpha(now), "vectors": named}
+            answer = self._say(said, center)
             self.changed.notify_all()
             self._wait_until_kept(receipt.version)
         self._free.append(memory)
@@ -227,6 +240,16 @@ def _sender(message: Message) -> tuple[str, int]:
     if not isinstance(worker, str) or not _NAME.fullmatch(worker):
         raise malformed("worker", worker, "a name of 1 to 64 visible ASCII characters")
     return worker, _whole(message, "incarnation")
+
+
+def _names(message: Message) -> list[str]:
+    """Which vectors come with a message, the center first."""
+    names: Any = message.text.get("vectors")
+    known = ("center", "average", *RULE_STATE)
+    listed = isinstance(names, list) and names[:1] == ["center"]
+    if listed and all(name in known for name in names) and len(set(names)) == len(names):
+        return list(names)
+    raise malformed("vectors", names, f"'center', and some of {', '.join(known[1:])}")
 
 
 def _whole(message: Message, name: str) -> int:

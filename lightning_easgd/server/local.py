@@ -23,7 +23,7 @@ _LOOKS = 0.2
 def main() -> None:
     """Serve until the last worker has left, or whoever started it before the first one came."""
     parent = os.getppid()
-    handler = Handler(CenterServer(Settings(**json.loads(sys.argv[1]))))
+    handler = Handler(CenterServer(Settings.of(**json.loads(sys.argv[1]))))
     server = GrpcServer(handler)
     print(server.port, flush=True)
     came = False

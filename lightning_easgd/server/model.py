@@ -123,6 +123,12 @@ def vector_on(layout: FlatLayout, memory: Tensor) -> FlatVector:
     return FlatVector(layout, parts)
 
 
+def vectors_on(layout: FlatLayout, memory: Tensor, count: int) -> list[FlatVector]:
+    """So many vectors, one after the other; raises as :func:`vector_on`."""
+    size = byte_size(layout)
+    return [vector_on(layout, memory[k * size : (k + 1) * size]) for k in range(count)]
+
+
 def bytes_of(vector: FlatVector) -> list[memoryview]:
     """The memory of a vector in host memory, part after part; the inverse of :func:`vector_on`."""
     parts = {part.dtype: part for part in vector.parts}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from lightning_easgd.algorithms import RULES, CenterAverage, Rule, choose_average, choose_rule
 from lightning_easgd.schedules.checks import (
@@ -54,7 +54,7 @@ class Settings:
             "downpour" these are ADOWNPOUR and MVADOWNPOUR.
         beta: β = pα, in (0, 1).
         workers: p; or "live", the number that is there, which rises at once and falls slowly.
-        tau: τ, the steps between two exchanges of a worker.
+        tau: τ, the steps between two exchanges of a worker; None: 10, or what the rule is limited to.
         staleness: "scale" divides a difference by 1 + staleness.
         weight: "samples" weights a difference by the samples behind it, over their mean.
         order: "round_robin" lets workers come in the order of their names only, so that a run
@@ -74,7 +74,7 @@ class Settings:
     center_average: str | CenterAverage | None = None
     beta: float = 0.9
     workers: int | Literal["live"] = "live"
-    tau: int = 10
+    tau: int | None = None
     staleness: Literal["none", "scale"] = "none"
     weight: Literal["none", "samples"] = "none"
     order: Literal["any", "round_robin"] = "any"
@@ -90,9 +90,14 @@ class Settings:
         object.__setattr__(self, "center_average", choose_average(self.center_average))
         inside = is_number(self.beta) and 0 < self.beta < 1
         require("beta", self.beta, "a number in (0, 1)", inside)
+        if self.tau is None:
+            object.__setattr__(self, "tau", self.rule.default_tau)
         require_count("tau", self.tau, "steps")
         if self.workers != "live":
             require_count("workers", self.workers, "workers, or 'live'")
+        objection = self.rule.objection(tau=self.period, fragments=1, compression=None)
+        if objection:
+            raise ValueError(objection)
         require_choice("staleness", self.staleness, ("none", "scale"))
         require_choice("weight", self.weight, ("none", "samples"))
         require_choice("order", self.order, ("any", "round_robin"))
@@ -125,6 +130,32 @@ class Settings:
             "average": repr(self.average),
             "shard": f"{self.shard} of {self.shards}",
         }
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        algorithm: str,
+        options: dict[str, Any],
+        average: dict[str, Any] | None,
+        **more: Any,
+    ) -> Settings:
+        """From plain data.
+
+        Args:
+            algorithm: the name of the rule.
+            options: of the rule, by name.
+            average: kind and rate of the average of the center; None: it has none.
+            **more: all else.
+        """
+        chosen = None if average is None else CenterAverage(**average)
+        return cls(RULES[algorithm](**options), chosen, **more)
+
+    @property
+    def period(self) -> int:
+        """τ."""
+        assert self.tau is not None
+        return self.tau
 
     @property
     def rule(self) -> Rule:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Any, TypeVar
@@ -108,19 +108,28 @@ class ShardedClient:
             self._clients = [self._client(Shard(number, shards)) for number in range(shards)]
         return _common(self._each(CenterClient.ask_terms))
 
-    def join(self, weights: FlatVector) -> Terms:
+    def join(
+        self,
+        weights: FlatVector,
+        more: Mapping[str, FlatVector] | None = None,
+        *,
+        moves: int = 0,
+    ) -> Terms:
         """Join the servers; the first worker of all brings the center along.
 
         Args:
             weights: that become the center if there is none.
+            more: what goes with it, as of :meth:`get_all`.
+            moves: how often that center had moved.
 
         Raises:
             Refused: a server does not let this worker in.
             UnreachableError: a server did not answer, or has no center while others do.
         """
+        more = more or {}
         if not self.ask_terms().has_center and len(self._clients) > 1:
-            self._begin_at(weights)
-        return _common(self._each(lambda client: client.join(client.slice_of(weights))))
+            self._begin_at(weights, more, moves)
+        return _common(self._each(lambda client: _join(client, weights, more, moves)))
 
     def get(self) -> tuple[int, FlatVector]:
         """The version of the center, the smallest of the slices, and the center.
@@ -131,6 +140,13 @@ class ShardedClient:
         """
         versions, centers = zip(*self._each(CenterClient.get), strict=True)
         return min(versions), joined(self._model, centers)
+
+    def get_all(self) -> tuple[int, dict[str, FlatVector]]:
+        """As :meth:`get`, with what goes with the center; as of CenterClient."""
+        versions, found = zip(*self._each(CenterClient.get_all), strict=True)
+        names = [name for name in found[0] if all(name in each for each in found)]
+        vectors = {name: joined(self._model, [each[name] for each in found]) for name in names}
+        return min(versions), vectors
 
     def add(
         self,
@@ -180,7 +196,7 @@ class ShardedClient:
         for client in self._clients:
             client.close()
 
-    def _begin_at(self, weights: FlatVector) -> None:
+    def _begin_at(self, weights: FlatVector, more: Mapping[str, FlatVector], moves: int) -> None:
         """Bring the center, or wait until the worker has that was there first.
 
         It is the one whose weights the first server took. So all slices are of one worker.
@@ -188,7 +204,7 @@ class ShardedClient:
         if not weights.is_finite():
             raise Refused(Refusal.NOT_FINITE, "The weights of this worker are not finite.")
         first = self._clients[0]
-        if first.join(first.slice_of(weights)).began:
+        if _join(first, weights, more, moves).began:
             return
         gives_up = time.monotonic() + self._patience
         while not _common(self._each(CenterClient.ask_terms)).has_center:
@@ -236,6 +252,13 @@ def fulfil(answer: Future[T], what: Callable[[], T]) -> None:
         answer.set_exception(error)
 
 
+def _join(
+    client: CenterClient, weights: FlatVector, more: Mapping[str, FlatVector], moves: int
+) -> Terms:
+    slices = {name: client.slice_of(vector) for name, vector in more.items()}
+    return client.join(client.slice_of(weights), slices, moves=moves)
+
+
 def _common(terms: list[Terms]) -> Terms:
     """What all say; a center is there if each has its slice.
 
@@ -251,6 +274,8 @@ def _common(terms: list[Terms]) -> Terms:
             )
     return Terms(
         algorithm=first.algorithm,
+        options=first.options,
+        average=first.average,
         tau=first.tau,
         alpha=min(each.alpha for each in terms),
         version=min(each.version for each in terms),

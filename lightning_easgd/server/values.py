@@ -35,6 +35,8 @@ class Terms:
 
     Args:
         algorithm: the name of the rule.
+        options: of the rule, by name.
+        average: kind and rate of the average of the center that is delivered; None: there is none.
         tau: τ, the steps between two exchanges.
         alpha: α; 1 under a rule whose workers restart at the center.
         version: of the center.
@@ -44,6 +46,8 @@ class Terms:
     """
 
     algorithm: str
+    options: dict[str, Any]
+    average: dict[str, Any] | None
     tau: int
     alpha: float
     version: int

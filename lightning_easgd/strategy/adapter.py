@@ -233,7 +233,7 @@ class Adapter(Apart):
             self._signals.restore()
         if fit is not None:
             fit.finish_exchanging()
-            if self.options.averaging is not None:
+            if fit.delivers_average:
                 center = fit.exchange.center_state_dict(fit.module, latest=False)
                 self._last_center = move_data_to_device(center, "cpu")
             self._fit = None

@@ -72,6 +72,8 @@ class EqualWorkers:
         """This worker alone, with a place at the server; as of AtServer.ask."""
         center = make_center(module, options, rank)
         server = AtServer.ask(center, options, rank=rank, workers=workers, timeout=timeout)
+        if server.options.averaging != options.averaging:  # which the server has said
+            center = make_center(module, server.options, rank)
         return cls(SoloGroup(), center, server)
 
 
@@ -140,6 +142,11 @@ class Fit:
     def alone(self) -> bool:
         """Whether this worker handles an exception that the others may know nothing of."""
         return self.trainer.interrupted and not self.exchange.stopping.by_exception
+
+    @property
+    def delivers_average(self) -> bool:
+        """Whether what is delivered is an average of the center."""
+        return self._options.averaging is not None
 
     def center_state_dict(self, *, delivered: bool = False) -> dict[str, Any]:
         """The module's state dict with the center's weights, or what is delivered in its place."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, Literal, cast, get_args
 
 from lightning_easgd.algorithms import (
@@ -45,6 +45,11 @@ _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 _AS_GIVEN = {"codec": "compression", "averaging": "center_average"}
 """What the strategy calls an option whose value is known here by what it is."""
+
+
+def _name_of(rule: Rule) -> str:
+    """The name of a rule; "easgd" for one of the user's own."""
+    return next((name for name, known in RULES.items() if known is type(rule)), "easgd")
 
 
 class Options:
@@ -100,7 +105,7 @@ class Options:
         rule = choose_rule(algorithm)
         overlap = rule.overlaps if overlap is None else overlap
         require_bools(overlap=overlap)
-        self._beta = beta
+        self._beta, self._rule = beta, algorithm
         self._tau, tau = tau, rule.default_tau if tau is None else tau
         auto = Auto.of(tau)
         pause = 1 if self.often is None else self.often.tau
@@ -135,11 +140,17 @@ class Options:
         )
         self.rules.require_fields()
         if self.center is not None and self.center.is_local:
-            Settings(**self.settings(1, lease=self.center.lease))
+            Settings.of(**self.settings(1, lease=self.center.lease))
 
     def settings(self, workers: int, *, lease: float) -> dict[str, Any]:
-        """Of a server that is started for ``workers`` workers; see Settings."""
-        terms = {"algorithm": self.name, "tau": self._tau or self.rules.algorithm.default_tau}
+        """Of a server that is started for ``workers`` workers; see Settings.of."""
+        rule, average = self.rules.algorithm, self.averaging
+        terms = {
+            "algorithm": _name_of(rule),
+            "options": vars(rule),
+            "average": None if average is None else asdict(average),
+            "tau": self._tau or rule.default_tau,
+        }
         beta = {} if self._beta is None else {"beta": self._beta}
         return {**terms, **beta, "workers": workers, "lease": lease}
 
@@ -149,11 +160,15 @@ class Options:
         Raises:
             ValueError: another one was given.
         """
-        theirs, rule = RULES[terms.algorithm], self.rules.algorithm
-        require_terms("algorithm", self.name, terms.algorithm, type(rule) is theirs)
+        ours, theirs = self._rule, RULES[terms.algorithm](**terms.options)
+        average = None if terms.average is None else CenterAverage(**terms.average)
+        same = ours == terms.algorithm if isinstance(ours, str) else repr(ours) == repr(theirs)
+        require_terms("algorithm", ours, terms.algorithm if isinstance(ours, str) else theirs, same)
         require_terms("tau", self._tau, terms.tau, self._tau in (None, terms.tau))
+        require_terms("center_average", self.averaging, average, self.averaging in (None, average))
         twin = copy(self)
-        twin.rules = replace(self.rules, period=Period(terms.tau))
+        twin.averaging = average
+        twin.rules = replace(self.rules, algorithm=theirs, period=Period(terms.tau))
         return twin
 
     @property
@@ -169,8 +184,7 @@ class Options:
     @property
     def name(self) -> str:
         """The registered name of such a strategy; "easgd" if the rule is the user's own."""
-        rule = type(self.rules.algorithm)
-        name = next((name for name, known in RULES.items() if known is rule), "easgd")
+        name = _name_of(self.rules.algorithm)
         pair = {"algorithm": name, "center_average": self.averaging and self.averaging.kind}
         return next((named for named, options in AVERAGED.items() if options == pair), name)
 
@@ -190,7 +204,7 @@ class Options:
         kept = {
             name: value
             for name, value in vars(self).items()
-            if name not in ("rules", "_tau", "_beta")
+            if name not in ("rules", "_tau", "_beta", "_rule")
         }
         lines = [
             f"algorithm={self.rules.algorithm}",

@@ -197,8 +197,8 @@ class EASGDStrategy(Adapter):
         methods = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "fork"}
         names: dict[str, dict[str, Any]] = {name: {"algorithm": name} for name in RULES}
         names |= AVERAGED
-        for name in ("easgd", "downpour"):
-            names[f"{name}_async"] = {"algorithm": name, "center": "local"}
+        for name in ("easgd", "downpour", "mdownpour", *AVERAGED):
+            names[f"{name}_async"] = {**names[name], "center": "local"}
         explain_import((name + suffix for name in names for suffix in methods), cls)
         for name, options in names.items():
             for suffix, start_method in methods.items():
@@ -223,7 +223,7 @@ class EASGDStrategy(Adapter):
             self._launcher = ForkingLauncher(self, start_method=self._start_method)
         assert self._launcher is not None
         if not self._launcher.is_interactive_compatible:
-            refuse_in_notebooks(self.options.name)
+            refuse_in_notebooks(self.options.name + ("_async" if self.solo else ""))
 
     @property
     @override

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lightning_easgd.algorithms import EASGD, Downpour, Rule
+from lightning_easgd.algorithms import EASGD, Downpour, MDownpour, Rule
 from lightning_easgd.algorithms.groups import Groups
 from lightning_easgd.communication import choose_codec, codec_name, waiting_time
 from lightning_easgd.exchange.moving_rates import NOT_AT_ONCE
@@ -74,8 +74,8 @@ def _sends_a_part(compression: Any) -> bool:
 
 
 def _runs_at_a_server(rule: Rule) -> bool:
-    adds = isinstance(rule, EASGD) and rule.pull is None
-    return adds or (isinstance(rule, Downpour) and not (rule.average or rule.center_momentum))
+    adds = type(rule) in (EASGD, Downpour, MDownpour) and rule.moving_rate in (None, 1.0)
+    return adds and not (rule.average or rule.center_momentum or rule.schedules)
 
 
 def _at_a_server(
@@ -213,10 +213,13 @@ REFUSED: tuple[Combination, ...] = (
         "Take compression='int8', 'bf16', 'fp16' or None, or another tau",
     ),
     _at_a_server(
-        *("algorithm", "any but 'easgd' without pull, or 'downpour' without average"),
+        *(
+            "algorithm",
+            "any but 'easgd', 'downpour' and 'mdownpour', or with other options than momentum",
+        ),
         lambda rule: not _runs_at_a_server(rule),
         "it needs what all workers did, and a server adds what one brings",
-        "Set algorithm='easgd' or 'downpour', or leave center out",
+        "Set algorithm='easgd', 'downpour' or 'mdownpour', or leave center out",
     ),
     _at_a_server(
         *("tau", "anything but a number"),
@@ -273,12 +276,6 @@ REFUSED: tuple[Combination, ...] = (
         lambda device: device is not None,
         "messages to a server are out of host memory",
         "Leave center_device out, or center",
-    ),
-    _at_a_server(
-        *("center_average", "any"),
-        lambda average: average is not None,
-        "the server has the center, and would have its average",
-        "Leave center_average out, or center",
     ),
     _at_a_server(
         *("buffers", "'broadcast'"),

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from toy import loader, weights
 
-from lightning_easgd.algorithms import EASGD, Rule
 from lightning_easgd.center.center import Center
 from lightning_easgd.center.wire import Wire
 from lightning_easgd.communication import choose_codec
@@ -84,17 +83,18 @@ class Served:
         self,
         module: Any,
         *,
-        rule: Rule | None = None,
         tau: int = 1,
         overlap: bool = True,
         batches: int = 100,
         transport: Transport | None = None,
         codec: str | None = None,
+        begins: bool = True,
         **options: Any,
     ) -> Worker:
-        """Another worker, which begins to train."""
+        """Another worker, which begins to train unless it is to be restored first."""
         rank = len(self.workers)
-        center = Center(module, buffers="average", rank=rank)
+        settings = self.handler.server.settings
+        center = Center(module, buffers="average", rank=rank, averaging=settings.average)
         optimizer = module.configure_optimizers()
         transport = transport or InMemory(self.handler)
         courier = Courier(CenterClient(transport, f"{rank}", Wire(center).layout))
@@ -106,7 +106,7 @@ class Served:
                 Period(tau),
                 Strength.choose(beta=None, alpha=None, rho=None),
                 overlap=overlap,
-                algorithm=rule or EASGD(),
+                algorithm=settings.rule,
             ),
             telemetry=Telemetry(),
             progress=Progress(),
@@ -115,7 +115,8 @@ class Served:
         )
         worker = Worker(module, optimizer, exchange, courier, iter(loader(rank, batches)))
         self.workers.append(worker)
-        exchange.start_clock(0)
+        if begins:
+            exchange.start_clock(0)
         return worker
 
 

@@ -228,6 +228,35 @@ def asynchronous(
     return center, workers
 
 
+def asynchronous_downpour(
+    start: State,
+    batches: list[list[tuple[np.ndarray, np.ndarray]]],
+    lr: float,
+    *,
+    tau: int,
+    momentum: float = 0.0,
+    average: Average | None = None,
+) -> tuple[State, list[State], State]:
+    """The center, the workers, and v, which the master keeps; one worker's step after the other's.
+
+    c is the master's look-ahead point: v <- δ v + V; c <- c + V + δ v, V being what a worker made.
+    """
+    center, v = dict(start), {k: 0.0 * each for k, each in start.items()}
+    workers, begun = [dict(start) for _ in batches], [dict(start) for _ in batches]
+    for t in range(len(batches[0])):
+        for i, x in enumerate(workers):
+            gradient = toy_gradient(x, batches[i][t])
+            workers[i] = {k: x[k] - lr * gradient[k] for k in x}
+            if (t + 1) % tau == 0:
+                made = {k: workers[i][k] - begun[i][k] for k in x}
+                v = {k: momentum * v[k] + made[k] for k in x}
+                center = {k: center[k] + made[k] + momentum * v[k] for k in x}
+                workers[i], begun[i] = dict(center), dict(center)
+                for k in center if average else ():
+                    average.follow(k, center[k])
+    return center, workers, v
+
+
 def int8(values: np.ndarray) -> np.ndarray:
     """What arrives of up to 256 values: whole multiples of a 127th of the largest."""
     scale = float(np.float32(np.abs(values).max() / 127))

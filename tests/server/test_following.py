@@ -13,7 +13,8 @@ import pytest
 from served import LAYOUT, constant, random_vector, values
 
 from lightning_easgd.server import Settings, SnapshotError
-from lightning_easgd.server.client import CenterClient, LostError, UnreachableError
+from lightning_easgd.server.answers import LostError
+from lightning_easgd.server.client import CenterClient, UnreachableError
 
 pytest.importorskip("grpc", reason="needs gRPC: pip install -e '.[async]'")
 pytest.importorskip("safetensors", reason="needs safetensors: pip install -e '.[async]'")

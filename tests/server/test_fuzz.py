@@ -68,7 +68,7 @@ class Fuzz:
             self.sequence += self.luck.randrange(2)
             fetch, samples = self.luck.random() < 0.5, self.luck.choice([1, 64, 0.5])
             said = {"do": do, **who, "sequence": self.sequence, "samples": samples, "fetch": fetch}
-            coded = {"codec": "int8", "buffers": {"float32": 3}}
+            coded = {"codec": "int8", "buffers": {}}
             return {**said, **(coded if self.luck.random() < 0.3 else {})}
         return {"do": do, **who}
 
@@ -81,7 +81,7 @@ class Fuzz:
         if size and "codec" in text:
             codes = struct.pack("<256b", *self.luck.choices(range(-127, 128), k=256))
             scale = self.luck.choice([1e-6, 1e-6, 1e-6, float("inf"), float("nan")])
-            payload = struct.pack("<3f", *[1e-4] * 3) + codes + struct.pack("<f", scale)
+            payload = codes + struct.pack("<f", scale)
         elif size and self.luck.random() < 0.8:
             payload = struct.pack("<8f", *[self.luck.uniform(-1e-3, 1e-3)] * 8)
         else:
@@ -129,14 +129,14 @@ class Fuzz:
 
 
 def added(message: bytes) -> np.ndarray:
-    """What a message adds, buffers first and then codes if it has some."""
+    """What a message adds, perhaps in codes."""
     words, size = PREFIX.unpack(message[: PREFIX.size])[2:]
     payload = message[PREFIX.size + words :][:size]
     if size == BYTES:
         return np.frombuffer(payload, dtype=np.float32)
     assert json.loads(message[PREFIX.size :][:words])["codec"] == "int8"
-    codes, scale = np.frombuffer(payload[12:17], np.int8), np.frombuffer(payload[-4:], np.float32)
-    return np.concatenate([codes * scale, np.frombuffer(payload[:12], np.float32)])
+    codes, scale = np.frombuffer(payload[:8], np.int8), np.frombuffer(payload[-4:], np.float32)
+    return codes * scale
 
 
 def resident() -> int:

@@ -20,10 +20,10 @@ from served import LAYOUT, constant, random_vector, values
 
 from lightning_easgd.center.flat import FlatLayout
 from lightning_easgd.server import CenterServer, Limits, Refusal, Refused, Settings
+from lightning_easgd.server.answers import LostError
 from lightning_easgd.server.client import (
     CenterClient,
     InMemory,
-    LostError,
     PendingError,
     Transport,
     UnreachableError,
