@@ -110,8 +110,9 @@ def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
 
 def fit(server: Server, module: pl.LightningModule, rank: int = 0, **options: Any) -> pl.Trainer:
     strategy = EASGDStrategy(center=server.address, **options.pop("strategy", {}))
+    validated = options.pop("validated", None)
     fitting = trainer(1, strategy, **options)
-    fitting.fit(module, loader(rank, STEPS), options.get("validated"))
+    fitting.fit(module, loader(rank, STEPS), validated)
     return fitting
 
 
@@ -287,13 +288,13 @@ def test_the_average_that_a_server_keeps_is_validated_saved_and_delivered(
         strategy={"algorithm": "downpour", "center_average": given},
         enable_checkpointing=True,
         default_root_dir=tmp_path,
-        callbacks=[ModelCheckpoint(tmp_path, save_last=True)],
+        callbacks=[ModelCheckpoint(tmp_path / "saved", save_last=True)],
         validated=loader(9, 1),
     )
     average, inner = server.center, server.serving.handler.server
     assert same(weights(module), average)
     assert same(module.seen["validation"], average)
-    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    saved = torch.load(tmp_path / "saved" / "last.ckpt", weights_only=True)["state_dict"]
     assert same({name: value.numpy() for name, value in saved.items()}, average)
     center = fitting.strategy.center_state_dict()
     newest = torch.cat(inner.snapshot().tensors["center.float64"].split(1))

@@ -107,6 +107,13 @@ class Wire:
         for theirs, mine in self._pieces(vector, self.fragment.center):
             mine.add_(theirs.to(mine.device), alpha=weight)
 
+    def pull(self, vector: FlatVector, weight: float) -> None:
+        """Take ``weight`` times a vector from the worker, as exchanges do."""
+        lost = self.fragment.center.clone()
+        for theirs, mine in self._pieces(vector, lost):
+            mine.copy_(theirs).mul_(weight)
+        self.fragment.pull(lost)
+
     def _centers(self) -> list[FlatVector]:
         statistics = self._center.statistics
         return [self.fragment.center, *([statistics.center] if statistics else [])]

@@ -160,6 +160,7 @@ def assemble_solo(
     link = CenterLink(
         participant,
         courier,
+        clock=clock,
         stops=stops,
         overlap=rules.overlap,
         timeout=timeout,

@@ -27,6 +27,7 @@ from lightning_easgd.center.wire import Wire
 from lightning_easgd.communication import OneWay, Stop, codec_name
 from lightning_easgd.exchange.arrival import report_non_finite
 from lightning_easgd.exchange.asking import Asking
+from lightning_easgd.exchange.clock import Clock
 from lightning_easgd.exchange.consensus import Consensus
 from lightning_easgd.exchange.difference import Difference, Participant, Pull
 from lightning_easgd.exchange.states import Owed
@@ -49,6 +50,7 @@ class CenterLink:
     Args:
         participant: takes the differences.
         courier: brings them to the server, of which the worker knows the terms.
+        clock: counts this worker's samples.
         stops: what ends this worker's training.
         overlap: whether they travel while the worker trains.
         timeout: seconds that this worker stands still for a server that is gone.
@@ -60,12 +62,13 @@ class CenterLink:
         participant: Participant,
         courier: Courier,
         *,
+        clock: Clock,
         stops: Stops,
         overlap: bool,
         timeout: float,
         max_offline_rounds: int,
     ) -> None:
-        self._stops = stops
+        self._clock, self._stops = clock, stops
         self.timer = StepTimer()
         self.owed: Owed | None = None
         self.all_reduce = participant.all_reduce
@@ -97,6 +100,8 @@ class CenterLink:
         self._missed = 0
         self._trained_on = False
         self._exchanged_at: int | None = None
+        self._samples = self._clock.samples
+        """Behind all that was sent."""
 
     def forget_owed(self) -> None:
         """It goes on from where it is anyway."""
@@ -157,6 +162,7 @@ class CenterLink:
             self._send(difference, last=last)
         else:
             self._telemetry.non_finite += 1
+            self._samples = self._clock.samples
             rank = self._participant.center.rank
             report_non_finite(clock, {rank: False}, reports=True, all_of_them=False)
         self.timer.exchange()
@@ -248,14 +254,17 @@ class CenterLink:
     def _send_packed(self, *, last: bool) -> None:
         form = replace(self._form, codec=None) if last else self._form
         self._trained_on = False
-        self._asking.ask(lambda: self._add(form), self._take_receipt)
+        samples = max(1, self._clock.samples - self._samples)
+        self._samples = self._clock.samples
+        self._asking.ask(lambda: self._add(form, samples), self._take_receipt)
         self._telemetry.bytes_sent += form.byte_size(self._wire.layout)
 
     @torch.no_grad()
-    def _add(self, form: Form) -> tuple[Receipt, FlatVector | None]:
+    def _add(self, form: Form, samples: int) -> tuple[Receipt, FlatVector | None]:
         """Have what is packed added, and what was kept; the courier does it."""
         with self._codes.keeping(self._wire.parameters(self._sent)):
-            return self._courier.client.add(self._sent, form, fetch=self._fetches)
+            client, fetch = self._courier.client, self._fetches
+            return client.add(self._sent, form, samples=samples, fetch=fetch)
 
     def _take_center(self, answer: tuple[int, FlatVector]) -> None:
         self._wire.write(answer[1])
@@ -273,6 +282,8 @@ class CenterLink:
     def _take_receipt(self, answer: tuple[Receipt, FlatVector | None]) -> None:
         receipt, center = answer
         self._telemetry.count_staleness(receipt.staleness)
+        if receipt.weight != 1 and not self._rule.resets_to_center:
+            self._wire.pull(self._sent, receipt.weight - 1)
         if center is None:
             self._wire.add(self._sent, receipt.weight)
             return

@@ -20,6 +20,8 @@ class Clock:
         self.begun = False
         """Whether training has; before that, the module is the center, whatever it holds."""
         self.steps = self.next_due = 0
+        self.samples = 0
+        """That this worker has trained on in this fit."""
 
     def set(self, steps: int) -> None:
         """An exchange began after so many steps, or training does."""

@@ -93,11 +93,8 @@ class Exchange:
         self.writes.begin()
 
     def before_batch(self) -> None:
-        """A training step begins; training starts from what hooks wrote before the first one.
-
-        Nobody is asked. If weights differ, the first exchange tells by a checksum.
-        """
-        if self._starts:
+        """A training step begins; training starts from what hooks wrote before the first one."""
+        if self._starts:  # nobody is asked; if weights differ, the first exchange tells by checksum
             self._starts = False
             self.center.read_module(statistics=False)
         self.writes.before_batch(self.clock)
@@ -142,8 +139,9 @@ class Exchange:
         """Whether the module holds the worker, which may take another step."""
         return self._before_the_end is None and not self.swap.is_swapped
 
-    def after_training_step(self, output: object) -> bool:
-        """A training step has returned ``output``; whether that has a loss if one is needed."""
+    def after_training_step(self, output: object, samples: int = 1) -> bool:
+        """A step of so many samples has returned ``output``; whether it has a loss if needed."""
+        self._clock.samples += samples
         self.center.adopt_unfrozen()  # before the optimizer moves what the step unfroze
         return self._parts.agreement.observe(output)
 
@@ -204,7 +202,7 @@ class Exchange:
             ExchangeError: it failed, or the workers are out of step; the center stays as it was.
             NonFiniteError: no worker had finite weights; the center stays as it was.
         """
-        if not self.swap.is_swapped:  # a server may answer then, and what moves looks written to
+        if not self.swap.is_swapped:  # which looks written to when a server's center moves
             self._levels.drain()
 
     def meet(self, phase: Phase) -> bool:
@@ -231,10 +229,9 @@ class Exchange:
         if not self.begun:
             yield
             return
-        if latest:
+        if latest and not self.swap.is_swapped:  # which is compared with what it was given
             self.drain()
-            if not self.swap.is_swapped:  # which is compared with the center that it was given
-                self._link.refresh()
+            self._link.refresh()
         self.writes.look_at_modes()
         with self.swap.swapped(which, in_flight=not latest, during=during):
             yield

@@ -54,7 +54,7 @@ class Settings:
             "downpour" these are ADOWNPOUR and MVADOWNPOUR.
         beta: β = pα, in (0, 1).
         workers: p; or "live", the number that is there, which rises at once and falls slowly.
-        tau: τ, the steps between two exchanges of a worker; None: 10, or what the rule is limited to.
+        tau: τ, the steps between two exchanges of a worker; None: 10, or 1 where the rule needs it.
         staleness: "scale" divides a difference by 1 + staleness.
         weight: "samples" weights a difference by the samples behind it, over their mean.
         order: "round_robin" lets workers come in the order of their names only, so that a run

@@ -170,7 +170,7 @@ class Adapter(Apart):
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """One batch of this worker."""
-        return self._under_way.training_step(partial(super().training_step, *args, **kwargs))
+        return self._under_way.training_step(partial(super().training_step, *args, **kwargs), args)
 
     @override
     def backward(self, *args: Any, **kwargs: Any) -> Tensor:

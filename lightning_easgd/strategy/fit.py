@@ -38,6 +38,7 @@ from lightning_easgd.strategy.build import make_center, make_exchange
 from lightning_easgd.strategy.lightning_internals import stops_early
 from lightning_easgd.strategy.options import Options
 from lightning_easgd.strategy.resume_epoch import begin_epoch_as_usual
+from lightning_easgd.strategy.samples import samples_in
 from lightning_easgd.strategy.signals import SignalRelay
 from lightning_easgd.strategy.unsupported import (
     batches_per_epoch,
@@ -265,12 +266,12 @@ class Fit:
         if self.exchange.trains and not self.trainer.interrupted:  # who left together is together
             self._meet_if_uneven(phase)
 
-    def training_step(self, step: Callable[[], Any]) -> Any:
+    def training_step(self, step: Callable[[], Any], batch: Any) -> Any:
         """One batch of this worker, whose loss the rule may want to know."""
         self.enter("in a training step")
         self.exchange.before_batch()
         output = step()
-        known = self.exchange.after_training_step(output)
+        known = self.exchange.after_training_step(output, samples_in(batch))
         if not known and not self.module.automatic_optimization:
             raise MisconfigurationException(
                 f"{self._options.rules.algorithm} compares the workers' training losses, and under"

@@ -35,6 +35,8 @@ class Worker:
     exchange: Exchange
     courier: Courier
     batches: Iterator[Any]
+    samples: int = 1
+    """In each of its batches."""
 
     def step(self) -> None:
         """One batch, as EASGDStrategy takes it."""
@@ -44,6 +46,7 @@ class Worker:
             self.optimizer.zero_grad()
             loss = self.module.training_step(batch, 0)
             loss.backward()
+            self.exchange.after_training_step(loss, self.samples)
             return loss
 
         self.exchange.before_batch()
