@@ -10,6 +10,9 @@ import torch
 from at_a_server import Worker, served
 from torch import nn
 
+from lightning_easgd.schedules.even import Even
+from lightning_easgd.server import Settings
+from lightning_easgd.server.roster import Roster
 from lightning_easgd.strategy.samples import samples_in
 
 
@@ -71,6 +74,45 @@ def test_what_a_weight_leaves_out_stays_with_the_worker(
         total = sum(w.weights["x"][0] for w in workers) + server.center["x"][0] + rest
         assert total == pytest.approx(6.0, abs=1e-12)
         assert server.center["x"][0] > 0.5
+
+
+def test_unequal_workers_exchange_equally_often() -> None:
+    """With speeds 1, 2 and 4, periods of 10 in the mean are 10 times those over 7/3."""
+    with served(beta=0.9, workers=3, tau="even") as server:
+        workers = [
+            at(server, x, tau=Even(10), speed=speed, batches=2000)
+            for x, speed in ((1.0, 1.0), (2.0, 2.0), (3.0, 4.0))
+        ]
+        for _ in range(300):  # seconds
+            for worker, count in zip(workers, (1, 2, 4), strict=True):
+                for _ in range(count):
+                    worker.step()
+                worker.exchange.drain()
+        assert [worker.exchange.telemetry.tau for worker in workers] == [4, 9, 17]
+        assert [worker.exchange.telemetry.exchanges for worker in workers] == [
+            pytest.approx(300 * 7 / 30, rel=0.1)
+        ] * 3
+        total = sum(w.weights["x"][0] for w in workers) + server.center["x"][0]
+        assert total == pytest.approx(6.0, abs=1e-12)
+
+
+def test_periods_are_in_bounds_smoothed_and_equal_in_turn() -> None:
+    def periods(*speeds: float, **settings: Any) -> list[int]:
+        roster = Roster(Settings(tau="even", **settings))
+        known = [roster.join(f"{n}", 1, version=0, now=0) for n in range(len(speeds))]
+        for worker, speed in zip(known, speeds, strict=True):
+            roster.hear_speed(worker, speed)
+        return [roster.period(worker, now=0) for worker in known]
+
+    assert periods(1.0, 3.0) == [5, 15]
+    assert periods(1.0, 0.0, 3.0) == [5, 10, 15]  # one does not know its speed
+    assert periods(1e-6, 1.0, *[1e-6] * 20) == [1, 80, *[1] * 20]
+    assert periods(1.0, 3.0, order="round_robin", workers=2) == [10, 10]
+    roster = Roster(Settings(tau="even"))
+    worker = roster.join("a", 1, version=0, now=0)
+    for speed in (4.0, 8.0, 0.0):
+        roster.hear_speed(worker, speed)
+    assert worker.speed == 5.0
 
 
 @pytest.mark.parametrize(

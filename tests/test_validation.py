@@ -42,6 +42,7 @@ EXAMPLES: dict[tuple[str, str], dict[str, Any]] = {
     ("tau", "compression"): {"tau": AdaptivePeriod(), "compression": "topk"},
     ("algorithm", "center"): {"algorithm": "diloco", **SERVER},
     ("tau", "center"): {"tau": "auto", **SERVER},
+    ("tau", "center, none"): {"tau": "even"},
     ("beta", "center, an address"): {"beta": 0.9, **SERVER},
     ("beta", "center"): {"beta": Linear(0.5, 0.9, steps=9), "center": "local"},
     ("alpha", "center"): {"alpha": 0.1, **SERVER},
@@ -56,7 +57,7 @@ EXAMPLES: dict[tuple[str, str], dict[str, Any]] = {
 
 
 def key(entry: Combination) -> tuple[str, str]:
-    more = {"EASGD(pull=...)": " with pull", "an address": ", an address"}
+    more = {"EASGD(pull=...)": " with pull", "an address": ", an address", "none": ", none"}
     return entry.option, entry.beside + more.get(entry.where, "")
 
 

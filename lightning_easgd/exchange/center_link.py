@@ -33,6 +33,7 @@ from lightning_easgd.exchange.difference import Difference, Participant, Pull
 from lightning_easgd.exchange.states import Owed
 from lightning_easgd.exchange.stops import Stops
 from lightning_easgd.exchange.timing import StepTimer
+from lightning_easgd.schedules.even import Even
 from lightning_easgd.server.courier import Courier
 from lightning_easgd.server.form import Form
 from lightning_easgd.server.model import precision
@@ -264,7 +265,12 @@ class CenterLink:
         """Have what is packed added, and what was kept; the courier does it."""
         with self._codes.keeping(self._wire.parameters(self._sent)):
             client, fetch = self._courier.client, self._fetches
-            return client.add(self._sent, form, samples=samples, fetch=fetch)
+            told: dict[str, Any] = {"samples": samples, "speed": self._speed(), "fetch": fetch}
+            return client.add(self._sent, form, **told)
+
+    def _speed(self) -> float:
+        step = self._telemetry.step_seconds
+        return 1 / step if step else 0.0
 
     def _take_center(self, answer: tuple[int, FlatVector]) -> None:
         self._wire.write(answer[1])
@@ -282,6 +288,9 @@ class CenterLink:
     def _take_receipt(self, answer: tuple[Receipt, FlatVector | None]) -> None:
         receipt, center = answer
         self._telemetry.count_staleness(receipt.staleness)
+        schedule = self._clock.period.schedule
+        if isinstance(schedule, Even):
+            schedule.hear(self._courier.client.tau)
         if receipt.weight != 1 and not self._rule.resets_to_center:
             self._wire.pull(self._sent, receipt.weight - 1)
         if center is None:

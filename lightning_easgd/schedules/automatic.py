@@ -71,7 +71,7 @@ class Auto:
         return least, most
 
 
-Tau = ScalarOrSchedule | Auto | Literal["auto"]
+Tau = ScalarOrSchedule | Auto | Literal["auto", "even"]
 """What sets the communication period."""
 
 

@@ -107,12 +107,19 @@ class CenterServer:
                 options=vars(self.settings.rule),
                 average=None if average is None else asdict(average),
                 tau=self.settings.period,
+                even=self.settings.even,
                 alpha=self.alpha(now),
                 version=self.version,
                 sequence=known.receipt.sequence,
                 has_center=self.has_center,
                 began=self._founder == (worker, incarnation),
             )
+
+    def period(self, worker: str, incarnation: int, speed: float, *, now: float) -> int:
+        """τ of a worker that says its steps per second, 0 if it does not know; raises Refused."""
+        known = self._roster.find(worker, incarnation, now=now)
+        self._roster.hear_speed(known, speed)
+        return self._roster.period(known, now=now)
 
     def alpha(self, now: float) -> float:
         """α = β/p of the next difference; 1 under a rule whose workers restart at the center."""

@@ -102,6 +102,7 @@ class CenterClient:
 
     Attributes:
         alpha: α of the next difference, as the server said last.
+        tau: steps up to the next difference, as the server said with a receipt; 0: not yet.
         attempts: how often the server was asked, with repetitions.
         lost: why the latest call has had no answer so far; None: it has one, or is the first.
     """
@@ -118,7 +119,7 @@ class CenterClient:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], object] | None = None,
     ) -> None:
-        self.alpha = 0.0
+        self.alpha, self.tau = 0.0, 0
         self.attempts = 0
         self.lost: str | None = None
         self.patience = patience
@@ -198,6 +199,7 @@ class CenterClient:
         form: Form = AS_IT_IS,
         *,
         samples: float = 1.0,
+        speed: float = 0.0,
         fetch: bool = False,
     ) -> tuple[Receipt, FlatVector | None]:
         """Have a difference added to the center.
@@ -207,6 +209,7 @@ class CenterClient:
                 must stay so meanwhile.
             form: in which it travels.
             samples: that the worker learned from since its last difference.
+            speed: of the worker, in steps per second; 0: it is not known.
             fetch: whether the new center comes back.
 
         Returns:
@@ -221,8 +224,9 @@ class CenterClient:
         if self._pending is not None:
             raise PendingError("An earlier difference has no receipt yet: call resend() first.")
         self._sequence += 1
-        asked = {"do": "add", "sequence": self._sequence, "samples": samples, "fetch": fetch}
-        self._pending = {**asked, **form.text()}, form.encode_(difference)
+        asked = {"do": "add", "sequence": self._sequence, "samples": samples, "speed": speed}
+        payload = form.encode_(difference)
+        self._pending = {**asked, "fetch": fetch, **form.text()}, payload
         return self.resend()
 
     @property
@@ -327,6 +331,8 @@ class CenterClient:
             raise Refused(Refusal(said["refused"]), said["message"])
         self._took.append(self._clock() - began)
         self.alpha = said.pop("alpha", self.alpha)
+        if "weight" in said:  # with a receipt
+            self.tau = said.pop("tau")
         return said, vectors
 
     @property

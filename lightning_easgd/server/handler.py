@@ -179,9 +179,11 @@ class Handler:
         worker, incarnation = _sender(message)
         sequence = _whole(message, "sequence")
         fetch = message.text.get("fetch", False) is True
-        samples = message.text.get("samples", 1.0)
+        samples, speed = (message.text.get(*each) for each in (("samples", 1.0), ("speed", 0.0)))
         if type(samples) not in (int, float) or not 0 < samples < _MOST:
             raise malformed("samples", samples, "a positive number")
+        if type(speed) not in (int, float) or not 0 <= speed < _MOST:
+            raise malformed("speed", speed, "a number of steps per second")
         layout = self.server.layout
         memory = self._memory(byte_size(layout))
         form = form_of(message.text, layout)
@@ -196,7 +198,9 @@ class Handler:
                 center, named = bytes_of(vector), ["center"]
             else:
                 receipt = self.server.add(*given, now=now, **options)
-            said = {**asdict(receipt), "alpha": self.server.alpha(now), "vectors": named}
+            tau = self.server.period(worker, incarnation, speed, now=now)
+            said = {"tau": tau, "alpha": self.server.alpha(now), "vectors": named}
+            said |= asdict(receipt)
             answer = self._say(said, center)
             self.changed.notify_all()
             self._wait_until_kept(receipt.version)

@@ -6,9 +6,13 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lightning_easgd.schedules.even import MOST
 from lightning_easgd.server.refusal import Refusal, Refused
 from lightning_easgd.server.settings import Settings
 from lightning_easgd.server.values import Added, Receipt
+
+_NEW_SPEED = 0.25
+"""The part of a new speed in the smoothed one."""
 
 _REMEMBERED = 16
 """Times the workers that may be there at a time: as many are known, with those that are not."""
@@ -24,6 +28,8 @@ class Worker:
     """The version of the center that it last got."""
     samples: float = 0.0
     """Behind its last difference."""
+    speed: float = 0.0
+    """In steps per second, smoothed; 0 if it is not known."""
     adds: int = 0
     repeated: int = 0
     missing: int = 0
@@ -131,6 +137,20 @@ class Roster:
         known = [self.workers[other].samples for other in self.live(now) if other != name]
         counts = [samples, *filter(None, known)]
         return samples * len(counts) / sum(counts)
+
+    def hear_speed(self, worker: Worker, speed: float) -> None:
+        """Take in how many steps per second a worker says that it takes; 0 if it does not know."""
+        if speed:
+            worker.speed += (speed - worker.speed) * (_NEW_SPEED if worker.speed else 1)
+
+    def period(self, worker: Worker, *, now: float) -> int:
+        """τ of a worker: in proportion to its speed where all are to exchange equally often."""
+        mean, settings = self._settings.period, self._settings
+        known = [s for name in self.live(now) if (s := self.workers[name].speed)]
+        if not settings.even or settings.order != "any" or not worker.speed or not known:
+            return mean
+        own = mean * worker.speed * len(known) / sum(known)
+        return round(min(max(own, mean / MOST, 1), mean * MOST))
 
     def require_turn(self, name: str, *, now: float) -> None:
         """Check that it is a worker's turn, if they come in turn.

@@ -55,6 +55,8 @@ class Settings:
         beta: β = pα, in (0, 1).
         workers: p; or "live", the number that is there, which rises at once and falls slowly.
         tau: τ, the steps between two exchanges of a worker; None: 10, or 1 where the rule needs it.
+            "even": 10 in the mean, and of each worker in proportion to the steps per second that it
+            says, so that all exchange equally often; with order="round_robin" 10 of each.
         staleness: "scale" divides a difference by 1 + staleness.
         weight: "samples" weights a difference by the samples behind it, over their mean.
         order: "round_robin" lets workers come in the order of their names only, so that a run
@@ -74,7 +76,7 @@ class Settings:
     center_average: str | CenterAverage | None = None
     beta: float = 0.9
     workers: int | Literal["live"] = "live"
-    tau: int | None = None
+    tau: int | Literal["even"] | None = None
     staleness: Literal["none", "scale"] = "none"
     weight: Literal["none", "samples"] = "none"
     order: Literal["any", "round_robin"] = "any"
@@ -92,10 +94,11 @@ class Settings:
         require("beta", self.beta, "a number in (0, 1)", inside)
         if self.tau is None:
             object.__setattr__(self, "tau", self.rule.default_tau)
-        require_count("tau", self.tau, "steps")
+        if self.tau != "even":
+            require_count("tau", self.tau, "steps, or 'even'")
         if self.workers != "live":
             require_count("workers", self.workers, "workers, or 'live'")
-        objection = self.rule.objection(tau=self.period, fragments=1, compression=None)
+        objection = self.rule.objection(tau=self.tau or self.period, fragments=1, compression=None)
         if objection:
             raise ValueError(objection)
         require_choice("staleness", self.staleness, ("none", "scale"))
@@ -152,10 +155,14 @@ class Settings:
         return cls(RULES[algorithm](**options), chosen, **more)
 
     @property
+    def even(self) -> bool:
+        """Whether each worker has a period of its own."""
+        return self.tau == "even"
+
+    @property
     def period(self) -> int:
-        """τ."""
-        assert self.tau is not None
-        return self.tau
+        """τ, or the mean of the workers'."""
+        return self.tau if isinstance(self.tau, int) else self.rule.default_tau
 
     @property
     def rule(self) -> Rule:

@@ -75,6 +75,11 @@ class ShardedClient:
         return min(client.alpha for client in self._clients)
 
     @property
+    def tau(self) -> int:
+        """What the first server said last; each has heard the same of the workers."""
+        return self._clients[0].tau
+
+    @property
     def attempts(self) -> int:
         """How often servers were asked, with repetitions."""
         return sum(client.attempts for client in self._clients)
@@ -154,6 +159,7 @@ class ShardedClient:
         form: Form = AS_IT_IS,
         *,
         samples: float = 1.0,
+        speed: float = 0.0,
         fetch: bool = False,
     ) -> tuple[Receipt, FlatVector | None]:
         """Have a difference added to the center; as of CenterClient, also if only one raises."""
@@ -162,7 +168,8 @@ class ShardedClient:
 
         def add(client: CenterClient) -> tuple[Receipt, FlatVector | None]:
             mine = client.form_of(form, self._model)
-            return client.add(client.slice_of(difference), mine, samples=samples, fetch=fetch)
+            told: dict[str, Any] = {"samples": samples, "speed": speed, "fetch": fetch}
+            return client.add(client.slice_of(difference), mine, **told)
 
         self._answers = self._ask(add, range(len(self._clients)))
         return self._answer()
@@ -277,6 +284,7 @@ def _common(terms: list[Terms]) -> Terms:
         options=first.options,
         average=first.average,
         tau=first.tau,
+        even=first.even,
         alpha=min(each.alpha for each in terms),
         version=min(each.version for each in terms),
         sequence=first.sequence,

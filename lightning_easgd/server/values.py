@@ -38,6 +38,7 @@ class Terms:
         options: of the rule, by name.
         average: kind and rate of the average of the center that is delivered; None: there is none.
         tau: τ, the steps between two exchanges.
+        even: whether the server tells each worker another τ later.
         alpha: α; 1 under a rule whose workers restart at the center.
         version: of the center.
         sequence: of the last difference of this incarnation that was added; 0 if none was.
@@ -49,6 +50,7 @@ class Terms:
     options: dict[str, Any]
     average: dict[str, Any] | None
     tau: int
+    even: bool
     alpha: float
     version: int
     sequence: int

@@ -31,6 +31,7 @@ from lightning_easgd.schedules import (
 )
 from lightning_easgd.schedules.automatic import AutomaticPeriod
 from lightning_easgd.schedules.checks import require_bools, require_choice, require_count
+from lightning_easgd.schedules.even import Even
 from lightning_easgd.server.settings import Settings
 from lightning_easgd.server.values import Terms
 from lightning_easgd.strategy.center_at import CenterAt
@@ -110,7 +111,8 @@ class Options:
         auto = Auto.of(tau)
         pause = 1 if self.often is None else self.often.tau
         measured = auto and AutomaticPeriod(auto, fragments=fragments, often=pause, log=log)
-        period = Period(measured or cast("ScalarOrSchedule", tau), fragments, often=pause)
+        even = Even(rule.default_tau) if tau == "even" else None
+        period = Period(even or measured or cast("ScalarOrSchedule", tau), fragments, often=pause)
         strength = Strength.choose(beta=beta, alpha=alpha, rho=rho)
         refuse_combinations(
             rule,
@@ -164,11 +166,13 @@ class Options:
         average = None if terms.average is None else CenterAverage(**terms.average)
         same = ours == terms.algorithm if isinstance(ours, str) else repr(ours) == repr(theirs)
         require_terms("algorithm", ours, terms.algorithm if isinstance(ours, str) else theirs, same)
-        require_terms("tau", self._tau, terms.tau, self._tau in (None, terms.tau))
+        tau = "even" if terms.even else terms.tau
+        require_terms("tau", self._tau, tau, self._tau in (None, tau))
         require_terms("center_average", self.averaging, average, self.averaging in (None, average))
         twin = copy(self)
         twin.averaging = average
-        twin.rules = replace(self.rules, algorithm=theirs, period=Period(terms.tau))
+        period = Period(Even(terms.tau) if terms.even else terms.tau)
+        twin.rules = replace(self.rules, algorithm=theirs, period=period)
         return twin
 
     @property

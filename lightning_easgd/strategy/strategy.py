@@ -65,7 +65,8 @@ class EASGDStrategy(Adapter):
         tau: communication period τ, in optimizer steps: a whole number, a callable of the
             optimizer step, a Schedule (see schedules/), or "auto": the smallest from 1 to 64 at
             which exchanges hide behind training, found by measuring (see automatic.py). Other
-            bounds are said by Auto(min=, max=). None: 10, or what the rule is limited to.
+            bounds are said by Auto(min=, max=). Behind a server "even": each worker's own, in
+            proportion to its speed. None: 10, or what the rule is limited to.
         beta: β = pα, how far the center moves towards the mean of the p workers, in (0, 2).
         alpha: α, how far a worker moves towards the center, in [0, 2/(p+1)).
         rho: elastic strength ρ; α = ηρ with the current learning rate η of each parameter group. At

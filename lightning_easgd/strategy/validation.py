@@ -222,10 +222,16 @@ REFUSED: tuple[Combination, ...] = (
         "Set algorithm='easgd', 'downpour' or 'mdownpour', or leave center out",
     ),
     _at_a_server(
-        *("tau", "anything but a number"),
-        lambda tau: tau is not None and not is_number(tau),
+        *("tau", "anything but a number or 'even'"),
+        lambda tau: tau not in (None, "even") and not is_number(tau),
         f"{_TERMS}, once",
-        "Leave it out, or give it the server's number",
+        "Leave it out, or give it the server's number, or 'even'",
+    ),
+    Combination(
+        *("tau", "'even'", "center", "none"),
+        lambda tau, center: tau == "even" and center is None,
+        "it gives each worker a period of its own, and here all exchange together",
+        "Give it a number, or set center",
     ),
     Combination(
         *("beta", "any", "center", "an address"),
