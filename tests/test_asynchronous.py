@@ -332,3 +332,18 @@ def test_a_worker_that_is_not_finite_sends_nothing_and_starts_again_at_the_cente
         assert server.handler.server.version == 0
         assert worker.exchange.telemetry.non_finite == 1
         assert np.isfinite(worker.weights["w"]).all()
+
+
+def test_a_center_that_comes_during_a_validation_is_not_taken_for_what_a_hook_wrote() -> None:
+    with served() as server:
+        worker, transport = cut_off(server)
+        worker.step()
+        transport.cut = True
+        worker.step()
+        with worker.exchange.swapped(during="validation"):
+            transport.cut = False
+            worker.courier.ask(lambda: None).result()  # behind what had no answer
+            with worker.exchange.swapped():
+                worker.exchange.drain()
+        worker.exchange.finish(exchange=True)
+        np.testing.assert_array_equal(worker.weights["w"], server.center["w"])

@@ -27,7 +27,7 @@ from lightning.pytorch.callbacks import (
 from served import free_ports
 from toy import Toy, initial_weights, loader, trainer, weights
 
-from lightning_easgd import CenterAt, EASGDMonitor, EASGDStrategy, MDownpour
+from lightning_easgd import CenterAt, EASGDMonitor, EASGDStrategy, Linear, MDownpour
 from lightning_easgd.server import Refused, Settings
 
 pytest.importorskip("grpc", reason="needs gRPC: pip install -e '.[async]'")
@@ -337,6 +337,15 @@ def test_servers_with_a_slice_each_are_met_as_one(
     assert not any(each.handler.server.workers(0.0) for each in shards)
     for each in shards:
         each.close()
+
+
+@pytest.mark.parametrize("tau", [Linear(1, 6, steps=6), lambda step: 1 + min(step, 5)])
+def test_a_period_may_follow_a_schedule_of_the_worker(server: Server, tau: Any) -> None:
+    module = Watched()
+    fitting = fit(server, module, strategy={"tau": tau})
+    telemetry = fitting.strategy.telemetry
+    assert telemetry.exchanges == server.version == 4  # at 1, 3, 7, and the last
+    assert same(weights(module), server.center)
 
 
 def test_differences_travel_as_int8(server: Server) -> None:

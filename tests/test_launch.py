@@ -227,8 +227,9 @@ def said(strategy):
         return str(error)
     return "no error"
 
-for name in ["easgd", "mvadownpour", "slowmo_spawn", "easgd_notebook"]:
+for name in ["easgd", "mvadownpour", "slowmo_spawn", "easgd_notebook", "adownpour_async_fork"]:
     print(name, said(name))
+print("local", said(EASGDStrategy(center="local")))
 print("object", said(EASGDStrategy(algorithm=DiLoCo(outer_lr=0.1), tau=4)))
 """
 
@@ -250,7 +251,8 @@ def test_a_notebook_is_told_the_name_that_works_there(tmp_path: Path) -> None:
     assert "Trainer(strategy='slowmo_notebook')" in said["slowmo_spawn"]
     assert "start_method='fork'" in said["object"]
     assert "ddp" not in ended.stdout
-    assert said["easgd_notebook"] == "no error"
+    assert "Trainer(strategy='easgd_async_notebook')" in said["local"]
+    assert said["easgd_notebook"] == said["adownpour_async_fork"] == "no error"
 
 
 OTHER_PACKAGE = """

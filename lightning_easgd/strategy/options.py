@@ -30,7 +30,7 @@ from lightning_easgd.schedules import (
     require_often,
 )
 from lightning_easgd.schedules.automatic import AutomaticPeriod
-from lightning_easgd.schedules.checks import require_bools, require_choice, require_count
+from lightning_easgd.schedules.checks import is_number, require_bools, require_choice, require_count
 from lightning_easgd.schedules.even import Even
 from lightning_easgd.server.settings import Settings
 from lightning_easgd.server.values import Terms
@@ -151,7 +151,7 @@ class Options:
             "algorithm": _name_of(rule),
             "options": vars(rule),
             "average": None if average is None else asdict(average),
-            "tau": self._tau or rule.default_tau,
+            "tau": rule.default_tau if self._own_period else self._tau,
         }
         beta = {} if self._beta is None else {"beta": self._beta}
         return {**terms, **beta, "workers": workers, "lease": lease}
@@ -167,13 +167,19 @@ class Options:
         same = ours == terms.algorithm if isinstance(ours, str) else repr(ours) == repr(theirs)
         require_terms("algorithm", ours, terms.algorithm if isinstance(ours, str) else theirs, same)
         tau = "even" if terms.even else terms.tau
-        require_terms("tau", self._tau, tau, self._tau in (None, tau))
+        require_terms("tau", self._tau, tau, self._own_period or self._tau in (None, tau))
         require_terms("center_average", self.averaging, average, self.averaging in (None, average))
         twin = copy(self)
         twin.averaging = average
         period = Period(Even(terms.tau) if terms.even else terms.tau)
+        period = self.rules.period if self._own_period else period
         twin.rules = replace(self.rules, algorithm=theirs, period=period)
         return twin
+
+    @property
+    def _own_period(self) -> bool:
+        """Whether the worker has a schedule of its own, whatever its server says."""
+        return not (self._tau in (None, "even") or is_number(self._tau))
 
     @property
     def offload(self) -> bool:

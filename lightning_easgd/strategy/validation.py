@@ -16,7 +16,7 @@ from lightning_easgd.algorithms import EASGD, Downpour, MDownpour, Rule
 from lightning_easgd.algorithms.groups import Groups
 from lightning_easgd.communication import choose_codec, codec_name, waiting_time
 from lightning_easgd.exchange.moving_rates import NOT_AT_ONCE
-from lightning_easgd.schedules import Auto, Schedule, Strength, WorkerView
+from lightning_easgd.schedules import Auto, Schedule, Schedules, Strength, WorkerView
 from lightning_easgd.schedules.checks import is_number
 from lightning_easgd.server.form import DECODED
 
@@ -76,6 +76,10 @@ def _sends_a_part(compression: Any) -> bool:
 def _runs_at_a_server(rule: Rule) -> bool:
     adds = type(rule) in (EASGD, Downpour, MDownpour) and rule.moving_rate in (None, 1.0)
     return adds and not (rule.average or rule.center_momentum or rule.schedules)
+
+
+def _observes(tau: Any) -> bool:
+    return isinstance(tau, Schedule) and Schedules({"tau": tau}).adaptive
 
 
 def _at_a_server(
@@ -222,10 +226,10 @@ REFUSED: tuple[Combination, ...] = (
         "Set algorithm='easgd', 'downpour' or 'mdownpour', or leave center out",
     ),
     _at_a_server(
-        *("tau", "anything but a number or 'even'"),
-        lambda tau: tau not in (None, "even") and not is_number(tau),
-        f"{_TERMS}, once",
-        "Leave it out, or give it the server's number, or 'even'",
+        *("tau", "'auto', Auto(...), or a schedule that observes all workers"),
+        lambda tau: Auto.of(tau) is not None or _observes(tau),
+        f"{_OWN_PACE}, and hears of no other",
+        "Leave it out, or give it the server's number, 'even' or a schedule of the step",
     ),
     Combination(
         *("tau", "'even'", "center", "none"),
