@@ -105,7 +105,10 @@ class Journal:
         pieces = bytes_of(added.difference)
         payload = pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces))
         head = _SIZES.pack(len(text), len(payload)) + text
-        record = [_MARK + _digest(head, payload).to_bytes(4, "little") + head, payload]
+        record: list[bytes | memoryview] = [
+            _MARK + _digest(head, payload).to_bytes(4, "little") + head,
+            payload,
+        ]
         try:
             self._write(record)
         except OSError as error:
