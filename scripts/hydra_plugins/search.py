@@ -93,7 +93,8 @@ class Search(Sweeper):
         for number, params in enumerate(settings, first):
             (folder / str(number)).mkdir()
             (folder / str(number) / TRIAL).write_text(json.dumps(params))
-            jobs.append([*fixed, *(f"{key}={_typed(value)}" for key, value in params.items())])
+            chosen = (f"{key}={_typed(value)}" for key, value in params.items())
+            jobs.append([*fixed, *chosen, f"hydra.sweep.subdir={number}"])
         try:
             returned = self.launcher.launch(jobs, initial_job_idx=first)
         except (KeyboardInterrupt, SystemExit):

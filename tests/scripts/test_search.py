@@ -90,7 +90,7 @@ def test_optuna_learns_from_each_run_what_it_came_to(search: Any, tmp_path: Path
         *(("FAIL", {}), ("FAIL", {})),
     ]
     assert study.best_value == 0.9
-    assert launched.jobs[1][0] == "model=mlp"
+    assert (launched.jobs[1][0], launched.jobs[1][-1]) == ("model=mlp", "hydra.sweep.subdir=1")
     assert f"strategy.tau={settings(tmp_path)['1']['strategy.tau']}" in launched.jobs[1]
 
 
