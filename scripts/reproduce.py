@@ -39,7 +39,8 @@ def studies_of(cfg: DictConfig) -> dict[str, DictConfig]:
     found = {str(name): _study(cfg, study) for name, study in cfg.studies.items()}
     found = {name: one for name, one in found.items() if one.contender}
     if not found:
-        raise ValueError(f"contender got [{', '.join(cfg.contender)}], which no study has.")
+        known = dict.fromkeys(name for study in cfg.studies.values() for name in study.contender)
+        raise ValueError(f"contender got none of those that studies have: {', '.join(known)}.")
     return found
 
 

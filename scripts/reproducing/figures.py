@@ -10,10 +10,10 @@ import numpy as np
 import stability
 from matplotlib.figure import Figure
 from presenting import style
-from presenting.entries import Entry, tested
+from presenting.entries import tested
 
-from reproducing.evidence import Evidence, NotTested
-from reproducing.findings import TAUS, TITLES, WORKERS
+from reproducing.evidence import Evidence
+from reproducing.findings import TAUS, TITLES, WORKERS, methods_at
 
 _FAR = 3.0
 """Errors so many times as large as the others' get a panel of their own."""
@@ -24,11 +24,16 @@ _LABELS = [*TITLES.values(), *_ALONE.values()]
 def error_over_tau(evidence: Evidence) -> Figure | None:
     """Of all methods at the end, mean and standard error."""
     points = {
-        title: {tau: found for tau in TAUS if (found := _errors(evidence, name, tau, 4))}
+        title: {
+            tau: [*evidence.errors(name, methods_at(tau)[name]).values()]
+            for tau in TAUS
+            if name in methods_at(tau) and evidence.has(name, methods_at(tau)[name])
+        }
         for name, title in TITLES.items()
     }
-    alone = {title: _errors(evidence, name, None, 1) for name, title in _ALONE.items()}
-    points |= {title: dict.fromkeys(TAUS, found) for title, found in alone.items() if found}
+    for name, title in _ALONE.items():
+        if evidence.has(name, None, 1):
+            points[title] = {tau: [*evidence.errors(name, None, 1).values()] for tau in TAUS}
     means = {title: [*map(statistics.fmean, each.values())] for title, each in points.items()}
     if not any(means.values()):
         return None
@@ -51,7 +56,10 @@ def error_over_tau(evidence: Evidence) -> Figure | None:
 def error_over_steps(evidence: Evidence) -> Figure | None:
     """Of all methods with 4 workers, a panel for each τ."""
     found = {
-        f"τ = {tau}": {title: _curve(evidence, name, tau, 4) for name, title in TITLES.items()}
+        f"τ = {tau}": {
+            TITLES[name]: _curve(evidence, name, period, 4)
+            for name, period in methods_at(tau).items()
+        }
         for tau in TAUS
     }
     return _curves(found, style.looks(_LABELS, None))
@@ -68,14 +76,14 @@ def error_over_workers(evidence: Evidence) -> Figure | None:
 
 def communication(evidence: Evidence) -> Figure | None:
     """The share of waits, a bar for each τ."""
-    try:
-        shares = {tau: evidence.waited("easgd_blocking", tau) for tau in (1, 10)}
-    except NotTested:
+    if not all(evidence.has("easgd_blocking", tau) for tau in (1, 10)):
         return None
+    shares = {tau: evidence.waited("easgd_blocking", tau) for tau in (1, 10)}
     figure, axes = style.plain()
     heights = [statistics.fmean(each.values()) for each in shares.values()]
     bars = [_standard_error(list(each.values())) for each in shares.values()]
-    axes.bar([*map(str, shares)], heights, 0.5, yerr=bars, capsize=3, color="#56b4e9")
+    axes.bar(range(len(shares)), heights, 0.5, yerr=bars, capsize=3, color="#56b4e9")
+    axes.set_xticks(range(len(shares)), [*map(str, shares)])
     axes.grid(axis="x", visible=False)
     axes.set_xlabel("τ, optimizer steps between two exchanges")
     axes.set_ylabel("waited for exchanges, % of the time")
@@ -91,7 +99,8 @@ def stable_where(_: Evidence) -> Figure:
 
 FIGURES: Mapping[str, tuple[str, Callable[[Evidence], Figure | None]]] = {
     "error_over_steps": (
-        "Test error on the way with 4 workers, the mean of all seeds that did not diverge.",
+        "Test error on the way with 4 workers, the mean of all seeds that did not diverge; cut off"
+        " where it is twice as large as usual.",
         error_over_steps,
     ),
     "error_over_tau": (
@@ -116,22 +125,13 @@ FIGURES: Mapping[str, tuple[str, Callable[[Evidence], Figure | None]]] = {
 _Curve = tuple[np.ndarray, np.ndarray]
 
 
-def _errors(evidence: Evidence, name: str, tau: int | None, workers: int) -> list[float]:
-    try:
-        return list(evidence.errors(name, tau, workers).values())
-    except NotTested:
-        one_period = name == "mdownpour" and tau == 1
-        return _errors(evidence, name, None, workers) if one_period else []
-
-
 def _standard_error(values: Sequence[float]) -> float:
     return statistics.stdev(values) / len(values) ** 0.5
 
 
-def _curve(evidence: Evidence, name: str, tau: int, workers: int) -> _Curve | None:
+def _curve(evidence: Evidence, name: str, tau: int | None, workers: int) -> _Curve | None:
     """Steps, and the mean test error of the seeds; as far as all of them were tested."""
-    key = None if name == "mdownpour" and tau == 1 else tau
-    entry: Entry | None = evidence.entries.get((name, key, workers))
+    entry = evidence.entries.get((name, tau, workers))
     runs = [tested(run) for run in entry.finished.values()] if entry else []
     length = min(map(len, runs), default=0)
     if not length:
@@ -161,9 +161,9 @@ def _curves(
         axes.set_title(title)
     for axes in grid[-1]:
         axes.set_xlabel("optimizer steps of a worker")
-    # What all begin with says nothing, and would squash the rest.
-    ends = [y[len(y) // 4 :] for curves in found.values() for _, y in curves.values()]
-    low, high = min(map(np.min, ends)), float(np.percentile(np.concatenate(ends), 95))
+    # What all begin with, and one that diverges, would squash the rest.
+    ends = np.concatenate([y[len(y) // 4 :] for each in found.values() for _, y in each.values()])
+    low, high = ends.min(), min(ends.max(), 2 * np.median(ends))
     grid[0, 0].set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
     figure.supylabel("test error in %", fontsize="medium")
     _legend_once(figure)

@@ -103,6 +103,8 @@ def _facts(about: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "commit", str(about["commit"])
     yield "started", about["started"]
     yield "command", f"`{about['command']}`"
+    model = about["configuration"]["model"].items()
+    yield "network", ", ".join(f"{name} {value}" for name, value in model if name != "_target_")
     yield "passes of each worker over the training set", str(about["epochs"])
     yield "images per worker and step", str(data["batch_size"])
     yield "target", f"{about['target']} test accuracy" if about["target"] else "none"

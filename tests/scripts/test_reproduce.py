@@ -170,7 +170,9 @@ def test_methods_can_be_chosen() -> None:
         "alone": ["sgd"],
         **{f"workers_{p}": ["easgd"] for p in WORKERS},
     }
-    with pytest.raises(ValueError, match=r"contender got \[diloco.*\], which no study has"):
+    with pytest.raises(
+        ValueError, match="none of those that studies have: easgd, eamsgd, downpour"
+    ):
         reproduce.studies_of(composed("contender=[diloco]"))
 
 
@@ -209,7 +211,7 @@ def flat(name: str, _: int) -> float:
             "downpour_is_unstable",
             "DOWNPOUR's error rises by 0.00 points with one seed; DOWNPOUR is",
         ),
-        ("larger_periods_help", "It falls by +0.00 ± 0.00 points per doubling."),
+        ("larger_periods_help", "It falls by +0.00 ± 0.00 points from τ = 1 to 64."),
     ],
 )
 def test_what_is_otherwise_is_not_confirmed(name: str, because: str) -> None:
@@ -217,6 +219,17 @@ def test_what_is_otherwise_is_not_confirmed(name: str, because: str) -> None:
     assert verdict.outcome == "not confirmed"
     assert verdict.because.startswith(because)
     assert len(verdict.table) > 4  # numbers are shown all the same
+
+
+def test_an_improvement_that_nobody_would_notice_is_none() -> None:
+    def slightly(name: str, tau: int) -> float:
+        return 13 - 0.01 * TAUS.index(tau)
+
+    verdict = judged("larger_periods_help", study(periods(slightly)))
+    assert (verdict.outcome, verdict.because) == (
+        "not confirmed",
+        "It falls by +0.03 ± 0.00 points from τ = 1 to 64.",
+    )
 
 
 def test_a_method_that_is_better_but_not_faster_is_not_the_best() -> None:
