@@ -68,7 +68,8 @@ class Fault:
             when=chance.randrange(workers),
             step=chance.randint(1, STEPS - 1),
             delay_seconds=chance.uniform(0, _LONGEST_DELAY_SECONDS),
-            of_server=kind in ("server", "primary") or chance.random() < 0.5,
+            of_server=kind in ("server", "primary")
+            or (chance.random() < 0.5 and kind in ("cut", "stop")),
             pause_seconds=chance.uniform(0, _LONGEST_PAUSE_SECONDS),
         )
 

@@ -29,6 +29,7 @@ def test_faults_are_the_same_for_the_same_seed_and_happen_to_all_at_all_times() 
     assert max(each.step for each in drawn) > 9 * STEPS / 10
     assert {each.of_server for each in drawn if each.kind == "cut"} == {True, False}
     assert all(each.of_server for each in drawn if each.kind in ("server", "primary"))
+    assert not any(each.of_server for each in drawn if each.kind in ("none", "worker"))
 
 
 def vector(*values: float) -> np.ndarray:
