@@ -31,6 +31,7 @@ from lightning_easgd import exchange
 SITE = [page for page in pages.everywhere() if page.path.startswith("docs/")]
 REFERENCE = {
     *("docs/features.md", "docs/measured.md", "docs/errors.md", "docs/glossary.md"),
+    "docs/findings.md",
     *(page.path for page in SITE if page.path.startswith("docs/api/")),
 }
 """Pages that one looks something up in, and does not read to their end."""
