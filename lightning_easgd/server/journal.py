@@ -204,6 +204,9 @@ def replay_journals(folder: SnapshotFolder, server: CenterServer, *, now: float)
 
 
 def _replay(path: Path, server: CenterServer, now: float) -> None:
+    with _content(path) as content:
+        if re.match(rb"EAJ\d", content[:4]) and content[:4] != _MARK:
+            raise SnapshotError("Another version of this package wrote it.")
     end = 0
     for added, ends in _records(path, server):
         if added.receipt.version > server.version:

@@ -278,6 +278,20 @@ def test_a_journal_whose_forerunner_is_missing_is_said(path: Path) -> None:
     kept.close()
 
 
+def test_a_journal_of_another_version_is_said_and_put_aside(path: Path) -> None:
+    kept = Kept(path)
+    kept.join()
+    kept.add(1)
+    kept.close()
+    journal = path / "center-000000000000.journal"
+    journal.write_bytes(b"EAJ1" + journal.read_bytes()[4:])
+    with pytest.warns(UserWarning, match="Another version of this package wrote it"):
+        kept = Kept(path)
+    assert kept.server.version == 0
+    assert journals(path) == ["center-000000000000.journal.damaged"]
+    kept.close()
+
+
 def test_journals_without_a_snapshot_are_said(path: Path) -> None:
     kept = Kept(path)
     kept.join()
