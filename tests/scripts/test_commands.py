@@ -69,7 +69,7 @@ def test_without_the_extra_a_line_says_what_to_install(monkeypatch: pytest.Monke
 
 def test_every_package_is_in_the_wheel() -> None:
     scripts = "lightning_easgd_commands.scripts"
-    found = {f"{scripts}.{path.parent.name}" for path in (ROOT / "scripts").glob("*/__init__.py")}
+    found = {f"{scripts}.{path.parent.name}" for path in (ROOT / "scripts").glob("*/*.py")}
     for path in (ROOT / "lightning_easgd").rglob("__init__.py"):
         found.add(".".join(path.parent.relative_to(ROOT).parts))
     assert {*found, scripts, "lightning_easgd_commands.conf"} == set(SETUPTOOLS["packages"])
