@@ -104,10 +104,10 @@ class Log:
         """Write what clients of this process send, and what they are told."""
         add = CenterClient.add
 
-        def written(client: CenterClient, difference: Any, **options: Any) -> Any:
+        def written(client: CenterClient, difference: Any, *form: Any, **options: Any) -> Any:
             pairs = zip(difference.layout.names, difference.views, strict=True)
             self.write(sent=_vector(dict(pairs)))
-            answer = add(client, difference, **options)
+            answer = add(client, difference, *form, **options)
             self.write(versions=answer[0].version)
             return answer
 
@@ -269,11 +269,18 @@ class StruckApart(Workers):
         """Wait until all have begun, and one has taken so many steps.
 
         Raises:
+            RuntimeError: one ended before.
             TimeoutError: it did not.
         """
         deadline = time.monotonic() + seconds
         while not all(self.steps) or self.steps[rank] < step:
-            if time.monotonic() > deadline or not self.processes[rank].is_alive():
+            for number, process in enumerate(self.processes):
+                if not process.is_alive():
+                    outcome = self._receive(number)
+                    raise RuntimeError(
+                        f"worker {number} ended before: {outcome.error}: {outcome.message}"
+                    )
+            if time.monotonic() > deadline:
                 raise TimeoutError(f"worker {rank} did not reach step {step}")
             time.sleep(_POLL_SECONDS)
 
