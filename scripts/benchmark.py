@@ -19,9 +19,9 @@ from pathlib import Path
 import hydra
 from comparing.agent import JobError, serve
 from comparing.clusters import AGENT
+from comparing.command import end_with_result_of, require_contenders
 from comparing.contender import FOLDER, named
 from comparing.speed import Benchmark
-from emulation import EmulationError
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
@@ -32,14 +32,10 @@ def main(cfg: DictConfig) -> None:
     chosen = HydraConfig.get()
     by_name = bool(named(chosen.overrides.task, FOLDER))
     output = Path(chosen.runtime.output_dir)
-    try:
-        if not Benchmark(cfg, output, by_name=by_name).run():
-            sys.exit(1)
-    except (ValueError, EmulationError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print(f"\nStopped. What was measured is in {output}.", file=sys.stderr)
-        sys.exit(130)
+    end_with_result_of(
+        lambda: Benchmark(cfg, output, by_name=by_name).run(),
+        f"What was measured is in {output}.",
+    )
 
 
 def command_line() -> None:
@@ -50,10 +46,7 @@ def command_line() -> None:
         except JobError as error:
             sys.exit(str(error))
         return
-    try:
-        named(sys.argv[1:], FOLDER)  # Hydra would not say which there are
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    require_contenders(sys.argv[1:])
     main()
 
 

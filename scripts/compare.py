@@ -20,8 +20,8 @@ import sys
 from pathlib import Path
 
 import hydra
+from comparing.command import end_with_result_of, require_contenders
 from comparing.comparison import Comparison
-from comparing.contender import FOLDER, named
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from plugging import find_own_code, replace_whole
@@ -32,24 +32,14 @@ def main(cfg: DictConfig) -> None:
     """Compare what was asked for."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # workers end, too
     output = Path(HydraConfig.get().runtime.output_dir)
-    try:
-        if not Comparison(cfg, output).run():
-            sys.exit(1)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print(f"\nStopped. What was found is in {output}.", file=sys.stderr)
-        sys.exit(130)
+    end_with_result_of(lambda: Comparison(cfg, output).run(), f"What was found is in {output}.")
 
 
 def command_line() -> None:
     """Be the comparison."""
     find_own_code(sys.argv[1:])
     sys.argv[1:] = replace_whole(sys.argv[1:])
-    try:
-        named(sys.argv[1:], FOLDER)  # Hydra would not say which there are
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    require_contenders(sys.argv[1:])
     main()
 
 

@@ -156,7 +156,7 @@ def _train(fault: Fault, folder: Path) -> list[Told]:
         for outcome in group.collect(_LIMIT_SECONDS, without=killed):
             if outcome.error is not None:
                 raise RuntimeError(f"a worker failed: {outcome.error}: {outcome.message}")
-    return [Told.read(folder / f"worker{rank}.pickle") for rank in range(fault.workers)]
+    return [Told.read(folder / f"worker{rank}.jsonl") for rank in range(fault.workers)]
 
 
 def judge(fault: Fault, told: Sequence[Told]) -> Found:

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import hydra
 from comparing.clusters import rank_on_cluster
+from comparing.command import end_with_result_of, require_contenders
 from comparing.comparison import Comparison
-from comparing.contender import FOLDER, named
 from comparing.store import Store
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -99,24 +99,14 @@ def main(cfg: DictConfig) -> None:
     """Repeat what was asked for."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # workers end, too
     output = Path(HydraConfig.get().runtime.output_dir)
-    try:
-        if not reproduce(cfg, output):
-            sys.exit(1)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print(f"\nStopped. What was found is in {output}.", file=sys.stderr)
-        sys.exit(130)
+    end_with_result_of(lambda: reproduce(cfg, output), f"What was found is in {output}.")
 
 
 def command_line() -> None:
     """Be the repetition."""
     find_own_code(sys.argv[1:])
     sys.argv[1:] = replace_whole(sys.argv[1:])
-    try:
-        named(sys.argv[1:], FOLDER)  # Hydra would not say which there are
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    require_contenders(sys.argv[1:])
     main()
 
 

@@ -6,14 +6,13 @@ that survives it.
 
 from __future__ import annotations
 
+import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
 import time
 import warnings
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -74,14 +73,14 @@ class Told:
     def read(cls, path: Path) -> Told:
         """From a file, whose last record may be missing."""
         told = cls()
-        with open(path, "rb") as file, suppress(EOFError, pickle.UnpicklingError):
-            while True:
-                told._take(pickle.load(file))
+        for line in path.read_text().splitlines(keepends=True):
+            if line.endswith("\n"):
+                told._take(json.loads(line))
         return told
 
     def _take(self, record: dict[str, Any]) -> None:
-        for name, value in record.items():
-            kept = getattr(self, name)
+        for name, text in record.items():
+            value, kept = _value(text), getattr(self, name)
             kept.append(value) if isinstance(kept, list) else setattr(self, name, value)
 
 
@@ -96,9 +95,10 @@ class Log:
         self._path = path
 
     def write(self, **record: Any) -> None:
-        """Fields of Told, at once."""
-        with self._path.open("ab") as file:
-            file.write(pickle.dumps(record))
+        """Fields of Told, in a line."""
+        text = json.dumps({name: _text(value) for name, value in record.items()})
+        with self._path.open("a") as file:
+            file.write(text + "\n")
 
     def watch_client(self) -> None:
         """Write what clients of this process send, and what they are told."""
@@ -174,7 +174,7 @@ def train(rank: int, setup: Setup, steps: Any) -> None:
     """What one worker does."""
     write_to(setup.folder / f"worker{rank}.log")
     warnings.filterwarnings("ignore")
-    log = Log(setup.folder / f"worker{rank}.pickle")
+    log = Log(setup.folder / f"worker{rank}.jsonl")
     log.watch_client()
     if setup.hosts is not None:
         setup.hosts.enter(rank)
@@ -300,6 +300,19 @@ def _accuracy(module: Workload, data: Digits) -> float:
             right += int((module.net(images).argmax(1) == labels).sum())
             total += len(labels)
     return right / total
+
+
+def _text(value: Any) -> Any:
+    """As plain data, from which the same bits come back."""
+    return {value.dtype.name: value.tolist()} if isinstance(value, np.ndarray) else value
+
+
+def _value(text: Any) -> Any:
+    """The inverse of _text."""
+    if not isinstance(text, dict):
+        return text
+    ((precision, numbers),) = text.items()
+    return np.array(numbers, precision)
 
 
 def _vector(tensors: dict[str, Tensor]) -> np.ndarray:
