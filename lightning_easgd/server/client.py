@@ -7,15 +7,15 @@ client keeps it, with its sequence, and sends no other before that one has its r
 from __future__ import annotations
 
 import random
-import statistics
 import threading
 import time
-from collections import deque
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from lightning_easgd.center.flat import FlatLayout, FlatVector
 from lightning_easgd.server.answers import LostError, read_answer
+from lightning_easgd.server.deadlines import Deadline
 from lightning_easgd.server.form import AS_IT_IS, Form
 from lightning_easgd.server.frames import cut
 from lightning_easgd.server.handler import Handler
@@ -25,9 +25,6 @@ from lightning_easgd.server.shards import WHOLE, Shard
 from lightning_easgd.server.standing import NotPrimary
 from lightning_easgd.server.values import Receipt, Terms
 
-_FIRST_DEADLINE = 60.0
-_LEAST_DEADLINE = 5.0
-_MEASURED = 32
 _PAUSES = (0.02, 2.0)
 """Seconds between two attempts, at first and at most."""
 
@@ -132,7 +129,7 @@ class CenterClient:
         self._sequence = 0
         self._fence = 0
         self._pending: tuple[dict[str, Any], Sequence[memoryview]] | None = None
-        self._took: deque[float] = deque(maxlen=_MEASURED)
+        self._deadlines: defaultdict[str, Deadline] = defaultdict(Deadline)
         self._jitter = random.Random(f"{self._who}")
 
     def ask_shards(self) -> int:
@@ -320,26 +317,22 @@ class CenterClient:
         self, asked: dict[str, Any], payload: Sequence[memoryview] = ()
     ) -> tuple[dict[str, Any], dict[str, FlatVector]]:
         self.attempts += 1
-        began = self._clock()
+        began, deadline = self._clock(), self._deadlines[asked["do"]]
         message = cut({**self._who, **asked, "fence": self._fence}, payload)
-        said, vectors = read_answer(self._transport.call(message, self.deadline), self._model)
+        try:
+            answer = self._transport.call(message, deadline.seconds)
+            said, vectors = read_answer(answer, self._model)
+        except LostError:
+            deadline.lost(self._clock() - began)
+            raise
         fence = said.pop("fence", 0)
         if fence < self._fence:
             raise LostError("a server answered in whose place another one serves")
         self._fence, self.lost = fence, None
         if "refused" in said:
             raise Refused(Refusal(said["refused"]), said["message"])
-        self._took.append(self._clock() - began)
+        deadline.met(self._clock() - began)
         self.alpha = said.pop("alpha", self.alpha)
         if "weight" in said:  # with a receipt
             self.tau = said.pop("tau")
         return said, vectors
-
-    @property
-    def deadline(self) -> float:
-        """Seconds that a call may take: a multiple of what calls took lately."""
-        if len(self._took) < 4:
-            return _FIRST_DEADLINE
-        usual = statistics.median(self._took)
-        spread = statistics.median(abs(took - usual) for took in self._took)
-        return max(_LEAST_DEADLINE, 10 * (usual + spread))

@@ -6,6 +6,7 @@ import importlib
 import logging
 import os
 import random
+import re
 import stat
 import sys
 import threading
@@ -301,20 +302,89 @@ def test_a_server_that_was_restored_from_before_it_knew_the_worker_is_joined_aga
         second.add(constant(2.0))
 
 
-def test_deadlines_follow_what_calls_took() -> None:
-    handler, now = Handler(CenterServer(Settings())), [0.0]
+class Link(InMemory):
+    """Takes the given seconds for each kind of call, and is cut off when time is over."""
 
-    class Slow(InMemory):
-        def call(self, frames: Iterable[bytes], deadline: float) -> Iterator[bytes]:
-            now[0] += 3.0
-            return super().call(frames, deadline)
+    def __init__(self, **takes: float) -> None:
+        super().__init__(Handler(CenterServer(Settings())))
+        self.takes, self.now = takes, 0.0
+        self.away = 0
+        self.deadlines: list[tuple[str, float]] = []
 
-    client = CenterClient(Slow(handler), "0", LAYOUT, clock=lambda: now[0])
-    client.join(constant(0.0))
-    assert client.deadline == 60
-    for _ in range(5):
+    def client(self) -> CenterClient:
+        client = CenterClient(self, "0", LAYOUT, clock=lambda: self.now, sleep=self.pass_time)
+        client.join(constant(0.0))
+        return client
+
+    def of(self, kind: str) -> list[float]:
+        """The deadlines of these calls."""
+        return [deadline for each, deadline in self.deadlines if each == kind]
+
+    def pass_time(self, seconds: float) -> None:
+        self.now += seconds
+
+    def call(self, frames: Iterable[bytes], deadline: float) -> Iterator[bytes]:
+        message = list(frames)
+        kind = re.findall(rb'"do":"(\w+)"', message[0])[0].decode()
+        self.deadlines.append((kind, deadline))
+        if self.away:
+            self.away -= 1
+            raise LostError("nobody listens")
+        self.pass_time(min(self.takes.get(kind, 0.0), deadline))
+        if self.takes.get(kind, 0.0) > deadline:
+            raise LostError("time is over")
+        return super().call(message, deadline)
+
+
+def beat(client: CenterClient) -> None:
+    client.beat(team=1, finished=False, stops=False)
+
+
+def test_deadlines_follow_what_calls_of_a_kind_took() -> None:
+    link = Link(beat=0.01, get=1.0, add=8.0)
+    client = link.client()
+    for _ in range(40):  # more signs of life than differences, as while training goes on
+        for _ in range(5):
+            beat(client)
         client.get()
-    assert client.deadline == 30
+        client.add(constant(1.0))
+    asked = len(link.deadlines)
+    assert client.attempts == asked == 40 * 7 + 2  # none was lost
+    last = {"join": 60, "beat": 5, "get": 10, "add": 80}
+    assert dict(link.deadlines) == pytest.approx(last)
+    assert link.of("add")[:5] == pytest.approx([60, 80, 80, 80, 80])
+
+
+def test_a_call_has_more_time_after_each_that_was_too_short() -> None:
+    link = Link(add=0.2)
+    client = link.client()
+    for _ in range(40):
+        client.add(constant(1.0))
+    link.takes["add"] = 30.0  # from now on the link is slow
+    attempts = client.attempts
+    client.patience = 300
+    for _ in range(10):
+        beat(client)
+        client.add(constant(1.0))
+    assert link.of("add")[40:44] == pytest.approx([5, 20, 80, 300])
+    assert client.attempts == attempts + 2 + 2 * 10
+    np.testing.assert_array_equal(values(client.get()[1]), 50.0)
+
+
+def test_a_first_message_that_takes_longer_than_any_before_arrives() -> None:
+    link = Link(add=200.0)
+    client = link.client()
+    client.patience = 300
+    assert client.add(constant(1.0))[0].version == 1
+    assert link.of("add") == [60, 240]
+
+
+def test_a_server_that_is_away_for_a_moment_changes_no_deadline() -> None:
+    link = Link()
+    client = link.client()
+    link.away = 3
+    client.add(constant(1.0))
+    assert link.of("add") == [60] * 4
 
 
 # gRPC
