@@ -87,7 +87,7 @@ def _wrong_choice(file: str, options: Iterable[str]) -> str:
     options = sorted(options)
     why = f"there is no such file.{_meant(f'{group}=', name, options)}"
     if group.startswith("hydra/"):
-        why = "Hydra has no such plugin here. pip install 'lightning-easgd[sweep]' brings some."
+        why = "Hydra has no such plugin here. pip install -e '.[sweep]' brings some."
     allowed = f" Allowed: {', '.join(options)}" if options else ""
     return f"{group}={name} is not possible: {why}{allowed}"
 

@@ -32,8 +32,6 @@ def evaluate() -> None:
 
 def _run(script: str) -> None:
     if missing := [name for name in NEEDED if find_spec(name) is None]:
-        sys.exit(
-            f"easgd-{script} needs {', '.join(missing)}: pip install 'lightning-easgd[scripts]'"
-        )
+        sys.exit(f"easgd-{script} needs {', '.join(missing)}: pip install -e '.[scripts]'")
     sys.path.insert(0, str(FOLDER))
     runpy.run_path(str(FOLDER / f"{script}.py"), run_name="__main__")

@@ -191,7 +191,7 @@ def to_tensorboard(folder: Path) -> SummaryWriter:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ModuleNotFoundError(
-            "tensorboard=true needs pip install 'lightning-easgd[tensorboard]'. Or leave it out:"
+            "tensorboard=true needs pip install -e '.[tensorboard]'. Or leave it out:"
             " served.jsonl has the same."
         ) from error
     return SummaryWriter(str(folder), flush_secs=10)

@@ -30,7 +30,7 @@ try:
     import grpc
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        "A center behind a server needs gRPC: pip install 'lightning-easgd[async]'."
+        "A center behind a server needs gRPC: pip install -e '.[async]'."
     ) from error
 
 LONGEST_CALL = 600.0

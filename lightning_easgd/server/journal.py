@@ -43,7 +43,7 @@ try:
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        "The journal of a server needs cryptography: pip install 'lightning-easgd[async]'."
+        "The journal of a server needs cryptography: pip install -e '.[async]'."
     ) from error
 
 _NAME = re.compile(r"center-(\d{12})\.journal")

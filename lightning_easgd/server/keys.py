@@ -27,7 +27,7 @@ try:
     from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        "Making certificates needs cryptography: pip install 'lightning-easgd[async]'."
+        "Making certificates needs cryptography: pip install -e '.[async]'."
     ) from error
 
 _AUTHORITY = "authority"

@@ -27,7 +27,7 @@ try:
     from safetensors.torch import save_file
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        "Snapshots of a server need safetensors: pip install 'lightning-easgd[async]'."
+        "Snapshots of a server need safetensors: pip install -e '.[async]'."
     ) from error
 
 FORMAT = 1

@@ -54,7 +54,7 @@ class LocalServer:
             raise RuntimeError(
                 f"The server of the center did not start (exit code {self._process.wait()}). Its"
                 " error is above. Is there memory for another process, and gRPC: pip install"
-                " 'lightning-easgd[async]'?"
+                " -e '.[async]'?"
             )
         return f"127.0.0.1:{port}"
 

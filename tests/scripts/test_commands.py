@@ -64,7 +64,7 @@ def test_without_the_extra_a_line_says_what_to_install(monkeypatch: pytest.Monke
     monkeypatch.setattr(commands, "find_spec", lambda name: None if name == "hydra" else object())
     with pytest.raises(SystemExit) as ended:
         commands.train()
-    assert ended.value.code == ("easgd-train needs hydra: pip install 'lightning-easgd[scripts]'")
+    assert ended.value.code == ("easgd-train needs hydra: pip install -e '.[scripts]'")
 
 
 def test_every_package_is_in_the_wheel() -> None:

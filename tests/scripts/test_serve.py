@@ -236,7 +236,7 @@ def test_without_tensorboard_the_way_to_it_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'lightning-easgd\[tensorboard\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install -e '.\[tensorboard\]'"):
         to_tensorboard(tmp_path)
 
 

@@ -154,5 +154,5 @@ def test_a_full_disk_is_said_and_leaves_the_one_before(tmp_path: Path) -> None:
 def test_without_safetensors_the_way_to_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "safetensors", None)
     monkeypatch.delitem(sys.modules, snapshots.__name__)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'lightning-easgd\[async\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install -e '.\[async\]'"):
         importlib.import_module(snapshots.__name__)

@@ -586,5 +586,5 @@ def test_without_the_extra_the_way_to_it_is_said(
     monkeypatch.setitem(sys.modules, "grpc", None)
     monkeypatch.setitem(sys.modules, "cryptography", None)
     monkeypatch.delitem(sys.modules, module.__name__)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'lightning-easgd\[async\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install -e '.\[async\]'"):
         importlib.import_module(module.__name__)
