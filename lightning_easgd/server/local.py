@@ -1,14 +1,18 @@
 """The server of workers on this machine: a process that ends when they have.
 
 It takes its settings as JSON, writes its port, keeps no snapshots, and outlives the worker that
-started it.
+started it. Silent workers may be stopped, as by Ctrl-Z, and come back: it waits for them while that
+worker, or another one, is there.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import signal
 import sys
+import threading
 import time
 
 from lightning_easgd.server.center_server import CenterServer
@@ -21,8 +25,12 @@ _LOOKS = 0.2
 
 
 def main() -> None:
-    """Serve until the last worker has left, or whoever started it before the first one came."""
-    parent = os.getppid()
+    """Serve until all workers have left, or are silent and nobody needs it any more.
+
+    That is told by SIGTERM, or by the end of whoever started it.
+    """
+    parent, told = os.getppid(), threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: told.set())
     handler = Handler(CenterServer(Settings.of(**json.loads(sys.argv[1]))))
     server = GrpcServer(handler)
     print(server.port, flush=True)
@@ -30,8 +38,10 @@ def main() -> None:
     while True:
         time.sleep(_LOOKS)
         with handler.lock:
-            there = bool(handler.server.workers(time.monotonic()))
-        if not there and (came or os.getppid() != parent):
+            here = bool(handler.server.workers(-math.inf))
+            silent = not handler.server.workers(time.monotonic())
+        came |= here
+        unneeded = told.is_set() or os.getppid() != parent
+        if (came and not here) or (silent and unneeded):
             break
-        came |= there
     server.close()

@@ -59,7 +59,8 @@ class LocalServer:
         return f"127.0.0.1:{port}"
 
     def leave(self) -> None:
-        """Let it end; it does when the others have left, too."""
+        """Let it end; it does when the others have left, too, or are silent."""
+        self._process.terminate()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(_ENDING)
             _running.remove(self._process)
