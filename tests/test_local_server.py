@@ -47,7 +47,7 @@ def fit(rank: int, folder: Path, dies: int | None = None) -> Any:
 
     module.on_train_batch_end = on_train_batch_end
     center = CenterAt("local", lease=LEASE)
-    strategy = EASGDStrategy(center=center, tau=2, exchange_timeout=10)
+    strategy = EASGDStrategy(center=center, tau=2, exchange_timeout=60)
     fitting = trainer(2, strategy)
     fitting.fit(module, loader(rank, 20))
     if dies is not None:

@@ -70,11 +70,7 @@ class Asking:
 
     def wait(self) -> bool:
         """Wait for an answer, if one is expected; False if the server is gone."""
-        if self._asked is not None:
-            if not self._await_answer(lambda: self._lost):
-                return False
-            self._take()
-        return True
+        return self._asked is None or self._take(self._asked, patience=0.0)
 
     def stand_still(self) -> None:
         """Wait for an answer, if one is expected, also while the server is gone.
@@ -86,37 +82,39 @@ class Asking:
             return
         if self._lost:
             log.warning("This worker waits for a server, for %g s at most.", self._timeout)
-        gives_up = time.monotonic() + self._timeout
-        if not self._await_answer(lambda: self._lost and time.monotonic() > gives_up):
+        if not self._take(self._asked, patience=self._timeout):
             raise ExchangeError(
                 f"No server answered within {self._timeout:g} s ({self._courier.client.lost})."
                 " Start it again with the folder of its snapshots, or resume from the last"
                 " checkpoint; exchange_timeout says how long workers wait."
             )
-        self._take()
 
     @property
     def _lost(self) -> bool:
         return self._courier.client.lost is not None
 
-    def _await_answer(self, gives_up: Callable[[], bool]) -> bool:
-        """Whether the answer is there, at last."""
-        assert self._asked is not None
-        began = time.perf_counter()
+    @torch.no_grad()
+    def _take(self, asked: Asked, *, patience: float) -> bool:
+        """Take an answer in when it is there; False if it is not.
+
+        Args:
+            asked: what it answers.
+            patience: seconds to wait while the server is gone. Looks are counted, so that those in
+                which this process was stopped do not count.
+        """
+        began, looks = time.perf_counter(), 0
         try:
-            while not self._asked.answer.done():
-                if gives_up():
-                    return False
-                futures.wait([self._asked.answer], _LOOKS)
-            return True
+            while not asked.answer.done():
+                if self._lost:
+                    if looks * _LOOKS >= patience:
+                        return False
+                    looks += 1
+                futures.wait([asked.answer], _LOOKS)
         finally:
             waited = time.perf_counter() - began
             self._telemetry.wait_seconds += waited
             self._timer.wait(waited)
-
-    @torch.no_grad()
-    def _take(self) -> None:
-        assert self._asked is not None
-        asked, self._asked = self._asked, None
+        self._asked = None
         self._timer.arrive()
         asked.take(asked.answer.result())
+        return True

@@ -148,6 +148,7 @@ def assemble_solo(
         codec: in whose form differences travel; None: in full precision.
     """
     clock, stops, agreement = Clock(rules.period, telemetry), Stops(), Agreement(())
+    courier.progress = lambda: progress.count
     participant = Participant(
         center,
         OneWay(codec, feedback=rules.algorithm.moving_rate is not None),

@@ -32,12 +32,13 @@ from lightning_easgd.exchange.consensus import Consensus
 from lightning_easgd.exchange.difference import Difference, Participant, Pull
 from lightning_easgd.exchange.states import Owed
 from lightning_easgd.exchange.stops import Stops
+from lightning_easgd.exchange.teammates import Teammates
 from lightning_easgd.exchange.timing import StepTimer
 from lightning_easgd.schedules.even import Even
 from lightning_easgd.server.courier import Courier
 from lightning_easgd.server.form import Form
 from lightning_easgd.server.model import precision
-from lightning_easgd.server.values import Receipt
+from lightning_easgd.server.values import News, Receipt
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,8 @@ class CenterLink:
         clock: counts this worker's samples.
         stops: what ends this worker's training.
         overlap: whether they travel while the worker trains.
-        timeout: seconds that this worker stands still for a server that is gone.
+        timeout: seconds that this worker stands still for a server that is gone, or at the end for
+            workers that are stuck.
         max_offline_rounds: how many exchanges in a row it leaves out before it does.
     """
 
@@ -85,7 +87,7 @@ class CenterLink:
         buffers = {precision(dtype): count for dtype, count in self._wire.buffers.items()}
         self._form = Form(codec_name(self._codes.codec), buffers)
         self._fetches = overlap or self._rule.resets_to_center
-        self._most_missed = max_offline_rounds
+        self._most_missed, self._timeout = max_offline_rounds, timeout
         self._asking = Asking(courier, self._telemetry, self.timer, timeout=timeout)
         self._stood: FlatVector | None = None
         """Where a worker that restarts at the center was when it sent."""
@@ -174,7 +176,7 @@ class CenterLink:
         """Send what is left if it is wanted, and have the newest center.
 
         Raises:
-            ExchangeError: no server answered.
+            ExchangeError: no server answered, or those that were started together are stuck.
         """
         self._asking.stand_still()
         if exchange and not (self._rule.resets_to_center and self._exchanged_at == clock):
@@ -191,13 +193,17 @@ class CenterLink:
 
     def _await_team(self) -> None:
         """Wait for those that were started with this worker, so that all deliver one center."""
-        training = [-1]
-        while training[-1]:
-            if training[-1] > 0:
-                if len(training) == 2:
-                    log.info("This worker has finished. %d others still train.", training[-1])
+        others, training = Teammates(self._timeout), -1
+
+        def hear(news: News) -> None:
+            nonlocal training
+            training = news.training
+            others.hear(news)
+
+        while training:
+            if training > 0:
                 time.sleep(_PAUSE)
-            self._asking.ask(self._courier.beat, training.append)
+            self._asking.ask(self._courier.beat, hear)
             self._asking.stand_still()
 
     def wait(self) -> None:

@@ -23,7 +23,7 @@ from lightning_easgd.server.model import bytes_of, describe, precision
 from lightning_easgd.server.refusal import Refusal, Refused
 from lightning_easgd.server.shards import WHOLE, Shard
 from lightning_easgd.server.standing import NotPrimary
-from lightning_easgd.server.values import Receipt, Terms
+from lightning_easgd.server.values import News, Receipt, Terms
 
 _PAUSES = (0.02, 2.0)
 """Seconds between two attempts, at first and at most."""
@@ -40,7 +40,7 @@ class UnreachableError(ConnectionError):
 
 
 class PendingError(RuntimeError):
-    """An earlier difference has no receipt yet."""
+    """An earlier difference has no receipt yet, or none waits for one."""
 
 
 class Transport(Protocol):
@@ -233,7 +233,8 @@ class CenterClient:
 
     def resend(self) -> tuple[Receipt, FlatVector | None]:
         """Ask again for the receipt of the difference that has none; raises as :meth:`add`."""
-        assert self._pending is not None
+        if self._pending is None:
+            raise PendingError("No difference waits for a receipt: call add().")
         asked, payload = self._pending
         try:
             said, vectors = self._ask(asked, payload)
@@ -244,22 +245,24 @@ class CenterClient:
         return Receipt(**said), vectors.get("center")
 
     def beat(
-        self, *, team: int, finished: bool, stops: bool, once: bool = False
-    ) -> tuple[int, bool]:
+        self, *, team: int, progress: int, finished: bool, stops: bool, once: bool = False
+    ) -> News:
         """Give a sign of life; raises as :meth:`get`.
 
         Args:
             team: how many workers were started together.
+            progress: a count that rises while this one trains.
             finished: whether this one has sent all that it had.
             stops: whether all of them are to stop.
             once: whether the server is asked once only, and LostError raised if that fails.
 
         Returns:
-            How many of the team still train, and whether this worker is to stop.
+            How the team is.
         """
-        asked = {"do": "beat", "team": team, "finished": finished, "stops": stops}
+        asked: dict[str, Any] = {"do": "beat", "team": team, "progress": progress}
+        asked |= {"finished": finished, "stops": stops}
         said, _ = self._ask_once(asked) if once else self._ask(asked)
-        return said["training"], said["stop"]
+        return News(**said)
 
     def leave(self) -> None:
         """Tell the server that this worker ends; raises as :meth:`get`."""

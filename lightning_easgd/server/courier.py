@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from lightning_easgd.server.client import CenterClient
 from lightning_easgd.server.sharded import ShardedClient, fulfil
+from lightning_easgd.server.values import News
 
 T = TypeVar("T")
 
@@ -28,6 +29,7 @@ class Courier:
         every: seconds between two signs of life.
 
     Attributes:
+        progress: a count that rises while this worker trains.
         finished: whether this worker has sent all that it had.
         stops: whether it wants all of the team to stop.
         told_to_stop: whether another one does.
@@ -37,6 +39,7 @@ class Courier:
         self, client: CenterClient | ShardedClient, *, team: int = 1, every: float = 10.0
     ) -> None:
         self.client = client
+        self.progress: Callable[[], int] = lambda: 0
         self.finished = self.stops = self.told_to_stop = False
         self._team, self._every = team, every
         self._tasks: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
@@ -50,13 +53,12 @@ class Courier:
         self._tasks.put((future, what))
         return future
 
-    def beat(self, *, once: bool = False) -> int:
-        """Give a sign of life, as part of what is asked; how many of the team still train."""
-        training, stop = self.client.beat(
-            team=self._team, finished=self.finished, stops=self.stops, once=once
-        )
-        self.told_to_stop |= stop
-        return training
+    def beat(self, *, once: bool = False) -> News:
+        """Give a sign of life, as part of what is asked; how the team is."""
+        said: dict[str, Any] = {"progress": self.progress(), "finished": self.finished}
+        news = self.client.beat(team=self._team, **said, stops=self.stops, once=once)
+        self.told_to_stop |= news.stop
+        return news
 
     def close(self) -> None:
         """End; what has no answer yet is given up."""

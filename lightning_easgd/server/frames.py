@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lightning_easgd.server.refusal import Refusal, Refused
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Raised with every change of what travels."""
 
 FRAME_BYTES = 2 * 2**20

@@ -223,20 +223,22 @@ class Handler:
 
     def _beat(self, message: Message) -> Answer:
         worker, incarnation = _sender(message)
-        size, message_says = _whole(message, "team"), message.text.get
+        size, progress = _whole(message, "team"), _whole(message, "progress")
+        message_says = message.text.get
         message.payload(0)
         with self.lock:
             now = self.clock()
             self.server.beat(worker, incarnation, now=now)
-            training, stop = self._teams.hear(
+            news = self._teams.hear(
                 worker,
                 size=size,
+                progress=progress,
                 finished=message_says("finished") is True,
                 stops=message_says("stops") is True,
                 there=self.server.workers(now),
                 now=now,
             )
-        return self._say({"training": training, "stop": stop})
+        return self._say(asdict(news))
 
 
 def _sender(message: Message) -> tuple[str, int]:

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -27,7 +28,7 @@ from lightning_easgd.server.client import (
 from lightning_easgd.server.form import AS_IT_IS, Form
 from lightning_easgd.server.refusal import Refusal, Refused
 from lightning_easgd.server.shards import WHOLE, Shard, joined
-from lightning_easgd.server.values import Receipt, Terms
+from lightning_easgd.server.values import News, Receipt, Terms
 
 T = TypeVar("T")
 
@@ -181,12 +182,13 @@ class ShardedClient:
         return self._answer()
 
     def beat(
-        self, *, team: int, finished: bool, stops: bool, once: bool = False
-    ) -> tuple[int, bool]:
+        self, *, team: int, progress: int, finished: bool, stops: bool, once: bool = False
+    ) -> News:
         """Give a sign of life; as of CenterClient."""
-        beat = partial(CenterClient.beat, team=team, finished=finished, stops=stops, once=once)
-        training, stop = zip(*self._each(lambda client: beat(client)), strict=True)
-        return max(training), any(stop)
+        told: dict[str, Any] = {"team": team, "progress": progress, "finished": finished}
+        news = self._each(lambda client: client.beat(**told, stops=stops, once=once))
+        most = max(news, key=lambda each: each.training)
+        return replace(most, stop=any(each.stop for each in news))
 
     def leave(self) -> None:
         """Tell the servers that this worker ends; raises as :meth:`get`."""

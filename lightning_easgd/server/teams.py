@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
+from lightning_easgd.server.values import News
+
 _GRACE = 120.0
 """Seconds after the first worker of a team in which the last one may join."""
 
@@ -20,6 +22,7 @@ class Team:
     began: float
     finished: dict[str, bool] = field(default_factory=dict)
     """Whether it needs its worker no longer, by name."""
+    progress: dict[str, int] = field(default_factory=dict)
     stops: bool = False
 
 
@@ -34,31 +37,34 @@ class Teams:
         worker: str,
         *,
         size: int,
+        progress: int,
         finished: bool,
         stops: bool,
         there: Collection[str],
         now: float,
-    ) -> tuple[int, bool]:
+    ) -> News:
         """A worker gives a sign of life.
 
         Args:
             worker: its name.
             size: how many workers its team has.
+            progress: a count that rises while it trains.
             finished: whether it has sent all that it had.
             stops: whether all of the team are to stop.
             there: names of the workers that are.
             now: seconds.
 
         Returns:
-            How many of its team still train, or may come; and whether it is to stop.
+            How its team is.
         """
         self._forget(there, besides=worker)
         team = self._teams.setdefault(worker.rpartition("/")[0] or worker, Team(now))
-        team.finished[worker] = finished
+        team.finished[worker], team.progress[worker] = finished, progress
         team.stops |= stops
-        training = sum(not done and name in there for name, done in team.finished.items())
+        trains = [name for name, done in team.finished.items() if not done and name in there]
         missing = size - len(team.finished) if now - team.began < _GRACE else 0
-        return training + max(0, missing), team.stops
+        counts = {name: team.progress[name] for name in trains if finished}
+        return News(len(trains) + max(0, missing), counts, team.stops)
 
     def _forget(self, there: Collection[str], *, besides: str) -> None:
         """Forget teams of which nobody is there."""

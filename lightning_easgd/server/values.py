@@ -59,6 +59,22 @@ class Terms:
 
 
 @dataclass(frozen=True)
+class News:
+    """What a worker hears of those that were started with it.
+
+    Args:
+        training: how many still train, or may come.
+        progress: how far each of these is that has come, by name: a count that rises. Only one that
+            has finished hears of it.
+        stop: whether this worker is to stop.
+    """
+
+    training: int
+    progress: dict[str, int]
+    stop: bool
+
+
+@dataclass(frozen=True)
 class Added:
     """A difference with what became of it: whoever has these in order has the center.
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lightning_easgd.server.teams import Teams
+from lightning_easgd.server.values import News
 
 
-def hear(teams: Teams, worker: str, there: str, now: float = 0.0, **said: bool) -> tuple[int, bool]:
+def hear(teams: Teams, worker: str, there: str, now: float = 0.0, **said: Any) -> tuple[int, bool]:
+    news = hear_all(teams, worker, there, now, **said)
+    return news.training, news.stop
+
+
+def hear_all(teams: Teams, worker: str, there: str, now: float = 0.0, **said: Any) -> News:
     names = [f"run/{number}" for number in there]
-    said = {"finished": False, "stops": False} | said
+    said = {"progress": 0, "finished": False, "stops": False} | said
     return teams.hear(f"run/{worker}", size=3, there=names, now=now, **said)
 
 
@@ -18,6 +26,15 @@ def test_a_team_is_awaited_until_all_have_finished() -> None:
     assert hear(teams, "2", "012", finished=True) == (1, False)
     assert hear(teams, "1", "012", finished=True) == (0, False)
     assert hear(teams, "0", "0", finished=True) == (0, False)  # the others have left
+
+
+def test_one_that_has_finished_hears_how_far_those_are_that_still_train() -> None:
+    teams = Teams()
+    assert hear_all(teams, "1", "01", progress=5) == News(3, {}, False)
+    assert hear_all(teams, "0", "01", progress=7, finished=True) == News(2, {"run/1": 5}, False)
+    hear(teams, "1", "01", progress=6)
+    assert hear_all(teams, "0", "01", finished=True).progress == {"run/1": 6}
+    assert hear_all(teams, "0", "0", finished=True).progress == {}
 
 
 def test_a_worker_that_is_gone_is_not_awaited() -> None:
@@ -39,12 +56,13 @@ def test_all_of_a_team_stop_and_nobody_else() -> None:
     teams = Teams()
     assert hear(teams, "0", "01", stops=True) == (3, True)
     assert hear(teams, "1", "01") == (3, True)
-    others = {"size": 1, "finished": False, "stops": False, "there": ["run/0", "other/0"]}
-    assert teams.hear("other/0", now=0.0, **others) == (1, False)
+    said = {"size": 1, "progress": 0, "finished": False, "stops": False}
+    assert not teams.hear("other/0", now=0.0, there=["run/0", "other/0"], **said).stop
 
 
 def test_a_team_that_has_left_is_forgotten() -> None:
     teams = Teams()
     hear(teams, "0", "0", stops=True)
-    teams.hear("later/0", size=1, finished=False, stops=False, there=["later/0"], now=0.0)
+    said = {"size": 1, "progress": 0, "finished": False, "stops": False}
+    teams.hear("later/0", there=["later/0"], now=0.0, **said)
     assert hear(teams, "0", "0") == (3, False)

@@ -337,7 +337,7 @@ class Link(InMemory):
 
 
 def beat(client: CenterClient) -> None:
-    client.beat(team=1, finished=False, stops=False)
+    client.beat(team=1, progress=0, finished=False, stops=False)
 
 
 def test_deadlines_follow_what_calls_of_a_kind_took() -> None:
