@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -46,6 +47,11 @@ class Apart(DDPStrategy):
             return
         reset_seed()
         self.set_world_ranks()
+        environment = self.cluster_environment
+        assert environment is not None
+        if self.world_size > 1:  # worker 0 says here where the center is; SLURM sets no variables
+            os.environ["MASTER_ADDR"] = environment.main_address
+            os.environ["MASTER_PORT"] = str(environment.main_port)
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:

@@ -116,6 +116,12 @@ def _at_a_server(*kinds: type) -> Callable[[pl.Trainer, bool], str]:
     return found
 
 
+def _local_on_nodes(trainer: pl.Trainer, _: bool) -> str:
+    center, nodes = trainer.strategy.options.center, trainer.num_nodes  # type: ignore[attr-defined]
+    local = center is not None and center.is_local and nodes > 1
+    return f'A center that is "local", here on {nodes} nodes,' if local else ""
+
+
 def _clock(trainer: pl.Trainer, _: bool) -> str:
     together = trainer.world_size > 1 and validates_by_clock(trainer)
     return "Trainer(val_check_interval=<a time>)" if together else ""
@@ -176,6 +182,13 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
         _lazy,
         "has no shape yet, so there is nothing to average",
         "Pass it an example input in configure_model",
+    ),
+    Unsupported(
+        '`easgd_async` and other names in `_async`, or `center="local"`, on several nodes',
+        _local_on_nodes,
+        "lies behind a server that only workers of the same machine reach",
+        "Run scripts/serve.py on one of them, and give all workers its address:"
+        " EASGDStrategy(center='host:5700'), or CenterAt('host:5700', keys=...)",
     ),
     Unsupported(
         "`LearningRateFinder`, `BatchSizeFinder` and the `Tuner`, with `center=...`",
