@@ -95,7 +95,7 @@ def settings_of(options: argparse.Namespace, shard: int) -> Settings:
         staleness=options.staleness,
         weight=options.weight,
         max_norm=options.max_norm,
-        limits=Limits(workers=options.most_workers),
+        limits=Limits(options.most_workers, options.most_bytes, options.most_per_second),
         shard=shard,
         shards=options.shards,
     )
@@ -115,6 +115,7 @@ def start(options: argparse.Namespace, shard: int) -> Serving:
         options.folder / f"shard-{shard}" if shard else options.folder,
         address=address_of(options.address, shard),
         seconds=options.seconds,
+        adds=options.adds,
         journal=options.journal,
         pairing=Pairing(standby_of, alone=options.alone, lease=options.lease),
         certificates=certificates,

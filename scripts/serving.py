@@ -26,7 +26,8 @@ COLUMNS = {
     "worker": "worker",
     "exchanges": "exchanges",
     "per_second": "per second",
-    "mb_per_second": "MB/s to the center",
+    "mb_in_per_second": "MB/s in",
+    "mb_out_per_second": "MB/s out",
     "staleness": "staleness",
     "distance": "distance",
     "missing": "missing",
@@ -48,7 +49,7 @@ class Watched:
     def __init__(self, serving: Serving) -> None:
         self.port, self.close = serving.port, serving.close
         self._serving = serving
-        self._before: dict[str, tuple[float, int]] = {}
+        self._before: dict[str, tuple[float, int, int, int]] = {}
 
     def look(self) -> dict[str, Any]:
         """The center and its workers now, as plain data.
@@ -64,8 +65,7 @@ class Watched:
             size = byte_size(server.layout) if server.has_center else 0
             alpha = server.alpha(now)
             rows = [
-                self._row(name, worker, size, alpha, now)
-                for name, worker in server.workers(now).items()
+                self._row(name, worker, alpha, now) for name, worker in server.workers(now).items()
             ]
             refused = {reason.value: times for reason, times in server.refusals.items()}
             primary = handler.primary
@@ -83,15 +83,18 @@ class Watched:
             "workers": rows,
         }
 
-    def _row(self, name: str, worker: Any, size: int, alpha: float, now: float) -> dict[str, Any]:
-        then, adds = self._before.get(name, (now, worker.adds))
-        self._before[name] = (now, worker.adds)
-        rate = (worker.adds - adds) / (now - then) if now > then else 0.0
+    def _row(self, name: str, worker: Any, alpha: float, now: float) -> dict[str, Any]:
+        counts = (now, worker.adds, worker.received, worker.sent)
+        before, self._before[name] = self._before.get(name, counts), counts
+        seconds, *more = (a - b for a, b in zip(counts, before, strict=True))
+        # Fewer than before are those of a later process of this name.
+        adds, received, sent = (max(0, each) / seconds if seconds > 0 else 0.0 for each in more)
         return {
             "worker": name,
             "exchanges": worker.adds,
-            "per_second": rate,
-            "mb_per_second": rate * size / 1e6,
+            "per_second": adds,
+            "mb_in_per_second": received / 1e6,
+            "mb_out_per_second": sent / 1e6,
             "staleness": worker.receipt.staleness,
             "distance": worker.norm / alpha,
             "missing": worker.missing,
@@ -128,7 +131,8 @@ def _one_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
     how: dict[str, Any] = {
         "exchanges": min,
         "per_second": min,
-        "mb_per_second": sum,
+        "mb_in_per_second": sum,
+        "mb_out_per_second": sum,
         "staleness": max,
         "distance": lambda distances: math.hypot(*distances),
         "missing": sum,

@@ -131,10 +131,11 @@ class CenterServer:
         """The version of the center, and the center itself: read it before the next call.
 
         Raises:
-            Refused: the worker is not known, there is no center, or it is another worker's turn.
+            Refused: the worker is not known or asks too often, it is not its turn, or there is no
+                center.
         """
         with self._counting():
-            known = self._roster.find(worker, incarnation, now=now)
+            known = self._roster.admit(worker, incarnation, now=now)
             center = self._require_state().center
             self._roster.require_turn(worker, now=now)
             known.got = self.version
@@ -186,7 +187,7 @@ class CenterServer:
                 worker's turn.
         """
         with self._counting():
-            known = self._roster.find(worker, incarnation, now=now)
+            known = self._roster.admit(worker, incarnation, now=now)
             if sequence == known.receipt.sequence and sequence > 0:
                 known.repeated += 1
                 return known.receipt
@@ -198,7 +199,6 @@ class CenterServer:
             self._require_state().to_moves_(difference, buffers, 1 / self._roster.count(now))
             norm = difference.norm()
             require_finite(norm, "The difference")
-            self._roster.take_token(known, now=now)
             staleness = self.version - known.got
             weight = self._weight(worker, samples, staleness, norm, now)
             receipt = Receipt(sequence, self.version + 1, staleness, weight)
@@ -271,7 +271,7 @@ class CenterServer:
                 f"The snapshot is of {said[0]}, and this server has {said[1]}. Give the server the"
                 " same options, or begin in an empty folder."
             )
-        layout = layout_of(facts["model"], self.settings.limits.model_bytes)
+        layout = layout_of(facts["model"], self.settings.limits.most_bytes)
         state = CenterState.from_tensors(self.settings, layout, tensors)
         roster = Roster(self.settings)
         roster.load_state(facts["roster"], now=now)

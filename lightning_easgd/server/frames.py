@@ -53,6 +53,7 @@ class Message:
 
     Args:
         frames: of the message.
+        site: of the sender, as its certificate says; empty if it showed none.
 
     Attributes:
         text: its plain values.
@@ -62,7 +63,8 @@ class Message:
         Refused: it is none, too large, or of another protocol.
     """
 
-    def __init__(self, frames: Iterable[bytes]) -> None:
+    def __init__(self, frames: Iterable[bytes], site: str = "") -> None:
+        self.site = site
         self._frames = iter(frames)
         self._left = memoryview(b"")
         magic, protocol, size, self.payload_bytes = _PREFIX.unpack(self._take(_PREFIX.size))

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from urllib.parse import quote
 
 from lightning_easgd.server.answers import LostError
 from lightning_easgd.server.certificates import (
@@ -80,7 +81,7 @@ class GrpcServer:
         require_protected(address, certificates, insecure)
         self._handler = handler
         self._shut_out = shut_out
-        workers = handler.server.settings.limits.workers
+        workers = handler.server.settings.limits.most_workers
         # Workers may all wait until the standby has their differences: it needs a thread, too.
         self._threads = ThreadPoolExecutor(workers + 8, "center-server")
         self._at_once = threading.BoundedSemaphore(AT_ONCE)
@@ -124,7 +125,7 @@ class GrpcServer:
         if not self._at_once.acquire(timeout=left):
             context.abort(grpc.StatusCode.UNAVAILABLE, "Too many ask at once.")
         try:
-            yield from self._handler.answer(frames, _sender(context))
+            yield from self._handler.answer(frames, _sender(context), _site(context))
         except NotPrimary as error:
             context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
         finally:
@@ -239,6 +240,11 @@ def _names(context: grpc.ServicerContext) -> list[str]:
     """On the certificate of who speaks; none without one."""
     names = context.auth_context().get("x509_common_name", [])
     return [name.decode(errors="replace") for name in names]
+
+
+def _site(context: grpc.ServicerContext) -> str:
+    """Whose certificate it is, in visible characters; empty without one."""
+    return "+".join(quote(name, safe="") for name in _names(context))
 
 
 def _sender(context: grpc.ServicerContext) -> str:

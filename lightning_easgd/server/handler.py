@@ -76,18 +76,19 @@ class Handler:
             "beat": self._beat,
         }
 
-    def answer(self, frames: Iterable[bytes], sender: str) -> Iterator[bytes]:
+    def answer(self, frames: Iterable[bytes], sender: str, site: str = "") -> Iterator[bytes]:
         """The frames of the answer to a message.
 
         Args:
             frames: of the message. What they raise goes on to the caller.
             sender: for the log.
+            site: of the sender, as its certificate says; it speaks for workers of this site only.
 
         Raises:
             NotPrimary: another server is to be asked.
         """
         try:
-            message = Message(frames)
+            message = Message(frames, site)
             self._require_primary(message)
             operation = message.text.get("do")
             if not isinstance(operation, str) or operation not in self._operations:
@@ -129,7 +130,7 @@ class Handler:
                 self.refused.clear()
             self.refused[sender, refused.reason] += 1
             times = self.refused[sender, refused.reason]
-        if refused.reason.ends and times & (times - 1) == 0:
+        if refused.reason is not Refusal.WAIT_FOR_TURN and times & (times - 1) == 0:
             log.warning("%s was refused for the %d. time: %s", sender, times, refused)
 
     def _shards(self, message: Message) -> Answer:
@@ -139,7 +140,7 @@ class Handler:
     def _join(self, message: Message) -> Answer:
         worker, incarnation = _sender(message)
         self._require_shard(message.text.get("shard"))
-        model = layout_of(message.text.get("model"), self.server.settings.limits.model_bytes)
+        model = layout_of(message.text.get("model"), self.server.settings.limits.most_bytes)
         more: dict[str, FlatVector] = {}
         if message.payload_bytes and not self.server.has_center:
             names = _names(message)
@@ -173,7 +174,9 @@ class Handler:
             if message.text.get("all") is not True:
                 found = {"center": found["center"]}
             said = {"version": version, "alpha": self.server.alpha(now), "vectors": list(found)}
-            return self._say(said, [piece for each in found.values() for piece in bytes_of(each)])
+            payload = [piece for each in found.values() for piece in bytes_of(each)]
+            self._count(worker, 0, payload, now)
+            return self._say(said, payload)
 
     def _add(self, message: Message) -> Answer:
         worker, incarnation = _sender(message)
@@ -198,6 +201,7 @@ class Handler:
                 center, named = bytes_of(vector), ["center"]
             else:
                 receipt = self.server.add(*given, now=now, **options)
+            self._count(worker, message.payload_bytes, center, now)
             tau = self.server.period(worker, incarnation, speed, now=now)
             said = {"tau": tau, "alpha": self.server.alpha(now), "vectors": named}
             said |= asdict(receipt)
@@ -206,6 +210,12 @@ class Handler:
             self._wait_until_kept(receipt.version)
         self._free.append(memory)
         return answer
+
+    def _count(self, worker: str, received: int, sent: Sequence[memoryview], now: float) -> None:
+        """Count the bytes of vectors; the lock is held."""
+        known = self.server.workers(now)[worker]
+        known.received += received
+        known.sent += sum(piece.nbytes for piece in sent)
 
     def _memory(self, size: int) -> Tensor:
         """Memory for a difference: that of an earlier one, if it has the size."""
@@ -245,7 +255,9 @@ def _sender(message: Message) -> tuple[str, int]:
     worker = message.text.get("worker")
     if not isinstance(worker, str) or not _NAME.fullmatch(worker):
         raise malformed("worker", worker, "a name of 1 to 64 visible ASCII characters")
-    return worker, _whole(message, "incarnation")
+    # No worker's name has a space, so what is before it cannot be made up.
+    named = f"{message.site} {worker}" if message.site else worker
+    return named, _whole(message, "incarnation")
 
 
 def _names(message: Message) -> list[str]:

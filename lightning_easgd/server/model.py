@@ -45,7 +45,7 @@ def layout_of(description: Any, most_bytes: int) -> FlatLayout:
         raise Refused(
             Refusal.TOO_LARGE,
             f"The model has {size} bytes. Allowed: {most_bytes}. If it is yours, raise the server's"
-            " limits.model_bytes.",
+            " most_bytes.",
         )
     return FlatLayout(tensors)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -15,6 +14,9 @@ from lightning_easgd.server.refusal import Refusal, Refused
 from lightning_easgd.server.settings import Settings
 from lightning_easgd.server.standing import Primary
 from lightning_easgd.server.values import Added, Keeper, Snapshot
+
+_LATEST = 2**63
+"""Seconds; any clock shows less."""
 
 
 class KeptTwice:
@@ -95,7 +97,7 @@ def _read(frames: Iterable[bytes]) -> dict[str, Any]:
             "heard": None | float() | int() as heard,
             "fence": int(fence),
             "ends": bool(),
-        } if have >= -1 and fence >= 0 and math.isfinite(heard or 0):
+        } if have >= -1 and fence >= 0 and abs(heard or 0) < _LATEST:
             return message.text
     raise Refused(
         Refusal.MALFORMED,

@@ -34,11 +34,15 @@ class Worker:
     repeated: int = 0
     missing: int = 0
     """Sequences that never came, or that a restart of the server forgot."""
+    received: int = 0
+    """Bytes of vectors that came from it since the server was started."""
+    sent: int = 0
+    """Bytes of vectors that it got since then."""
     norm: float = 0.0
     """Of its last difference."""
     last_seen: float = 0.0
     tokens: float = math.inf
-    """Differences that it might send at once, at ``tokens_at``."""
+    """Messages that it might send at once, at ``tokens_at``."""
     tokens_at: float = 0.0
     left: bool = False
 
@@ -49,9 +53,10 @@ class Worker:
         self.norm, self.samples, self.receipt = added.norm, added.samples, added.receipt
 
     def state(self) -> dict[str, Any]:
-        """As plain data, without what has no meaning under another clock."""
+        """As plain data, without what has no meaning under another clock or is not kept."""
         kept = asdict(self)
-        del kept["last_seen"], kept["tokens"], kept["tokens_at"]
+        for name in ("last_seen", "tokens", "tokens_at", "received", "sent"):
+            del kept[name]
         return kept
 
     @classmethod
@@ -79,11 +84,14 @@ class Roster:
         """Let a worker in, or know it again.
 
         Raises:
-            Refused: a later process of this name has joined, or there are too many workers.
+            Refused: a later process of this name has joined, there are too many workers, or this
+                one asks too often.
         """
         known = self.workers.get(name)
         if known is not None and incarnation < known.incarnation:
             raise _replaced(name)
+        if known is not None:
+            self._take_token(known, now)
         if known is None or incarnation > known.incarnation:
             self._make_room(name, now)
         return self.knows(name, incarnation, got=version, now=now)
@@ -92,7 +100,9 @@ class Roster:
         """The worker of this name, and a new one if it is of a later process."""
         known = self.workers.get(name)
         if known is None or incarnation > known.incarnation:
-            known = Worker(incarnation, Receipt(0, got, 0, 1.0), got=got)
+            before, known = known, Worker(incarnation, Receipt(0, got, 0, 1.0), got=got)
+            if before is not None:
+                known.tokens, known.tokens_at = before.tokens, before.tokens_at
             self.workers[name] = known
         known.left, known.last_seen = False, now
         self._follow_live(now)
@@ -115,6 +125,12 @@ class Roster:
             raise _replaced(name)
         known.last_seen = now
         self._follow_live(now)
+        return known
+
+    def admit(self, name: str, incarnation: int, *, now: float) -> Worker:
+        """As :meth:`find`, for a message that counts against the worker's rate; raises Refused."""
+        known = self.find(name, incarnation, now=now)
+        self._take_token(known, now)
         return known
 
     def leave(self, name: str, incarnation: int, *, now: float) -> None:
@@ -174,25 +190,6 @@ class Roster:
         """Let the next worker come."""
         self._last_turn = name
 
-    def take_token(self, worker: Worker, *, now: float) -> None:
-        """Count a difference against the rate that is allowed to a worker.
-
-        Raises:
-            Refused: it sends too many.
-        """
-        limits = self._settings.limits
-        if limits.adds_per_second is None:
-            return
-        earned = (now - worker.tokens_at) * limits.adds_per_second
-        worker.tokens, worker.tokens_at = min(limits.burst, worker.tokens + earned), now
-        if worker.tokens < 1:
-            raise Refused(
-                Refusal.TOO_FAST,
-                f"More than {limits.adds_per_second:g} differences per second came from one worker."
-                " Take a larger tau, or raise the server's limits.adds_per_second.",
-            )
-        worker.tokens -= 1
-
     def state(self) -> dict[str, Any]:
         """As plain data."""
         return {
@@ -217,13 +214,32 @@ class Roster:
         fallen = self._smoothed + part * (live - self._smoothed)
         self._smoothed, self._smoothed_at = max(float(live), fallen), now
 
+    def _take_token(self, worker: Worker, now: float) -> None:
+        """Count a message against the rate that is allowed to a worker.
+
+        Raises:
+            Refused: it sends too many.
+        """
+        limits = self._settings.limits
+        if limits.most_per_second is None:
+            return
+        earned = (now - worker.tokens_at) * limits.most_per_second
+        worker.tokens, worker.tokens_at = min(limits.burst, worker.tokens + earned), now
+        if worker.tokens < 1:
+            raise Refused(
+                Refusal.TOO_FAST,
+                f"More than {limits.most_per_second:g} messages per second came from one worker."
+                " Take a larger tau, or raise the server's most_per_second.",
+            )
+        worker.tokens -= 1
+
     def _make_room(self, name: str, now: float) -> None:
         """Forget those that left first, but no worker that may still ask again.
 
         Raises:
             Refused: there are as many workers as may be.
         """
-        most = self._settings.limits.workers
+        most = self._settings.limits.most_workers
         others = [other for other in self.live(now) if other != name]
         if len(others) < most:
             known = [other for other in self.workers if other != name]
@@ -237,7 +253,7 @@ class Roster:
                 return
         raise Refused(
             Refusal.TOO_MANY_WORKERS,
-            f"{len(others)} workers are there. Allowed: {most}. Raise the server's limits.workers.",
+            f"{len(others)} workers are there. Allowed: {most}. Raise the server's most_workers.",
         )
 
 

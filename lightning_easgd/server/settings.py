@@ -20,28 +20,29 @@ ADDING = ("easgd", "downpour", "mdownpour")
 
 @dataclass(frozen=True)
 class Limits:
-    """What one worker, or all of them, may ask of a server.
+    """What one worker, or all of them, may ask of a server; ``serve.py`` has the same names.
 
     Args:
-        workers: that are there at a time.
-        model_bytes: of the flat center.
-        adds_per_second: of one worker, on average; None: as many as come.
-        burst: differences of one worker that may come at once.
+        most_workers: that are there at a time.
+        most_bytes: of the model, as a flat center.
+        most_per_second: messages of one worker that join, read the center or add to it, on
+            average; None: as many as come.
+        burst: such messages of one worker that may come at once.
 
     Raises:
         ValueError: one is out of range.
     """
 
-    workers: int = 256
-    model_bytes: int = 2**36
-    adds_per_second: float | None = None
+    most_workers: int = 256
+    most_bytes: int = 2**36
+    most_per_second: float | None = None
     burst: int = 10
 
     def __post_init__(self) -> None:
-        require_count("workers", self.workers, "workers")
-        require_count("model_bytes", self.model_bytes, "bytes")
-        require_count("burst", self.burst, "differences")
-        _require_positive("adds_per_second", self.adds_per_second)
+        require_count("most_workers", self.most_workers, "workers")
+        require_count("most_bytes", self.most_bytes, "bytes")
+        require_count("burst", self.burst, "messages")
+        _require_positive("most_per_second", self.most_per_second)
 
 
 @dataclass(frozen=True)

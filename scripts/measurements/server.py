@@ -39,7 +39,7 @@ LONGEST = 120.0
 class Echo(Handler):
     """Sends back what comes, as it came."""
 
-    def answer(self, frames: Iterable[bytes], sender: str) -> Iterator[bytes]:
+    def answer(self, frames: Iterable[bytes], sender: str, site: str = "") -> Iterator[bytes]:
         """The same frames."""
         yield from list(frames)
 

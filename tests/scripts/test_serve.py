@@ -24,10 +24,12 @@ import serve
 from rich.console import Console
 from serving import COLUMNS, Shown, Watched, table, to_tensorboard, together
 
-from lightning_easgd.server import Settings
+from lightning_easgd.server import Limits, Settings
 from lightning_easgd.server.certificates import Certificates
 from lightning_easgd.server.client import CenterClient
+from lightning_easgd.server.form import Form
 from lightning_easgd.server.grpc_transport import GrpcTransport
+from lightning_easgd.server.model import byte_size
 from lightning_easgd.server.serving import Serving
 from lightning_easgd.server.sharded import ShardedClient
 
@@ -152,7 +154,8 @@ def test_servers_of_one_center_start_and_end_as_one(tmp_path: Path) -> None:
 def test_servers_are_shown_as_one() -> None:
     def look(version: int, *rows: tuple[str, int, int]) -> dict[str, Any]:
         named = ("worker", "exchanges", "staleness")
-        rest = {"per_second": 1.0, "mb_per_second": 2.0, "missing": 0, "silent_seconds": 0.5}
+        rest = {"per_second": 1.0, "mb_in_per_second": 2.0, "mb_out_per_second": 3.0}
+        rest |= {"missing": 0, "silent_seconds": 0.5}
         return {
             **{"serves": True, "standby": None, "time": 1.0, "version": version, "alpha": 0.5},
             **{"model_bytes": 10, "refused": {"malformed": version}},
@@ -165,7 +168,8 @@ def test_servers_are_shown_as_one() -> None:
     one = together([look(7, ("a", 4, 1)), look(5, ("b", 1, 0), ("a", 3, 2))])
     a, b = one["workers"]
     assert (a["worker"], a["exchanges"], a["staleness"], a["distance"]) == ("a", 3, 2, 5.0)
-    assert (b["exchanges"], a["mb_per_second"], one["model_bytes"]) == (1, 4.0, 20)
+    assert (b["exchanges"], a["mb_in_per_second"], one["model_bytes"]) == (1, 4.0, 20)
+    assert a["mb_out_per_second"] == 6.0
     assert (one["version"], one["refused"]) == (5, {"malformed": 12})
     screen = Console(file=io.StringIO(), width=120)
     screen.print(table(one))
@@ -189,6 +193,23 @@ def test_keys_let_a_site_in_and_out(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert server.end(signal.SIGINT) == 0
 
 
+def test_what_workers_may_ask_is_limited_by_keys(tmp_path: Path) -> None:
+    given = ["address=127.0.0.1:0", "most_workers=3", "most_bytes=9000", "most_per_second=50"]
+    options = serve.read([f"folder={tmp_path}", *given, "adds=2", "seconds=1000"])
+    serving = serve.start(options, 0)
+    assert serving.handler.server.settings.limits == Limits(3, 9000, 50)
+    client = reach(serving.port)
+    client.join(constant(0.0))
+    for _ in range(2):
+        client.add(constant(1.0))
+    gives_up = time.monotonic() + 30
+    while not (tmp_path / "center-000000000002.safetensors").exists():
+        assert time.monotonic() < gives_up
+        time.sleep(0.01)
+    client.close()
+    serving.close()
+
+
 def test_the_table_shows_who_is_there(tmp_path: Path) -> None:
     serving = Serving(Settings(beta=0.5), tmp_path)
     shown = Watched(serving)
@@ -200,8 +221,14 @@ def test_the_table_shows_who_is_there(tmp_path: Path) -> None:
     (row,) = look["workers"]
     assert (row["worker"], row["exchanges"], row["staleness"], row["missing"]) == ("0", 1, 0, 0)
     assert row["distance"] == pytest.approx(627**0.5)
-    client.add(constant(0.0))
-    assert shown.look()["workers"][0]["per_second"] > 0
+    form = Form("int8", {})
+    client.add(constant(0.0), form, fetch=True)
+    (row,) = shown.look()["workers"]
+    assert row["per_second"] > 0
+    sizes = form.byte_size(LAYOUT), byte_size(LAYOUT)
+    assert sizes[0] < sizes[1] / 2
+    found = row["mb_in_per_second"], row["mb_out_per_second"]
+    assert found == pytest.approx([1e-6 * row["per_second"] * size for size in sizes])
     screen = Console(file=io.StringIO(), width=120)
     screen.print(table(look))
     screen.print(table({**look, "standby": "silent"}))
@@ -252,6 +279,9 @@ def test_without_tensorboard_the_way_to_it_is_said(
         (["--tau", "3"], "--tau cannot be read. Write KEY=VALUE"),
         (["journal=maybe"], "journal='maybe' is not allowed"),
         (["lease=0"], "lease"),
+        (["adds=0"], "adds=0 is not allowed"),
+        (["most_bytes=0"], "most_bytes=0 is not allowed"),
+        (["most_per_second=-1"], "most_per_second=-1 is not allowed"),
         (["shards=0"], "shards=0 is not allowed"),
         (["shard=2/2"], "shard='2/2' is not allowed. Allowed: as 0/2 and 1/2"),
         (["shard=1"], "shard='1' is not allowed"),

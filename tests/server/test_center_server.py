@@ -6,6 +6,7 @@ import json
 import math
 import random
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -448,24 +449,49 @@ def test_joining_again_tells_the_last_sequence() -> None:
 
 
 def test_limits() -> None:
-    limits = Limits(workers=2, adds_per_second=2.0, burst=2)
-    server = started(0.0, 2, limits=limits, lease=10)
-    assert refusal(lambda: server.join("2", 1, layout(), now=0)).reason is (
-        Refusal.TOO_MANY_WORKERS
-    )
-    for sequence in (1, 2):
-        server.add("0", 1, sequence, vector(0.0), now=0)
-    refused = refusal(lambda: server.add("0", 1, 3, vector(0.0), now=0.4))
-    assert (refused.reason, refused.reason.ends) == (Refusal.TOO_FAST, False)
-    server.add("1", 1, 1, vector(0.0), now=0.4)
-    assert server.add("0", 1, 2, vector(0.0), now=0.4).version == 2  # a retry costs nothing
-    server.add("0", 1, 3, vector(0.0), now=0.6)
+    server = started(0.0, 2, limits=Limits(most_workers=2), lease=10)
+    refused = refusal(lambda: server.join("2", 1, layout(), now=0))
+    assert refused.reason is Refusal.TOO_MANY_WORKERS
+    assert "Raise the server's most_workers" in str(refused)
+    server.get("0", 1, now=0.6)
     server.join("2", 1, layout(), now=10.5)  # worker 1 is silent
     assert sorted(server.workers(10.5)) == ["0", "2"]
 
 
+ASKED: dict[str, Callable[..., Any]] = {
+    "join": lambda server, _, **now: server.join("0", 1, layout(), **now),
+    "a later process": lambda server, k, **now: server.join("0", k, layout(), **now),
+    "get": lambda server, _, **now: server.get("0", 1, **now),
+    "vectors": lambda server, _, **now: server.vectors("0", 1, **now),
+    "add": lambda server, k, **now: server.add("0", 1, k, vector(0.0), **now),
+    "the same again": lambda server, _, **now: server.exchange("0", 1, 1, vector(0.0), **now),
+    "not finite": lambda server, k, **now: server.add("0", 1, k, vector(math.nan), **now),
+}
+"""What costs a server time or bytes, if it is asked for the k-th time."""
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_a_worker_asks_only_so_often(asked: str) -> None:
+    server = started(0.0, 2, limits=Limits(most_per_second=2.0, burst=2))
+    too_fast = []
+    for k in range(1, 9):
+        with suppress(Refused):
+            ASKED[asked](server, k, now=0.25 * k)
+        if server.refusals[Refusal.TOO_FAST] > len(too_fast):
+            too_fast.append(k)
+    assert too_fast == [4, 6, 8]  # two at once, and then two in a second
+    refused = refusal(lambda: ASKED[asked](server, 9, now=2))
+    assert "raise the server's most_per_second" in str(refused)
+    assert not refused.reason.ends
+    for _ in range(2):
+        server.get("1", 1, now=2)  # others are heard
+    for _ in range(3):
+        server.beat("1", 1, now=2)  # and signs of life
+    server.leave("1", 1, now=2)
+
+
 def test_workers_that_left_are_forgotten_before_the_table_grows() -> None:
-    server = started(0.0, 1, limits=Limits(workers=2))
+    server = started(0.0, 1, limits=Limits(most_workers=2))
     for worker in range(1, 100):
         server.join(f"{worker}", 1, layout(), now=worker)
         server.leave(f"{worker}", 1, now=worker)
@@ -497,7 +523,7 @@ def test_settings_that_are_none_are_refused(options: dict[str, Any]) -> None:
         Settings(**options)
 
 
-@pytest.mark.parametrize("name", ["workers", "model_bytes", "adds_per_second", "burst"])
+@pytest.mark.parametrize("name", ["most_workers", "most_bytes", "most_per_second", "burst"])
 def test_limits_that_are_none_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}=-1 is not allowed"):
         replace(Limits(), **{name: -1})

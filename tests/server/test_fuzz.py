@@ -20,7 +20,10 @@ from lightning_easgd.server import CenterServer, Refused, Settings
 from lightning_easgd.server.frames import PROTOCOL, Message, cut
 from lightning_easgd.server.handler import Handler
 from lightning_easgd.server.model import bytes_of, describe
-from lightning_easgd.server.standing import NotPrimary
+from lightning_easgd.server.standing import NotPrimary, Primary, Standing
+
+pytest.importorskip("safetensors", reason="needs safetensors: pip install -e '.[async]'")
+from lightning_easgd.server.replication import bring
 
 SMALL = FlatLayout([("weight", torch.empty(3, 2)), ("bias", torch.empty(2))])
 BYTES = 32
@@ -51,33 +54,52 @@ class Fuzz:
 
     def __init__(self, seed: int) -> None:
         self.luck = random.Random(seed)
-        self.handler = Handler(CenterServer(Settings(algorithm="downpour")))
-        self.handler.server.join("a", 1, SMALL, now=0, weights=constant(0.5, SMALL))
+        self.handler = Handler(CenterServer(Settings(algorithm="downpour", tau="even")))
+        self.paired = Handler(CenterServer(), primary=Primary(Standing(), "this", lease=1e-6))
+        """Of a server that standbys ask."""
+        for handler in (self.handler, self.paired):
+            handler.server.join("a", 1, SMALL, now=0, weights=constant(0.5, SMALL))
         self.expected = np.full(8, 0.5, dtype=np.float32)
         self.sequence = 0
-        self.receipts = self.refusals = self.elsewhere = 0
+        self.receipts = self.refusals = self.elsewhere = self.signs = 0
+        self.followed = self.not_followed = 0
 
     def sensible(self) -> dict[str, Any]:
         who: dict[str, Any] = {"worker": self.luck.choice("ab"), "incarnation": 1}
         if self.luck.random() < 0.3:
             who["fence"] = self.luck.choice([0, 0, 0, 1])
-        do = self.luck.choice(["join", "get", "add", "add", "leave", "shards"])
+        do = self.luck.choice(["join", "get", "add", "add", "leave", "shards", "beat"])
+        if do == "beat":
+            told = {name: self.luck.random() < 0.5 for name in ("finished", "stops")}
+            counts = {name: self.luck.randrange(4) for name in ("team", "progress")}
+            return {"do": do, **who, **counts, **told}
         if do == "join":
             return {"do": do, **who, "shard": [0, 1], "model": describe(SMALL)}
         if do == "add":
             self.sequence += self.luck.randrange(2)
             fetch, samples = self.luck.random() < 0.5, self.luck.choice([1, 64, 0.5])
             said = {"do": do, **who, "sequence": self.sequence, "samples": samples, "fetch": fetch}
+            said["speed"] = self.luck.choice([0, 2, 1.5])
             coded = {"codec": "int8", "buffers": {}}
             return {**said, **(coded if self.luck.random() < 0.3 else {})}
         return {"do": do, **who}
 
-    def message(self) -> bytes:
+    def of_a_standby(self) -> dict[str, Any]:
+        choose = self.luck.choice
+        return {
+            "have": choose([-1, *[0] * 8, 9]),
+            "name": choose("aaaaaaab"),
+            "run": choose(["", "this"]),
+            "heard": choose([None, 0, 1.5]),
+            "fence": choose([*[0] * 8, 1]),
+            "ends": self.luck.random() < 0.1,
+        }
+
+    def message(self, text: dict[str, Any]) -> bytes:
         kind = self.luck.random()
         if kind < 0.05:
             return self.luck.randbytes(self.luck.randrange(200))
-        text = self.sensible()
-        size = BYTES if text["do"] == "add" or self.luck.random() < 0.1 else 0
+        size = BYTES if text.get("do") == "add" or self.luck.random() < 0.1 else 0
         if size and "codec" in text:
             codes = struct.pack("<256b", *self.luck.choices(range(-127, 128), k=256))
             scale = self.luck.choice([1e-6, 1e-6, 1e-6, float("inf"), float("nan")])
@@ -112,13 +134,31 @@ class Fuzz:
             message = message[size:]
 
     def once(self) -> None:
-        message, before = self.message(), self.handler.server.version
+        if self.luck.random() < 0.1:
+            self.follow()
+        else:
+            self.ask()
+
+    def follow(self) -> None:
+        message = self.message(self.of_a_standby())
+        try:
+            answer = Message(bring(self.paired, self.frames(message)))
+        except (NotPrimary, Refused):
+            self.not_followed += 1
+        else:
+            self.followed += 1
+            assert answer.text["lease"] == 1e-6
+        assert self.paired.server.version == 0
+
+    def ask(self) -> None:
+        message, before = self.message(self.sensible()), self.handler.server.version
         try:
             answer = Message(self.handler.answer(self.frames(message), "fuzz"))
         except NotPrimary:
             self.elsewhere += 1
             assert self.handler.server.version == before
             return
+        self.signs += "training" in answer.text
         if "refused" in answer.text:
             self.refusals += 1
             assert self.handler.server.version == before
@@ -156,6 +196,9 @@ def test_random_and_mutated_messages(seed: int) -> None:
     assert fuzz.receipts > 100
     assert fuzz.refusals > 5_000
     assert fuzz.elsewhere > 100
+    assert fuzz.signs > 100
+    assert min(fuzz.followed, fuzz.not_followed) > 100
+    np.testing.assert_array_equal(values(fuzz.paired.server.delivered()), np.float32(0.5))
     center = values(fuzz.handler.server.delivered())
     assert np.isfinite(center).all()
     np.testing.assert_array_equal(center, fuzz.expected)

@@ -10,6 +10,7 @@ import re
 import stat
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -188,7 +189,7 @@ def test_refusals_arrive_with_their_words(serve: Serve, settings: Settings) -> N
     other = FlatLayout([("weight", torch.empty(31, 21))])
     with pytest.raises(Refused, match="'weight', has the shape"):
         served.client("1", other).join(constant(0.0, other))
-    with pytest.raises(Refused, match="A later process has joined as worker '0'"):
+    with pytest.raises(Refused, match=r"A later process has joined as worker '(site-a )?0'"):
         served.joined(incarnation=4)
     with pytest.raises(Refused, match="a name of 1 to 64 visible ASCII characters"):
         served.joined("a b")
@@ -392,7 +393,7 @@ def test_a_server_that_is_away_for_a_moment_changes_no_deadline() -> None:
 
 @pytest.fixture
 def handler() -> Handler:
-    return Handler(CenterServer(Settings(limits=Limits(workers=4))))
+    return Handler(CenterServer(Settings(limits=Limits(most_workers=4))))
 
 
 @pytest.fixture
@@ -547,6 +548,39 @@ def test_the_log_says_whose_certificate_was_shown(
         client.get()
     assert caplog.messages[0].startswith("site-a ipv4:127.0.0.1:")
     client.close()
+    server.close()
+
+
+def test_who_asks_too_often_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    limits = Limits(most_per_second=0.001, burst=2)
+    handler = Handler(CenterServer(Settings(limits=limits)))
+    client = CenterClient(InMemory(handler, "somebody"), "0", LAYOUT, patience=0.1)
+    client.join(constant(0.0))
+    client.get()
+    with caplog.at_level(logging.WARNING), pytest.raises(UnreachableError, match="most_per_second"):
+        client.get()
+    assert caplog.messages[0].startswith("somebody was refused for the 1. time: More than 0.001")
+
+
+def test_a_site_speaks_for_workers_of_its_own_only(tmp_path: Path, handler: Handler) -> None:
+    shown = {name: make_certificates(tmp_path, name) for name in ("server", "site-a", "site-b")}
+    server = GrpcServer(handler, certificates=shown["server"])
+
+    def reach(incarnation: int, site: str) -> CenterClient:
+        transport = GrpcTransport(f"127.0.0.1:{server.port}", certificates=shown[site])
+        client = CenterClient(transport, "run/0", LAYOUT, incarnation=incarnation, patience=20)
+        client.join(constant(0.0))
+        return client
+
+    mine, theirs = reach(1, "site-a"), reach(2, "site-b")  # the same name, and later
+    assert mine.add(constant(1.0))[0].sequence == theirs.add(constant(1.0))[0].sequence == 1
+    assert theirs.beat(team=2, progress=1, finished=True, stops=True).stop
+    assert not mine.beat(team=2, progress=1, finished=False, stops=False).stop
+    theirs.leave()
+    mine.get()
+    assert list(handler.server.workers(time.monotonic())) == ["site-a run/0"]
+    for client in (mine, theirs):
+        client.close()
     server.close()
 
 
