@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,12 +30,16 @@ from served import free_ports
 from toy import Toy, initial_weights, loader, trainer, weights
 
 from lightning_easgd import CenterAt, EASGDMonitor, EASGDStrategy, Linear, MDownpour
+from lightning_easgd.center.center import Center
 from lightning_easgd.server import Refused, Settings
 
 pytest.importorskip("grpc", reason="needs gRPC: pip install -e '.[async]'")
 pytest.importorskip("safetensors", reason="needs safetensors: pip install -e '.[async]'")
 pytest.importorskip("cryptography", reason="needs cryptography: pip install -e '.[async]'")
+from lightning_easgd.server.keys import make_certificates
 from lightning_easgd.server.serving import Serving
+from lightning_easgd.strategy import at_server
+from lightning_easgd.strategy.at_server import AtServer
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -371,6 +377,19 @@ def test_an_address_of_another_machine_needs_keys() -> None:
 
 
 @pytest.mark.multiprocess
+def test_workers_that_were_started_together_are_of_one_site(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_certificates(tmp_path, "site-a")
+    (tmp_path / "authority.key").unlink()
+    options = EASGDStrategy(center=CenterAt("server:5700", keys=tmp_path)).options
+    told = json.dumps(["team", ["server:5700"], "site-b"])  # by worker 0
+    monkeypatch.setattr(at_server, "share", lambda *_, **__: told)
+    center = Center(Toy(SGD), buffers="average", rank=1)
+    with pytest.raises(ValueError, match=r"keys='site-a' is not allowed.*\(site-b\)"):
+        AtServer.ask(center, options, rank=1, workers=2, timeout=timedelta(seconds=1))
+
+
 def test_a_server_that_is_killed_and_restarted_adds_every_difference_once(tmp_path: Path) -> None:
     def start(port: int) -> subprocess.Popen[str]:
         script = Path(__file__).parent.parent / "scripts" / "serve.py"

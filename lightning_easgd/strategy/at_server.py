@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-import time
+import secrets
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,6 +11,7 @@ from datetime import timedelta
 from lightning_easgd.center.center import Center
 from lightning_easgd.center.wire import Wire
 from lightning_easgd.communication import share
+from lightning_easgd.schedules.checks import require
 from lightning_easgd.server.courier import Courier
 from lightning_easgd.server.sharded import ShardedClient
 from lightning_easgd.strategy.center_at import CenterAt
@@ -56,7 +55,7 @@ class AtServer:
             Refused: the server has another model, or does not let this worker in.
             UnreachableError: no server answered.
             ExchangeError: worker 0 did not say where the server is.
-            ValueError: an option contradicts the terms.
+            ValueError: an option contradicts the terms, or worker 0 has the keys of another site.
         """
         at, seconds = options.center, timeout.total_seconds()
         assert at is not None
@@ -65,11 +64,14 @@ class AtServer:
             local = LocalServer(**options.settings(workers, lease=at.lease))
         told = None
         if rank == 0:
-            told = json.dumps([_team(), [local.address()] if local else at.listed])
+            addresses = [local.address()] if local else at.listed
+            told = json.dumps([secrets.token_hex(6), addresses, at.site])
         if workers > 1:
             told = share(told, rank=rank, size=workers, timeout=timeout)
         assert told is not None
-        team, addresses = json.loads(told)
+        team, addresses, site = json.loads(told)
+        allowed = f"of workers that were started together those of one site, as worker 0's ({site})"
+        require("keys", at.site, allowed, at.site == site)
         addresses = addresses if at.is_local else at.listed
         client = ShardedClient(
             lambda shard: at.transport(addresses, shard),
@@ -93,9 +95,3 @@ class AtServer:
         self.courier.close()
         if self.local is not None:
             self.local.leave()
-
-
-def _team() -> str:
-    """The name of those that were started with this process, and of no others."""
-    host = "".join(c for c in platform.node() if c.isascii() and c.isprintable() and c != " ")
-    return f"{host[:32]}-{os.getpid()}-{time.time_ns() // 10**6 % 10**9}"

@@ -89,6 +89,12 @@ class CenterAt:
         )
         return Certificates(*found)
 
+    @property
+    def site(self) -> str | None:
+        """The name of the site, as its files have it; None without keys."""
+        certificates = self.certificates()
+        return None if certificates is None else certificates.key.stem
+
     def transport(self, addresses: Sequence[str], shard: int = 0) -> GrpcTransport:
         """To the server, or to that of another shard of its center.
 

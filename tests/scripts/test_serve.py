@@ -10,9 +10,11 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch
 import numpy as np
 import pytest
 from served import LAYOUT, constant, free_ports, values
@@ -21,6 +23,9 @@ pytest.importorskip("grpc", reason="needs gRPC: pip install -e '.[async]'")
 pytest.importorskip("safetensors", reason="needs safetensors: pip install -e '.[async]'")
 pytest.importorskip("cryptography", reason="needs cryptography: pip install -e '.[async]'")
 import serve
+from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
+from pages import Page
+from processes import run_workers
 from rich.console import Console
 from serving import COLUMNS, Shown, Watched, table, to_tensorboard, together
 
@@ -316,13 +321,47 @@ def test_help_has_every_key(
     assert max(map(len, said.splitlines())) < 125
 
 
+def commands(page: str) -> list[list[str]]:
+    """The arguments of serve.py on a page."""
+    text = Page(f"docs/{page}.md").text
+    found = re.findall(r"^python scripts/serve\.py (.*?)(?:  #.*)?$", text, re.M)
+    return [command.split() for command in found]
+
+
 def test_the_commands_of_the_page_are_read() -> None:
-    page = (SCRIPT.parents[1] / "docs" / "serving.md").read_text()
-    commands = re.findall(r"^python scripts/serve\.py (.*?)(?:  #.*)?$", page, re.M)
-    served = [command.split() for command in commands if not command.startswith("keys ")]
+    served = [arguments for arguments in commands("serving") if arguments[0] != "keys"]
     assert len(served) >= 3
     for arguments in served:
         serve.read(arguments)
+
+
+def test_on_the_page_keys_are_made_before_a_server_needs_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    alone, keys, together = commands("asynchronous")
+    assert serve.read(alone).keys is None
+    serve.make_keys(keys[1:])
+    options = serve.read([*together, "address=0.0.0.0:0"])
+    serve.start(options, 0).close()
+
+
+def fit_as_the_page_says(rank: int, example: str) -> None:
+    options = {"max_steps": 20, "logger": False, "enable_checkpointing": False}
+    lightning.pytorch.Trainer = partial(lightning.pytorch.Trainer, **options)
+    names: dict[str, Any] = {}
+    exec(example, names)
+    names["trainer"].fit(BoringModel(), BoringDataModule())
+
+
+def test_the_worker_of_the_page_meets_the_server_of_the_page(tmp_path: Path) -> None:
+    server = Server(tmp_path, *commands("asynchronous")[0][1:], "address=127.0.0.1:0")
+    (example,) = Page("docs/asynchronous.md").code("python")
+    assert '"127.0.0.1:5700"' in example
+    run_workers(fit_as_the_page_says, example.replace("5700", str(server.port)), workers=1)
+    assert server.end(signal.SIGTERM) == 0
+    *_, last = sorted(path.stem for path in tmp_path.glob("center-*.safetensors"))
+    assert int(last.removeprefix("center-")) == 2  # τ is 10
 
 
 def test_addresses_are_read_as_they_are_written() -> None:
