@@ -24,6 +24,7 @@ from comparing.result import Job, Result
 from comparing.running import ClusterJobs, Jobs, Launcher, emulated
 from comparing.table import Table
 from comparing.work import Workbench
+from lightning_easgd.schedules.checks import require_count
 
 _WORKLOAD = ("workers", "points", "metric", "train_loss", "accelerator", "classes")
 _READ = ("contender", "module", "data", *_WORKLOAD)
@@ -264,12 +265,12 @@ def _numbers(rates: Any) -> list[Any]:
 
 
 def _check(cfg: DictConfig) -> None:
-    numbers = {name: cfg[name] for name in ("seeds", "workers", "epochs", "tuning_seeds")}
-    numbers |= {f"taus[{i}]": tau for i, tau in enumerate(cfg.taus)}
-    numbers |= {key: cfg[key] for key in ("parallel", "tuning_epochs") if cfg[key] is not None}
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} got {value!r}; allowed is a whole number from 1 on.")
+    units = {"seeds": "seeds", "workers": "workers", "epochs": "epochs", "tuning_seeds": "seeds"}
+    more = {"parallel": "jobs", "tuning_epochs": "epochs"}
+    units |= {name: unit for name, unit in more.items() if cfg[name] is not None}
+    for name, unit in units.items():
+        cfg[name] = require_count(name, cfg[name], unit)
+    cfg.taus = [require_count(f"taus[{i}]", tau, "steps") for i, tau in enumerate(cfg.taus)]
     if isinstance(cfg.rates, DictConfig) and (unknown := set(cfg.rates) - set(cfg.contender)):
         raise ValueError(
             f"rates got {', '.join(sorted(unknown))}; allowed are {', '.join(cfg.contender)}."

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from lightning_easgd.schedules.checks import require_count
 
 UNLIMITED = "unlimited"
 _UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
@@ -51,12 +53,11 @@ class Setting:
         Raises:
             ValueError: it cannot be made.
         """
-        if isinstance(self.hosts, bool) or not isinstance(self.hosts, int) or self.hosts < 2:
-            raise ValueError(f"hosts got {self.hosts!r}; allowed is a whole number from 2 on.")
+        hosts = require_count("hosts", self.hosts, "hosts", least=2)
         if self.hosts > 200:
             raise ValueError(f"hosts got {self.hosts}; allowed are up to 200 on one machine.")
         if not isinstance(self.stall, (int, float)) or self.stall < 0:
             raise ValueError(f"stall got {self.stall!r}; allowed are seconds from 0 on.")
         if not isinstance(self.slow, (int, float)) or not 1 <= self.slow < math.inf:
             raise ValueError(f"slow got {self.slow!r}; allowed is a number from 1 on.")
-        return self
+        return replace(self, hosts=hosts)

@@ -26,6 +26,7 @@ from comparing.running import ClusterJobs, emulated
 from comparing.speed_plan import jobs_of, settings_of
 from comparing.summary import LIMIT, summarize
 from comparing.work import Workbench
+from lightning_easgd.schedules.checks import require_count
 
 _WORKLOAD = ("steps", "accelerator", "threads", "pace")
 
@@ -202,8 +203,7 @@ def _refuse_to_emulate(cfg: DictConfig) -> None:
 
 def _check_numbers(cfg: DictConfig) -> None:
     for name in ("tau", "steps", "threads"):
-        if isinstance(cfg[name], bool) or not isinstance(cfg[name], int) or cfg[name] < 1:
-            raise ValueError(f"{name} got {cfg[name]!r}; allowed is a whole number from 1 on.")
+        cfg[name] = require_count(name, cfg[name], "threads" if name == "threads" else "steps")
     if cfg.steps % cfg.tau:
         raise ValueError(
             f"steps got {cfg.steps}; allowed are multiples of tau={cfg.tau}, so that every"

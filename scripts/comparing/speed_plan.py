@@ -8,6 +8,7 @@ from typing import Any
 
 from comparing.networks import Setting
 from comparing.result import Job
+from lightning_easgd.schedules.checks import require_count
 
 _AXES = {"network": str, "hosts": int, "stall": float, "slow": float}
 
@@ -49,8 +50,7 @@ def jobs_of(
     Raises:
         ValueError: there are no repetitions.
     """
-    if isinstance(repetitions, bool) or not isinstance(repetitions, int) or repetitions < 1:
-        raise ValueError(f"repetitions got {repetitions!r}; allowed is a whole number from 1 on.")
+    repetitions = require_count("repetitions", repetitions, "repetitions")
     return [
         Job(name, contenders[name], None, seed + repetition, **asdict(setting))
         for setting in settings

@@ -106,10 +106,10 @@ def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     ("override", "message"),
     [
         ("network=fast", "network got 'fast'"),
-        ("hosts=1", "hosts got 1; allowed is a whole number from 2 on"),
-        ("repetitions=0", "repetitions got 0"),
+        ("hosts=1", "hosts=1 is not allowed. Allowed: a whole number of hosts, at least 2"),
+        ("repetitions=0", "repetitions=0 is not allowed"),
         ("steps=20", "steps got 20; allowed are multiples of tau=16"),
-        ("tau=0", "tau got 0"),
+        ("tau=0", "tau=0 is not allowed"),
         ("minutes=soon", "minutes got 'soon'"),
         ("slow=0.5", "slow got 0.5; allowed is a number from 1 on"),
         ("pace=-1", "pace got -1; allowed are seconds from 0 on"),

@@ -71,8 +71,8 @@ def test_a_sweep_has_a_setting_for_each_value() -> None:
     [
         ("colour", [1], "allowed are network, hosts, stall"),
         ("hosts", [], "sweep.values got nothing"),
-        ("hosts", [2, 1], "hosts got 1; allowed is a whole number from 2 on"),
-        ("hosts", ["two"], "hosts got 'two'"),
+        ("hosts", [2, 1], "hosts=1 is not allowed. Allowed: a whole number of hosts, at least 2"),
+        ("hosts", ["two"], "hosts='two' is not allowed"),
         ("hosts", [201], "up to 200"),
         ("stall", [-1], "seconds from 0 on"),
     ],
@@ -91,7 +91,7 @@ def test_contenders_take_turns_and_every_repetition_begins_with_another() -> Non
     assert (jobs[2].tau, jobs[2].setting) == (16, SETTING)
     assert Job(**json.loads(json.dumps(jobs[4].to_json()))) == jobs[4]
     assert rotated("abc", 5) == ["c", "a", "b"]
-    with pytest.raises(ValueError, match="repetitions got 0"):
+    with pytest.raises(ValueError, match="repetitions=0 is not allowed"):
         jobs_of([SETTING], {"a": 1}, 0)
 
 

@@ -346,7 +346,7 @@ def test_nothing_stored_is_an_error_and_not_a_page(tmp_path: Path) -> None:
     ("argument", "message"),
     [
         ("scale=huge", "Available options in 'scale':\n\tfull\n\tsmall"),
-        ("seeds=0", "seeds got 0; allowed is a whole number from 1 on"),
+        ("seeds=0", "seeds=0 is not allowed. Allowed: a whole number of seeds, at least 1"),
         ("train=false", "There is no result. Train something, or name a folder that has some."),
     ],
 )
