@@ -29,9 +29,10 @@ from lightning.pytorch.callbacks import (
 from served import free_ports
 from toy import Toy, initial_weights, loader, trainer, weights
 
-from lightning_easgd import CenterAt, EASGDMonitor, EASGDStrategy, Linear, MDownpour
+from lightning_easgd import EASGD, CenterAt, EASGDMonitor, EASGDStrategy, Linear, MDownpour
 from lightning_easgd.center.center import Center
 from lightning_easgd.server import Refused, Settings
+from lightning_easgd.workloads.report import _describe_strategy
 
 pytest.importorskip("grpc", reason="needs gRPC: pip install -e '.[async]'")
 pytest.importorskip("safetensors", reason="needs safetensors: pip install -e '.[async]'")
@@ -223,6 +224,30 @@ def test_an_option_that_contradicts_the_server_is_refused(
     with pytest.raises(ValueError, match=re.escape(said)):
         fit(server, Toy(SGD), strategy=options)
     assert not server.there or server.version == 0
+
+
+def test_what_is_not_given_is_the_server_s_whatever_server_it_is(
+    server: Server, tmp_path: Path
+) -> None:
+    other = Server(tmp_path / "other", algorithm="downpour", tau=2, center_average="polyak")
+    strategy = EASGDStrategy(center=[other.address])
+    module, fitting = Watched(), trainer(1, strategy)
+    fitting.fit(module, loader(0, STEPS))
+    assert other.version == 6
+    assert same(weights(module), other.center)
+    assert strategy.options.rule_name == "adownpour_async"
+    for options in ({"overlap": True}, {"elastic_point": "iterate"}, {"algorithm": "easgd"}):
+        (given,) = options
+        with pytest.raises(ValueError, match=rf"{given}=.* (not possible|contradicts the server)"):
+            fit(other, Toy(SGD), strategy=options)
+    other.serving.close()
+    object.__setattr__(strategy._given.center, "addresses", [server.address])
+    fitting.fit_loop.max_epochs = 2
+    fitting.fit(module, loader(0, STEPS))
+    assert server.version == 4
+    assert same(weights(module), server.center)
+    described = _describe_strategy(fitting)
+    assert described == {"strategy": "easgd_async", "rule": f"{EASGD()}", "strength": None}
 
 
 def test_another_model_is_refused_by_the_name_of_its_parameter(server: Server) -> None:

@@ -259,7 +259,7 @@ def test_experiments_choose_a_period_that_strategies_without_one_ignore(config):
     assert found == [16, 16, 16]
     assert config(fashion, "strategy.tau=4").strategy.tau == 4
     assert config(fashion, "tau=4").strategy.tau == 4
-    assert config().strategy.tau == 10
+    assert config().strategy.tau is None  # 10, or what a server has
     for name, kind in (("ddp", DDPStrategy), ("single", SingleDeviceStrategy)):
         assert isinstance(instantiate(config(fashion, f"strategy={name}").strategy), kind)
 

@@ -68,7 +68,7 @@ class Adapter(Apart):
         **lightnings: Any,
     ) -> None:
         super().__init__(timeout=timeout, **lightnings)
-        self.options, self.solo = options, options.center is not None
+        self.options, self._given, self.solo = options, options, options.center is not None
         self.telemetry = Telemetry()
         self._validates_center = validates_center
         self._exchange_timeout, self._collective_timeout = exchange_timeout, timeout
@@ -115,12 +115,11 @@ class Adapter(Apart):
         super().setup(trainer)
         if self._workers is None:  # this is no fit
             return
-        self.telemetry, server = Telemetry(), self._workers.server
+        self.telemetry, self.options = Telemetry(), self._workers.options
         self._fit = Fit(
             trainer,
             self._workers,
             signals=self._signals,
-            options=self.options if server is None else server.options,
             groups=self._arranged_groups(),
             telemetry=self.telemetry,
             validates_center=self._validates_center,
@@ -130,7 +129,7 @@ class Adapter(Apart):
     @override
     def configure_ddp(self) -> None:
         """Make the workers equal, or ask the server, instead of wrapping the module."""
-        module, options, rank = self.lightning_module, self.options, self.global_rank
+        module, options, rank = self.lightning_module, self._given, self.global_rank
         assert module is not None
         if self.solo:
             self._workers = EqualWorkers.at_server(
@@ -145,7 +144,7 @@ class Adapter(Apart):
         )
         self._collectives = Collectives(group, SettingUp())
         start_equal_(group, module, options.lines())
-        self._workers = EqualWorkers(group, make_center(module, options, group.rank))
+        self._workers = EqualWorkers(group, make_center(module, options, group.rank), options)
 
     @property
     def _under_way(self) -> Fit:

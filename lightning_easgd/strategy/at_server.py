@@ -31,7 +31,7 @@ class AtServer:
     at: CenterAt
     courier: Courier
     options: Options
-    """With the algorithm and the period that the server has."""
+    """With the server's terms."""
     seconds: float
     """Seconds that this worker stands still for a server that is gone."""
 

@@ -57,6 +57,8 @@ class EqualWorkers:
 
     group: WorkerGroup
     center: Center
+    options: Options
+    """Of the exchanges."""
     server: AtServer | None = None
     """Where the center of this worker is; None: all workers have it."""
 
@@ -75,7 +77,7 @@ class EqualWorkers:
         server = AtServer.ask(center, options, rank=rank, workers=workers, timeout=timeout)
         if server.options.averaging != options.averaging:  # which the server has said
             center = make_center(module, server.options, rank)
-        return cls(SoloGroup(), center, server)
+        return cls(SoloGroup(), center, server.options, server)
 
 
 class Fit:
@@ -85,7 +87,6 @@ class Fit:
         trainer: with the optimizers.
         workers: all of them, made equal.
         signals: of the trainer, whose hooks it takes.
-        options: of the exchanges.
         groups: as of make_exchange.
         telemetry: where costs are counted.
         validates_center: whether validation sees the center, not each worker's own weights.
@@ -101,20 +102,19 @@ class Fit:
         workers: EqualWorkers,
         *,
         signals: SignalRelay,
-        options: Options,
         groups: list[list[list[int]]],
         telemetry: Telemetry,
         validates_center: bool,
     ) -> None:
         self.trainer = trainer
         self.group, self.center = workers.group, workers.center
-        self._signals, self._options = signals, options
+        self._signals, self._options = signals, workers.options
         self._validates_center, self._solo = validates_center, workers.server is not None
         self._uneven = self._uneven_steps = False
         self.exchange = make_exchange(
             self.center,
             self.group,
-            options,
+            self._options,
             groups=groups,
             trainer=trainer,
             telemetry=telemetry,

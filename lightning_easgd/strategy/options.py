@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from copy import copy
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any, Literal, cast, get_args
 
 from lightning_easgd.algorithms import (
@@ -70,7 +69,7 @@ class Options:
     def __init__(
         self,
         *,
-        algorithm: str | Rule,
+        algorithm: str | Rule | None,
         tau: Tau | None,
         beta: ScalarOrSchedule | None,
         alpha: ScalarOrSchedule | None,
@@ -89,6 +88,9 @@ class Options:
         bucket_bytes: int,
         log: Callable[[str], None],
     ) -> None:
+        given = dict(locals())
+        del given["self"]
+        self._given: dict[str, Any] = given
         # Values by themselves come first: what is said of a combination takes them for valid.
         self.buffers = Policies.check(buffers)
         if elastic_point is not None:
@@ -103,11 +105,10 @@ class Options:
         self.groups = groups if isinstance(groups, Groups) else require_groups(groups)
         self.averaging, self.codec = choose_average(center_average), choose_codec(compression)
         self.center = CenterAt.choose(center)
-        rule = choose_rule(algorithm)
+        rule = choose_rule("easgd" if algorithm is None else algorithm)
         overlap = rule.overlaps if overlap is None else overlap
         require_bools(overlap=overlap)
-        self._beta, self._rule = beta, algorithm
-        self._tau, tau = tau, rule.default_tau if tau is None else tau
+        tau = rule.default_tau if tau is None else tau
         auto = Auto.of(tau)
         pause = 1 if self.often is None else self.often.tau
         measured = auto and AutomaticPeriod(auto, fragments=fragments, often=pause, log=log)
@@ -151,35 +152,35 @@ class Options:
             "algorithm": _name_of(rule),
             "options": vars(rule),
             "average": None if average is None else asdict(average),
-            "tau": rule.default_tau if self._own_period else self._tau,
+            "tau": rule.default_tau if self._own_period else self._given["tau"],
         }
-        beta = {} if self._beta is None else {"beta": self._beta}
+        beta = {name: self._given[name] for name in ("beta",) if self._given[name] is not None}
         return {**terms, **beta, "workers": workers, "lease": lease}
 
     def at_server(self, terms: Terms) -> Options:
-        """These, with the algorithm and the period that a server has.
+        """These, with what a server has in the place of what was not given.
 
         Raises:
-            ValueError: another one was given.
+            ValueError: what was given contradicts the server, or is not possible with its terms.
         """
-        ours, theirs = self._rule, RULES[terms.algorithm](**terms.options)
+        ours, tau = self._given["algorithm"], self._given["tau"]
+        theirs = RULES[terms.algorithm](**terms.options)
         average = None if terms.average is None else CenterAverage(**terms.average)
-        same = ours == terms.algorithm if isinstance(ours, str) else repr(ours) == repr(theirs)
-        require_terms("algorithm", ours, terms.algorithm if isinstance(ours, str) else theirs, same)
-        tau = "even" if terms.even else terms.tau
-        require_terms("tau", self._tau, tau, self._own_period or self._tau in (None, tau))
+        named = ours is None or isinstance(ours, str)
+        same = ours in (None, terms.algorithm) if named else repr(ours) == repr(theirs)
+        require_terms("algorithm", ours, terms.algorithm if named else theirs, same)
+        their_tau = "even" if terms.even else terms.tau
+        require_terms("tau", tau, their_tau, self._own_period or tau in (None, their_tau))
         require_terms("center_average", self.averaging, average, self.averaging in (None, average))
-        twin = copy(self)
-        twin.averaging = average
-        period = Period(Even(terms.tau) if terms.even else terms.tau)
-        period = self.rules.period if self._own_period else period
-        twin.rules = replace(self.rules, algorithm=theirs, period=period)
-        return twin
+        tau = tau if self._own_period else their_tau
+        taken = {"algorithm": theirs, "tau": tau, "center_average": average}
+        return Options(**{**self._given, **taken})
 
     @property
     def _own_period(self) -> bool:
         """Whether the worker has a schedule of its own, whatever its server says."""
-        return not (self._tau in (None, "even") or is_number(self._tau))
+        tau = self._given["tau"]
+        return not (tau in (None, "even") or is_number(tau))
 
     @property
     def offload(self) -> bool:
@@ -212,9 +213,7 @@ class Options:
         description of their own.
         """
         kept = {
-            name: value
-            for name, value in vars(self).items()
-            if name not in ("rules", "_tau", "_beta", "_rule")
+            name: value for name, value in vars(self).items() if name not in ("rules", "_given")
         }
         lines = [
             f"algorithm={self.rules.algorithm}",

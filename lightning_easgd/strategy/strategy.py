@@ -61,12 +61,12 @@ class EASGDStrategy(Adapter):
     Args:
         algorithm: what an exchange does: the name of a rule ("easgd", "local_sgd", "downpour",
             "post_local_sgd", "mdownpour", "slowmo", "bmuf", "diloco", "sma", "leader_sgd",
-            "delayed_sgd") or a Rule with options of its own.
+            "delayed_sgd") or a Rule with options of its own. None: "easgd", or the server's.
         tau: communication period τ, in optimizer steps: a whole number, a callable of the
             optimizer step, a Schedule (see schedules/), or "auto": the smallest from 1 to 64 at
             which exchanges hide behind training, found by measuring (see automatic.py). Other
             bounds are said by Auto(min=, max=). Behind a server "even": each worker's own, in
-            proportion to its speed. None: 10, or what the rule is limited to.
+            proportion to its speed. None: 10, what the rule is limited to, or the server's.
         beta: β = pα, how far the center moves towards the mean of the p workers, in (0, 2).
         alpha: α, how far a worker moves towards the center, in [0, 2/(p+1)).
         rho: elastic strength ρ; α = ηρ with the current learning rate η of each parameter group. At
@@ -110,7 +110,8 @@ class EASGDStrategy(Adapter):
             or CenterAverage("ema", rate=...). None: the center itself.
         center: address of a server that has the center ("host:5700", or a list of those that may
             take its place, or CenterAt(...) with keys): asynchronous EASGD. This worker exchanges
-            with it at its own pace, takes algorithm, τ and strength from it, and waits for nobody.
+            with it at its own pace, and waits for nobody. It takes the strength from it, and what
+            is not given here of algorithm, τ and average; what is given may not contradict it.
             "local", also Trainer(strategy="easgd_async"): worker 0 starts such a server for the
             workers of this machine. None: all workers hold the center, and exchange together.
         bucket_bytes: the most that one all-reduce carries, in bytes. With ``often`` those of large
@@ -141,7 +142,7 @@ class EASGDStrategy(Adapter):
     def __init__(
         self,
         *,
-        algorithm: str | Rule = "easgd",
+        algorithm: str | Rule | None = None,
         tau: Tau | None = None,
         beta: ScalarOrSchedule | None = None,
         alpha: ScalarOrSchedule | None = None,

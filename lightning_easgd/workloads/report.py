@@ -270,10 +270,12 @@ def _describe_strategy(trainer: pl.Trainer) -> dict[str, Any]:
         plain = type(strategy).__name__.removesuffix("Strategy").lower()  # DDP's has no name
         return {"strategy": getattr(strategy, "strategy_name", plain)}
     options = strategy.options
+    known = options.center is None or options.center.is_local  # another server does not say its β
+    strength = known and options.rules.algorithm.elastic
     return {
         "strategy": options.rule_name,
         "rule": str(options.rules.algorithm),
-        "strength": str(options.rules.strength) if options.rules.algorithm.elastic else None,
+        "strength": str(options.rules.strength) if strength else None,
     }
 
 

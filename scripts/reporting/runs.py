@@ -44,8 +44,10 @@ class Run:
 
     @cached_property
     def tau(self) -> float | None:
-        """As it was set; None where there is none, or it changed with time."""
+        """As it was set, or the default; None where there is none, or it changed with time."""
         tau = self._strategy.get("tau")
+        if tau is None and "tau" in self._strategy:
+            tau = self.report.get("tau")
         return tau if is_number(tau) else None
 
     @cached_property
