@@ -30,6 +30,8 @@ _NAME = re.compile(r"[\x21-\x7e]{1,64}")
 _MOST = 2**63
 
 _KEPT = 4
+_SIGN_SECONDS = 1.0
+"""Between two signs of life within a message that takes long."""
 
 Answer = list[bytes]
 """Frames, made while the server is not asked by another."""
@@ -87,8 +89,19 @@ class Handler:
         Raises:
             NotPrimary: another server is to be asked.
         """
+        message: Message | None = None
+
+        def alive(frames: Iterable[bytes]) -> Iterator[bytes]:
+            """Each frame, also of an answer, is a sign of life of the worker that is known."""
+            heard = self.clock()
+            for frame in frames:
+                yield frame
+                if message is not None and self.clock() - heard >= _SIGN_SECONDS:
+                    heard = self.clock()
+                    self._hear_of(message)
+
         try:
-            message = Message(frames, site)
+            message = Message(alive(frames), site)
             self._require_primary(message)
             operation = message.text.get("do")
             if not isinstance(operation, str) or operation not in self._operations:
@@ -97,7 +110,11 @@ class Handler:
         except Refused as refused:
             self._note(sender, refused)
             answer = self._say({"refused": refused.reason.value, "message": str(refused)})
-        yield from answer
+        yield from alive(answer)
+
+    def _hear_of(self, message: Message) -> None:
+        with suppress(Refused), self.lock:
+            self.server.beat(*_sender(message), now=self.clock())
 
     def _say(self, said: dict[str, Any], payload: Sequence[memoryview] = ()) -> Answer:
         return list(cut({**said, "fence": self.primary.standing.fence}, payload))

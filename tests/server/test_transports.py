@@ -22,6 +22,7 @@ from served import LAYOUT, constant, random_vector, values
 
 from lightning_easgd.center.flat import FlatLayout
 from lightning_easgd.server import CenterServer, Limits, Refusal, Refused, Settings
+from lightning_easgd.server import frames as frames_module
 from lightning_easgd.server.answers import LostError
 from lightning_easgd.server.client import (
     CenterClient,
@@ -386,6 +387,33 @@ def test_a_server_that_is_away_for_a_moment_changes_no_deadline() -> None:
     link.away = 3
     client.add(constant(1.0))
     assert link.of("add") == [60] * 4
+
+
+def test_a_worker_whose_message_takes_longer_than_the_lease_is_there_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(frames_module, "FRAME_BYTES", 64)
+    now = [0.0]
+    handler = Handler(CenterServer(Settings(lease=10.0)), clock=lambda: now[0])
+    client = CenterClient(InMemory(handler), "0", LAYOUT)
+    client.join(constant(0.0))
+    there = []
+
+    def slowly(frames: Iterable[bytes]) -> Iterator[bytes]:
+        for frame in frames:
+            yield frame
+            now[0] += 2.0
+            there.append(list(handler.server.workers(now[0])))
+
+    def call(frames: Iterable[bytes], deadline: float) -> Iterator[bytes]:
+        return slowly(handler.answer(slowly(frames), "slow"))
+
+    client._transport.call = call
+    client.add(constant(1.0), fetch=True)
+    assert len(there) > 60
+    assert there == [["0"]] * len(there)
+    now[0] += 10.1
+    assert not handler.server.workers(now[0])
 
 
 # gRPC
