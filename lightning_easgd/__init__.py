@@ -2,11 +2,12 @@
 
 Five questions, five places: WHAT happens to the weights (``algorithms``), WHEN and how strongly
 (``schedules``), HOW the bytes move (``communication``), WHERE the shared weights live (``center``),
-and one object that asks them in order at every step (``exchange``). ``strategy`` only plugs that
-object into Lightning.
+and one object that asks them in order at every step (``exchange``). ``server`` keeps the center of
+workers that come at their own pace. ``strategy`` only plugs all of this into Lightning.
 
 Importing the package registers ``Trainer(strategy="easgd")``, ``easgd_spawn``, ``easgd_fork`` and
-``easgd_notebook``, and so the other rules of the family by their names.
+``easgd_notebook``, and so the other rules of the family by their names. ``easgd_async``,
+``downpour_async`` and others in ``_async`` have their center behind a server.
 """
 
 from lightning.pytorch.strategies import StrategyRegistry

@@ -123,22 +123,19 @@ class Stops(EarlyStopping):
         super().__init__("val_loss", patience=0, mode="max", min_delta=100.0)
 
 
-def stop_early(rank: int) -> int:
+def stop_early(rank: int) -> tuple[int, Any]:
     module = Counting()
-    fitting = trainer(
-        2,
-        EASGDStrategy(center="local", tau=2),
-        max_epochs=100_000,
-        max_time={"seconds": 100},
-        callbacks=[Stops()],
-    )
+    strategy = EASGDStrategy(center="local", tau=2)
+    fitting = trainer(2, strategy, max_epochs=100_000, callbacks=[Stops()])
     fitting.fit(module, loader(rank, 12), loader(9, 1))
-    return fitting.current_epoch
+    return fitting.current_epoch, weights(module)
 
 
 def test_worker_0_stops_all_early() -> None:
-    epochs = run_workers(stop_early, workers=2, timeout=150)
-    assert epochs[0] <= 3
+    (first, center), (last, same) = run_workers(stop_early, workers=2, timeout=150)
+    assert first <= 3
+    assert last < 100_000
+    np.testing.assert_array_equal(center["w"], same["w"])
 
 
 def resume(rank: int, folder: Path) -> Any:

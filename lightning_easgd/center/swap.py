@@ -66,17 +66,27 @@ class Swap:
         """Whether the module holds the center now."""
         return self._swapped_out is not None
 
-    def swap_in(self, which: SwappedIn = "delivered", *, in_flight: bool = False) -> None:
+    def swap_in(
+        self,
+        which: SwappedIn = "delivered",
+        *,
+        in_flight: bool = False,
+        aside: Iterable[tuple[Fragment, FlatVector]] = (),
+    ) -> None:
         """Put the center into the module until :meth:`swap_out`.
 
         Args:
             which: the center itself, or what is delivered of it.
             in_flight: whether a sum is perhaps in flight, in memory that is otherwise free.
+            aside: weights of fragments that the worker gets back in the place of its own.
         """
         assert self._swapped_out is None, "the module holds the center already"
         vectors = self._center.provide_vectors(in_flight=in_flight)
         for fragment, vector in vectors:
             vector.read_(fragment.tensors())
+        own = {id(fragment): vector for fragment, vector in vectors}
+        for fragment, vector in aside:
+            torch._foreach_copy_(own[id(fragment)].parts, vector.parts)
         statistics = self._center.statistics_now()
         averaged = _copies(statistics | self._center.statistics.counters())
         others = _copies({n: b for n, b in self._buffers().items() if n not in averaged})
@@ -110,13 +120,6 @@ class Swap:
         if written and during and not self._warned:
             self._warned = True
             _tell(during, written, undone)
-
-    def replace(self, weights: Iterable[tuple[Fragment, FlatVector]]) -> None:
-        """Let the worker that is set aside have other weights of these fragments."""
-        assert self._swapped_out is not None
-        vectors = {id(fragment): vector for fragment, vector in self._swapped_out.weights}
-        for fragment, vector in weights:
-            torch._foreach_copy_(vectors[id(fragment)].parts, vector.parts)
 
     def release(self) -> None:
         """Let the module keep what it holds; the worker that was set aside is gone."""

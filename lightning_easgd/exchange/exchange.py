@@ -265,8 +265,7 @@ class Exchange:
         if self.clock != before.shared["clock"]:  # others trained on meanwhile
             before = self._keep()
         self._rendezvous.finish(exchange=exchange)
-        self.swap.swap_in("delivered")
-        self.swap.replace(before.owed)
+        self.swap.swap_in("delivered", aside=before.owed)
         self._before_the_end = before
         return True
 

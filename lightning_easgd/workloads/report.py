@@ -176,6 +176,8 @@ class Report:
 
     def _waited(self) -> list[tuple[str, str]]:
         waits = sorted(self.worker_wait_seconds)
+        if self.staleness is not None and self.wait_seconds is not None:
+            return [("waited by worker 0", f"{self.wait_seconds:.2f} s, for the server")]
         if not waits or not self.train_seconds:
             return []
         if len(waits) <= _FEW:

@@ -81,6 +81,8 @@ def test_the_waits_of_workers_are_in_the_table() -> None:
         table = Report(workers=2, worker_wait_seconds=waits, **known).table()
         assert f"  waited by each worker  {shown} of 20.0 s\n" in table
     assert "waited" not in Report(workers=2, **known).table()
+    at_a_server = Report(workers=2, staleness=0.5, wait_seconds=1.25, **known).table()
+    assert "  waited by worker 0     1.25 s, for the server\n" in at_a_server
 
 
 def test_samples_are_rows_of_the_first_tensor_of_a_batch() -> None:
