@@ -220,9 +220,8 @@ With τ = 4 that is seen at steps 8, 24 and 32; SMA restarts at 12, 28 and 36.
 
 STILL = Case(steps=9, tau=2, make=partial(torch.optim.SGD, lr=0.0))
 CASES = {
-    "20 exchanges": Case(steps=40, tau=2),
+    "20 exchanges": Case(steps=20, tau=1),
     "11 exchanges": Case(steps=42),
-    "tau=1": Case(steps=20, tau=1),
     "single precision": Case(steps=20, dtype=torch.float32, within=1e-4),
     "half precision": Case(steps=20, make=SGD, dtype=torch.bfloat16, within=0.1),
     "nothing to learn, float32": replace(STILL, dtype=torch.float32, within=1e-6),
@@ -237,7 +236,13 @@ CASES = {
     "learning rates fall, two fragments": Case(steps=46, fragments=2, rates=FALLS),
 }
 ALONE = {"11 exchanges", "two fragments", "learning rates fall"}
-"""What one worker trains in memory; as a process it trains all."""
+"""What one worker trains with every rule; as a process it trains the others with every third."""
+
+
+def is_trained(name: str, case: str, workers: int) -> bool:
+    """Whether so many processes train it."""
+    every_third = ([*ROWS].index(name) + [*CASES].index(case)) % 3 == 0
+    return ROWS[name].can(CASES[case], workers) and (workers > 1 or case in ALONE or every_third)
 
 
 def train(rank: int, workers: int, row: Row, case: Case, **more: Any) -> dict[str, np.ndarray]:
@@ -328,13 +333,18 @@ def train_all(rank: int, workers: int) -> dict[tuple[str, str], Any]:
         (name, case): train(rank, workers, row, CASES[case])
         for name, row in ROWS.items()
         for case in CASES
-        if row.can(CASES[case], workers)
+        if is_trained(name, case, workers)
     }
 
 
 @cache
 def trained(workers: int) -> list[dict[tuple[str, str], Any]]:
     return run_workers(train_all, workers, workers=workers, timeout=170)
+
+
+@cache
+def trained_in_memory(name: str, case: str, workers: int) -> list[dict[str, np.ndarray]]:
+    return run_threads(train_in_memory, ROWS[name], CASES[case], {}, workers=workers)
 
 
 def expected(row: Row, case: Case, workers: int) -> dict[str, np.ndarray]:
@@ -387,7 +397,7 @@ def strength(case: Case, alpha: float, pause: int, name: str, t: int) -> np.ndar
 
 @pytest.mark.parametrize(
     ("name", "case", "workers"),
-    [(n, c, p) for n, row in ROWS.items() for c in CASES for p in (1, 2) if row.can(CASES[c], p)],
+    [(n, c, p) for n in ROWS for c in CASES for p in (1, 2) if is_trained(n, c, p)],
 )
 def test_the_center_is_that_of_the_reference(name: str, case: str, workers: int) -> None:
     require_reference(name, case, workers, [run[name, case] for run in trained(workers)])
@@ -406,9 +416,7 @@ def test_the_center_is_that_of_the_reference(name: str, case: str, workers: int)
     ],
 )
 def test_the_center_is_that_of_the_reference_in_memory(name: str, case: str, workers: int) -> None:
-    row = ROWS[name]
-    runs = run_threads(train_in_memory, row, CASES[case], {}, workers=workers)
-    require_reference(name, case, workers, runs)
+    require_reference(name, case, workers, trained_in_memory(name, case, workers))
 
 
 def require_reference(name: str, case: str, workers: int, runs: list[Any]) -> None:
@@ -430,11 +438,8 @@ def require_reference(name: str, case: str, workers: int, runs: list[Any]) -> No
     ],
 )
 def test_overlap_changes_no_bit_in_memory(name: str, case: str) -> None:
-    row, case_ = ROWS[name], CASES[case]
-    behind, blocking = (
-        run_threads(train_in_memory, row, case_, {"overlap": overlap}, workers=2)
-        for overlap in (True, False)
-    )
+    behind = trained_in_memory(name, case, 2)  # as by default
+    blocking = run_threads(train_in_memory, ROWS[name], CASES[case], {"overlap": False}, workers=2)
     assert [bits(center) for center in behind] == [bits(center) for center in blocking]
 
 
@@ -447,10 +452,9 @@ def test_nothing_moves_where_workers_agree_and_have_nothing_to_learn(name: str, 
             assert np.array_equal(value, start.double().numpy())
 
 
-def two_ways(rank: int) -> Any:
-    options = [{"overlap": overlap} for overlap in (True, False)]
+def train_blocking(rank: int) -> dict[tuple[str, str], Any]:
     return {
-        (name, case): [train(rank, 2, ROWS[name], CASES[case], **more) for more in options]
+        (name, case): train(rank, 2, ROWS[name], CASES[case], overlap=False)
         for name in OVERLAPS
         for case in ("11 exchanges", "learning rates fall", "two fragments")
         if ROWS[name].can(CASES[case], 2)
@@ -458,11 +462,9 @@ def two_ways(rank: int) -> Any:
 
 
 def test_overlap_changes_no_bit_where_it_is_possible() -> None:
-    for run in run_workers(two_ways, workers=2):
-        for behind, blocking in run.values():
-            assert {k: v.tobytes() for k, v in behind.items()} == {
-                k: v.tobytes() for k, v in blocking.items()
-            }
+    for behind, blocking in zip(trained(2), run_workers(train_blocking, workers=2), strict=True):
+        for key, center in blocking.items():
+            assert bits(center) == bits(behind[key])
 
 
 def resume_all(rank: int, folder: Path) -> Any:
@@ -483,7 +485,7 @@ def resume_all(rank: int, folder: Path) -> Any:
 def resumable(rank: int, row: Row, fragments: int, folder: Path, step: int | None) -> Any:
     module = Toy(ADAMW)
     saving = ModelCheckpoint(
-        folder / str(fragments), "{step}", every_n_train_steps=5, save_top_k=-1
+        folder / str(fragments), "{step}", every_n_train_steps=10, save_top_k=-1
     )
     options = {"algorithm": row.rule, "tau": row.tau or 4, "fragments": fragments, **row.options}
     strategy = EASGDStrategy(**options)

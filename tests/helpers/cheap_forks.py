@@ -5,11 +5,16 @@ from __future__ import annotations
 import ctypes
 import gc
 from collections.abc import Iterator
+from contextlib import suppress
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from omegaconf import OmegaConf
+from omegaconf._utils import get_yaml_loader
 
 MAPS = Path("/proc/self/maps")
 """What memory this process has; Linux only."""
@@ -29,6 +34,24 @@ def remember_that_there_is_no_gpu() -> None:
     """Every step of an optimizer asks, and where there is no driver, looks for its library."""
     if not torch.cuda.device_count():
         torch.cuda._cached_device_count = 0
+
+
+def remember_configurations() -> None:
+    """Parse each text once: hundreds of tests compose the same files of ``conf/``."""
+    load, loader = OmegaConf.load, get_yaml_loader()
+    parse = cache(lambda text: yaml.load(text, Loader=loader))
+
+    def remembered(file_: Any) -> Any:
+        if not hasattr(file_, "read"):
+            return load(file_)
+        with suppress(yaml.YAMLError):  # which names the file, if it is read as usual
+            parsed = parse(file_.read())
+            if isinstance(parsed, dict):
+                return OmegaConf.create(parsed)  # which copies it
+        file_.seek(0)
+        return load(file_)
+
+    OmegaConf.load = remembered
 
 
 def keep_memory_shared(forking: int) -> None:

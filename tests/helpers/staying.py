@@ -29,7 +29,7 @@ from forking import FORK, Outcome, Workers, one_node
 from lightning_easgd.communication.workers import leave_all_groups
 
 patching = False
-"""Whether the test that runs now may patch this process; set by conftest.py."""
+"""Whether the test that runs now may patch this process; set by running.py."""
 
 _file = ""
 _staying: dict[int, Staying] = {}

@@ -64,7 +64,9 @@ def starts_processes(*values: Any) -> bool:
             return True
         if id(value) not in seen:
             seen[id(value)] = value
-            left.extend(_named_by(value))
+            left.extend(
+                _named_by_function(value) if inspect.isfunction(value) else _named_by(value)
+            )
     return False
 
 
@@ -97,6 +99,11 @@ def _named_by(value: Any) -> Iterator[Any]:
         yield from found
         for module in filter(inspect.ismodule, found):
             yield from (getattr(module, name) for name in names if hasattr(module, name))
+
+
+@cache
+def _named_by_function(value: types.FunctionType) -> tuple[Any, ...]:
+    return tuple(_named_by(value))
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:

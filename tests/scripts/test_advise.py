@@ -235,16 +235,8 @@ def test_the_command_is_what_was_typed_with_what_was_found(
 
 def advise(folder: Path, *overrides: str, code: int = 0) -> str:
     """Run the script in ``folder``; what it printed."""
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), *overrides, "hydra.run.dir=run"],
-        cwd=folder,
-        timeout=150,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    arguments = [*overrides, "hydra.run.dir=run"]
+    return run_script(SCRIPT, arguments, folder=folder, workers=None, code=code)
 
 
 def test_measures_says_how_to_train_and_leaves_its_numbers_only(tmp_path: Path) -> None:

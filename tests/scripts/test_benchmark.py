@@ -24,10 +24,10 @@ from hydra.utils import instantiate
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import Strategy
 from omegaconf import DictConfig, OmegaConf
-from processes import processes_of, until_written
+from processes import free_port, processes_of, run_script, until_written
 
 ROOT = Path(__file__).parents[2]
-CONF = ROOT / "conf"
+CONF, SCRIPT = ROOT / "conf", ROOT / "scripts" / "benchmark.py"
 NAMES = list(OmegaConf.load(CONF / "benchmark.yaml").defaults[6].contender)
 PEERS = [name for name in NAMES if name.startswith("torchft")]
 PLAIN = [name for name in NAMES if name not in [*PEERS, "post_local_sgd"]]
@@ -146,21 +146,9 @@ def test_a_cluster_has_the_network_that_it_has(
         Benchmark(composed("sweep=bandwidth"), tmp_path, by_name=False)
 
 
-def run(folder: Path, *overrides: str, program: tuple[str, ...] = (), code: int = 0) -> str:
-    done = subprocess.run(
-        [
-            *(program or (sys.executable,)),
-            *(str(ROOT / "scripts" / "benchmark.py"), f"hydra.run.dir={folder}", *SMALL),
-            *overrides,
-        ],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=170,
-        check=False,
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
+def run(folder: Path, *overrides: str, code: int = 0) -> str:
+    arguments = [f"hydra.run.dir={folder}", *SMALL, *overrides]
+    return run_script(SCRIPT, arguments, folder=folder, workers=None, code=code)
 
 
 def results(folder: Path, name: str = "results") -> list[dict[str, Any]]:
@@ -232,14 +220,20 @@ def test_torchft_on_two_hosts(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(200)
-def test_under_torchrun_one_that_fails_loses_nothing_and_it_goes_on(tmp_path: Path) -> None:
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    options = ["contender=[easgd,limit,torch_local_sgd]"]
-    stalls = ["sweep.over=stall", "sweep.values=[0,0.001]"]
-    broken = [*options, *stalls, "contender.easgd.strategy.tau=-1"]
-    told = run(tmp_path, *broken, program=torchrun, code=1)
-    assert "error: easgd was left out: easgd, τ = 4, seed 42, cluster failed" in told
-    run(tmp_path, *options, *stalls, program=torchrun)
+def test_under_torchrun_one_that_fails_loses_nothing_and_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [f"hydra.run.dir={tmp_path}", *SMALL, "contender=[easgd,limit,torch_local_sgd]"]
+    options += ["sweep.over=stall", "sweep.values=[0,0.001]"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    broken = [*torchrun, str(SCRIPT), *options, "contender.easgd.strategy.tau=-1"]
+    done = subprocess.run(broken, cwd=tmp_path, capture_output=True, text=True, timeout=170)
+    assert done.returncode == 1
+    assert "error: easgd was left out: easgd, τ = 4, seed 42, cluster failed" in (
+        done.stdout + done.stderr
+    )
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    run_script(SCRIPT, [*options, f"port={free_port()}"], folder=tmp_path, workers=2)
     failed, *found = results(tmp_path)
     assert failed["error"].startswith("easgd failed on worker ")
     assert [(one["contender"], one["stall"]) for one in found] == [
@@ -255,7 +249,7 @@ def test_under_torchrun_one_that_fails_loses_nothing_and_it_goes_on(tmp_path: Pa
 @pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_results_and_no_process(tmp_path: Path, number: signal.Signals) -> None:
-    command = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), f"hydra.run.dir={tmp_path}"]
+    command = [sys.executable, str(SCRIPT), f"hydra.run.dir={tmp_path}"]
     options = ["contender=[limit,easgd]", "steps=400", "repetitions=100"]
     with until_written(tmp_path / "results.jsonl", [*command, *SMALL, *options]) as process:
         process.send_signal(number)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import configs
@@ -13,6 +11,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from jobs import refuse_what_is_gone
 from omegaconf import OmegaConf
+from processes import run_script
 
 ROOT = Path(__file__).parents[2]
 SECRET = "hunter2's \\ ${x}"
@@ -54,18 +53,15 @@ def test_the_environment_stays_a_name(
     assert read["other"] == SECRET
 
 
-def test_no_file_of_a_run_holds_what_the_environment_does(tmp_path: Path) -> None:
-    overrides = ["+data.token=${oc.env:EASGD_TOKEN}", "+data.again=${data.token}"]
-    done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "train.py", "trainer.devices=1", *overrides],
-        cwd=tmp_path,
-        env=os.environ | {"EASGD_TOKEN": "hunter2"},
-        timeout=150,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert "unexpected keyword argument 'token'" in done.stderr
+def test_no_file_of_a_run_holds_what_the_environment_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EASGD_TOKEN", "hunter2")
+    own = ["+data.token=${oc.env:EASGD_TOKEN}", "+data.again=${data.token}"]
+    overrides = ["trainer.devices=1", *own]
+    script = ROOT / "scripts" / "train.py"
+    printed = run_script(script, overrides, folder=tmp_path, workers=None, code=1)
+    assert "unexpected keyword argument 'token'" in printed
     written = [path for path in tmp_path.rglob("config.yaml") if path.parent.name != ".hydra"]
     assert "again: ${oc.env:EASGD_TOKEN}" in written[0].read_text()
     for path in tmp_path.rglob("*"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from shutil import copytree
@@ -113,13 +112,12 @@ def delivered(folder: Path) -> tuple[dict[str, torch.Tensor], int]:
 def test_a_module_and_data_by_their_classes_with_arguments(folder: Path) -> None:
     callback = ["callbacks.mine._target_=my.Said", "callbacks.mine.word=hello"]
     own = ["module._target_=my.Lit", "module.width=7", "data._target_=my.Data", "data.number=96"]
-    command = [sys.executable, str(SCRIPT), *own, *callback, *SHORT, "hydra.run.dir=run"]
-    done = subprocess.run(command, cwd=folder, timeout=150, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    options = [*own, *callback, *SHORT, "hydra.run.dir=run"]
+    printed = run_script(SCRIPT, options, folder=folder, workers=None)
     weights, steps = delivered(folder)
     assert weights["layers.0.weight"].shape == (7, 4)
     assert steps == 96 // 2 // 16
-    assert "the callback said hello" in done.stdout
+    assert "the callback said hello" in printed
 
 
 def test_files_of_their_own_outside_the_repository(folder: Path) -> None:
@@ -152,15 +150,8 @@ def test_an_optimizer_is_handed_to_a_module_of_their_own(folder: Path) -> None:
 def test_a_template_that_is_copied_trains(name: str, least: float, tmp_path: Path) -> None:
     copytree(TEMPLATE / name, tmp_path / "mine")
     quiet = ["trainer.enable_progress_bar=false", "hydra.run.dir=run"]
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--config-dir", "mine", "experiment=mine", *quiet],
-        cwd=tmp_path,
-        timeout=150,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    mine = ["--config-dir", "mine", "experiment=mine", *quiet]
+    run_script(SCRIPT, mine, folder=tmp_path, workers=None)
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["tested"]["test/accuracy"] > least
     assert report["logged"].keys() >= {"val/loss", "val/accuracy", "train/loss"}
