@@ -24,6 +24,7 @@ import yaml
 from serving import SECONDS, Shown, Watched, to_tensorboard
 from sharding import Shards
 
+from lightning_easgd.algorithms import MDownpour
 from lightning_easgd.schedules.checks import require, require_count
 from lightning_easgd.server import Limits, Settings, SnapshotError
 from lightning_easgd.server.certificates import Certificates, ShutOut
@@ -86,8 +87,11 @@ def serve(options: argparse.Namespace) -> None:
 
 def settings_of(options: argparse.Namespace, shard: int) -> Settings:
     """Of the server of a shard, which is all of the center if there is one only."""
+    algorithm, momentum = options.algorithm, options.momentum
+    has_momentum = momentum is None or algorithm == "mdownpour"
+    require("momentum", momentum, "null, or with algorithm=mdownpour a number", has_momentum)
     return Settings(
-        algorithm=options.algorithm,
+        algorithm=algorithm if momentum is None else MDownpour(momentum),
         center_average=options.center_average,
         tau=options.tau,
         beta=options.beta,
@@ -95,6 +99,7 @@ def settings_of(options: argparse.Namespace, shard: int) -> Settings:
         staleness=options.staleness,
         weight=options.weight,
         max_norm=options.max_norm,
+        lease=options.worker_lease,
         limits=Limits(options.most_workers, options.most_bytes, options.most_per_second),
         shard=shard,
         shards=options.shards,

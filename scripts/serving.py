@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from pathlib import Path
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
     from lightning_easgd.server.serving import Serving
+
+log = logging.getLogger(__name__)
 
 SECONDS = 1.0
 """Between two looks."""
@@ -153,6 +156,8 @@ class Shown:
     def __init__(self, path: Path, writer: SummaryWriter | None = None) -> None:
         self._path = path
         self._writer = writer
+        self._cannot = ""
+        """Why the latest look was not written."""
         self._console = Console()
         self._live = Live(console=self._console, auto_refresh=False, transient=True)
 
@@ -166,9 +171,15 @@ class Shown:
             self._writer.close()
 
     def show(self, look: dict[str, Any]) -> None:
-        """Show and write a look."""
-        with open(self._path, "a") as file:
-            file.write(json.dumps(look) + "\n")
+        """Show and write a look; the server goes on where it cannot be written."""
+        try:
+            with open(self._path, "a") as file:
+                file.write(json.dumps(look) + "\n")
+            self._cannot = ""
+        except OSError as error:
+            if self._cannot != str(error):
+                self._cannot = str(error)
+                log.error("What the table shows is not written to %s: %s", self._path, error)
         if self._writer:
             for name, value in scalars(look).items():
                 self._writer.add_scalar(name, value, look["version"], look["time"])

@@ -18,8 +18,10 @@ from torch import nn
 from toy import Toy, batches, initial_weights
 
 from lightning_easgd.communication import ExchangeError
+from lightning_easgd.server import Refusal, Refused, Snapshot
 from lightning_easgd.server.answers import LostError
 from lightning_easgd.server.client import InMemory
+from lightning_easgd.server.values import Added
 
 LR, STEPS = 0.05, 12
 SGD = partial(torch.optim.SGD, lr=LR)
@@ -217,6 +219,39 @@ def test_a_worker_trains_on_without_its_server_and_comes_back(
         worker.exchange.finish(exchange=True)
         # The difference that was under way, if there was one, and the last.
         assert server.handler.server.version == (3 if overlap else 2)
+        np.testing.assert_array_equal(worker.weights["w"], server.center["w"])
+
+
+class Full:
+    """Keeps nothing while a disk is full."""
+
+    def __init__(self) -> None:
+        self.full = False
+
+    def begin(self, snapshot: Snapshot) -> None: ...
+
+    def add(self, added: Added) -> None:
+        if self.full:
+            raise Refused(Refusal.NOT_KEPT, "the disk is full")
+
+
+def test_a_worker_trains_on_while_its_server_can_keep_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with served() as server:
+        server.handler.server.keeper = disk = Full()
+        worker = server.worker(Toy(SGD))
+        for _ in range(2):
+            worker.step()
+        worker.exchange.drain()
+        disk.full = True
+        for _ in range(4):
+            worker.step()
+        assert server.handler.server.version == 1
+        assert "No server answers (the disk is full). This worker trains on" in caplog.text
+        disk.full = False
+        worker.exchange.finish(exchange=True)
+        assert server.handler.server.version == 3
         np.testing.assert_array_equal(worker.weights["w"], server.center["w"])
 
 

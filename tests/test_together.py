@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 import warnings
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,8 @@ from torch.utils.data import DataLoader
 from toy import Batches, Toy, initial_weights, loader, trainer, weights
 
 from lightning_easgd import CenterAt, EASGDMonitor, EASGDStrategy
+from lightning_easgd.strategy import local_server
+from lightning_easgd.strategy.options import Options
 
 pytest.importorskip("grpc", reason="needs gRPC: pip install -e '.[async]'")
 
@@ -161,3 +164,55 @@ def test_a_job_resumes_from_what_worker_0_saved(tmp_path: Path) -> None:
     found = run_workers(resume, tmp_path, workers=2, timeout=150)
     assert found[0][0] == [0, 8]
     np.testing.assert_array_equal(found[0][1]["w"], found[1][1]["w"])
+
+
+def fail_before_joining(rank: int, told: Path) -> tuple[str, bool]:
+    """What this worker is told, and whether a server that it started is left."""
+    module = Toy(SGD)
+    if rank == 0:
+        module.on_train_start = partial(fail_when_told, told)
+    else:
+        module.on_train_batch_start = lambda *_: told.touch()
+    strategy = EASGDStrategy(
+        center=CenterAt("local", max_offline_rounds=0), tau=2, exchange_timeout=20
+    )
+    try:
+        trainer(2, strategy, max_epochs=-1, max_time={"seconds": 100}).fit(module, loader(rank, 40))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}", bool(local_server._running)
+    return "nothing", bool(local_server._running)
+
+
+def fail_when_told(told: Path) -> None:
+    ends = time.monotonic() + 60
+    while not told.exists():
+        assert time.monotonic() < ends
+        time.sleep(0.01)
+    raise RuntimeError("a mistake of the user")
+
+
+def test_without_worker_0_the_others_end_with_an_error_that_names_it(tmp_path: Path) -> None:
+    """It stays alive after its error, and is no reason for its server to stay."""
+    told = tmp_path / "told"
+    (first, left), (other, _) = run_workers(fail_before_joining, told, workers=2, timeout=100)
+    assert first == "RuntimeError: a mistake of the user"
+    assert not left
+    assert "No server answered within 20 s" in other
+    assert "which worker 0 started (look for its error first)" in other
+
+
+def fail_to_join(rank: int) -> bool:
+    fitting = trainer(1, EASGDStrategy(center="local"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Options, "at_server", contradict)
+        with pytest.raises(ValueError, match="contradicts"):
+            fitting.fit(Toy(SGD), loader(0, 5))
+    return bool(local_server._running)
+
+
+def contradict(*_: Any) -> None:
+    raise ValueError("it contradicts the server")
+
+
+def test_a_server_ends_with_the_worker_that_cannot_join_it() -> None:
+    assert run_workers(fail_to_join, workers=1) == [False]

@@ -132,6 +132,7 @@ class CenterLink:
         self._courier.ask(lambda: client.join(weights, more, moves=moves)).result()
         newest = self._courier.ask(client.get_all).result()
         self._courier.ask(self._courier.beat).result()
+        self._courier.began = True
         client.patience = math.inf  # from now on this link knows how long to wait
         self._take_all(newest)
         if not goes_on:

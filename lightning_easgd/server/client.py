@@ -308,6 +308,8 @@ class CenterClient:
                     self._join()  # a server that was restored from before this worker came
                 elif refused.reason.ends:
                     raise
+                elif refused.reason is Refusal.NOT_KEPT:
+                    self.lost = str(refused)  # for as long as its disk is full
             if self._clock() > give_up:
                 raise UnreachableError(
                     f"No server answered worker '{self._who['worker']}' within"

@@ -16,6 +16,9 @@ from lightning_easgd.server.values import News
 
 T = TypeVar("T")
 
+_LOOKS = 0.1
+"""Seconds between two looks whether the thread has ended."""
+
 
 class Courier:
     """Runs what a client is to do, one thing after the other; nobody else uses the client.
@@ -33,6 +36,7 @@ class Courier:
         finished: whether this worker has sent all that it had.
         stops: whether it wants all of the team to stop.
         told_to_stop: whether another one does.
+        began: whether this worker has the center that it begins to train at.
     """
 
     def __init__(
@@ -40,7 +44,7 @@ class Courier:
     ) -> None:
         self.client = client
         self.progress: Callable[[], int] = lambda: 0
-        self.finished = self.stops = self.told_to_stop = False
+        self.finished = self.stops = self.told_to_stop = self.began = False
         self._team, self._every = team, every
         self._tasks: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
         # A daemon: the process may end while a server that is gone is asked again and again.
@@ -64,8 +68,10 @@ class Courier:
         """End; what has no answer yet is given up."""
         self.client.abandon()
         self._tasks.put(None)
-        self.client.close()  # ends the call that is under way, if there is one
-        self._thread.join()
+        while self._thread.is_alive():
+            self.client.close()  # ends the call that is under way, also one that has just begun
+            self._thread.join(_LOOKS)
+        self.client.close()
 
     def _run(self) -> None:
         due = time.monotonic() + self._every

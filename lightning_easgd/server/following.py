@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 _FIRST_DEADLINE = 500.0
 """Seconds that a snapshot may take."""
 
+_FULL = 0.5
+"""Seconds between two attempts to keep a difference on a full disk."""
+
 _DEADLINE = 1.3
 """Times the lease: so long a primary may be silent in an answer."""
 
@@ -70,8 +73,9 @@ class Following:
     def close(self) -> None:
         """End, and tell the primary that it is alone unless its place was taken."""
         self._ends.set()
-        self._transport.close()  # ends a call that is under way; the next one opens it again
-        self._thread.join()
+        while self._thread.is_alive():
+            self._transport.close()  # ends the call that is under way, also one that has just begun
+            self._thread.join(0.1)
         if self.follower.complete and not self._handler.primary.standing.serves:
             self.follower.complete = False
             try:
@@ -126,13 +130,24 @@ class Following:
             layout = handler.server.layout
             memory = message.payload(byte_size(layout))
             added = Added.from_text(told["added"], vector_on(layout, memory))
-            with handler.lock:
-                if self._journal:
-                    self._journal.add(added)
-                handler.server.replay(added, now=now)
+            if not self._keep(added, now):
+                told["have"] = self.follower.have
         else:
             message.payload(0)
         self.follower.hear(told, told["have"], self._clock())
+
+    def _keep(self, added: Added, now: float) -> bool:
+        """Add a difference here, too; False if there is no room for it, which is no silence."""
+        try:
+            with self._handler.lock:
+                if self._journal:
+                    self._journal.add(added)
+                self._handler.server.replay(added, now=now)
+        except Refused as refused:
+            log.error("No worker gets a receipt until this standby has room: %s", refused)
+            self._ends.wait(_FULL)
+            return False
+        return True
 
     def _begin(self, snapshot: Snapshot, now: float) -> None:
         with self._handler.lock:

@@ -162,6 +162,7 @@ class GrpcTransport:
         certificates: of the worker; needed where an address is not of this machine.
         insecure: whether to do without there.
         follow: whether to ask as a standby does.
+        said: of a server that is lost, in errors.
 
     Raises:
         ValueError: there is no address, or one needs certificates.
@@ -174,7 +175,9 @@ class GrpcTransport:
         certificates: Certificates | None = None,
         insecure: bool = False,
         follow: bool = False,
+        said: str = "",
     ) -> None:
+        self._said = said
         self._path = f"/{_SERVICE}/{_FOLLOW if follow else _ASK}"
         self.addresses = [addresses] if isinstance(addresses, str) else list(addresses)
         if not self.addresses:
@@ -200,16 +203,16 @@ class GrpcTransport:
             lost = self.addresses[self._at]
             self.close()
             self._at = (self._at + 1) % len(self.addresses)
-            raise LostError(f"{lost}: {_told(error)}") from error
+            raise LostError(f"{lost}{self._said}: {_told(error)}") from error
         finally:
             if call is not None:
                 call.cancel()
 
     def close(self) -> None:
         """Close the connection; a call opens it again."""
-        if self._channel is not None:
-            self._channel.close()
-            self._channel = None
+        channel, self._channel = self._channel, None  # another thread may close it, too
+        if channel is not None:
+            channel.close()
 
     def _open(self) -> grpc.Channel:
         if self._channel is None:

@@ -129,6 +129,8 @@ class Journal:
     def _write(self, record: Sequence[bytes | memoryview]) -> None:
         if self._file is None:
             self._file = self._open()
+        if not os.fstat(self._file).st_nlink:
+            raise OSError("it was removed; the next snapshot begins a new one")
         end = self.bytes + sum(len(piece) for piece in record)
         self._take_room(self._file, end)
         place = self.bytes

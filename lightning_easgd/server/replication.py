@@ -47,9 +47,9 @@ def terms_of(settings: Settings) -> dict[str, Any]:
     """What a standby must have in common with its primary."""
     names = (
         *("beta", "workers", "tau", "staleness", "weight"),
-        *("order", "max_norm", "shard", "shards"),
+        *("order", "max_norm", "lease", "shard", "shards"),
     )
-    return {name: getattr(settings, name) for name in names}
+    return {"rule": repr(settings.rule), **{name: getattr(settings, name) for name in names}}
 
 
 def bring(handler: Handler, frames: Iterable[bytes]) -> Iterator[bytes]:

@@ -7,6 +7,7 @@ import os
 import threading
 import time
 import uuid
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -34,8 +35,10 @@ log = logging.getLogger(__name__)
 _LOOKS = 0.1
 """Seconds between two looks whether a snapshot is due."""
 
-_LONGEST_JOURNAL = 2**28
-"""Bytes after which a snapshot is due, which begins a new one; or those of 8 models, if larger."""
+_LONGEST_JOURNAL = 2**27
+"""Bytes after which a snapshot is due, which begins a new one; or those of 8 models, if larger.
+
+Three files as long are written over in turn. Their first pages took several times as long."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,10 @@ class Serving:
         self._adds = adds if adds is None else require_count("adds", adds, "differences")
         require_choice("journal", journal, ("written", "synced", "none"))
         pairing = pairing or Pairing()
+        if pairing.standby_of:
+            transport = GrpcTransport(
+                pairing.standby_of, certificates=certificates, insecure=insecure, follow=True
+            )
         self._folder = SnapshotFolder(folder)
         try:
             self._journal = Journal(self._folder, synced=journal == "synced")
@@ -131,9 +138,6 @@ class Serving:
             )
             self.following = None
             if pairing.standby_of:
-                transport = GrpcTransport(
-                    pairing.standby_of, certificates=certificates, insecure=insecure, follow=True
-                )
                 self.following = Following(self.handler, transport, self._folder, kept)
                 self.following.start()
         except BaseException:
@@ -150,16 +154,15 @@ class Serving:
         Raises:
             SnapshotError: it cannot be saved.
         """
-        if self.following:
-            self.following.close()
-        self._grpc.close()
-        self._ends.set()
-        self._saver.join()
-        try:
-            self.save()
-        finally:
-            self._journal.close()
-            self._folder.close()
+        with ExitStack() as ending:  # from the last line to the first, whatever fails
+            ending.callback(self._folder.close)
+            ending.callback(self._journal.close)
+            ending.callback(self.save)
+            ending.callback(self._saver.join)
+            ending.callback(self._ends.set)
+            ending.callback(self._grpc.close)
+            if self.following:
+                ending.callback(self.following.close)
 
     def save(self) -> None:
         """Save a snapshot now, unless the newest one is of the same center.
@@ -193,8 +196,8 @@ class Serving:
             if self._is_due():
                 try:
                     self.save()
-                except SnapshotError as error:
-                    log.error("%s", error)
+                except Exception as error:  # the next one may be saved
+                    log.error("No snapshot was saved: %s", error)
 
     def _is_due(self) -> bool:
         server = self.handler.server

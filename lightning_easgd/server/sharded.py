@@ -274,12 +274,12 @@ def _common(terms: list[Terms]) -> Terms:
     Raises:
         ValueError: they contradict each other.
     """
-    first = terms[0]
-    for number, other in enumerate(terms):
-        if (other.algorithm, other.tau) != (first.algorithm, first.tau):
+    first, said = terms[0], [_said(each) for each in terms]
+    for number, other in enumerate(said):
+        if other != said[0]:
             raise ValueError(
-                f"Server {number} of this center has {other.algorithm} with tau={other.tau}, and"
-                f" server 0 has {first.algorithm} with tau={first.tau}. Give all the same options."
+                f"Server {number} of this center has {other}, and server 0 has {said[0]}. Give all"
+                " the same options."
             )
     return Terms(
         algorithm=first.algorithm,
@@ -293,3 +293,10 @@ def _common(terms: list[Terms]) -> Terms:
         has_center=all(each.has_center for each in terms),
         began=first.began,
     )
+
+
+def _said(terms: Terms) -> str:
+    """What the servers of one center must have in common."""
+    options = {**terms.options, "center_average": terms.average, "even": terms.even}
+    more = ", ".join(f"{name}={value}" for name, value in options.items())
+    return f"{terms.algorithm} with tau={terms.tau}, {more}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -59,39 +59,45 @@ class AtServer:
         """
         at, seconds = options.center, timeout.total_seconds()
         assert at is not None
-        local = None
-        if at.is_local and rank == 0:
-            local = LocalServer(**options.settings(workers, lease=at.lease))
-        told = None
-        if rank == 0:
-            addresses = [local.address()] if local else at.listed
-            told = json.dumps([secrets.token_hex(6), addresses, at.site])
-        if workers > 1:
-            told = share(told, rank=rank, size=workers, timeout=timeout)
-        assert told is not None
-        team, addresses, site = json.loads(told)
-        allowed = f"of workers that were started together those of one site, as worker 0's ({site})"
-        require("keys", at.site, allowed, at.site == site)
-        addresses = addresses if at.is_local else at.listed
-        client = ShardedClient(
-            lambda shard: at.transport(addresses, shard),
-            f"{team}/{rank}",
-            Wire(center).layout,
-            patience=seconds,
-        )
-        try:
+        with ExitStack() as failing:
+            local = None
+            if at.is_local and rank == 0:
+                local = LocalServer(**options.settings(workers, lease=at.lease))
+                failing.callback(local.end)
+            told = None
+            if rank == 0:
+                addresses = [local.address()] if local else at.listed
+                told = json.dumps([secrets.token_hex(6), addresses, at.site])
+            if workers > 1:
+                told = share(told, rank=rank, size=workers, timeout=timeout)
+            assert told is not None
+            team, addresses, site = json.loads(told)
+            allowed = (
+                f"of workers that were started together those of one site, as worker 0's ({site})"
+            )
+            require("keys", at.site, allowed, at.site == site)
+            addresses = addresses if at.is_local else at.listed
+            client = ShardedClient(
+                lambda shard: at.transport(addresses, shard),
+                f"{team}/{rank}",
+                Wire(center).layout,
+                patience=seconds,
+            )
+            failing.callback(client.close)
             options = options.at_server(client.ask_terms())
-        except BaseException:
-            client.close()
-            raise
-        courier = Courier(client, team=workers, every=_BEAT if workers > 1 else _BEAT_ALONE)
+            courier = Courier(client, team=workers, every=_BEAT if workers > 1 else _BEAT_ALONE)
+            failing.pop_all()
         return cls(at, courier, options, seconds, local)
 
     def leave(self) -> None:
-        """Tell the server, if it can be told, and let go of it."""
+        """Tell the server, if it can be told, and let go of it.
+
+        A server that this worker started ends now if this worker never began to train: others would
+        train without the one that validates and saves.
+        """
         with suppress(Exception):
             if self.courier.client.lost is None:
                 self.courier.ask(self.courier.client.leave).result(_LEAVING)
         self.courier.close()
         if self.local is not None:
-            self.local.leave()
+            (self.local.leave if self.courier.began else self.local.end)()

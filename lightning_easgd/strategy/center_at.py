@@ -108,7 +108,10 @@ class CenterAt:
         from lightning_easgd.server.grpc_transport import GrpcTransport
 
         addresses = [address_of(each, shard) for each in addresses]
-        return GrpcTransport(addresses, certificates=self.certificates(), insecure=self.insecure)
+        said = ", which worker 0 started (look for its error first)" if self.is_local else ""
+        return GrpcTransport(
+            addresses, certificates=self.certificates(), insecure=self.insecure, said=said
+        )
 
     def __str__(self) -> str:
         return ", ".join(self.listed)

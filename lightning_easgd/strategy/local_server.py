@@ -64,3 +64,10 @@ class LocalServer:
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(_ENDING)
             _running.remove(self._process)
+
+    def end(self) -> None:
+        """End it now, before this worker has joined; the others find no server then."""
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+        self._process.kill()
+        self.leave()

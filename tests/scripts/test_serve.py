@@ -287,6 +287,9 @@ def test_without_tensorboard_the_way_to_it_is_said(
         (["adds=0"], "adds=0 is not allowed"),
         (["most_bytes=0"], "most_bytes=0 is not allowed"),
         (["most_per_second=-1"], "most_per_second=-1 is not allowed"),
+        (["worker_lease=0"], "lease=0 is not allowed. Allowed: a positive number"),
+        (["momentum=0.5"], "momentum=0.5 is not allowed. Allowed: null, or with algorithm=mdown"),
+        (["algorithm=mdownpour", "momentum=1"], "momentum=1 is not stable"),
         (["shards=0"], "shards=0 is not allowed"),
         (["shard=2/2"], "shard='2/2' is not allowed. Allowed: as 0/2 and 1/2"),
         (["shard=1"], "shard='1' is not allowed"),
@@ -369,3 +372,23 @@ def test_addresses_are_read_as_they_are_written() -> None:
     assert (read.address, read.standby_of, read.keys, read.workers) == (
         *("[::1]:5700", "10:20", None, 4),
     )
+
+
+def test_momentum_and_lease_of_workers_reach_the_server() -> None:
+    read = serve.read(["algorithm=mdownpour", "momentum=0.5", "worker_lease=7", "lease=3"])
+    settings = serve.settings_of(read, 0)
+    assert (vars(settings.rule)["momentum"], settings.lease, read.lease) == (0.5, 7, 3)
+    assert vars(serve.settings_of(serve.read(["algorithm=mdownpour"]), 0).rule)["momentum"] == 0.9
+
+
+def test_a_server_goes_on_where_its_table_cannot_be_written(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    look = {"version": 1, "workers": []}
+    with Shown(tmp_path / "gone" / "served.jsonl") as shown:
+        shown.show(look)
+        shown.show(look)
+        assert caplog.text.count("is not written to") == 1
+        (tmp_path / "gone").mkdir()
+        shown.show(look)
+    assert json.loads((tmp_path / "gone" / "served.jsonl").read_text()) == look

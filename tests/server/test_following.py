@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 from served import LAYOUT, constant, random_vector, values
 
-from lightning_easgd.server import Settings, SnapshotError
+from lightning_easgd.algorithms import MDownpour
+from lightning_easgd.server import Refusal, Refused, Settings, SnapshotError
 from lightning_easgd.server.answers import LostError
 from lightning_easgd.server.client import CenterClient, UnreachableError
 
@@ -209,14 +211,22 @@ def test_folders_say_who_may_start_alone(tmp_path: Path) -> None:
     pair.close()
 
 
-def test_a_standby_with_other_settings_says_so(pair: Pair, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (Settings(beta=0.5), "'beta': 0.9"),
+        (Settings(MDownpour(0.5)), r"MDownpour\(.*momentum=0\.5"),
+    ],
+    ids=["beta", "momentum"],
+)
+def test_a_standby_with_other_settings_says_so(pair: Pair, settings: Settings, said: str) -> None:
     pair.standby.close()
-    pair.settings = Settings(beta=0.5)
+    pair.settings = settings
     other = pair.start("other", standby_of=f"127.0.0.1:{pair.primary.port}")
     assert other.following
     following = other.following
     until(lambda: following.failed)
-    assert "'beta': 0.9" in str(following.failed)
+    assert re.search(said, str(following.failed))
 
 
 def test_only_a_server_may_follow_and_nonsense_is_refused(tmp_path: Path) -> None:
@@ -251,3 +261,27 @@ def test_only_a_server_may_follow_and_nonsense_is_refused(tmp_path: Path) -> Non
     for transport in transports.values():
         transport.close()
     serving.close()
+
+
+def test_a_standby_whose_disk_is_full_takes_over_from_nobody(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = pair.client()
+    client.join(constant(0.0))
+    client.add(constant(1.0))
+    pair.until_paired()
+    assert pair.standby.following
+
+    def full(_: Any) -> None:
+        raise Refused(Refusal.NOT_KEPT, "No space left")
+
+    adding = threading.Thread(target=client.add, args=(constant(1.0),))
+    with monkeypatch.context() as patch:
+        patch.setattr(pair.standby.following._journal, "add", full)
+        adding.start()
+        until(lambda: caplog.text.count("until this standby has room: No space left") >= 3)
+    adding.join(20)
+    assert not adding.is_alive()
+    assert pair.primary.handler.primary.standing.serves
+    assert not pair.standby.handler.primary.standing.serves
+    np.testing.assert_array_equal(center(pair.standby), 2.0)

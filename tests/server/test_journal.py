@@ -368,3 +368,19 @@ def test_what_is_refused_is_not_in_the_journal(path: Path) -> None:
         kept.server.add("0", 1, 1, constant(float("nan")), now=0)
     assert kept.journal.bytes == 0
     kept.close()
+
+
+def test_nothing_is_acknowledged_into_a_journal_that_was_removed(path: Path) -> None:
+    kept = Kept(path)
+    kept.join()
+    kept.add(1)
+    (path / "center-000000000000.journal").unlink()
+    with pytest.raises(Refused, match=r"cannot be written \(it was removed") as refused:
+        kept.add(2)
+    assert refused.value.reason is Refusal.NOT_KEPT
+    kept.snapshot()
+    kept.add(2)
+    kept.kill()
+    kept = Kept(path)
+    assert kept.server.version == 2
+    kept.close()

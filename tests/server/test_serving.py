@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ pytest.importorskip("cryptography", reason="needs cryptography: pip install -e '
 from lightning_easgd.server.certificates import ShutOut
 from lightning_easgd.server.grpc_transport import GrpcTransport
 from lightning_easgd.server.keys import make_certificates
-from lightning_easgd.server.serving import Serving
+from lightning_easgd.server.serving import Pairing, Serving
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -98,11 +99,78 @@ def test_what_cannot_begin_leaves_nothing(tmp_path: Path) -> None:
         Serving(Settings(), tmp_path / "first")
     with pytest.raises(OSError, match="cannot listen"):
         Serving(Settings(), tmp_path / "second", address=f"127.0.0.1:{first.port}")
+    with pytest.raises(ValueError, match="with certificates"):
+        Serving(Settings(), tmp_path / "second", pairing=Pairing("elsewhere:5700"))
     first.close()
     with pytest.raises(SnapshotError, match="algorithm=easgd"):
         Serving(Settings(algorithm="downpour"), tmp_path / "first")
     Serving(Settings(), tmp_path / "first").close()
     Serving(Settings(), tmp_path / "second").close()
+    assert not [each for each in threading.enumerate() if each.name.startswith("center-")]
+
+
+def test_whatever_fails_at_its_end_a_server_saves_and_lets_go_of_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serving = Serving(Settings(), tmp_path)
+    client = reach(serving.port)
+    client.join(constant(0.0))
+    client.add(constant(1.0))
+    client.close()
+    close = serving._grpc.close
+
+    def fails() -> None:
+        close()
+        raise RuntimeError("it fails")
+
+    monkeypatch.setattr(serving._grpc, "close", fails)
+    with pytest.raises(RuntimeError, match="it fails"):
+        serving.close()
+    assert not serving._saver.is_alive()
+    assert snapshots(tmp_path)[-1] == "center-000000000001.safetensors"
+    Serving(Settings(), tmp_path).close()
+
+
+def test_an_error_at_a_snapshot_is_logged_and_the_next_one_is_saved(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serving = Serving(Settings(), tmp_path, adds=1)
+    client = reach(serving.port)
+    client.join(constant(0.0))
+    with monkeypatch.context() as patch:
+        patch.setattr(serving._folder, "save", lambda _: os.stat(tmp_path / "nothing"))
+        client.add(constant(1.0))
+        until(lambda: "No snapshot was saved: [Errno 2]" in caplog.text)
+    client.add(constant(1.0))
+    until(lambda: "center-000000000002.safetensors" in snapshots(tmp_path))
+    client.close()
+    serving.close()
+
+
+def test_without_its_folder_a_server_acknowledges_nothing_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, moved = tmp_path / "center", tmp_path / "moved"
+    serving = Serving(Settings(), folder)
+    client = reach(serving.port)
+    client.join(constant(0.0))
+    client.add(constant(1.0))
+    shutil.copytree(folder, moved)
+    shutil.rmtree(folder)
+    client.patience = 0.1
+    with pytest.raises(UnreachableError, match="it was removed"):
+        client.add(constant(1.0))
+    assert "was refused for the 1. time: The difference was not added" in caplog.text
+    with pytest.raises(SnapshotError, match="cannot be written"):
+        serving.save()
+    moved.rename(folder)
+    client.patience = 20.0
+    serving.save()
+    client.resend()
+    np.testing.assert_array_equal(values(serving.handler.server.delivered()), 2.0)
+    client.close()
+    serving.close()
+    assert "center-000000000002.safetensors" in snapshots(folder)
 
 
 def test_who_is_shut_out_is_out_at_once(tmp_path: Path) -> None:

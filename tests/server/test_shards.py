@@ -14,6 +14,7 @@ import pytest
 import torch
 from served import LAYOUT, constant, random_vector, values
 
+from lightning_easgd.algorithms import MDownpour
 from lightning_easgd.center.flat import FlatLayout
 from lightning_easgd.server import CenterServer, Refusal, Refused, Settings, SnapshotError
 from lightning_easgd.server.answers import LostError
@@ -293,6 +294,12 @@ def test_servers_that_contradict_each_other_are_named() -> None:
     servers = Servers(2)
     servers.handlers[1] = Handler(CenterServer(Settings(shard=1, shards=2, tau=7)))
     with pytest.raises(ValueError, match="Server 1 of this center has easgd with tau=7"):
+        servers.joined()
+    servers.handlers = [
+        Handler(CenterServer(Settings(MDownpour(momentum), shard=number, shards=2)))
+        for number, momentum in enumerate((0.9, 0.5))
+    ]
+    with pytest.raises(ValueError, match=r"mdownpour with tau=1, .*momentum=0\.5"):
         servers.joined()
 
 
