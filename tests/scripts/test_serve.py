@@ -338,9 +338,12 @@ def test_the_commands_of_the_page_are_read() -> None:
         serve.read(arguments)
 
 
-def test_on_the_page_keys_are_made_before_a_server_needs_them(
+def test_on_the_pages_keys_are_made_before_a_server_needs_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for page in ("asynchronous", "serving"):
+        keyed = [arguments for arguments in commands(page) if "center-keys" in " ".join(arguments)]
+        assert keyed[0] == ["keys", "center-keys", "server", "site-a", "site-b"]
     monkeypatch.chdir(tmp_path)
     alone, keys, together = commands("asynchronous")
     assert serve.read(alone).keys is None
