@@ -46,7 +46,7 @@ class Telemetry:
     exchange_cost_seconds: float = 0.0
     """By how much an exchange lengthens the steps that it hides behind; the mean."""
     wait_seconds: float = 0.0
-    """Seconds this worker stood still for an exchange."""
+    """Seconds this worker waited for an exchange."""
     consensus_distance: float = 0.0
     """‖x - c‖ / ‖c‖ of this worker at its latest exchange, before the pull."""
     tau: int = 0

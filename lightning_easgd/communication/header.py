@@ -95,7 +95,7 @@ class Header:
     checksum: int
     """Of the center's bits, 0 where it is not taken."""
     wait_microseconds: int
-    """Time the worker has stood still for exchanges so far."""
+    """Time the worker has waited for exchanges so far."""
     named: Mapping[str, int | float | bool] = field(default_factory=dict)
     """What companions of the rule and schedules say, and what schedules observe."""
 

@@ -38,7 +38,7 @@ class Asking:
         courier: brings it there.
         telemetry: where waits are counted.
         timer: told of waits and answers.
-        timeout: seconds that the worker stands still for a server that is gone.
+        timeout: seconds that the worker waits for a server that is gone.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Asking:
         """Wait for an answer, if one is expected; False if the server is gone."""
         return self._asked is None or self._take(self._asked, patience=0.0)
 
-    def stand_still(self) -> None:
+    def wait_patiently(self) -> None:
         """Wait for an answer, if one is expected, also while the server is gone.
 
         Raises:

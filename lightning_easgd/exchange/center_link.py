@@ -5,7 +5,7 @@
 [Note: one exchange old] With overlap the server's answer to a difference is the center with it. It
 travels behind the local steps that follow, and the next difference is taken from it. So the center
 that a worker knows is one exchange old, and each model-sized message hides. Without overlap the
-worker stands still, first for the newest center and then for the receipt.
+worker waits, first for the newest center and then for the receipt.
 
 [Note: no server] A difference without an answer is kept and sent again until there is one; the
 server adds it once. Meanwhile the worker trains on without exchanges, so many rounds at most.
@@ -55,7 +55,7 @@ class CenterLink:
         clock: counts this worker's samples.
         stops: what ends this worker's training.
         overlap: whether they travel while the worker trains.
-        timeout: seconds that this worker stands still for a server that is gone, or at the end for
+        timeout: seconds that this worker waits for a server that is gone, or at the end for
             workers that are stuck.
         max_offline_rounds: how many exchanges in a row it leaves out before it does.
     """
@@ -179,18 +179,18 @@ class CenterLink:
         Raises:
             ExchangeError: no server answered, or those that were started together are stuck.
         """
-        self._asking.stand_still()
+        self._asking.wait_patiently()
         if exchange and not (self._rule.resets_to_center and self._exchanged_at == clock):
             self.start(clock, last=True)
-            self._asking.stand_still()
+            self._asking.wait_patiently()
         elif self.all_reduce.has_residual:
             self._wire.pack_nothing_(self._sent)
             self._send_packed(last=True)
-            self._asking.stand_still()
+            self._asking.wait_patiently()
         self._courier.finished = True
         self._await_team()
         self._asking.ask(self._courier.client.get_all, self._take_all)
-        self._asking.stand_still()
+        self._asking.wait_patiently()
 
     def _await_team(self) -> None:
         """Wait for those that were started with this worker, so that all deliver one center."""
@@ -205,7 +205,7 @@ class CenterLink:
             if training > 0:
                 time.sleep(_PAUSE)
             self._asking.ask(self._courier.beat, hear)
-            self._asking.stand_still()
+            self._asking.wait_patiently()
 
     def wait(self) -> None:
         """Wait for an answer, if one is expected, unless the server is gone."""
@@ -247,7 +247,7 @@ class CenterLink:
             )
         if self._missed <= self._most_missed and not patiently:
             return False
-        self._asking.stand_still()
+        self._asking.wait_patiently()
         return self._has_answer(patiently=patiently)
 
     def _send(self, difference: Difference, *, last: bool) -> None:

@@ -95,7 +95,7 @@ class StepTimer:
         self._waited = 0.0
 
     def wait(self, seconds: float) -> None:
-        """The worker stood still."""
+        """The worker waited."""
         self._waited += seconds
 
     def arrive(self) -> None:

@@ -33,7 +33,7 @@ class AtServer:
     options: Options
     """With the server's terms."""
     seconds: float
-    """Seconds that this worker stands still for a server that is gone."""
+    """Seconds that this worker waits for a server that is gone."""
 
     local: LocalServer | None = None
     """The server, if this worker started it."""

@@ -28,7 +28,7 @@ class Measurement:
     step_seconds: list[float]
     """Time of each step."""
     waits: list[float] | None
-    """Seconds it stood still for each exchange; None if that cannot be told from computing."""
+    """Seconds it waited for each exchange; None if that cannot be told from computing."""
     sent_bytes: float
     """Bytes on the interface, per worker of this machine."""
     peak_bytes: int
@@ -84,7 +84,7 @@ class Pace(pl.Callback):
     Args:
         seconds: by which all are longer.
         times: how many times as long they take then.
-        waited: seconds that this worker has stood still for exchanges so far, if anybody knows:
+        waited: seconds that this worker has waited for exchanges so far, if anybody knows:
             those do not take longer on a slower machine.
     """
 
@@ -108,7 +108,7 @@ class Meter(pl.Callback):
     Args:
         window: what is measured.
         interface: whose bytes are counted.
-        waited: seconds that this worker has stood still so far; None if nobody knows.
+        waited: seconds that this worker has waited so far; None if nobody knows.
     """
 
     def __init__(self, window: Window, interface: str, waited: Callable[[], float | None]) -> None:

@@ -76,7 +76,7 @@ class WorkerTime:
     seconds: float
     """Of training, tests left out."""
     waited: float | None = None
-    """Of these, stood still for exchanges; None: nobody can tell, as under DDP, whose waits are
+    """Of these, waited for exchanges; None: nobody can tell, as under DDP, whose waits are
     inside of its backward pass."""
     hidden: float | None = None
     """That exchanges took behind steps, besides what was waited; None likewise."""
@@ -105,7 +105,7 @@ class Speed:
     step_p50: float
     step_p95: float
     wait_p50: float | None
-    """Seconds that a worker stood still for one exchange; None if nothing counted them."""
+    """Seconds that a worker waited for one exchange; None if nothing counted them."""
     wait_p95: float | None
     peak_bytes: int
     """Memory of the worker that needed most, besides what its process began with."""

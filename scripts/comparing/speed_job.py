@@ -169,7 +169,7 @@ def size() -> dict[str, int]:
 
 
 def _waited(strategy: Strategy, callbacks: list[pl.Callback]) -> Callable[[], float | None]:
-    """Tells how long this worker has stood still for exchanges, if anything counts it."""
+    """Tells how long this worker has waited for exchanges, if anything counts it."""
 
     def seconds() -> float | None:
         for source in (getattr(strategy, "telemetry", None), *callbacks):

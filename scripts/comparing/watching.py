@@ -113,7 +113,7 @@ class Watch(pl.Callback):
 
 
 class WatchApart(Watch):
-    """Of workers that wait for nobody: worker 0 tests, and the others stand still meanwhile.
+    """Of workers that wait for nobody: worker 0 tests, and the others wait meanwhile.
 
     So the clock can stand still for all, and what they share of the machine is worker 0's.
 

@@ -40,7 +40,7 @@ def test_what_may_differ_between_workers():
     verify([HEADER, replace(HEADER, stop=Stop.NO, non_finite=True, wait_microseconds=9)])
 
 
-def test_workers_that_stand_still_may_be_at_other_steps_and_places():
+def test_idle_workers_may_be_at_other_steps_and_places():
     verify([HEADER, replace(HEADER, phase=Phase.EPOCH_END, clock=3, checksum=0)])
     verify([HEADER, *(replace(HEADER, phase=phase, clock=3) for phase in list(Phase)[1:])])
     verify([replace(HEADER, phase=phase, clock=3) for phase in (Phase.EPOCH_END, Phase.FIT_END)])
