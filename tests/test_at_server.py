@@ -408,11 +408,18 @@ def test_workers_that_were_started_together_are_of_one_site(
     make_certificates(tmp_path, "site-a")
     (tmp_path / "authority.key").unlink()
     options = EASGDStrategy(center=CenterAt("server:5700", keys=tmp_path)).options
-    told = json.dumps(["team", ["server:5700"], "site-b"])  # by worker 0
+    told = json.dumps(["team", ["server:5700"], "site-b", [], "no checkpoint"])  # by worker 0
     monkeypatch.setattr(at_server, "share", lambda *_, **__: told)
     center = Center(Toy(SGD), buffers="average", rank=1)
     with pytest.raises(ValueError, match=r"keys='site-a' is not allowed.*\(site-b\)"):
-        AtServer.ask(center, options, rank=1, workers=2, timeout=timedelta(seconds=1))
+        AtServer.ask(
+            *(center, options),
+            rank=1,
+            workers=2,
+            timeout=timedelta(seconds=1),
+            folders=[],
+            goes_on_from="no checkpoint",
+        )
 
 
 def test_a_server_that_is_killed_and_restarted_adds_every_difference_once(tmp_path: Path) -> None:

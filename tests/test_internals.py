@@ -33,7 +33,7 @@ CLASSES = {
         *("resume_start", "dump_checkpoint"),
     ],
     f"{PYTORCH}.trainer.connectors.logger_connector.logger_connector:_LoggerConnector": [
-        "log_metrics",
+        *("log_metrics", "on_batch_end"),
     ],
     f"{PYTORCH}.plugins.io.wrapper:_WrappingCheckpointIO": ["checkpoint_io"],
     f"{PYTORCH}.trainer.connectors.data_connector:_DataConnector": ["_prepare_dataloader"],

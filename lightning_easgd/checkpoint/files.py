@@ -72,7 +72,8 @@ def remove_saves(
 ) -> None:
     """Remove the workers' files beside ``path`` of those saves whose id ``goes``.
 
-    What cannot be removed stays, and is tried again at the next save.
+    What cannot be removed stays, and is tried again at the next save. A worker that puts its file
+    there by itself looks for worker 0's afterwards: see own_pace.py.
 
     Args:
         storage: removes them.
@@ -81,11 +82,12 @@ def remove_saves(
         unfinished: whether files go that are perhaps still being written.
     """
     folder = workers_folder(path)
-    for name, save in list(_ours(folder)):
-        if goes(save) and (unfinished or name.endswith(".ckpt")):
-            with suppress(OSError):
-                storage.remove_checkpoint(f"{folder}/{name}")
-    _remove_if_empty(folder)
+    for _ in range(2):  # what came until worker 0's file was gone goes, too
+        for name, save in list(_ours(folder)):
+            if goes(save) and (unfinished or name.endswith(".ckpt")):
+                with suppress(OSError):
+                    storage.remove_checkpoint(f"{folder}/{name}")
+    remove_if_empty(folder)
 
 
 def remove_debris(storage: Storage, path: str) -> None:
@@ -139,7 +141,8 @@ def _ours(folder: str) -> Iterator[tuple[str, str]]:
             yield name, found[1]
 
 
-def _remove_if_empty(folder: str) -> None:
+def remove_if_empty(folder: str) -> None:
+    """Remove a folder if nothing is in it; not a link."""
     local = _local(folder)
     with suppress(Exception):  # not empty, not there, or whatever a remote file system raises
         if local is None:

@@ -15,8 +15,7 @@ from typing import Any
 
 from lightning_easgd.center.digest import fingerprint
 from lightning_easgd.checkpoint.files import ENTRY, Storage, is_save_id, worker_file
-from lightning_easgd.checkpoint.own_values import OwnValues
-from lightning_easgd.checkpoint.random_state import restore_random_state
+from lightning_easgd.checkpoint.resumed import Resumed
 from lightning_easgd.checkpoint.state import FORMAT, SharedState, WorkerState
 from lightning_easgd.checkpoint.worker_checkpoints import (
     CheckpointError,
@@ -25,59 +24,8 @@ from lightning_easgd.checkpoint.worker_checkpoints import (
     listing,
 )
 from lightning_easgd.communication.foreign import escape, quote
-from lightning_easgd.exchange.exchange import Exchange
 
 _VERSION = "pytorch-lightning_version"
-
-
-@dataclass(frozen=True)
-class Resumed:
-    """What a checkpoint holds for this worker besides what Lightning restores."""
-
-    path: str
-    """Of the main file."""
-    shared: SharedState
-    """The entry of the main file."""
-    own: WorkerState | None
-    """The worker's own file; None where it starts at the center."""
-    problems: dict[int, str]
-    """Why workers that should have had a file start at the center, by rank."""
-
-    def restore(self, exchange: Exchange, values: OwnValues) -> None:
-        """Give the exchange, and the module that holds the center, back what was saved of them.
-
-        Args:
-            exchange: of this worker.
-            values: of this worker's module.
-        """
-        own = None if self.own is None else self.own.plain()
-        exchange.load_state(self.shared.plain(), own)
-        if self.own is not None:
-            values.write(self.own.weights)
-
-    def restore_random_state(self) -> None:
-        """Go on with the random numbers that would have come next."""
-        if self.own is not None:
-            restore_random_state(self.own.random)
-
-    def warnings(self) -> list[str]:
-        """Which workers should have had a file and start at the center; a line each."""
-        return [
-            f"Worker {rank} starts at the center, with fresh optimizers: {quote(problem)}."
-            for rank, problem in self.problems.items()
-        ]
-
-    def note(self, workers: int) -> str:
-        """How ``workers`` workers go on with what was saved, in a line."""
-        before = self.shared.workers
-        if before == workers or len(self.problems) == workers:
-            kept = workers - len(self.problems)
-            return f"{kept} of {workers} worker(s) go on with their own state."
-        rest = "the others start at the center" if workers > before else "the rest is dropped"
-        return (
-            f"{workers} worker(s) resume what {before} trained: the first {min(before, workers)}"
-            f" keep their own state, {rest}; alpha is that of {workers} worker(s)."
-        )
 
 
 def agree_on_path(path: str | None, gather: Gather, *, looked_in: Sequence[str] = ()) -> None:
@@ -145,12 +93,9 @@ class Restorer:
             found = Found(path, checkpoint, entry, mine, problem)
         except CheckpointError as raised:
             error = raised
-        save = found.entry.save if found.entry is not None else None
-        step = found.checkpoint.get("global_step")
-        step = step if isinstance(step, int) else None
         text = None if error is None else str(error)
         said = self._gather(
-            [platform.node(), text, f"{path} (save {save}, step {step})", save, step]
+            [platform.node(), text, f"{path} ({found.name})", found.save, found.step]
         )
         _require_readable(path, said, error)
         return found
@@ -182,8 +127,9 @@ class Restorer:
         entry, own = found.entry, found.own
         if entry is None:
             return None
-        everybody = enumerate(self._gather(found.problem))
-        problems = {rank: text for rank, text in everybody if text}
+        said = self._gather(found.problem)
+        ranks = range(len(said)) if len(said) > 1 else [self._rank]  # it knows of itself alone
+        problems = {rank: text for rank, text in zip(ranks, said, strict=True) if text}
         changed = (entry.groups, entry.tied) != (list(groups), tied)
         problems |= _problems_of_groups(groups[-1] if groups else [], problems, changed=changed)
         own = None if self._rank in problems else own
@@ -222,7 +168,10 @@ class Restorer:
             if (own.save, own.worker) != (entry.save, self._rank):
                 of = f"worker {own.worker} in save {own.save}"
                 return None, f"{file} is that of {of}, not of {self._rank} in {entry.save}"
-            if list(fingerprint(content)) != list(entry.parts[self._rank]):
+            digest = content.pop("digest", None)  # of a worker at its own pace
+            if self._rank < len(entry.parts):
+                digest = entry.parts[self._rank]
+            if list(fingerprint(content)) != list(digest or ()):
                 return None, f"{file} was altered since it was written"
         except FileNotFoundError as missing:
             return None, f"{missing}".rstrip(".")
@@ -241,6 +190,22 @@ class Found:
     own: WorkerState | None
     problem: str | None
     """Why the worker has no state of its own where it should have."""
+
+    @property
+    def save(self) -> str | None:
+        """The id of the save; None: it is another strategy's."""
+        return None if self.entry is None else self.entry.save
+
+    @property
+    def step(self) -> int | None:
+        """Optimizer steps taken."""
+        step = self.checkpoint.get("global_step")
+        return step if isinstance(step, int) else None
+
+    @property
+    def name(self) -> str:
+        """The save, in words."""
+        return f"save {self.save}, step {self.step}"
 
 
 def _read_main(path: str, read: Callable[[], Any]) -> tuple[dict[str, Any], SharedState | None]:

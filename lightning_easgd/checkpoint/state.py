@@ -7,13 +7,14 @@ What a field holds is the state of one part, which alone knows what is in it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from typing_extensions import Self
 
 FORMAT = 3
-"""Version of the layout, and of the fields below; any change of them is another one."""
+"""Version of the layout, and of the fields below; any change of them is another one, but for a
+field that has a default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +32,11 @@ class Record:
         Raises:
             ValueError: a field is missing.
         """
-        names = [field.name for field in fields(cls)]
-        if missing := [name for name in names if name not in saved]:
+        needed = [each.name for each in fields(cls) if each.default_factory is MISSING]
+        if missing := [name for name in needed if name not in saved]:
             raise ValueError(f"it lacks {', '.join(missing)}")
-        return cls(**{name: saved[name] for name in names})
+        names = [each.name for each in fields(cls)]
+        return cls(**{name: saved[name] for name in names if name in saved})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,8 @@ class SharedState(Record):
     workers: int
     """How many saved."""
     parts: list[Any]
-    """Length and digest of each worker's file; empty where one worker alone saved."""
+    """Length and digest of each worker's file; empty where one worker alone saved. Of workers at
+    their own pace, of worker 0's: the files of the others have theirs."""
     own: dict[str, Any] | None
     """Of one worker alone: its WorkerState, as it has no file."""
 
@@ -120,3 +123,9 @@ class WorkerState(Record):
     """Its counters."""
     random: dict[str, Any]
     """Its random generators."""
+    pace: dict[str, Any] = field(default_factory=dict)
+    """Its own of PACE, where each worker has its own pace; else all have that of SharedState."""
+
+
+PACE = ("begun", "clock", "tau", "next_due", "schedules")
+"""Of SharedState, what a worker at its own pace has by itself."""

@@ -69,15 +69,24 @@ class WorkerCheckpoints:
         workers: how many there are, p.
         gather: collects a plain value (as JSON has) of every worker on every worker, by rank.
         timeout: how long others may take, in seconds.
+        made: told path and id of a save whose main file is there, by worker 0.
     """
 
     def __init__(
-        self, writes: OrderedWrites, *, rank: int, workers: int, gather: Gather, timeout: float
+        self,
+        writes: OrderedWrites,
+        *,
+        rank: int,
+        workers: int,
+        gather: Gather,
+        timeout: float,
+        made: Callable[[str, str], None] = lambda path, save: None,
     ) -> None:
         self.writes = writes
         self._rank = rank
         self._workers = workers
         self._gather = gather
+        self._made = made
         self._short_patience = min(_PATIENCE_SECONDS, timeout / 2)
         # The others wait meanwhile, where writes are not queued.
         self._patience = timeout if writes.may_queue else self._short_patience
@@ -103,6 +112,8 @@ class WorkerCheckpoints:
     ) -> None:
         """Write a checkpoint and every worker's own state beside it; all workers must call it.
 
+        Where each has its own pace, worker 0 calls it, and the others save_own.
+
         Args:
             checkpoint: Lightning's, as this worker dumped it.
             path: of the main file; that of worker 0 counts, as under DDP.
@@ -122,15 +133,9 @@ class WorkerCheckpoints:
             self._begin(path, save)
         said = self._gather([save, path, own.moved()])
         save, path, _ = said[0]
-        lightnings = {k: v for k, v in checkpoint.items() if k not in SHARED}
-        mine = WorkerState(
-            save=save,
-            worker=self._rank,
-            checkpoint=lightnings if self._rank > 0 else {},
-            weights=own.read({name for _, _, moved in said for name in moved}),
-            random=random_state(),
-            **exchange.own_state(),
-        ).plain()
+        moved = {name for _, _, names in said for name in names}
+        of = {"save": save, "rank": self._rank, "exchange": exchange}
+        mine = worker_state(checkpoint, weights=own.read(moved), **of).plain()
 
         def write_main(parts: Sequence[Sequence[Any]]) -> None:
             shared = SharedState(
@@ -199,10 +204,14 @@ class WorkerCheckpoints:
     def _write_main(
         self, checkpoint: dict[str, Any], path: str, save: str, hosts: list[str], options: Any
     ) -> None:
+        def is_written() -> None:
+            self._replace(path, save)
+            self._made(path, save)
+
         write = Write(
             before=partial(self._await_parts, path, save, hosts),
             failed=partial(self._forget, path, save),
-            after=partial(self._replace, path, save),
+            after=is_written,
         )
         self.writes.save(checkpoint, path, options, write)
 
@@ -260,6 +269,34 @@ class WorkerCheckpoints:
         self.writes.storage.remove_checkpoint(path)
         newer = {save for save in self._asked.get(path, []) if save not in asked}
         remove_saves(self.writes.storage, path, lambda save: save not in newer)
+
+
+def worker_state(
+    checkpoint: Mapping[str, Any],
+    *,
+    save: str,
+    rank: int,
+    exchange: Exchange,
+    weights: dict[str, Any],
+) -> WorkerState:
+    """What one worker alone holds, in whose exchange nothing is in flight.
+
+    Args:
+        checkpoint: Lightning's, as this worker dumped it.
+        save: to which it belongs.
+        rank: of this worker.
+        exchange: of this worker.
+        weights: of OwnValues.
+    """
+    lightnings = {k: v for k, v in checkpoint.items() if k not in SHARED}
+    return WorkerState(
+        save=save,
+        worker=rank,
+        checkpoint=lightnings if rank > 0 else {},
+        weights=weights,
+        random=random_state(),
+        **exchange.own_state(),
+    )
 
 
 def digest_of_main(checkpoint: Mapping[str, Any], entry: Mapping[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from lightning_easgd.center.center import Center
@@ -133,6 +133,7 @@ def assemble_solo(
     timeout: float,
     max_offline_rounds: int,
     codec: Codec | None = None,
+    while_waiting: Callable[[], None] = lambda: None,
 ) -> Exchange:
     """The exchange of a worker with a center behind a server.
 
@@ -146,6 +147,7 @@ def assemble_solo(
         timeout: as of CenterLink.
         max_offline_rounds: as of CenterLink.
         codec: in whose form differences travel; None: in full precision.
+        while_waiting: as of CenterLink.
     """
     clock, stops, agreement = Clock(rules.period, telemetry), Stops(), Agreement(())
     courier.progress = lambda: progress.count
@@ -166,6 +168,7 @@ def assemble_solo(
         overlap=rules.overlap,
         timeout=timeout,
         max_offline_rounds=max_offline_rounds,
+        while_waiting=while_waiting,
     )
     levels = Levels(link, [], telemetry)
     return Exchange(

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -58,6 +58,7 @@ class CenterLink:
         timeout: seconds that this worker waits for a server that is gone, or at the end for
             workers that are stuck.
         max_offline_rounds: how many exchanges in a row it leaves out before it does.
+        while_waiting: is called now and then while it waits for those that it was started with.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class CenterLink:
         overlap: bool,
         timeout: float,
         max_offline_rounds: int,
+        while_waiting: Callable[[], None] = lambda: None,
     ) -> None:
         self._clock, self._stops = clock, stops
         self.timer = StepTimer()
@@ -88,6 +90,7 @@ class CenterLink:
         self._form = Form(codec_name(self._codes.codec), buffers)
         self._fetches = overlap or self._rule.resets_to_center
         self._most_missed, self._timeout = max_offline_rounds, timeout
+        self._while_waiting = while_waiting
         self._asking = Asking(courier, self._telemetry, self.timer, timeout=timeout)
         self._stood: FlatVector | None = None
         """Where a worker that restarts at the center was when it sent."""
@@ -206,6 +209,7 @@ class CenterLink:
                 time.sleep(_PAUSE)
             self._asking.ask(self._courier.beat, hear)
             self._asking.wait_patiently()
+            self._while_waiting()
 
     def wait(self) -> None:
         """Wait for an answer, if one is expected, unless the server is gone."""

@@ -245,22 +245,27 @@ class CenterClient:
         return Receipt(**said), vectors.get("center")
 
     def beat(
-        self, *, team: int, progress: int, finished: bool, stops: bool, once: bool = False
+        self,
+        *,
+        team: int,
+        progress: int,
+        finished: bool,
+        stops: bool,
+        saves: dict[str, str],
+        once: bool = False,
     ) -> News:
-        """Give a sign of life; raises as :meth:`get`.
+        """Give a sign of life, and hear how the team is; raises as :meth:`get`.
 
         Args:
             team: how many workers were started together.
             progress: a count that rises while this one trains.
             finished: whether this one has sent all that it had.
             stops: whether all of them are to stop.
+            saves: as of News, which worker 0 of the team says.
             once: whether the server is asked once only, and LostError raised if that fails.
-
-        Returns:
-            How the team is.
         """
         asked: dict[str, Any] = {"do": "beat", "team": team, "progress": progress}
-        asked |= {"finished": finished, "stops": stops}
+        asked |= {"finished": finished, "stops": stops, "saves": saves}
         said, _ = self._ask_once(asked) if once else self._ask(asked)
         return News(**said)
 

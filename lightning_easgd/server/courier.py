@@ -37,6 +37,8 @@ class Courier:
         stops: whether it wants all of the team to stop.
         told_to_stop: whether another one does.
         began: whether this worker has the center that it begins to train at.
+        saves: the newest checkpoints of this worker, as of News; of worker 0 they count.
+        told_saves: those of worker 0, as heard last.
     """
 
     def __init__(
@@ -45,6 +47,8 @@ class Courier:
         self.client = client
         self.progress: Callable[[], int] = lambda: 0
         self.finished = self.stops = self.told_to_stop = self.began = False
+        self.saves: dict[str, str] = {}
+        self.told_saves: dict[str, str] = {}
         self._team, self._every = team, every
         self._tasks: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
         # A daemon: the process may end while a server that is gone is asked again and again.
@@ -60,8 +64,10 @@ class Courier:
     def beat(self, *, once: bool = False) -> News:
         """Give a sign of life, as part of what is asked; how the team is."""
         said: dict[str, Any] = {"progress": self.progress(), "finished": self.finished}
-        news = self.client.beat(team=self._team, **said, stops=self.stops, once=once)
+        said |= {"stops": self.stops, "saves": self.saves}  # told no later than what follows them
+        news = self.client.beat(team=self._team, **said, once=once)
         self.told_to_stop |= news.stop
+        self.told_saves = news.saves
         return news
 
     def close(self) -> None:

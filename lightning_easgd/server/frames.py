@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lightning_easgd.server.refusal import Refusal, Refused
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Raised with every change of what travels."""
 
 FRAME_BYTES = 2 * 2**20

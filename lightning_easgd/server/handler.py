@@ -22,7 +22,7 @@ from lightning_easgd.server.frames import Message, allocate, cut
 from lightning_easgd.server.model import byte_size, bytes_of, layout_of, vectors_on
 from lightning_easgd.server.refusal import Refusal, Refused, malformed
 from lightning_easgd.server.standing import NotPrimary, Primary, Standing
-from lightning_easgd.server.teams import Teams
+from lightning_easgd.server.teams import MOST_SAVES, Teams
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +32,9 @@ _MOST = 2**63
 _KEPT = 4
 _SIGN_SECONDS = 1.0
 """Between two signs of life within a message that takes long."""
+
+_LONGEST = 1024
+"""Characters of a checkpoint's name."""
 
 Answer = list[bytes]
 """Frames, made while the server is not asked by another."""
@@ -251,7 +254,7 @@ class Handler:
     def _beat(self, message: Message) -> Answer:
         worker, incarnation = _sender(message)
         size, progress = _whole(message, "team"), _whole(message, "progress")
-        message_says = message.text.get
+        saves, message_says = _saves(message), message.text.get
         message.payload(0)
         with self.lock:
             now = self.clock()
@@ -262,6 +265,7 @@ class Handler:
                 progress=progress,
                 finished=message_says("finished") is True,
                 stops=message_says("stops") is True,
+                saves=saves,
                 there=self.server.workers(now),
                 now=now,
             )
@@ -285,6 +289,16 @@ def _names(message: Message) -> list[str]:
     if listed and all(name in known for name in names) and len(set(names)) == len(names):
         return list(names)
     raise malformed("vectors", names, f"'center', and some of {', '.join(known[1:])}")
+
+
+def _saves(message: Message) -> dict[str, str]:
+    """Short names and ids of few checkpoints; what they are is not looked at here."""
+    saves: Any = message.text.get("saves")
+    if isinstance(saves, dict) and len(saves) <= MOST_SAVES:
+        words = [*saves, *saves.values()]
+        if all(isinstance(word, str) and len(word) <= _LONGEST for word in words):
+            return saves
+    raise malformed("saves", saves, f"at most {MOST_SAVES} names of checkpoints, with their ids")
 
 
 def _whole(message: Message, name: str) -> int:

@@ -181,12 +181,9 @@ class ShardedClient:
         self._answers |= self._ask(CenterClient.resend, pending)
         return self._answer()
 
-    def beat(
-        self, *, team: int, progress: int, finished: bool, stops: bool, once: bool = False
-    ) -> News:
+    def beat(self, **told: Any) -> News:
         """Give a sign of life; as of CenterClient."""
-        told: dict[str, Any] = {"team": team, "progress": progress, "finished": finished}
-        news = self._each(lambda client: client.beat(**told, stops=stops, once=once))
+        news = self._each(lambda client: client.beat(**told))
         most = max(news, key=lambda each: each.training)
         return replace(most, stop=any(each.stop for each in news))
 

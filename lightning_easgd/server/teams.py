@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 
 from lightning_easgd.server.values import News
 
+MOST_SAVES = 8
+"""Checkpoints of which worker 0 tells at a time."""
+
 _GRACE = 120.0
 """Seconds after the first worker of a team in which the last one may join."""
 
@@ -24,6 +27,7 @@ class Team:
     """Whether it needs its worker no longer, by name."""
     progress: dict[str, int] = field(default_factory=dict)
     stops: bool = False
+    saves: dict[str, str] = field(default_factory=dict)
 
 
 class Teams:
@@ -40,6 +44,7 @@ class Teams:
         progress: int,
         finished: bool,
         stops: bool,
+        saves: dict[str, str],
         there: Collection[str],
         now: float,
     ) -> News:
@@ -51,6 +56,7 @@ class Teams:
             progress: a count that rises while it trains.
             finished: whether it has sent all that it had.
             stops: whether all of the team are to stop.
+            saves: as of News; those of worker "run/0" count.
             there: names of the workers that are.
             now: seconds.
 
@@ -61,10 +67,12 @@ class Teams:
         team = self._teams.setdefault(worker.rpartition("/")[0] or worker, Team(now))
         team.finished[worker], team.progress[worker] = finished, progress
         team.stops |= stops
+        if worker.endswith("/0"):
+            team.saves = saves
         trains = [name for name, done in team.finished.items() if not done and name in there]
         missing = size - len(team.finished) if now - team.began < _GRACE else 0
         counts = {name: team.progress[name] for name in trains if finished}
-        return News(len(trains) + max(0, missing), counts, team.stops)
+        return News(len(trains) + max(0, missing), counts, team.stops, team.saves)
 
     def _forget(self, there: Collection[str], *, besides: str) -> None:
         """Forget teams of which nobody is there."""

@@ -67,11 +67,14 @@ class News:
         progress: how far each of these is that has come, by name: a count that rises. Only one that
             has finished hears of it.
         stop: whether this worker is to stop.
+        saves: names of the newest checkpoints of worker 0, and the ids of these saves. They come
+            from elsewhere, so whoever takes one for a path looks at it first.
     """
 
     training: int
     progress: dict[str, int]
     stop: bool
+    saves: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

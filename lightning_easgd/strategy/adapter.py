@@ -35,7 +35,8 @@ from lightning_easgd.communication import (
 from lightning_easgd.strategy.apart import Apart
 from lightning_easgd.strategy.build import make_center
 from lightning_easgd.strategy.collectives import Collectives, SettingUp
-from lightning_easgd.strategy.fit import EqualWorkers, Fit
+from lightning_easgd.strategy.equal_workers import EqualWorkers
+from lightning_easgd.strategy.fit import Fit
 from lightning_easgd.strategy.launchers import without_processes
 from lightning_easgd.strategy.lightning_internals import LoopHooks
 from lightning_easgd.strategy.options import Options
@@ -133,7 +134,10 @@ class Adapter(Apart):
         assert module is not None
         if self.solo:
             self._workers = EqualWorkers.at_server(
-                module, options, self._exchange_timeout, rank=rank, workers=self.world_size
+                *(module, options, self._exchange_timeout),
+                rank=rank,
+                workers=self.world_size,
+                goes_on_from=self._persistence.goes_on_from,
             )
             self._collectives = Collectives(self._workers.group, SettingUp())
             return
@@ -254,13 +258,11 @@ class Adapter(Apart):
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
     ) -> None:
         """Write the center, and beside it every worker's own state."""
-        if self.solo and self.global_rank > 0:
-            return
         self._persistence.save(checkpoint, os.fspath(filepath), self._fit, storage_options)
 
     @override
     def remove_checkpoint(self, filepath: str | Path) -> None:
-        self._persistence.files().remove(os.fspath(filepath))
+        self._persistence.remove(os.fspath(filepath))
 
     @override
     def load_checkpoint(
@@ -321,11 +323,6 @@ class Adapter(Apart):
         if self._collectives is not None and monitored.is_default(group):
             self._collectives.before_gathering()
         return super().all_gather(tensor, group, sync_grads)
-
-    @property
-    def saving_workers(self) -> int:
-        """How many workers save their own states beside a checkpoint."""
-        return 1 if self.solo else self.world_size
 
     @property
     def _alone(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import lightning.pytorch as pl
 
@@ -54,6 +54,7 @@ def make_exchange(
     trainer: pl.Trainer,
     telemetry: Telemetry,
     server: AtServer | None = None,
+    while_waiting: Callable[[], None] = lambda: None,
 ) -> Exchange:
     """The exchange of this worker with the others; all of them must call it.
 
@@ -66,6 +67,7 @@ def make_exchange(
         trainer: with the optimizers.
         telemetry: where costs are counted.
         server: that has the center; None: all workers have it.
+        while_waiting: as of CenterLink.
 
     Raises:
         ValueError: the strength is unstable for this number of workers, or an optimizer cannot be
@@ -86,6 +88,7 @@ def make_exchange(
             timeout=server.seconds,
             max_offline_rounds=server.at.max_offline_rounds,
             codec=options.codec,
+            while_waiting=while_waiting,
         )
     subgroups = [Subgroup(group, ranks, options.bucket_bytes) for ranks in groups]
     levels: list[GroupLevel] = []

@@ -9,8 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import astuple, dataclass
-from datetime import timedelta
+from dataclasses import astuple
 from functools import cached_property
 from typing import Any
 
@@ -19,24 +18,15 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 
-from lightning_easgd.center.center import Center
 from lightning_easgd.center.names import listed
 from lightning_easgd.center.swap import leaving_eval
 from lightning_easgd.checkpoint.own_values import OwnValues
-from lightning_easgd.checkpoint.restoring import Resumed
-from lightning_easgd.communication import (
-    Phase,
-    SoloGroup,
-    Stop,
-    WorkerGroup,
-    make_equal_,
-    require_equal,
-)
+from lightning_easgd.checkpoint.resumed import Resumed
+from lightning_easgd.communication import Phase, Stop, make_equal_, require_equal
 from lightning_easgd.schedules import TrainingLength
-from lightning_easgd.strategy.at_server import AtServer
-from lightning_easgd.strategy.build import make_center, make_exchange
+from lightning_easgd.strategy.build import make_exchange
+from lightning_easgd.strategy.equal_workers import EqualWorkers
 from lightning_easgd.strategy.lightning_internals import stops_early
-from lightning_easgd.strategy.options import Options
 from lightning_easgd.strategy.resume_epoch import begin_epoch_as_usual
 from lightning_easgd.strategy.samples import samples_in
 from lightning_easgd.strategy.signals import SignalRelay
@@ -49,35 +39,6 @@ from lightning_easgd.strategy.unsupported import (
 from lightning_easgd.telemetry import Telemetry
 
 _BETWEEN_BATCHES = "between two batches: loader, hooks or callbacks"
-
-
-@dataclass(frozen=True)
-class EqualWorkers:
-    """What is set up before the optimizers: all workers, and the center of their modules."""
-
-    group: WorkerGroup
-    center: Center
-    options: Options
-    """Of the exchanges."""
-    server: AtServer | None = None
-    """Where the center of this worker is; None: all workers have it."""
-
-    @classmethod
-    def at_server(
-        cls,
-        module: pl.LightningModule,
-        options: Options,
-        timeout: timedelta,
-        *,
-        rank: int,
-        workers: int,
-    ) -> EqualWorkers:
-        """This worker alone, with a place at the server; as of AtServer.ask."""
-        center = make_center(module, options, rank)
-        server = AtServer.ask(center, options, rank=rank, workers=workers, timeout=timeout)
-        if server.options.averaging != options.averaging:  # which the server has said
-            center = make_center(module, server.options, rank)
-        return cls(SoloGroup(), center, server.options, server)
 
 
 class Fit:
@@ -111,6 +72,8 @@ class Fit:
         self._signals, self._options = signals, workers.options
         self._validates_center, self._solo = validates_center, workers.server is not None
         self._uneven = self._uneven_steps = False
+        self.beside = None if workers.server is None else workers.server.beside
+        self._stepped_to = 0
         self.exchange = make_exchange(
             self.center,
             self.group,
@@ -119,6 +82,7 @@ class Fit:
             trainer=trainer,
             telemetry=telemetry,
             server=workers.server,
+            while_waiting=self._save_beside,
         )
         hooks = signals.hooks
         hooks.before_batch(self._before_batch)
@@ -126,6 +90,7 @@ class Fit:
             hooks.around_validation(self._validating)
         else:
             hooks.skip_validation()
+            hooks.at_batch_end(self._at_batch_end)
         hooks.before_end(self._finish)
         hooks.around_dump(self._saving, self.exchange.after_dump)
 
@@ -229,12 +194,28 @@ class Fit:
         if self.exchange.stopping.by_exception:
             self._meet(Phase.STOP)
 
-    def _after_batch(self) -> None:
+    @contextmanager
+    def _after_batch(self) -> Iterator[None]:
         self.enter(_BETWEEN_BATCHES)
         if stops_early(self.trainer):
             # Perhaps on this worker alone. It tells the others, and waits for them from now on.
             self.exchange.request_stop(Stop.ENOUGH)
             self._uneven = True
+        yield
+        if self._solo and self.exchange.stopping.by_exception:  # no exchange of all says so
+            self.stop()
+
+    def _at_batch_end(self) -> None:
+        """Where ModelCheckpoint saves; where gradients accumulate, only behind a step."""
+        before, self._stepped_to = self._stepped_to, self.exchange.clock
+        if self.exchange.clock > before:
+            self._save_beside()
+
+    def _save_beside(self) -> None:
+        """Save this worker's own state, at its own pace, if worker 0 has made a checkpoint."""
+        if self.beside is not None and self.trainer.global_rank > 0:
+            for path, _ in self.beside.due()[:1]:  # one save answers all
+                self.trainer.save_checkpoint(path)
 
     def _before_epoch_end(self) -> None:
         self._meet_if_uneven(Phase.EPOCH_END)

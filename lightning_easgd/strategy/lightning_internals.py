@@ -75,9 +75,13 @@ class LoopHooks:
         """Call ``action`` before every batch instead of broadcasting a SIGTERM flag."""
         self._replace(self._epoch_loop, "_broadcast_sigterm_tensor", action)
 
-    def after_batch(self, action: Callable[[], None]) -> None:
-        """Call ``action`` when a batch and its hooks are over, ahead of a validation after it."""
-        self._precede(self._epoch_loop, "on_advance_end", action)
+    def at_batch_end(self, action: Callable[[], None]) -> None:
+        """Call ``action`` behind the hooks of a batch's end, before it is counted as completed."""
+        self._precede(self._logging, "on_batch_end", action)
+
+    def after_batch(self, context: Context) -> None:
+        """Enter ``context`` when a batch and its hooks are over, for a validation after it."""
+        self._surround(self._epoch_loop, "on_advance_end", context)
 
     def around_validation(self, context: Context) -> None:
         """Enter ``context`` for a validation of a fit, with everything that belongs to it."""

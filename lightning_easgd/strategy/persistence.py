@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -17,7 +18,9 @@ from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 
-from lightning_easgd.checkpoint.restoring import Restorer, Resumed, agree_on_path
+from lightning_easgd.checkpoint.own_pace import save_own
+from lightning_easgd.checkpoint.restoring import Restorer, agree_on_path
+from lightning_easgd.checkpoint.resumed import Resumed
 from lightning_easgd.checkpoint.worker_checkpoints import (
     CheckpointError,
     WorkerCheckpoints,
@@ -26,6 +29,7 @@ from lightning_easgd.checkpoint.worker_checkpoints import (
 )
 from lightning_easgd.communication import WorkerGroup, monitored
 from lightning_easgd.exchange.optimizers import require_complete
+from lightning_easgd.strategy.beside import Beside
 from lightning_easgd.strategy.checkpoint_io import ordered_writes
 from lightning_easgd.strategy.fit import Fit
 from lightning_easgd.strategy.lightning_internals import LoopHooks
@@ -52,8 +56,8 @@ class Owner(Protocol):
         """How many workers there are."""
 
     @property
-    def saving_workers(self) -> int:
-        """How many of them save their own states beside a checkpoint, worker 0 included."""
+    def solo(self) -> bool:
+        """Whether no worker waits for another."""
 
 
 @dataclass(kw_only=True)
@@ -73,7 +77,10 @@ class Persistence:
     """How long a worker waits for others."""
     resumed: Resumed | None = field(default=None, init=False)
     """From what the fit goes on, until it does; None: it starts afresh."""
+    goes_on_from: str = field(default="no checkpoint", init=False)
+    """What Lightning restored of this fit, in words."""
     _restoring: bool = field(default=False, init=False)
+    _beside: Beside | None = field(default=None, init=False)
     _hooks: LoopHooks | None = field(default=None, init=False)
     _saved: WorkerCheckpoints | None = field(default=None, init=False)
 
@@ -89,7 +96,11 @@ class Persistence:
         After an exception that one worker may be alone with, and for weights only, the center.
         """
         weights_only = "optimizer_states" not in checkpoint
-        if fit is None or fit.alone or weights_only:
+        self._beside = None if fit is None else fit.beside
+        if self.owner.solo and self.owner.global_rank > 0:
+            if fit is not None and not (fit.alone or weights_only):
+                self._save_own(checkpoint, fit)
+        elif fit is None or fit.alone or weights_only:
             if fit is not None:
                 _ = fit.own  # from here on it counts what moves
             self.files().save_center_only(checkpoint, path, storage_options)
@@ -101,6 +112,34 @@ class Persistence:
                 storage_options=storage_options,
             )
 
+    def _save_own(self, checkpoint: dict[str, Any], fit: Fit) -> None:
+        """Write this worker's own state beside the checkpoints that worker 0 has made."""
+        beside, rank = fit.beside, self.owner.global_rank
+        assert beside is not None
+        stops = fit.exchange.stopping.by_exception
+        made = beside.await_due() if stops else beside.due()
+        try:
+            if made:
+                writes = self.files().writes
+                save_own(writes, checkpoint, made, rank=rank, exchange=fit.exchange, own=fit.own)
+        except OSError as error:
+            warnings.warn(
+                f"Worker {rank} could not save its own state beside {made[0][0]}"
+                f" ({describe(error)}). It would start at the center.",
+                stacklevel=2,
+            )
+        beside.answered(made)
+
+    def remove(self, path: str) -> None:
+        """Remove a checkpoint and the workers' files."""
+        if self._beside is not None:
+            self._beside.removed(path)
+        self.files().remove(path)
+
+    def _made(self, path: str, save: str) -> None:
+        if self._beside is not None:
+            self._beside.made(path, save)
+
     def files(self) -> WorkerCheckpoints:
         """What writes and removes checkpoints, through the storage that the strategy has now."""
         owner, storage = self.owner, self.owner.checkpoint_io
@@ -108,15 +147,16 @@ class Persistence:
             self._saved = WorkerCheckpoints(
                 ordered_writes(storage),
                 rank=owner.global_rank,
-                workers=owner.saving_workers,
+                workers=owner.world_size,
                 gather=self.collect,
                 timeout=self.timeout.total_seconds(),
+                made=self._made,
             )
         return self._saved
 
     def await_restoring(self, trainer: pl.Trainer) -> None:
         """Have all workers read the same where Lightning restores a checkpoint."""
-        self.resumed = None
+        self.resumed, self.goes_on_from = None, "no checkpoint"
         # Where this worker looks; later, callbacks have worker 0's.
         folders = [getattr(each, "dirpath", None) for each in trainer.checkpoint_callbacks]
         looked_in = [os.fspath(folder) for folder in folders if folder is not None]
@@ -150,6 +190,7 @@ class Persistence:
         owner, fitting = self.owner, trainer.state.fn == TrainerFn.FITTING
         restorer = Restorer(owner.checkpoint_io, rank=owner.global_rank, gather=self.collect)
         found = restorer.read(path, read, weights_only=weights_only, own=fitting)
+        self.goes_on_from = found.name
         if fitting:
             self.resumed = restorer.resume(
                 found,
@@ -194,9 +235,11 @@ class Persistence:
         if self.resumed is None:
             return
         self.resumed.restore(fit.exchange, own)
-        rank_zero_info(self.resumed.note(self.owner.world_size))
+        solo = self.owner.solo
+        rank_zero_info(self.resumed.note(self.owner.world_size, together=not solo))
+        say = warnings.warn if solo else rank_zero_warn
         for warning in self.resumed.warnings():
-            rank_zero_warn(warning)
+            say(warning, stacklevel=2)
 
     def take_resumed(self) -> Resumed | None:
         """What the fit goes on from; forgotten here, for it is as large as a worker's state."""
@@ -242,4 +285,4 @@ class Persistence:
         """Leave the trainer as it was, and forget what was saved."""
         if self._hooks is not None:
             self._hooks.restore()
-        self._hooks = self._saved = None
+        self._hooks = self._saved = self._beside = None

@@ -72,7 +72,8 @@ class Fuzz:
         if do == "beat":
             told = {name: self.luck.random() < 0.5 for name in ("finished", "stops")}
             counts = {name: self.luck.randrange(4) for name in ("team", "progress")}
-            return {"do": do, **who, **counts, **told}
+            saves = {"last.ckpt": "0123456789ab"} if self.luck.random() < 0.5 else {}
+            return {"do": do, **who, **counts, **told, "saves": saves}
         if do == "join":
             return {"do": do, **who, "shard": [0, 1], "model": describe(SMALL)}
         if do == "add":

@@ -7,6 +7,8 @@ from typing import Any
 from lightning_easgd.server.teams import Teams
 from lightning_easgd.server.values import News
 
+SILENT: dict[str, Any] = {"progress": 0, "finished": False, "stops": False, "saves": {}}
+
 
 def hear(teams: Teams, worker: str, there: str, now: float = 0.0, **said: Any) -> tuple[int, bool]:
     news = hear_all(teams, worker, there, now, **said)
@@ -15,7 +17,7 @@ def hear(teams: Teams, worker: str, there: str, now: float = 0.0, **said: Any) -
 
 def hear_all(teams: Teams, worker: str, there: str, now: float = 0.0, **said: Any) -> News:
     names = [f"run/{number}" for number in there]
-    said = {"progress": 0, "finished": False, "stops": False} | said
+    said = SILENT | said
     return teams.hear(f"run/{worker}", size=3, there=names, now=now, **said)
 
 
@@ -56,13 +58,26 @@ def test_all_of_a_team_stop_and_nobody_else() -> None:
     teams = Teams()
     assert hear(teams, "0", "01", stops=True) == (3, True)
     assert hear(teams, "1", "01") == (3, True)
-    said = {"size": 1, "progress": 0, "finished": False, "stops": False}
+    said = {"size": 1, **SILENT}
     assert not teams.hear("other/0", now=0.0, there=["run/0", "other/0"], **said).stop
 
 
 def test_a_team_that_has_left_is_forgotten() -> None:
     teams = Teams()
     hear(teams, "0", "0", stops=True)
-    said = {"size": 1, "progress": 0, "finished": False, "stops": False}
+    said = {"size": 1, **SILENT}
     teams.hear("later/0", there=["later/0"], now=0.0, **said)
     assert hear(teams, "0", "0") == (3, False)
+
+
+def test_what_worker_0_saved_is_told_to_its_team_and_to_no_other() -> None:
+    teams, there = Teams(), ["run/0", "run/1", "other/0"]
+    saved = {"last.ckpt": "0123456789ab"}
+
+    def saves(worker: str, **said: Any) -> Any:
+        return teams.hear(worker, size=2, there=there, now=0.0, **SILENT | said).saves
+
+    assert saves("run/0", saves=saved) == saved
+    assert saves("run/1", saves={"mine.ckpt": "ba9876543210"}) == saved
+    assert saves("other/0") == {}
+    assert saves("run/0") == saves("run/1") == {}

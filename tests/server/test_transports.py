@@ -339,7 +339,7 @@ class Link(InMemory):
 
 
 def beat(client: CenterClient) -> None:
-    client.beat(team=1, progress=0, finished=False, stops=False)
+    client.beat(team=1, progress=0, finished=False, stops=False, saves={})
 
 
 def test_deadlines_follow_what_calls_of_a_kind_took() -> None:
@@ -602,8 +602,8 @@ def test_a_site_speaks_for_workers_of_its_own_only(tmp_path: Path, handler: Hand
 
     mine, theirs = reach(1, "site-a"), reach(2, "site-b")  # the same name, and later
     assert mine.add(constant(1.0))[0].sequence == theirs.add(constant(1.0))[0].sequence == 1
-    assert theirs.beat(team=2, progress=1, finished=True, stops=True).stop
-    assert not mine.beat(team=2, progress=1, finished=False, stops=False).stop
+    assert theirs.beat(team=2, progress=1, finished=True, stops=True, saves={}).stop
+    assert not mine.beat(team=2, progress=1, finished=False, stops=False, saves={}).stop
     theirs.leave()
     mine.get()
     assert list(handler.server.workers(time.monotonic())) == ["site-a run/0"]
