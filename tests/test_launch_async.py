@@ -15,6 +15,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from processes import become_slurm_task, free_port, processes_of, run_workers
 from toy import Toy, initial_weights, loader, trainer, weights
@@ -95,6 +96,7 @@ def test_a_local_center_is_refused_on_several_nodes(node: int, strategy: Any) ->
     said = "here on 2 nodes, lies behind a server that only workers of the same machine reach. Run"
     with (
         patch.dict(os.environ, here),
+        patch.object(rank_zero_only, "rank", 0),  # put back: Lightning sets it, here to 1
         patch("lightning_easgd.strategy.at_server.LocalServer", side_effect=AssertionError),
         pytest.raises(MisconfigurationException, match=re.escape(said)),
     ):

@@ -229,7 +229,7 @@ def test_what_has_no_meaning_under_a_rule_is_refused(options: Any, message: str)
         EASGDStrategy(**{"algorithm": "local_sgd", **options})
 
 
-@pytest.mark.parametrize("algorithm", ["localsgd", None, LocalSGD])
+@pytest.mark.parametrize("algorithm", ["localsgd", 1, LocalSGD])
 def test_an_unknown_rule_is_refused(algorithm: Any) -> None:
     with pytest.raises(ValueError, match=r"algorithm=.*Allowed: 'easgd', 'local_sgd'.*Rule"):
         EASGDStrategy(algorithm=algorithm)

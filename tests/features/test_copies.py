@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, Timer
+from processes import run_script
 from staying import run_workers
 from toy import Toy, bits, loader, trainer, weights
 
@@ -126,12 +124,5 @@ def test_the_worker_that_started_the_others_is_copied_without_them(tmp_path: Pat
     """Under DDP it cannot be copied."""
     script = tmp_path / "user.py"
     script.write_text(SCRIPT)
-    ended = subprocess.run(
-        [sys.executable, str(script)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        check=True,
-        timeout=120,
-        capture_output=True,
-        text=True,
-    )
-    assert ended.stdout.count("copied") == 3
+    printed = run_script(script, [], folder=tmp_path, workers=None)
+    assert printed.count("copied") == 3

@@ -40,6 +40,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
+    gc.set_threshold(700, 10, 10)  # Python's own, in xdist's workers too; see sitecustomize.py
     gc.enable()
     forking = [item for item in session.items if item.get_closest_marker("multiprocess")]
     cheap_forks.keep_memory_shared(len(forking))
