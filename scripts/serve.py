@@ -28,6 +28,7 @@ from lightning_easgd.algorithms import MDownpour
 from lightning_easgd.schedules.checks import require, require_count
 from lightning_easgd.server import Limits, Settings, SnapshotError
 from lightning_easgd.server.certificates import Certificates, ShutOut
+from lightning_easgd.server.memory import keep_memory
 from lightning_easgd.server.shards import address_of
 
 if TYPE_CHECKING:
@@ -202,4 +203,5 @@ def make_keys(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    keep_memory()
     main()

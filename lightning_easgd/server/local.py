@@ -18,6 +18,7 @@ import time
 from lightning_easgd.server.center_server import CenterServer
 from lightning_easgd.server.grpc_transport import GrpcServer
 from lightning_easgd.server.handler import Handler
+from lightning_easgd.server.memory import keep_memory
 from lightning_easgd.server.settings import Settings
 
 _LOOKS = 0.2
@@ -31,6 +32,7 @@ def main() -> None:
     """
     parent, told = os.getppid(), threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: told.set())
+    keep_memory()
     handler = Handler(CenterServer(Settings.of(**json.loads(sys.argv[1]))))
     server = GrpcServer(handler)
     print(server.port, flush=True)

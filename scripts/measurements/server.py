@@ -1,8 +1,7 @@
 """What an asynchronous center's server costs beyond gRPC: it against an echo of the same messages.
 
 Workers, which are processes too, send to one and then to the other, over loopback, for as long. So
-all meet the same machine. Echo and server are one process. Servers of a slice each, and a primary
-with its standby, are a process each.
+all meet the same machine. Each is a process of its own, of which the echo's is as gRPC leaves it.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from lightning_easgd.center.flat import FlatLayout, FlatVector
 from lightning_easgd.server import CenterServer, Settings
 from lightning_easgd.server.frames import cut
 from lightning_easgd.server.handler import Handler
+from lightning_easgd.server.memory import keep_memory
 from lightning_easgd.server.model import bytes_of
 from lightning_easgd.server.sharded import ShardedClient
 from lightning_easgd.server.shards import Shard
@@ -63,8 +63,10 @@ def server(
         serve = partial(_serving, Path(folder), journal, shown["server"])
         try:
             pipes: list[Connection] = []
-            ports = _start(context, processes, pipes, [partial(_echo, shown["server"]), serve])
-            ways = {"echo": ports[:1], "server": ports[1:]}
+            ways = {
+                "echo": _start(context, processes, pipes, [partial(_echo, shown["server"])]),
+                "server": _start(context, processes, pipes, [serve]),
+            }
             if shards > 1:
                 ways["shards"] = []
                 for shard in range(shards):
@@ -193,6 +195,7 @@ def _serving(
 ) -> Any:
     from lightning_easgd.server.serving import Pairing, Serving
 
+    keep_memory()  # as serve.py does
     return Serving(
         Settings(**settings),
         folder / name,
