@@ -495,7 +495,9 @@ def resumable(rank: int, row: Row, fragments: int, folder: Path, step: int | Non
         strategy.optimizers[0].param_groups[0]["lr"] = rate
 
     module.on_train_batch_start = on_train_batch_start
-    fitting = trainer(2, strategy, max_epochs=4, enable_checkpointing=True, callbacks=[saving])
+    epochs = 4 if getattr(row.rule, "lr_drop", None) else 3  # of 8 steps; the rates fall at 29, too
+    more = {"max_epochs": epochs, "enable_checkpointing": True, "callbacks": [saving]}
+    fitting = trainer(2, strategy, **more)
     saved = step and folder / str(fragments) / f"step={step}.ckpt"
     fitting.fit(module, Resumable(rank, 8), ckpt_path=saved)
     center = strategy.center_state_dict()
