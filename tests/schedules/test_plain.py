@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_easgd import (
@@ -34,6 +34,7 @@ VALUES = st.floats(1e-3, 1e3)
 
 
 @pytest.mark.parametrize("make", FORMS)
+@settings(deadline=None)  # seconds depend on what else runs
 @given(start=VALUES, stop=VALUES, steps=st.integers(1, 10_000), data=st.data())
 def test_ramps_have_their_closed_forms(make: Any, start: float, stop: float, steps: int, data: Any):
     ramp = make(start, stop, steps=steps)
@@ -47,6 +48,7 @@ def test_ramps_have_their_closed_forms(make: Any, start: float, stop: float, ste
 
 
 @pytest.mark.parametrize("make", FORMS)
+@settings(deadline=None)  # seconds depend on what else runs
 @given(fraction=st.floats(0.01, 1.0), steps=st.integers(1, 10_000), step=st.integers(0, 10_000))
 def test_a_fraction_is_of_the_steps_of_training(make: Any, fraction: float, steps: int, step: int):
     ramp = make(2.0, 5.0, fraction=fraction)
@@ -59,6 +61,7 @@ def test_a_fraction_is_of_the_steps_of_training(make: Any, fraction: float, step
     assert ramp.at(step) == pytest.approx(FORMS[make](2.0, 5.0, u), rel=1e-9)
 
 
+@settings(deadline=None)  # seconds depend on what else runs
 @given(
     edges=st.lists(st.integers(1, 100), min_size=1, max_size=5, unique=True).map(sorted),
     step=st.integers(0, 120),
