@@ -211,6 +211,9 @@ def test_a_module_without_parameters_is_refused() -> None:
 
 
 def fit_compiled(rank: int, what: str) -> Any:
+    # While one thread runs: after a fork torch makes its pool anew, and ends the process where two
+    # threads of a backward pass come to do so at once.
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     module, strategy = Net(Tied), EASGDStrategy(tau=3)
     fitted: Any = module
