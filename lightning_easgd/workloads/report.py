@@ -249,7 +249,7 @@ def name_model(module: pl.LightningModule) -> str:
 def _plain_rule(strategy: str) -> str:
     """What a strategy of this name says of its rule where no option of that is given."""
     with suppress(ValueError):  # it is a rule of the user's, or one with a running average
-        return str(EASGDStrategy(algorithm=strategy).options.rules.algorithm)
+        return str(EASGDStrategy(algorithm=strategy.removesuffix("_async")).options.rules.algorithm)
     return f"{strategy}()"
 
 

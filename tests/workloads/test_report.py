@@ -85,6 +85,12 @@ def test_the_waits_of_workers_are_in_the_table() -> None:
     assert "  waited by worker 0     1.25 s, for the server\n" in at_a_server
 
 
+def test_a_rule_without_options_has_no_row_at_a_server_either() -> None:
+    for pull, rows in ((None, 0), (0.4, 1)):
+        table = Report(strategy="easgd_async", rule=str(EASGD(pull=pull))).table()
+        assert table.count("  rule ") == rows
+
+
 def test_samples_are_rows_of_the_first_tensor_of_a_batch() -> None:
     rows, none = torch.zeros(5, 2), torch.zeros(())
     for batch, count in (
