@@ -87,7 +87,7 @@ def test_the_waits_of_workers_are_in_the_table() -> None:
 
 def test_a_rule_without_options_has_no_row_at_a_server_either() -> None:
     for pull, rows in ((None, 0), (0.4, 1)):
-        table = Report(strategy="easgd_async", rule=str(EASGD(pull=pull))).table()
+        table = Report(workers=2, strategy="easgd_async", rule=str(EASGD(pull=pull))).table()
         assert table.count("  rule ") == rows
 
 
