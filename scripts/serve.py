@@ -25,7 +25,7 @@ from serving import SECONDS, Shown, Watched, to_tensorboard
 from sharding import Shards
 
 from lightning_easgd.algorithms import MDownpour
-from lightning_easgd.schedules.checks import require, require_count
+from lightning_easgd.schedules.checks import is_number, require, require_count
 from lightning_easgd.server import Limits, Settings, SnapshotError
 from lightning_easgd.server.certificates import Certificates, ShutOut
 from lightning_easgd.server.memory import keep_memory
@@ -91,6 +91,8 @@ def settings_of(options: argparse.Namespace, shard: int) -> Settings:
     algorithm, momentum = options.algorithm, options.momentum
     has_momentum = momentum is None or algorithm == "mdownpour"
     require("momentum", momentum, "null, or with algorithm=mdownpour a number", has_momentum)
+    lease = options.worker_lease
+    require("worker_lease", lease, "a positive number", is_number(lease) and lease > 0)
     return Settings(
         algorithm=algorithm if momentum is None else MDownpour(momentum),
         center_average=options.center_average,
@@ -100,7 +102,7 @@ def settings_of(options: argparse.Namespace, shard: int) -> Settings:
         staleness=options.staleness,
         weight=options.weight,
         max_norm=options.max_norm,
-        lease=options.worker_lease,
+        lease=lease,
         limits=Limits(options.most_workers, options.most_bytes, options.most_per_second),
         shard=shard,
         shards=options.shards,

@@ -27,7 +27,7 @@ class Teammates:
     """How those are that still train.
 
     Args:
-        timeout: seconds for which none of them may stand.
+        timeout: seconds without progress of any of them, after which they are not awaited.
         clock: gives seconds.
     """
 
@@ -70,7 +70,7 @@ class Teammates:
             self._told.update(late)
             log.warning(
                 "This worker has finished and waits for %s. Signs of life come from there, but no"
-                " progress for %.0f s. It waits until that are %g s.",
+                " progress for %.0f s. After %g s without progress it ends with an error.",
                 *(_listed(late), min(self._stood[name] for name in late), self._timeout),
             )
 

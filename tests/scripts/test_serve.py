@@ -287,7 +287,7 @@ def test_without_tensorboard_the_way_to_it_is_said(
         (["adds=0"], "adds=0 is not allowed"),
         (["most_bytes=0"], "most_bytes=0 is not allowed"),
         (["most_per_second=-1"], "most_per_second=-1 is not allowed"),
-        (["worker_lease=0"], "lease=0 is not allowed. Allowed: a positive number"),
+        (["worker_lease=0"], "worker_lease=0 is not allowed. Allowed: a positive number"),
         (["momentum=0.5"], "momentum=0.5 is not allowed. Allowed: null, or with algorithm=mdown"),
         (["algorithm=mdownpour", "momentum=1"], "momentum=1 is not stable"),
         (["shards=0"], "shards=0 is not allowed"),
