@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,12 @@ def texts(node: ast.expr) -> str:
     return "…" if isinstance(node, ast.FormattedValue) else ""
 
 
-def messages() -> Iterator[str]:
+@cache
+def messages() -> frozenset[str]:
+    return frozenset(_messages())
+
+
+def _messages() -> Iterator[str]:
     for path in PACKAGE.rglob("*.py"):
         if "workloads" in path.parts:  # what the scripts train
             continue
@@ -58,6 +64,7 @@ def messages() -> Iterator[str]:
                     yield f"{texts(said)} ("
 
 
+@cache
 def entries() -> list[str]:
     found = re.findall(r"^(`{1,2})(?!`)(.+?)\1\n: ", PAGE.read_text(), re.M)
     return [entry.strip() for _, entry in found]
@@ -78,11 +85,10 @@ def test_every_message_has_its_entry() -> None:
 
 
 def test_every_entry_is_of_a_message() -> None:
-    found = set(messages())
     assert len(entries()) == len(set(entries()))
     for entry in entries():
         assert len(entry.replace("…", "")) > 8, entry
-        assert any(begins_with(entry, said) for said in found), entry
+        assert any(begins_with(entry, said) for said in messages()), entry
 
 
 def test_the_tables_are_those_that_the_code_checks() -> None:
@@ -97,4 +103,4 @@ def test_the_tables_are_those_that_the_code_checks() -> None:
 
 
 def test_what_is_caught_is_raised() -> None:
-    assert set(messages()) >= CAUGHT
+    assert messages() >= CAUGHT

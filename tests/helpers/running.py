@@ -26,7 +26,12 @@ TASKS, FILES = "/proc/self/task", "/proc/self/fd"
 ENDED = pytest.StashKey[int]()
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    # Lightning's advice on num_workers, logging intervals and samplers, which tests do not follow.
+    # In pyproject.toml it would have xdist's parent import torch for its class.
+    config.addinivalue_line(
+        "filterwarnings", "ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"
+    )
     gc.disable()  # until all is imported: a fifth of the time went to look for garbage in it
     # One thread: workers are forked from this process, and a fork does not survive OpenMP's.
     torch.set_num_threads(1)

@@ -62,12 +62,15 @@ def starts_processes(*values: Any) -> bool:
         value = left.pop()
         if any(value is starter for starter in STARTERS):
             return True
-        if id(value) not in seen:
+        if id(value) not in seen and id(value) not in _STARTS_NONE:
             seen[id(value)] = value
-            left.extend(
-                _named_by_function(value) if inspect.isfunction(value) else _named_by(value)
-            )
+            left.extend(_named_by(value))
+    _STARTS_NONE.update(seen)  # nor does any that they name
     return False
+
+
+_STARTS_NONE: dict[int, Any] = {}
+"""What was found to start none, by identity: thousands of tests name the same."""
 
 
 def _starts(value: Any) -> bool:
@@ -99,11 +102,6 @@ def _named_by(value: Any) -> Iterator[Any]:
         yield from found
         for module in filter(inspect.ismodule, found):
             yield from (getattr(module, name) for name in names if hasattr(module, name))
-
-
-@cache
-def _named_by_function(value: types.FunctionType) -> tuple[Any, ...]:
-    return tuple(_named_by(value))
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:

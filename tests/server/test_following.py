@@ -277,6 +277,7 @@ def test_a_standby_whose_disk_is_full_takes_over_from_nobody(
 
     adding = threading.Thread(target=client.add, args=(constant(1.0),))
     with monkeypatch.context() as patch:
+        patch.setattr("lightning_easgd.server.following._FULL", 0.1)
         patch.setattr(pair.standby.following._journal, "add", full)
         adding.start()
         until(lambda: caplog.text.count("until this standby has room: No space left") >= 3)
