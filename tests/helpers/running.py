@@ -38,6 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
     cheap_forks.remember_packages()
     cheap_forks.remember_that_there_is_no_gpu()
     cheap_forks.remember_configurations()
+    cheap_forks.wait_with_fewer_looks()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
