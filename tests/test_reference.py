@@ -8,10 +8,15 @@ from against_reference import LR, OPTIMIZERS, compare, fit
 from processes import run_workers
 
 
-@pytest.mark.parametrize("workers", [2, 4])
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_center_and_workers_follow_the_paper(name: str, workers: int) -> None:
-    compare(name, workers, 1, 2, 5, options={"final_exchange": False})
+@pytest.mark.parametrize(
+    ("name", "workers", "taus"),
+    [
+        *((name, 2, [1, 2, 5]) for name in OPTIMIZERS),
+        *((name, 4, [tau]) for name, tau in zip(OPTIMIZERS, [1, 2, 5], strict=True)),
+    ],
+)
+def test_center_and_workers_follow_the_paper(name: str, workers: int, taus: list[int]) -> None:
+    compare(name, workers, *taus, options={"final_exchange": False})
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

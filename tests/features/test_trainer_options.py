@@ -63,9 +63,9 @@ def test_how_long_and_how_often(options: Any, expected: tuple[int, int, int]) ->
     ],
     ids=str,
 )
-def test_what_leaves_the_bits_alone(options: Any, tmp_path: Any, monkeypatch: Any) -> None:
-    monkeypatch.chdir(tmp_path)  # where the profilers write
-    assert_like_on_a_spring(training(partial(Validated, SGD), max_epochs=2, **options))
+def test_what_leaves_the_bits_alone(options: Any, tmp_path: Any) -> None:
+    options = {"max_epochs": 2, "default_root_dir": tmp_path, **options}
+    assert_like_on_a_spring(training(partial(Validated, SGD), **options))
 
 
 @pytest.mark.skipif(find_spec("rich") is None, reason="rich is not installed")
