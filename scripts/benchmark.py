@@ -17,8 +17,6 @@ import sys
 from pathlib import Path
 
 import hydra
-from comparing.agent import JobError, serve
-from comparing.clusters import AGENT
 from comparing.command import end_with_result_of, require_contenders
 from comparing.contender import FOLDER, named
 from comparing.speed import Benchmark
@@ -39,13 +37,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def command_line() -> None:
-    """Be the agent of a host, or the benchmark."""
-    if sys.argv[1:2] == [AGENT]:
-        try:
-            serve(sys.argv[2])
-        except JobError as error:
-            sys.exit(str(error))
-        return
+    """Be the benchmark."""
     require_contenders(sys.argv[1:])
     main()
 

@@ -1,45 +1,78 @@
-"""The process of one host that forks a process for each job."""
+"""The process of one host, which forks a process for each job."""
 
 from __future__ import annotations
 
-import json
+import ctypes
+import gc
 import multiprocessing
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+from functools import partial
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from emulation import EmulatedHosts
+from forking import write_to
+from parting import end_with
 
 from comparing import link
 
-READY = "ready"
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of glibc's malloc.h
 
 
 class JobError(RuntimeError):
     """A job failed; its error was printed."""
 
 
-def serve(config: str) -> None:
-    """Do the orders that stand on stdin, a line each, and answer each with a line on stdout.
+def serve(
+    rank: int,
+    hosts: EmulatedHosts,
+    work: Callable[..., Any],
+    threads: int,
+    logs: Sequence[Path],
+    orders: Sequence[Connection],
+    answers: Sequence[Connection],
+) -> None:
+    """Be the agent of a host, in a process that was forked for it: do orders, and answer each.
 
     Args:
-        config: file of the resolved configuration.
+        rank: the host's number, and that of its log and its connections.
+        hosts: on which agents are.
+        work: called as ``work(job, settings, port=...)``.
+        threads: of each worker.
+        logs: files for what jobs print.
+        orders: each a port, and either a job with its settings, or a link to measure.
+        answers: one to each.
 
     Raises:
         JobError: a job failed.
     """
-    with os.fdopen(os.dup(1), "w") as answers:
-        os.dup2(2, 1)  # what jobs print is no answer
-        obey = _worker(OmegaConf.load(config))
-        print(json.dumps(READY), file=answers, flush=True)
-        for line in sys.stdin:
-            order = json.loads(line)
-            answer = measure_link(order["port"]) if "job" not in order else in_child(obey, order)
-            print(json.dumps(answer), file=answers, flush=True)
+    os.setsid()  # Ctrl-C is for the process that ends the hosts
+    write_to(logs[rank])
+    hosts.enter(rank)
+    os.environ |= dict.fromkeys(_THREADS, str(threads))
+    _keep_memory()
+    while True:
+        port, *job = orders[rank].recv()
+        found = in_child(partial(work, port=port), *job) if job else measure_link(port)
+        answers[rank].send(found)
+
+
+def _keep_memory() -> None:
+    """Have glibc keep what a step frees for the next.
+
+    Else it gives memory back and faults it in again, in one job for a tenth of the time and in the
+    next for none of it, whatever the contender.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_MMAP_THRESHOLD, 2**30)
+        libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def measure_link(port: int) -> float | None:
@@ -48,14 +81,6 @@ def measure_link(port: int) -> float | None:
     if rank == 1:
         link.send(os.environ["MASTER_ADDR"], port)
     return None if rank else link.receive(port)
-
-
-def _worker(cfg: Any) -> Callable[[Mapping[str, Any]], Any]:
-    from comparing.result import Job
-    from comparing.work import Workbench
-
-    work = Workbench(cfg.get("data")).work
-    return lambda order: work(Job(**order["job"]), order["settings"], port=order["port"])
 
 
 def in_child(
@@ -73,7 +98,7 @@ def in_child(
     """
     fork = multiprocessing.get_context("fork")
     receiver, sender = fork.Pipe(duplex=False)
-    process = fork.Process(target=_child, args=(work, args, sender), daemon=True)
+    process = fork.Process(target=_child, args=(work, args, sender, os.getpid()), daemon=True)
     process.start()
     sender.close()
     try:
@@ -90,7 +115,9 @@ def in_child(
         receiver.close()
 
 
-def _child(work: Callable[..., Any], args: Any, sender: Connection) -> None:
+def _child(work: Callable[..., Any], args: Any, sender: Connection, parent: int) -> None:
+    end_with(parent, signal.SIGKILL)
+    gc.freeze()  # as other workers do
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:

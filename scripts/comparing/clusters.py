@@ -2,41 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import os
-import selectors
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from functools import partial
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any, Protocol
 
 from emulation import EmulatedHosts
+from forking import FORK, Workers
 from launching import is_worker
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
-from comparing.agent import JobError, in_child, measure_link
+from comparing.agent import JobError, in_child, measure_link, serve
 from comparing.meeting import Meeting
 from comparing.networks import Setting, rate_of
 from comparing.result import Job
 
-AGENT = "--agent"
-"""The argument by which scripts/benchmark.py becomes an agent."""
-
-_KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
-"""Lets glibc keep what a step frees for the next. Else it gives memory back and faults it in again,
-in one job for a tenth of the time and in the next for none of it, whatever the contender."""
-_START_SECONDS = 600.0
+_POLL_SECONDS = 0.2
 _END_SECONDS = 10.0
 _LINK_SECONDS = 60.0
 _ANOTHER_FAILED = "another worker failed"
 _PORTS_PER_JOB = 2
 _LINES_OF_LOG = 15
-_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-_SCRIPT = Path(__file__).parents[1] / "benchmark.py"
 
 
 def rank_on_cluster() -> int | None:
@@ -83,36 +73,48 @@ class Cluster(Protocol):
 
 
 class EmulatedCluster:
-    """Agents on emulated hosts, within a ``with`` block.
+    """Agents on emulated hosts, forked from this process, within a ``with`` block.
 
     Args:
         setting: of the hosts.
-        config: file of the resolved configuration.
-        logs: folder for what agents print.
+        work: called as ``work(job, settings, port=...)`` for each job, on every host.
+        logs: folder for what jobs print.
         timeout: seconds that a job may take.
         threads: of each worker.
     """
 
     def __init__(
-        self, setting: Setting, config: Path, logs: Path, *, timeout: float, threads: int
+        self,
+        setting: Setting,
+        work: Callable[..., Any],
+        logs: Path,
+        *,
+        timeout: float,
+        threads: int,
     ) -> None:
         self._setting = setting
-        self._config = config
+        self._work = work
         self._logs = logs
         self._timeout = timeout
         self._threads = threads
         self._port = 29500
-        self._agents: list[subprocess.Popen[str]] = []
 
     def __enter__(self) -> EmulatedCluster:
         self._logs.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as stack:
-            rate = rate_of(self._setting.network)
-            hosts = stack.enter_context(EmulatedHosts(self._setting.hosts, rate_bits=rate))
-            self._answers = stack.enter_context(selectors.DefaultSelector())
-            for host in range(hosts.count):
-                self._start(hosts, host, stack)
-            self._collect("The agents could not be started", _START_SECONDS)
+        count, rate = self._setting.hosts, rate_of(self._setting.network)
+        orders, answers = ([FORK.Pipe(duplex=False) for _ in range(count)] for _ in range(2))
+        self._orders = [sender for _, sender in orders]
+        self._answers = [receiver for receiver, _ in answers]
+        theirs = [receiver for receiver, _ in orders], [sender for _, sender in answers]
+        logs = [self._log(host) for host in range(count)]
+        with ExitStack() as stack, ExitStack() as when_forked:
+            for pipe in [*self._orders, *self._answers]:
+                stack.callback(pipe.close)
+            for pipe in [*theirs[0], *theirs[1]]:
+                when_forked.callback(pipe.close)
+            hosts = stack.enter_context(EmulatedHosts(count, rate_bits=rate))
+            task = serve, hosts, self._work, self._threads, logs, *theirs
+            self._agents = stack.enter_context(Workers(*task, workers=count))
             self._stack = stack.pop_all()
         return self
 
@@ -125,8 +127,7 @@ class EmulatedCluster:
         Raises:
             ClusterError: it failed; says where its output is.
         """
-        order = {"job": job.to_json(), "settings": settings}
-        return self._order(f"{job.contender} failed", self._timeout, **order)
+        return self._order(f"{job.contender} failed", self._timeout, job, settings)
 
     def link_rate(self) -> float:
         """Bits per second from one host to another, measured.
@@ -137,56 +138,29 @@ class EmulatedCluster:
         rate: float = self._order("The link could not be measured", _LINK_SECONDS)[0]
         return rate
 
-    def _order(self, failure: str, seconds: float, **order: Any) -> list[Any]:
-        """What all agents answer."""
-        line = json.dumps({**order, "port": self._port})
-        self._port += _PORTS_PER_JOB
-        for agent in self._agents:
-            assert agent.stdin is not None
-            agent.stdin.write(line + "\n")
-            agent.stdin.flush()
-        return self._collect(failure, seconds)
-
-    def _start(self, hosts: EmulatedHosts, host: int, stack: ExitStack) -> None:
-        log = stack.enter_context(self._log(host).open("a"))
-        agent = hosts.start(
-            host,
-            [sys.executable, str(_SCRIPT), AGENT, str(self._config)],
-            env=_KEPT_MEMORY | dict.fromkeys(_THREADS, str(self._threads)),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            start_new_session=True,  # Ctrl-C is for this process, which ends the hosts
-        )
-        assert agent.stdin is not None
-        assert agent.stdout is not None
-        stack.callback(agent.stdout.close)
-        stack.callback(agent.stdin.close)
-        self._answers.register(agent.stdout, selectors.EVENT_READ, host)
-        self._agents.append(agent)
-
-    def _collect(self, failure: str, seconds: float) -> list[Any]:
-        """One answer of each agent, in rank order."""
-        answers: dict[int, Any] = {}
+    def _order(self, failure: str, seconds: float, *job: Any) -> list[Any]:
+        """What all agents answer, in rank order."""
+        order, self._port = (self._port, *job), self._port + _PORTS_PER_JOB
+        for pipe in self._orders:
+            with suppress(BrokenPipeError):  # of one that has ended, which is said below
+                pipe.send(order)
+        found: dict[int, Any] = {}
         deadline = time.monotonic() + seconds
-        while len(answers) < len(self._agents):
-            ready = self._answers.select(max(0.0, deadline - time.monotonic()))
-            if not ready:
-                late = min(set(range(len(self._agents))) - set(answers))
+        while left := [host for host in range(self._setting.hosts) if host not in found]:
+            rest = deadline - time.monotonic()
+            if rest <= 0:
                 raise ClusterError(
-                    f"{failure}: no answer within {seconds:g} s. {self._end_of_log(late)}"
+                    f"{failure}: no answer within {seconds:g} s. {self._end_of_log(left[0])}"
                 )
-            for key, _ in ready:
-                line = key.fileobj.readline()
-                if not line:
-                    with suppress(subprocess.TimeoutExpired):
-                        self._agents[key.data].wait(_END_SECONDS)  # it still prints why
-                    raise ClusterError(
-                        f"{failure} on host {key.data}. {self._end_of_log(key.data)}"
-                    )
-                answers[key.data] = json.loads(line)
-        return [answers[host] for host in range(len(self._agents))]
+            connection.wait([self._answers[host] for host in left], min(_POLL_SECONDS, rest))
+            for host in left:
+                with suppress(EOFError):  # all have ended
+                    if self._answers[host].poll():
+                        found[host] = self._answers[host].recv()
+            for host, outcome in self._agents.ended(set(left) - set(found), 0):
+                message = f"{failure} on host {host}: {outcome.message}"
+                raise ClusterError(f"{message}. {self._end_of_log(host)}")
+        return [found[host] for host in range(self._setting.hosts)]
 
     def _log(self, host: int) -> Path:
         return self._logs / f"{self._setting.network}-{self._setting.hosts}-host{host}.log"

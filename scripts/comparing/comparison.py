@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +89,12 @@ class Comparison:
             cluster.leave()
         return not self._ledger.failed
 
+    @cached_property
+    def _work(self) -> Callable[..., Any]:
+        return Workbench(self._cfg.get("data")).work
+
     def _join(self) -> TorchrunCluster:
-        cfg = self._cfg
-        return TorchrunCluster(Workbench(cfg.get("data")).work, cfg.port, cfg.job_timeout)
+        return TorchrunCluster(self._work, self._cfg.port, self._cfg.job_timeout)
 
     def _train(self, cluster: TorchrunCluster | None) -> None:
         if not self._rank:
@@ -125,10 +129,9 @@ class Comparison:
         if cluster is not None:
             return ClusterJobs(lambda: cluster)
         if network is None:
-            work = Workbench(cfg.get("data")).work
-            return Jobs(work, workers=cfg.workers, room=self._room, timeout=cfg.job_timeout)
+            return Jobs(self._work, workers=cfg.workers, room=self._room, timeout=cfg.job_timeout)
         setting = Setting(network, cfg.workers)
-        return emulated(cfg, setting, self._output, threads=1)
+        return emulated(cfg, setting, self._work, self._output, threads=1)
 
     def _next(self, network: str | None, running: Launcher | tuple[()] = ()) -> Job | None:
         """The most urgent job that is neither found nor running, of a contender that works."""

@@ -10,11 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import configs
 import torch
 from forking import Outcome, Workers, one_node
 from omegaconf import DictConfig
-from plugging import read_by
 
 from comparing.clusters import Cluster, ClusterError, EmulatedCluster
 from comparing.networks import Setting
@@ -101,19 +99,20 @@ class ClusterJobs:
         return Result.of(job, settings, time.monotonic() - began, **found)
 
 
-def emulated(cfg: DictConfig, setting: Setting, output: Path, *, threads: int) -> ClusterJobs:
+def emulated(
+    cfg: DictConfig, setting: Setting, work: Callable[..., Any], output: Path, *, threads: int
+) -> ClusterJobs:
     """Jobs on emulated hosts.
 
     Args:
-        cfg: of the script, which the hosts read.
+        cfg: of the script.
         setting: of the hosts.
+        work: called as ``work(job, settings, port=...)`` in every worker of a job.
         output: the folder of results, and of what hosts print.
         threads: of each worker.
     """
-    config = output / "resolved.yaml"
-    configs.save(read_by(cfg, ["data"]), config)
     timeout, logs = cfg.job_timeout, output / "logs"
-    make = partial(EmulatedCluster, setting, config, logs, timeout=timeout, threads=threads)
+    make = partial(EmulatedCluster, setting, work, logs, timeout=timeout, threads=threads)
     return ClusterJobs(make)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Collection, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,8 @@ from lightning_easgd.schedules.checks import require_count
 
 _WORKLOAD = ("steps", "accelerator", "threads", "pace")
 
-_START_SECONDS_PER_HOST = 6.0
-"""What it takes to start the agents, about."""
+_START_SECONDS_PER_HOST = 0.5
+"""What it takes to make a host and its agent, about."""
 
 
 class Benchmark:
@@ -65,8 +65,7 @@ class Benchmark:
         """Measure what is left, and report all; whether nothing failed."""
         cluster, cfg, speaks = None, self._cfg, not self._rank
         if self._rank is not None:
-            work = Workbench(cfg.data).work
-            cluster = TorchrunCluster(work, cfg.port, cfg.job_timeout)
+            cluster = TorchrunCluster(self._work, cfg.port, cfg.job_timeout)
         self._settings_of = partial(settings_for, cfg)
         names = self._contenders
         ledger = Ledger(self._output, names, self._settings_of, cluster, speaks=speaks)
@@ -86,6 +85,10 @@ class Benchmark:
         if cluster is not None:
             cluster.leave()
         return not ledger.failed
+
+    @cached_property
+    def _work(self) -> Callable[..., Any]:
+        return Workbench(self._cfg.data).work
 
     def _settings(self) -> list[Setting]:
         cfg = self._cfg
@@ -127,7 +130,7 @@ class Benchmark:
     def _launcher(self, setting: Setting, cluster: TorchrunCluster | None) -> ClusterJobs:
         if cluster is not None:
             return ClusterJobs(lambda: cluster)
-        return emulated(self._cfg, setting, self._output, threads=self._cfg.threads)
+        return emulated(self._cfg, setting, self._work, self._output, threads=self._cfg.threads)
 
     def _is_too_late(self, job: Job, progress: Progress, start: float = 0.0) -> bool:
         minutes = self._cfg.minutes

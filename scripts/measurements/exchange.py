@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import configs
 from comparing.clusters import ClusterError, EmulatedCluster
 from comparing.networks import Setting, rate_of
 from comparing.progress import Progress
 from comparing.result import Job
 from comparing.speed import settings_for
 from comparing.speed_plan import jobs_of
+from comparing.work import Workbench
 from emulation import EmulationError
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
@@ -81,14 +81,12 @@ def exchange(
 
 def _exchange(cfg: DictConfig, jobs: Sequence[Job], folder: Path) -> None:
     turns, setting = Turns(cfg.tau), jobs[0].setting
-    folder.mkdir(parents=True, exist_ok=True)
-    config = folder / "resolved.yaml"
-    configs.save(cfg, config)
+    work = Workbench(cfg.data).work
     costs: list[float] = []
     seconds: list[float] = []
     progress = Progress()
     with EmulatedCluster(
-        setting, config, folder / "logs", timeout=cfg.job_timeout, threads=cfg.threads
+        setting, work, folder / "logs", timeout=cfg.job_timeout, threads=cfg.threads
     ) as cluster:
         for number, job in enumerate(jobs, 1):
             began = progress.elapsed

@@ -223,7 +223,7 @@ def test_torchft_on_two_hosts(tmp_path: Path) -> None:
 def test_under_torchrun_one_that_fails_loses_nothing_and_it_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = [f"hydra.run.dir={tmp_path}", *SMALL, "contender=[easgd,limit,torch_local_sgd]"]
+    options = [f"hydra.run.dir={tmp_path}", *SMALL, "contender=[easgd,torch_local_sgd]"]
     options += ["sweep.over=stall", "sweep.values=[0,0.001]"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     broken = [*torchrun, str(SCRIPT), *options, "contender.easgd.strategy.tau=-1"]
@@ -237,8 +237,7 @@ def test_under_torchrun_one_that_fails_loses_nothing_and_it_goes_on(
     failed, *found = results(tmp_path)
     assert failed["error"].startswith("easgd failed on worker ")
     assert [(one["contender"], one["stall"]) for one in found] == [
-        *(("limit", 0), ("torch_local_sgd", 0), ("limit", 0.001), ("torch_local_sgd", 0.001)),
-        *(("easgd", 0), ("easgd", 0.001)),
+        *(("torch_local_sgd", 0), ("torch_local_sgd", 0.001), ("easgd", 0), ("easgd", 0.001))
     ]
     for one in found:
         assert (one["network"], one["hosts"], one["speed"]["steps"]) == ("cluster", 2, 16)
@@ -250,7 +249,7 @@ def test_under_torchrun_one_that_fails_loses_nothing_and_it_goes_on(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_results_and_no_process(tmp_path: Path, number: signal.Signals) -> None:
     command = [sys.executable, str(SCRIPT), f"hydra.run.dir={tmp_path}"]
-    options = ["contender=[limit,easgd]", "steps=400", "repetitions=100"]
+    options = ["contender=[limit,easgd]", "repetitions=100"]
     with until_written(tmp_path / "results.jsonl", [*command, *SMALL, *options]) as process:
         process.send_signal(number)
         assert process.wait(30) == 128 + number
