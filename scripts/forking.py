@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -233,6 +234,7 @@ def _worker(
     for number in _ENDING:  # not as the process that was forked
         signal.signal(number, signal.SIG_DFL)
     end_with(parent, signal.SIGKILL)
+    gc.freeze()  # to look for garbage among all imports takes long, and copies their memory
     os.environ.update(variables)
     if log is not None:
         write_to(log)
