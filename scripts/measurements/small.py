@@ -40,7 +40,7 @@ def small(workers: int, below: int, steps: int, repetitions: int) -> None:
     for _ in range(repetitions):
         for name, often in ways.items():
             strategy = EASGDStrategy(
-                tau=NEVER, often=often, final_exchange=False, start_method="spawn"
+                tau=NEVER, often=often, final_exchange=False, start_method="fork"
             )
             module, loader = Cheap(), DataLoader(Endless(torch.zeros(1)), batch_size=None)
             watch = Processor()

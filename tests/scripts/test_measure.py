@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import emulation
@@ -30,9 +32,12 @@ def test_both_ends_of_an_exchange_under_every_rule(tmp_path: Path) -> None:
     assert kept | {"adownpour": 1, "mvadownpour": 1, "delayed_sgd": 1} == kept
 
 
-def test_what_a_small_exchange_takes_of_a_processor(tmp_path: Path) -> None:
-    options = ["small", "--steps", "20", "--repetitions", "1"]
-    told = run_script(SCRIPT, options, folder=tmp_path, workers=1)
+def test_what_a_small_exchange_takes_of_a_processor() -> None:
+    """As a user types it: where CUDA was looked for, Lightning forks no process that was forked."""
+    command = [sys.executable, str(SCRIPT), "small", "--steps", "20", "--repetitions", "1"]
+    told = subprocess.run(
+        command, check=True, timeout=150, stdout=subprocess.PIPE, text=True
+    ).stdout
     assert "an exchange of 7 parameters with 87 kB at every step, 2 workers" in told
     assert re.search(r"  -?\d+\.\d\d ms of a processor for each worker", told)
 
