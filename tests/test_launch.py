@@ -6,26 +6,29 @@ import json
 import os
 import subprocess
 import sys
-from functools import partial
+from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launched import SGD, require_one_center
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.cli import LightningCLI
-from processes import become_slurm_task, free_port, run_script, run_workers
+from processes import become_slurm_task, free_port, processes_of, run_script, run_workers
 from toy import Toy, loader, trainer, weights
 
 from lightning_easgd import EASGDStrategy
-
-SGD = partial(torch.optim.SGD, lr=0.1)
 
 SCRIPT = """
 import atexit, json, os, sys
 from functools import partial
 import torch
+from launched import fit_at_a_server
+from lightning_easgd import EASGDStrategy
+from lightning_easgd.algorithms import EASGD
 from toy import Toy, loader, trainer, weights
 
 @atexit.register
@@ -34,21 +37,47 @@ def fail_in_a_group():
         os._exit(1)
 
 class Said(Toy):
+    def __init__(self, name):
+        super().__init__(partial(torch.optim.SGD, lr=0.1))
+        self.name = name
+
     def teardown(self, stage):
         if self.global_rank == 0:
-            with open("in worker 0", "w") as file:
+            with open(f"{self.name} in worker 0", "w") as file:
                 json.dump(vars(self.trainer.strategy.telemetry), file)
+
+class Ordinary:
+    pass
+
+class Own(EASGD):
+    def __init__(self, size, start_method):
+        super().__init__()
+        self.size, self.helper = size, Ordinary()
+        self.partly = partial(max, self.helper)
+        if start_method == "popen":  # a lambda cannot be sent to a process that is spawned
+            self.weigh = lambda x: x
+
+def named(name):
+    start_method = name.removeprefix("own_")
+    if name == start_method:
+        return name
+    return EASGDStrategy(algorithm=Own(1, start_method), start_method=start_method)
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    module = Said(partial(torch.optim.SGD, lr=0.1))
-    fitting = trainer(2, sys.argv[1], max_epochs=3)
-    fitting.fit(module, loader(0, 5))
-    if fitting.is_global_zero:
-        w = weights(module)["w"].tolist()
-        told = {"world": fitting.world_size, "w": w, "telemetry": vars(fitting.strategy.telemetry)}
-        with open("after fit", "w") as file:
-            json.dump(told, file)
+    for name in sys.argv[1:]:
+        if name == "easgd_async":
+            found = fit_at_a_server(int(os.environ["RANK"]))
+            with open(f"{name} {found['rank']}", "w") as file:
+                json.dump(found, file)
+            continue
+        module = Said(name)
+        fitting = trainer(2, named(name), max_epochs=3)
+        fitting.fit(module, loader(0, 5))
+        if fitting.is_global_zero:
+            w, telemetry = weights(module)["w"].tolist(), vars(fitting.strategy.telemetry)
+            with open(f"{name} after fit", "w") as file:
+                json.dump({"world": fitting.world_size, "w": w, "telemetry": telemetry}, file)
 """
 
 
@@ -58,18 +87,18 @@ def reference(rank: int) -> list[list[float]]:
     return weights(module)["w"].tolist()
 
 
-def run_fresh(script: Path, strategy: str, *prefix: str) -> None:
-    subprocess.run(
-        [sys.executable, *prefix, str(script), strategy],
+def run_fresh(script: Path, *arguments: str, prefix: Sequence[str] = ()) -> str:
+    ended = subprocess.run(
+        [sys.executable, *prefix, str(script), *arguments],
         cwd=script.parent,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         check=True,
         timeout=170,
         capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
     )
-
-
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    return ended.stdout
 
 
 @pytest.fixture
@@ -79,79 +108,47 @@ def script(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    ("strategy", "prefix"), [("easgd", ()), ("easgd", TORCHRUN)], ids=["easgd", "torchrun"]
-)
-def test_launchers_train_the_same_center_and_bring_back_worker_0s_telemetry(
-    strategy: str, prefix: tuple[str, ...], script: Path
+def test_a_launcher_trains_the_same_center_and_brings_back_worker_0s_telemetry(
+    script: Path,
 ) -> None:
-    run_fresh(script, strategy, *prefix)
-    require_center_and_telemetry(script.parent)
+    """Also under a rule that holds ordinary objects, which is the same on all workers."""
+    run_fresh(script, "easgd", "own_popen")
+    require_centers_and_telemetry(script.parent, "easgd", "own_popen")
+
+
+def test_torchrun_trains_the_same_center_also_at_a_server(script: Path) -> None:
+    names = ["easgd", *(["easgd_async"] if find_spec("grpc") else [])]
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    run_fresh(script, *names, prefix=torchrun)
+    require_centers_and_telemetry(script.parent, "easgd")
+    if "easgd_async" in names:
+        paths = [script.parent / f"easgd_async {rank}" for rank in (0, 1)]
+        require_one_center([json.loads(path.read_text()) for path in paths])
+    assert not processes_of(script.parent)
 
 
 def test_spawned_workers_train_the_same_center_and_bring_back_worker_0s_telemetry(
     script: Path,
 ) -> None:
-    run_script(script, ["easgd_spawn"], folder=script.parent, workers=None)
-    require_center_and_telemetry(script.parent)
+    """Under a rule that holds ordinary objects, which is the same on all workers."""
+    run_script(script, ["own_spawn"], folder=script.parent, workers=None)
+    require_centers_and_telemetry(script.parent, "own_spawn")
 
 
-@pytest.mark.parametrize("strategy", ["easgd_fork", "easgd_notebook"])
-def test_forked_workers_train_the_same_center_and_bring_back_worker_0s_telemetry(
-    strategy: str, script: Path
-) -> None:
-    run_fresh(script, strategy)
-    require_center_and_telemetry(script.parent)
-
-
-def require_center_and_telemetry(folder: Path) -> None:
-    inside, after = (
-        json.loads((folder / name).read_text()) for name in ("in worker 0", "after fit")
-    )
-    assert after["world"] == 2
-    assert after["w"] == run_workers(reference, workers=2)[0]
-    telemetry = after["telemetry"]
-    assert telemetry["steps"] == 15
-    assert telemetry["exchanges"] == 2  # one at step 10, and the last
-    assert len(telemetry["worker_wait_seconds"]) == 2
-    assert telemetry == inside
-
-
-OWN_RULE = """
-import sys
-from functools import partial
-import torch
-from lightning_easgd import EASGDStrategy, Rule
-from toy import Toy, loader, trainer
-
-class Ordinary:
-    pass
-
-class Own(Rule):
-    def __init__(self, size):
-        self.size, self.helper = size, Ordinary()
-        self.partly = partial(max, self.helper)
-        if sys.argv[1] == "popen":  # a lambda cannot be sent to a process that is spawned
-            self.weigh = lambda x: x
-
-    def move_(self, center, total, state):
-        center.add_(total)
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    strategy = EASGDStrategy(algorithm=Own(1), start_method=sys.argv[1])
-    fitting = trainer(2, strategy)
-    fitting.fit(Toy(partial(torch.optim.SGD, lr=0.1)), loader(0, 5))
-"""
-
-
-@pytest.mark.parametrize("start_method", ["popen", "spawn"])
-def test_a_rule_that_holds_ordinary_objects_is_the_same_on_all_workers(
-    start_method: str, tmp_path: Path
-) -> None:
-    script = tmp_path / "user.py"
-    script.write_text(OWN_RULE)
-    run_script(script, [start_method], folder=tmp_path, workers=None)
+def require_centers_and_telemetry(folder: Path, *names: str) -> None:
+    expected = run_workers(reference, workers=2)[0]
+    for name in names:
+        inside, after = (
+            json.loads((folder / f"{name} {when}").read_text())
+            for when in ("in worker 0", "after fit")
+        )
+        assert after["world"] == 2
+        assert after["w"] == expected
+        telemetry = after["telemetry"]
+        assert telemetry["steps"] == 15
+        assert telemetry["exchanges"] == 2  # one at step 10, and the last
+        assert len(telemetry["worker_wait_seconds"]) == 2
+        assert telemetry == inside
 
 
 def under_slurm(rank: int, port: int) -> Any:
@@ -234,25 +231,19 @@ print("object", said(EASGDStrategy(algorithm=DiLoCo(outer_lr=0.1), tau=4)))
 """
 
 
-def test_a_notebook_is_told_the_name_that_works_there(tmp_path: Path) -> None:
-    script = tmp_path / "cells.py"
-    script.write_text(INTERACTIVE)
-    ended = subprocess.run(
-        [sys.executable, "-i", str(script)],
-        check=True,
-        timeout=170,
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
-    said = dict(line.split(" ", 1) for line in ended.stdout.splitlines() if " " in line)
+def test_a_notebook_is_told_the_name_that_works_there(script: Path) -> None:
+    """And forked workers of two such names train the same center, and bring back telemetry."""
+    script.write_text(INTERACTIVE + SCRIPT)
+    printed = run_fresh(script, "easgd_notebook", "easgd_fork", prefix=("-i",))
+    said = dict(line.split(" ", 1) for line in printed.splitlines() if " " in line)
     assert "Trainer(strategy='easgd_notebook')" in said["easgd"]
     assert "Trainer(strategy='mvadownpour_notebook')" in said["mvadownpour"]
     assert "Trainer(strategy='slowmo_notebook')" in said["slowmo_spawn"]
     assert "start_method='fork'" in said["object"]
-    assert "ddp" not in ended.stdout
+    assert "ddp" not in printed
     assert "Trainer(strategy='easgd_async_notebook')" in said["local"]
     assert said["easgd_notebook"] == said["adownpour_async_fork"] == "no error"
+    require_centers_and_telemetry(script.parent, "easgd_notebook", "easgd_fork")
 
 
 OTHER_PACKAGE = """
@@ -276,14 +267,11 @@ for strategy in ["easgd", "local_sgd_spawn", lightning_easgd.EASGDStrategy(tau=4
 def test_the_other_package_says_which_import_to_change(before: list[str], tmp_path: Path) -> None:
     script = tmp_path / "user.py"
     script.write_text(OTHER_PACKAGE)
-    ended = subprocess.run(
-        [sys.executable, str(script), *before],
-        check=True,
-        timeout=170,
-        capture_output=True,
-        text=True,
-    )
-    *refused, ddp = ended.stdout.splitlines()
+    if before or "pytorch_lightning" in sys.modules:
+        printed = run_fresh(script, *before)
+    else:  # this package was imported before the other one here, too
+        printed = run_script(script, [], folder=tmp_path, workers=None)
+    *refused, ddp = [line for line in printed.splitlines() if not line.startswith("GPU")]
     assert len(refused) == 3
     assert "Trainer(strategy=EASGDStrategy(...)) of pytorch_lightning" in refused[-1]
     for message in refused:
