@@ -6,10 +6,13 @@ import io
 import json
 import os
 import re
+import runpy
 import signal
-import subprocess
 import sys
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,9 +26,10 @@ pytest.importorskip("grpc", reason="needs gRPC: pip install -e '.[async]'")
 pytest.importorskip("safetensors", reason="needs safetensors: pip install -e '.[async]'")
 pytest.importorskip("cryptography", reason="needs cryptography: pip install -e '.[async]'")
 import serve
+from forking import FORK
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from pages import Page
-from processes import run_workers
+from processes import Workers, run_workers
 from rich.console import Console
 from serving import COLUMNS, Shown, Watched, table, to_tensorboard, together
 
@@ -44,23 +48,56 @@ SCRIPT = Path(serve.__file__)
 
 
 class Server:
-    """serve.py in a process of its own."""
+    """serve.py in a process of its own, which is forked at once and waits to be started."""
 
-    def __init__(self, folder: Path, *arguments: str) -> None:
-        command = [sys.executable, str(SCRIPT), f"folder={folder}", *arguments]
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        assert self.process.stdout is not None
-        said = self.process.stdout.readline()
+    def __init__(self) -> None:
+        asked, self._asked = FORK.Pipe(duplex=False)
+        said, says = os.pipe()
+        self._said = os.fdopen(said)
+        self.group = Workers(_be_server, asked, says, workers=1)
+        asked.close()
+        os.close(says)
+        self.pid = self.group.processes[0].pid
+
+    def start(self, folder: Path, *arguments: str) -> Server:
+        self._asked.send([str(SCRIPT), f"folder={folder}", *arguments])
+        said = self._said.readline()
         found = re.match(r"serving on port (\d+)", said)
-        assert found, said + self.process.stdout.read()
+        assert found, said + self._said.read()
         self.port = int(found[1])
+        return self
 
-    def end(self, number: signal.Signals) -> int:
-        self.process.send_signal(number)
-        self.process.communicate(timeout=60)
-        return self.process.returncode
+    def wait(self) -> str:
+        """Until it has ended; what was wrong, if anything."""
+        return self.group.collect(60)[0].message
+
+    def end(self, number: signal.Signals) -> str:
+        os.kill(self.pid, number)
+        return self.wait()
+
+    def close(self) -> None:
+        with self.group:
+            self._asked.close()
+            self._said.close()
+
+
+def _be_server(_: int, asked: Any, says: int) -> None:
+    for stream in (1, 2):
+        os.dup2(says, stream)
+    sys.stdout, sys.stderr = (os.fdopen(each, "w", buffering=1, closefd=False) for each in (1, 2))
+    sys.argv = asked.recv()
+    warnings.resetwarnings()  # not errors, as in tests
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+KILLED = "was killed by signal 9 (out of memory? see dmesg)"
+
+
+@pytest.fixture
+def servers() -> Iterator[Iterator[Server]]:
+    """As many as a test needs, forked before it speaks gRPC, whose threads are not forked."""
+    with ExitStack() as stack:
+        yield iter([stack.enter_context(closing(Server())) for _ in range(3)])
 
 
 def reach(port: int, certificates: Certificates | None = None) -> CenterClient:
@@ -68,33 +105,38 @@ def reach(port: int, certificates: Certificates | None = None) -> CenterClient:
     return CenterClient(transport, "0", LAYOUT, incarnation=1, patience=60)
 
 
-def test_a_killed_server_goes_on_and_a_worker_notices_only_that_it_waits(tmp_path: Path) -> None:
-    server = Server(tmp_path, "address=127.0.0.1:0", "seconds=0.5")
+def test_a_killed_server_goes_on_and_a_worker_notices_only_that_it_waits(
+    tmp_path: Path, servers: Iterator[Server]
+) -> None:
+    server = next(servers).start(tmp_path, "address=127.0.0.1:0", "seconds=0.5")
     client, sent = reach(server.port), 0
     client.join(constant(0.0))
     for _ in range(2):
         for _ in range(200):
             sent += 1
             assert client.add(constant(1.0))[0].sequence == sent
-        assert server.end(signal.SIGKILL) == -signal.SIGKILL
-        server = Server(tmp_path, f"address=127.0.0.1:{server.port}", "seconds=0.5")
+        assert server.end(signal.SIGKILL) == KILLED
+        at = f"address=127.0.0.1:{server.port}"
+        server = next(servers).start(tmp_path, at, "seconds=0.5")
     client.add(constant(1.0))
     version, center = client.get()
     client.close()
     assert version == sent + 1
     np.testing.assert_array_equal(values(center), version)  # nothing twice, and nothing is lost
-    assert server.end(signal.SIGTERM) == 0
+    assert server.end(signal.SIGTERM) == ""
     last = Serving(Settings(), tmp_path)
     (worker,) = last.handler.server.workers(last.handler.server.version).values()
     assert (worker.adds, worker.missing) == (version, 0)
     last.close()
 
 
-def test_a_primary_that_stood_still_acknowledges_nothing_when_it_is_back(tmp_path: Path) -> None:
+def test_a_primary_that_stood_still_acknowledges_nothing_when_it_is_back(
+    tmp_path: Path, servers: Iterator[Server]
+) -> None:
     options = ("address=127.0.0.1:0", "lease=1")
-    primary = Server(tmp_path / "primary", *options)
+    primary = next(servers).start(tmp_path / "primary", *options)
     at = f"127.0.0.1:{primary.port}"
-    standby = Server(tmp_path / "standby", *options, f"standby_of={at}")
+    standby = next(servers).start(tmp_path / "standby", *options, f"standby_of={at}")
     transport = GrpcTransport([at, f"127.0.0.1:{standby.port}"])
     client = CenterClient(transport, "0", LAYOUT, incarnation=1, patience=60)
     client.join(constant(0.0))
@@ -103,12 +145,12 @@ def test_a_primary_that_stood_still_acknowledges_nothing_when_it_is_back(tmp_pat
     standing = tmp_path / "primary" / "standing.json"
     while not json.loads(standing.read_text())["standby"]:
         client.add(constant(1.0))
-    os.kill(primary.process.pid, signal.SIGSTOP)
+    os.kill(primary.pid, signal.SIGSTOP)
     try:
         for _ in range(20):
             client.add(constant(1.0))
     finally:
-        os.kill(primary.process.pid, signal.SIGCONT)
+        os.kill(primary.pid, signal.SIGCONT)
     old = CenterClient(GrpcTransport(at), "1", LAYOUT, patience=1)
     with pytest.raises(ConnectionError, match="waits for its standby"):
         old.join(constant(0.0))
@@ -118,10 +160,12 @@ def test_a_primary_that_stood_still_acknowledges_nothing_when_it_is_back(tmp_pat
     client.close()
     assert version == sent
     np.testing.assert_array_equal(values(center), sent)
-    assert standby.end(signal.SIGTERM) == primary.end(signal.SIGTERM) == 0
+    assert standby.end(signal.SIGTERM) == primary.end(signal.SIGTERM) == ""
 
 
-def test_servers_of_one_center_start_and_end_as_one(tmp_path: Path) -> None:
+def test_servers_of_one_center_start_and_end_as_one(
+    tmp_path: Path, servers: Iterator[Server]
+) -> None:
     options = (f"address=127.0.0.1:{free_ports(2)}", "shards=2")
 
     def reach_all(server: Server) -> ShardedClient:
@@ -131,7 +175,7 @@ def test_servers_of_one_center_start_and_end_as_one(tmp_path: Path) -> None:
         return ShardedClient(reach, "0", LAYOUT, incarnation=1)
 
     for sent in (0, 1):
-        server = Server(tmp_path, *options)
+        server = next(servers).start(tmp_path, *options)
         client = reach_all(server)
         assert client.join(constant(0.0)).version == sent
         receipt, center = client.add(constant(1.0), fetch=True)
@@ -139,17 +183,15 @@ def test_servers_of_one_center_start_and_end_as_one(tmp_path: Path) -> None:
         assert receipt.version == sent + 1
         np.testing.assert_array_equal(values(center), sent + 1)
         if not sent:
-            assert server.end(signal.SIGKILL) == -signal.SIGKILL  # and its servers end, too
+            assert server.end(signal.SIGKILL) == KILLED  # and its servers end, too
     lines, ends = tmp_path / "served.jsonl", time.monotonic() + 60
     while not lines.exists() or not lines.read_text().endswith("\n"):
         assert time.monotonic() < ends
         time.sleep(0.05)
-    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
+    children = Path(f"/proc/{server.pid}/task/{server.pid}/children")
     *_, last = children.read_text().split()
     os.kill(int(last), signal.SIGKILL)
-    said, _ = server.process.communicate(timeout=60)
-    assert server.process.returncode == 1
-    assert "error: The server of shard 1 has ended. The others end, too" in said
+    assert server.wait().startswith("error: The server of shard 1 has ended. The others end, too")
     look = json.loads(lines.read_text().splitlines()[-1])
     assert look["versions"] == [2, 2]
     assert (tmp_path / "center-000000000002.safetensors").exists()
@@ -181,11 +223,13 @@ def test_servers_are_shown_as_one() -> None:
     assert "center after 5 to 7 differences, α = 0.5, 2 shards" in screen.file.getvalue()
 
 
-def test_keys_let_a_site_in_and_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_keys_let_a_site_in_and_out(
+    tmp_path: Path, servers: Iterator[Server], capsys: pytest.CaptureFixture[str]
+) -> None:
     keys = tmp_path / "keys"
     serve.make_keys([str(keys), "server", "site-a"])
     assert f"site-a: give it {keys}/authority.pem, {keys}/site-a.pem" in capsys.readouterr().out
-    server = Server(tmp_path / "center", "address=0.0.0.0:0", f"keys={keys}")
+    server = next(servers).start(tmp_path / "center", "address=0.0.0.0:0", f"keys={keys}")
     names = ("authority.pem", "site-a.pem", "site-a.key")
     client = reach(server.port, Certificates(*(keys / name for name in names)))
     client.join(constant(0.0))
@@ -195,7 +239,7 @@ def test_keys_let_a_site_in_and_out(tmp_path: Path, capsys: pytest.CaptureFixtur
     with pytest.raises(ConnectionError, match="'site-a' was shut out"):
         client.get()
     client.close()
-    assert server.end(signal.SIGINT) == 0
+    assert server.end(signal.SIGINT) == ""
 
 
 def test_what_workers_may_ask_is_limited_by_keys(tmp_path: Path) -> None:
@@ -360,12 +404,15 @@ def fit_as_the_page_says(rank: int, example: str) -> None:
     names["trainer"].fit(BoringModel(), BoringDataModule())
 
 
-def test_the_worker_of_the_page_meets_the_server_of_the_page(tmp_path: Path) -> None:
-    server = Server(tmp_path, *commands("asynchronous")[0][1:], "address=127.0.0.1:0")
+def test_the_worker_of_the_page_meets_the_server_of_the_page(
+    tmp_path: Path, servers: Iterator[Server]
+) -> None:
+    command = commands("asynchronous")[0][1:]
+    server = next(servers).start(tmp_path, *command, "address=127.0.0.1:0")
     (example,) = Page("docs/asynchronous.md").code("python")
     assert '"127.0.0.1:5700"' in example
     run_workers(fit_as_the_page_says, example.replace("5700", str(server.port)), workers=1)
-    assert server.end(signal.SIGTERM) == 0
+    assert server.end(signal.SIGTERM) == ""
     *_, last = sorted(path.stem for path in tmp_path.glob("center-*.safetensors"))
     assert int(last.removeprefix("center-")) == 2  # τ is 10
 
