@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +71,7 @@ def run_script(
     forked, and so need not import torch and Lightning, which takes most of a short job.
     With ``hosts``, each runs on one of them.
     """
+    _import_what_scripts_do()
     target = (_be_script,) if hosts is None else (on_host, hosts, _be_script)
     options = {"workers": workers or 1, "timeout": 150}
     ended = run_workers(*target, script, arguments, folder, workers is None, **options)
@@ -76,11 +80,20 @@ def run_script(
     return printed
 
 
+@cache
+def _import_what_scripts_do() -> None:
+    """The digits, and what draws: here once, and then not in each of their processes."""
+    for name in ("sklearn.datasets", "matplotlib.figure", "matplotlib.backends.backend_agg"):
+        with suppress(ImportError):
+            import_module(name)
+
+
 def _be_script(
     rank: int, script: Path, arguments: Sequence[str], folder: Path, typed: bool
 ) -> tuple[int, str]:
     """Its exit code, and what it printed."""
     if typed:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"):
             del os.environ[name]
     os.chdir(folder)
@@ -111,14 +124,34 @@ def until_written(path: Path, command: Sequence[str]) -> Iterator[subprocess.Pop
     nowhere = subprocess.DEVNULL
     with subprocess.Popen(command, cwd=path.parent, stdout=nowhere, stderr=nowhere) as process:
         try:
-            deadline = time.monotonic() + 120
-            while not path.exists():
-                assert process.poll() is None
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
+            _await(path, lambda: process.poll() is None)
             yield process
         finally:
             process.kill()
+
+
+@contextmanager
+def forked_until_written(path: Path, script: Path, arguments: Sequence[str]) -> Iterator[Workers]:
+    """As :func:`until_written`, but forked, as :func:`run_script` does."""
+    with Workers(_be_script, script, arguments, path.parent, True, workers=1) as script_alone:
+        _await(path, script_alone.processes[0].is_alive)
+        yield script_alone
+
+
+def end_by(number: signal.Signals, script_alone: Workers) -> tuple[int, str]:
+    """The exit code of a script that is sent a signal, and what it printed."""
+    os.kill(script_alone.processes[0].pid, number)
+    (outcome,) = script_alone.collect(60)
+    assert outcome.error is None, outcome.trace
+    return outcome.value
+
+
+def _await(path: Path, lives: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert lives()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def free_port() -> int:
@@ -126,14 +159,15 @@ def free_port() -> int:
 
 
 def processes_of(folder: Path) -> dict[int, str]:
-    """Command lines of running processes that name ``folder``."""
+    """Command lines of running processes that name ``folder``, or of others that run in it."""
     found = {}
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             line = path.read_bytes().decode().replace("\0", " ")
+            place = os.readlink(path.parent / "cwd")
         except OSError:
             continue
-        if str(folder) in line:
+        if str(folder) in line or place == str(folder):
             found[int(path.parent.name)] = line
     return found
 

@@ -25,7 +25,7 @@ from hydra.utils import instantiate
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import Strategy
 from omegaconf import DictConfig, OmegaConf
-from processes import free_port, processes_of, run_script, until_written
+from processes import end_by, forked_until_written, free_port, processes_of, run_script
 
 ROOT = Path(__file__).parents[2]
 CONF, SCRIPT = ROOT / "conf", ROOT / "scripts" / "benchmark.py"
@@ -248,11 +248,9 @@ def test_under_torchrun_one_that_fails_loses_nothing_and_it_goes_on(
 @pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_results_and_no_process(tmp_path: Path, number: signal.Signals) -> None:
-    command = [sys.executable, str(SCRIPT), f"hydra.run.dir={tmp_path}"]
-    options = ["contender=[limit,easgd]", "repetitions=100"]
-    with until_written(tmp_path / "results.jsonl", [*command, *SMALL, *options]) as process:
-        process.send_signal(number)
-        assert process.wait(30) == 128 + number
+    options = [f"hydra.run.dir={tmp_path}", *SMALL, "contender=[limit,easgd]", "repetitions=100"]
+    with forked_until_written(tmp_path / "results.jsonl", SCRIPT, options) as script_alone:
+        assert end_by(number, script_alone)[0] == 128 + number
     assert processes_of(tmp_path) == {}
     assert results(tmp_path)
 
