@@ -98,7 +98,7 @@ SHORT = ["trainer.devices=2", "trainer.max_epochs=1", "trainer.enable_progress_b
 
 def train(folder: Path, *arguments: str) -> tuple[str, dict[str, torch.Tensor], int]:
     """What is printed, the weights that are delivered, and the steps; as under torchrun."""
-    options = [*arguments, *SHORT, "hydra.run.dir=run"]
+    options = [*arguments, *SHORT, "logger=none", "hydra.run.dir=run"]
     printed = run_script(SCRIPT, options, folder=folder, workers=2)
     return printed, *delivered(folder)
 

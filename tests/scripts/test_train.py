@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +15,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from objective import Sought, objective
 from plugging import replace_whole
-from processes import processes_of, run_script
+from processes import run_script
 from train import draw_curves
 
 from lightning_easgd.workloads.report import Report
@@ -152,7 +149,7 @@ def test_a_number_that_will_not_be_there_ends_training_after_an_epoch(
 
 
 def test_a_seed_repeats_exactly_and_resuming_too(tmp_path: Path) -> None:
-    common = ["strategy=eamsgd", "strategy.tau=7", "seed=3", "schedule=constant"]
+    common = ["strategy=eamsgd", "strategy.tau=7", "seed=3", "schedule=constant", "logger=none"]
     two_epochs = "trainer.max_epochs=2"
     train_as_workers(tmp_path, *common, "hydra.run.dir=first", workers=2)
     resume = f"ckpt_path={tmp_path}/first/checkpoints/last.ckpt"
@@ -170,7 +167,7 @@ def test_a_seed_repeats_exactly_and_resuming_too(tmp_path: Path) -> None:
 
 
 def test_a_gpt_learns_bytes_of_the_standard_library(tmp_path: Path) -> None:
-    text = ["model=gpt", "data=text", "data.max_bytes=60000", "data.batch_size=16"]
+    text = ["model=gpt", "data=text", "data.max_bytes=60000", "data.batch_size=16", "logger=none"]
     train(tmp_path, *text, "strategy=diloco", "trainer.devices=2", "hydra.run.dir=run")
     found = report(tmp_path / "run")
     assert found["steps"] == 54_000 // 64 // 2 // 16
@@ -209,19 +206,17 @@ def test_help_lists_the_usual_commands_and_its_own_choices_with_their_comments(
                 compose("train", replace_whole(typed))
 
 
-def test_baselines_and_workers_started_by_torchrun(tmp_path: Path) -> None:
-    train_as_workers(tmp_path, "strategy=single", "model=mlp", "hydra.run.dir=single")
+def test_baselines_and_workers_started_by_torchrun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its variables; torchrun itself starts the script in test_restart.py."""
+    small = ["model=mlp", "logger=none"]
+    train_as_workers(tmp_path, "strategy=single", *small, "hydra.run.dir=single")
     assert report(tmp_path / "single")["workers"] == 1
-    overrides = ["trainer.devices=2", "strategy=ddp", "model=mlp", "hydra.run.dir=ddp"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    subprocess.run(
-        [*launcher, "--nproc-per-node=2", str(SCRIPT), *SHORT, *overrides],
-        cwd=tmp_path,
-        check=True,
-        timeout=150,
-        capture_output=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    variables = {"TORCHELASTIC_RUN_ID": "7", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    train_as_workers(tmp_path, "strategy=ddp", *small, "hydra.run.dir=ddp", workers=2)
     found = report(tmp_path / "ddp")
     assert found["strategy"] == "ddp"
     assert found["bytes_sent"] == found["parameters"] * 4 * found["steps"]  # 2 (p - 1) / p is 1
@@ -318,28 +313,3 @@ def test_workers_of_a_launcher_say_it_once(
     assert printed.count(message) == 1
     if (log := tmp_path / "run" / "worker1.log").exists():
         assert message in log.read_text()
-
-
-def test_ctrl_c_ends_all_workers_and_leaves_no_process(tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [
-            *(sys.executable, str(SCRIPT), *SHORT),
-            *("trainer.max_epochs=9999", "trainer.devices=2", f"hydra.run.dir={tmp_path}/run"),
-        ],
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        metrics = tmp_path / "run" / "csv" / "version_0" / "metrics.csv"
-        deadline = time.monotonic() + 120
-        while not metrics.exists() and time.monotonic() < deadline:
-            time.sleep(0.2)
-        assert metrics.exists(), "training did not start"
-        assert len(processes_of(tmp_path)) == 3  # with the one that was typed
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 130
-    finally:
-        process.kill()
-        process.wait()
-    assert processes_of(tmp_path) == {}
