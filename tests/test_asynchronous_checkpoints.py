@@ -120,7 +120,7 @@ def go_on(rank: int, path: str, workers: int, **options: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
+def saved(forked_server: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
     """A checkpoint of three workers, not to be written to; and what they were."""
     folder = tmp_path_factory.mktemp("saved")
     return folder / "mid.ckpt", run_workers(save_in_the_middle, folder, workers=3, timeout=150)
@@ -130,7 +130,7 @@ def files(path: Path) -> list[str]:
     return sorted(each.name for each in Path(workers_folder(path)).iterdir())
 
 
-@pytest.mark.multiprocess
+@pytest.mark.usefixtures("forked_server")
 def test_each_worker_goes_on_from_its_own_state_bit_for_bit(saved: Any) -> None:
     path, were = saved
     assert [each["step"] for each in were] == [4, 6, 3]
@@ -142,7 +142,7 @@ def test_each_worker_goes_on_from_its_own_state_bit_for_bit(saved: Any) -> None:
         assert begun == was
 
 
-@pytest.mark.multiprocess
+@pytest.mark.usefixtures("forked_server")
 def test_fewer_and_more_workers_go_on(saved: Any) -> None:
     path, were = saved
     (begun, _), (other, _) = run_workers(go_on, str(path), 2, workers=2)
@@ -154,7 +154,7 @@ def test_fewer_and_more_workers_go_on(saved: Any) -> None:
     assert late["weights"] != were[0]["weights"]
 
 
-@pytest.mark.multiprocess
+@pytest.mark.usefixtures("forked_server")
 @pytest.mark.parametrize("how", ["missing", "of another save", "altered"])
 def test_a_worker_whose_file_is_none_starts_at_the_center_and_says_so(
     how: str, saved: Any, tmp_path: Path
@@ -188,7 +188,7 @@ def strictly(rank: int, path: str) -> Any:
     return go_on(rank, path, 1, strict_resume=True)
 
 
-@pytest.mark.multiprocess
+@pytest.mark.usefixtures("forked_server")
 def test_a_missing_file_may_be_an_error(saved: Any, tmp_path: Path) -> None:
     path = tmp_path / "mid.ckpt"
     shutil.copy(saved[0], path)
@@ -213,7 +213,7 @@ def go_on_apart(rank: int, path: str, refused: Path) -> Any:
         return type(error).__name__, str(error)
 
 
-@pytest.mark.multiprocess
+@pytest.mark.usefixtures("forked_server")
 def test_a_worker_that_finds_another_checkpoint_than_worker_0_does_not_bring_its_weights(
     saved: Any, tmp_path: Path
 ) -> None:
@@ -241,7 +241,7 @@ def keep_one(rank: int, folder: Path, ends: bool) -> list[int]:
     return steps
 
 
-@pytest.mark.multiprocess
+@pytest.mark.usefixtures("forked_server")
 @pytest.mark.parametrize("ends", [False, True])
 def test_a_checkpoint_goes_with_the_files_of_all_and_one_that_has_ended_still_saves(
     ends: bool, tmp_path: Path
@@ -273,7 +273,7 @@ def stop_all(rank: int, folder: Path) -> Any:
     return module.saved
 
 
-@pytest.mark.multiprocess
+@pytest.mark.usefixtures("forked_server")
 def test_workers_that_are_told_to_end_save_their_own_states_first(tmp_path: Path) -> None:
     stopped = run_workers(stop_all, tmp_path, workers=2, timeout=150)
     found = run_workers(go_on, str(tmp_path / "last.ckpt"), 2, workers=2)

@@ -18,7 +18,7 @@ import pytest
 import torch
 import torchmetrics
 from interrupted import signs_of_life_come_often
-from processes import Workers, free_port, run_workers
+from processes import Forked, Workers, free_port, run_workers
 from toy import Toy, loader, trainer
 
 from lightning_easgd import EASGDStrategy
@@ -232,13 +232,13 @@ def test_a_process_whose_peer_stopped_leaves_the_interpreter(tmp_path: Path) -> 
         "NODE_RANK": "0",
     }
     workers = [
-        subprocess.Popen(
+        start(
             [sys.executable, str(script)],
             env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(2)
+        for rank, start in enumerate([subprocess.Popen, Forked])
     ]
     try:
         _, errors = workers[0].communicate(timeout=150)

@@ -247,7 +247,7 @@ def fit_spectral(rank: int, norm: Any, dtype: torch.dtype, options: dict[str, An
     module, own = Spectral(norm, dtype), []
     strategy = EASGDStrategy(tau=5, **options)
     module.on_train_batch_end = lambda *_: own.append(vectors(module))
-    fitting = trainer(3, strategy, val_check_interval=5, num_sanity_val_steps=0)
+    fitting = trainer(2, strategy, val_check_interval=5, num_sanity_val_steps=0)
     fitting.fit(module, loader(rank, 20, torch.float32), loader(0, 1, torch.float32))
     module.eval()
     with torch.no_grad():
@@ -270,7 +270,7 @@ def fit_spectral(rank: int, norm: Any, dtype: torch.dtype, options: dict[str, An
 def test_the_centers_weight_has_its_own_spectral_norm(
     norm: Any, dtype: torch.dtype, options: dict[str, Any]
 ) -> None:
-    results = run_workers(fit_spectral, norm, dtype, options, workers=3)
+    results = run_workers(fit_spectral, norm, dtype, options, workers=2)
     for seen, delivered, own, trained in results:
         assert len(seen) == 4
         for values in [*seen, delivered]:

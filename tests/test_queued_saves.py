@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
-from processes import run_workers
 from saving import train
+from staying import run_workers
 
 from lightning_easgd.strategy.checkpoint_io import AtomicCheckpointIO
 

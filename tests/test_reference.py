@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from against_reference import LR, OPTIMIZERS, compare, fit
-from processes import run_workers
+from staying import run_workers
 
 
 @pytest.mark.parametrize(

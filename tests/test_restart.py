@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 import restarted
 import torch
-from processes import free_port, processes_of, run_workers
+from processes import Forked, free_port, processes_of, run_script, run_workers
+from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+from torch.distributed.elastic.rendezvous import dynamic_rendezvous
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 TRAIN = Path(__file__).parents[1] / "scripts" / "train.py"
@@ -25,8 +27,14 @@ pytestmark = pytest.mark.timeout(400)
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
-    """Where the processes of a test write; those that name it must have ended with the test."""
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where the processes of a test work; they must have ended with it.
+
+    An agent that is forked forks its workers.
+    """
+    monkeypatch.setattr(subprocess_handler, "Popen", Forked)
+    # For its logs torch looks for its caller in the whole stack, which takes seconds under pytest.
+    monkeypatch.setattr(dynamic_rendezvous, "get_method_name", lambda depth=2: "")
     yield tmp_path
     left = processes_of(tmp_path)
     for pid in left:
@@ -34,24 +42,14 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     assert not left
 
 
-def worker_of(folder: Path, rank: int) -> int:
-    """The process that torchrun started for a rank."""
-    (found,) = [
-        pid
-        for pid in processes_of(folder)
-        if f"RANK={rank}" in Path(f"/proc/{pid}/environ").read_text().split("\0")
-    ]
-    return found
-
-
-def start(*command: object, **environment: str) -> subprocess.Popen[bytes]:
+def start(folder: Path, *command: object, how: Any = Forked, **environment: str) -> Any:
     variables = {
         "OMP_NUM_THREADS": "1",
         # Else the workers that are started again read where those before were (pytorch#135712).
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         **environment,
     }
-    return subprocess.Popen([*map(str, command)], env=os.environ | variables)
+    return how([*map(str, command)], env=os.environ | variables, cwd=folder)
 
 
 def undisturbed(rank: int, folder: Path) -> None:
@@ -74,18 +72,19 @@ def starts(folder: Path, rank: int) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize(
-    ("who", "what", "resumed"),
+    ("who", "what", "resumed", "how"),
     [
-        (0, "kill", 8),
-        (1, "kill", 8),
-        (1, "terminate", 12),  # it trains on until all stop together, in step 13
+        (0, "kill", 8, Forked),
+        (1, "kill", 8, Forked),
+        # It trains on until all stop together, in step 13.
+        (1, "terminate", 12, subprocess.Popen),
     ],
 )
 def test_a_run_whose_worker_is_struck_ends_with_the_bits_of_one_that_was_not(
-    who: int, what: str, resumed: int, folder: Path, center: dict[str, Any]
+    who: int, what: str, resumed: int, how: Any, folder: Path, center: dict[str, Any]
 ) -> None:
     options = ["--standalone", "--nproc-per-node=2", "--max-restarts=1", "--monitor-interval=0.1"]
-    agent = start(*TORCHRUN, *options, restarted.__file__, folder, who, what)
+    agent = start(folder, *TORCHRUN, *options, restarted.__file__, folder, who, what, how=how)
     try:
         assert agent.wait(140) == 0
     finally:
@@ -102,6 +101,7 @@ def test_a_machine_is_lost_and_the_other_goes_on_alone(folder: Path) -> None:
     patience = "join_timeout=60,last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3"
     agents = [
         start(
+            folder,
             *(*TORCHRUN, "--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3"),
             *("--monitor-interval=0.1", "--rdzv-backend=c10d"),
             f"--rdzv-endpoint=127.0.0.1:{port}",
@@ -129,17 +129,18 @@ def test_the_training_script_restarts_by_itself_and_says_so(
         *("experiment=elastic", "model=mlp", "data.batch_size=64", "trainer.max_epochs=20"),
         *("checkpoint.every_n_train_steps=7", "trainer.enable_progress_bar=false"),
     ]
-    alone = [TRAIN, *overrides, "trainer.devices=2", f"hydra.run.dir={folder}/undisturbed"]
-    assert start(sys.executable, *alone).wait(140) == 0
+    alone = [*overrides, "trainer.devices=2", f"hydra.run.dir={folder}/undisturbed"]
+    run_script(TRAIN, alone, folder=folder, workers=None)
 
     checkpoints = folder / "struck" / "checkpoints"
     options = ["--standalone", "--nproc-per-node=2", "--max-restarts=1"]
-    agent = start(*TORCHRUN, *options, TRAIN, *overrides, f"hydra.run.dir={folder}/struck")
+    agent = start(folder, *TORCHRUN, *options, TRAIN, *overrides, f"hydra.run.dir={folder}/struck")
     try:
         deadline = time.monotonic() + 100
         while not (checkpoints / "last.ckpt").exists() and time.monotonic() < deadline:
             time.sleep(0.01)
-        os.kill(worker_of(folder, 0), signal.SIGKILL)
+        children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text()
+        os.kill(int(children.split()[0]), signal.SIGKILL)
         assert not (checkpoints / "final.ckpt").exists()
         assert agent.wait(140) == 0
     finally:

@@ -52,7 +52,7 @@ def fit(
     seen: list[int] = []
     fitting = trainer(workers, EASGDStrategy(tau=2, overlap=overlap), val_check_interval=2)
     with mock.patch.object(dist, "broadcast", recorded):
-        fitting.fit(module, loader(rank, 6, torch.float32), loader(rank, 1, torch.float32))
+        fitting.fit(module, loader(rank, 4, torch.float32), loader(rank, 1, torch.float32))
     return None if module.held is None else digest(module.held), seen[0]
 
 

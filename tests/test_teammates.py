@@ -84,6 +84,7 @@ def fit_or_stand(rank: int, folder: Path) -> str:
     return ""
 
 
+@pytest.mark.usefixtures("forked_server")
 def test_a_worker_that_is_stuck_is_named_by_those_that_have_finished(tmp_path: Path) -> None:
     with Workers(fit_or_stand, tmp_path, workers=2) as group:
         (first,) = group.collect(70, without=1)

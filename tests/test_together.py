@@ -111,6 +111,7 @@ def fit_and_die(rank: int) -> Any:
     return weights(module), fitting.global_step
 
 
+@pytest.mark.usefixtures("forked_server")
 def test_a_worker_that_is_killed_is_not_noticed_by_the_others() -> None:
     outcomes = run_workers(fit_and_die, workers=WORKERS, timeout=150, check=False)
     assert "killed" in f"{outcomes[1].message}"
@@ -134,6 +135,7 @@ def stop_early(rank: int) -> tuple[int, Any]:
     return fitting.current_epoch, weights(module)
 
 
+@pytest.mark.usefixtures("forked_server")
 def test_worker_0_stops_all_early() -> None:
     (first, center), (last, same) = run_workers(stop_early, workers=2, timeout=150)
     assert first <= 3
@@ -191,6 +193,7 @@ def fail_when_told(told: Path) -> None:
     raise RuntimeError("a mistake of the user")
 
 
+@pytest.mark.usefixtures("forked_server")
 def test_without_worker_0_the_others_end_with_an_error_that_names_it(tmp_path: Path) -> None:
     """It stays alive after its error, and is no reason for its server to stay."""
     told = tmp_path / "told"
@@ -214,5 +217,6 @@ def contradict(*_: Any) -> None:
     raise ValueError("it contradicts the server")
 
 
+@pytest.mark.usefixtures("forked_server")
 def test_a_server_ends_with_the_worker_that_cannot_join_it() -> None:
     assert run_workers(fail_to_join, workers=1) == [False]

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelSummary, RichProgressBar, TQDMProgressBar
-from processes import run_workers
 from spring import Validated, assert_like_on_a_spring, training
+from staying import run_workers
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, TensorDataset
 from toy import trainer
 

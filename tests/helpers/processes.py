@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import runpy
 import signal
@@ -10,9 +11,9 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from forking import Workers
 from forking import free_port as free
 
 __all__ = [
+    "Forked",
     "Workers",
     "become_slurm_task",
     "free_port",
@@ -102,20 +104,72 @@ def _be_script(
         os.dup2(printed.fileno(), 1)
         os.dup2(printed.fileno(), 2)
         sys.stdout = sys.stderr = printed
-        sys.argv = [str(script), *arguments]
-        warnings.resetwarnings()  # not errors, as in tests
-        try:
-            runpy.run_path(str(script), run_name="__main__")
-            code = 0
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 1
-            print(end.code)
-        except BaseException:
-            traceback.print_exc()
-            code = 1
+        code = _run_as_main([str(script), *arguments])
     text = path.read_text()
     path.unlink()
     return code, text
+
+
+def _run_as_main(arguments: Sequence[str]) -> int:
+    """What this interpreter does with these arguments, and its exit code."""
+    warnings.resetwarnings()  # not errors, as in tests
+    first, *others = arguments
+    try:
+        if first == "-c":
+            code, *others = others
+            sys.argv = ["-c", *others]
+            exec(code, {"__name__": "__main__"})
+        elif first == "-m":
+            sys.argv = others
+            runpy.run_module(others[0], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = [*arguments]
+            runpy.run_path(first, run_name="__main__")
+    except SystemExit as end:
+        if isinstance(end.code, int | None):
+            return end.code or 0
+        print(end.code)
+        return 1
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+class Forked(subprocess.Popen[Any]):
+    """As Popen, of a command of this interpreter, which is forked and so need not import torch.
+
+    That takes 2 to 5 s. It is no interpreter of its own where one starts or shuts down.
+    """
+
+    def __init__(
+        self, args: Sequence[object], *, env: Mapping[str, str] | None = None, **options: Any
+    ) -> None:
+        command = [*map(str, args)]
+        be_it = partial(_be_interpreter, [each for each in command[1:] if each != "-u"], env)
+        super().__init__(command, preexec_fn=be_it, **options)
+
+
+def _be_interpreter(arguments: Sequence[str], variables: Mapping[str, str] | None) -> None:
+    gc.enable()  # subprocess forks without
+    # Exec would close all files, for which subprocess waits. What was inherited may yet close them
+    # again, so no other file gets their numbers.
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for file in map(int, os.listdir("/proc/self/fd")):
+        with suppress(OSError):
+            if file > 2:
+                os.dup2(nowhere, file)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if variables is not None:
+        os.environ.clear()
+        os.environ.update(variables)
+    sys.stdout, sys.stderr = (os.fdopen(each, "w", buffering=1, closefd=False) for each in (1, 2))
+    code = _run_as_main(arguments)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 @contextmanager

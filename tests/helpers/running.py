@@ -8,18 +8,23 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from multiprocessing import resource_tracker
 from pathlib import Path
+from types import SimpleNamespace
 
 import cheap_forks
 import pytest
 import staying
 import tiers
 import torch
+from processes import Forked
+
+from lightning_easgd.strategy import local_server
 
 ROOT = Path(__file__).parents[2]
 TASKS, FILES = "/proc/self/task", "/proc/self/fd"
@@ -82,6 +87,15 @@ def gpus() -> int:
     if not torch.cuda.device_count():
         pytest.skip("needs a CUDA GPU: run pytest on a machine with one and a CUDA build of torch")
     return torch.cuda.device_count()
+
+
+@pytest.fixture(scope="module")
+def forked_server() -> Iterator[None]:
+    """Worker 0 forks its server. test_local_server.py has those that start as users' do."""
+    known = SimpleNamespace(**vars(subprocess) | {"Popen": Forked})
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(local_server, "subprocess", known)
+        yield
 
 
 def children() -> set[str]:

@@ -22,7 +22,7 @@ from forking import Workers
 
 TESTS = Path(__file__).parents[1]
 OURS = (TESTS, TESTS.parent / "scripts")
-STARTERS = (subprocess, multiprocessing.get_context, Workers)
+STARTERS = (subprocess, subprocess.Popen, multiprocessing.get_context, Workers)
 SLOW = TESTS / "slow.txt"
 """The tests that take over 2 s on 2 quiet cores, one in a line; see unmarked.
 
