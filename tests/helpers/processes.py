@@ -185,9 +185,12 @@ def until_written(path: Path, command: Sequence[str]) -> Iterator[subprocess.Pop
 
 
 @contextmanager
-def forked_until_written(path: Path, script: Path, arguments: Sequence[str]) -> Iterator[Workers]:
-    """As :func:`until_written`, but forked, as :func:`run_script` does."""
-    with Workers(_be_script, script, arguments, path.parent, True, workers=1) as script_alone:
+def forked_until_written(
+    path: Path, script: Path, arguments: Sequence[str], folder: Path | None = None
+) -> Iterator[Workers]:
+    """As :func:`until_written`, but forked, as :func:`run_script` does, in this folder if given."""
+    task = _be_script, script, arguments, folder or path.parent, True
+    with Workers(*task, workers=1) as script_alone:
         _await(path, script_alone.processes[0].is_alive)
         yield script_alone
 

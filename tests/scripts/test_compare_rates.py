@@ -143,12 +143,14 @@ def results(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_pairs_begin_alike_and_one_that_fails_loses_nothing_of_the_others(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     contenders = ["contender=[easgd,ddp,local_sgd]", "train_loss=true"]
     arguments = [f"hydra.run.dir={tmp_path}", *SMALL, *contenders]
     broken = [*arguments, "parallel=3", "+contender.easgd.strategy.alpha=-1"]
-    told = run_script(SCRIPT, broken, folder=tmp_path, workers=None, code=1)
+    with monkeypatch.context() as patched:  # no page is drawn, as where its packages are missing
+        patched.setitem(sys.modules, "presenting.page", None)
+        told = run_script(SCRIPT, broken, folder=tmp_path, workers=None, code=1)
     failed = [one for one in results(tmp_path) if one["error"]]
     assert 1 <= len(failed) <= 2  # as many as had begun
     assert {one["contender"] for one in failed} == {"easgd"}

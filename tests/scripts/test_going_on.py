@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from going_on import command
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from processes import processes_of, run_script
+from processes import end_by, forked_until_written, processes_of, run_script
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"
 SHORT = [
@@ -99,6 +99,33 @@ def test_a_killed_worker_is_the_cause_and_not_who_misses_it(folder: Path) -> Non
     assert told(printed)["checkpoint"].startswith(f"{folder}/run/checkpoints/last.ckpt, step ")
 
 
+def stopped_as_typed(
+    number: signal.Signals, arguments: list[str], checkpoint: Path, folder: Path
+) -> tuple[int, str]:
+    """The exit code and messages of a run that gets a signal when it has a checkpoint."""
+    command = [sys.executable, str(SCRIPT), *arguments]
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=folder, text=True, **streams) as process:
+        try:
+            deadline = time.monotonic() + 120
+            while not checkpoint.exists() and time.monotonic() < deadline:
+                time.sleep(0.1)
+            assert len(processes_of(folder)) == 3  # with the one that was typed
+            process.send_signal(number)
+            return process.wait(timeout=60), process.stderr.read()
+        finally:
+            process.kill()
+
+
+def stopped_when_forked(
+    number: signal.Signals, arguments: list[str], checkpoint: Path, folder: Path
+) -> tuple[int, str]:
+    """The same without imports."""
+    with forked_until_written(checkpoint, SCRIPT, arguments, folder) as script_alone:
+        assert len(processes_of(folder)) == 3
+        return end_by(number, script_alone)
+
+
 @pytest.mark.parametrize(
     ("number", "code", "how"),
     [(signal.SIGINT, 130, "by Ctrl-C"), (signal.SIGTERM, 143, "by SIGTERM")],
@@ -108,25 +135,10 @@ def test_a_stopped_run_says_the_step_the_checkpoint_and_the_command(
 ) -> None:
     run = tmp_path / "run"
     arguments = [*SHORT, "trainer.max_epochs=9999", f"hydra.run.dir={run}"]
-    with subprocess.Popen(
-        [sys.executable, str(SCRIPT), *arguments],
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            checkpoint = run / "checkpoints" / "last.ckpt"
-            deadline = time.monotonic() + 120
-            while not checkpoint.exists() and time.monotonic() < deadline:
-                time.sleep(0.1)
-            assert len(processes_of(tmp_path)) == 3  # with the one that was typed
-            process.send_signal(number)
-            assert process.wait(timeout=60) == code
-            assert process.stderr is not None
-            printed = process.stderr.read()
-        finally:
-            process.kill()
+    checkpoint = run / "checkpoints" / "last.ckpt"
+    stop = stopped_as_typed if number == signal.SIGINT else stopped_when_forked
+    found_code, printed = stop(number, arguments, checkpoint, tmp_path)
+    assert found_code == code
     assert processes_of(tmp_path) == {}
     assert f"The run was stopped {how}.\n" in printed
     assert (run / "stopped.log").read_text() in printed

@@ -19,6 +19,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"
 SHORT = [
     *("model=mlp", "data.batch_size=64", "trainer.devices=2", "trainer.max_epochs=1"),
     *("trainer.enable_progress_bar=false", "trainer.enable_model_summary=false"),
+    "logger=none",
     "hydra.sweep.dir=sweep",
 ]
 
@@ -95,7 +96,7 @@ def test_a_search_ends_a_poor_run_early_and_names_the_best_with_its_command(tmp_
         *("hydra.sweeper.sampler.seed=8", "optimizer.lr=choice(1e-9,0.3)", "trainer.max_epochs=2"),
         *("strategy.tau=4", "strategy.beta=0.9", threshold, "hydra.sweeper.pruner.lower=0.5"),
     ]
-    printed = typed(tmp_path, *search)
+    printed = run_script(SCRIPT, ["-m", *SHORT, *search], folder=tmp_path, workers=None)
     by_rate = {row["optimizer.lr"]: row for row in rows(tmp_path)}
     poor, good = by_rate["1e-09"], by_rate["0.3"]
     assert (poor["ended early"], good["ended early"]) == ("yes", "no")
