@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from modules import ADAMW
 from processes import Workers, run_workers
+from staying import run_in_turn
 from toy import Resumable, Toy, bits, loader, trainer, weights
 
 from lightning_easgd import EASGDStrategy
@@ -46,9 +47,8 @@ def stop_and_go_on(
     assert {error for (error, _), _ in stopped} == {"SIGTERMException"}
     taken = max(steps for (_, steps), _ in stopped)
     assert [steps for (_, steps), _ in stopped] == [min(taken, count) for count in counts]
-    resumed = run_workers(_fit, folder, options, counts, None, True, workers=workers)
-    folder = folder / "straight"
-    straight = run_workers(_fit, folder, options, counts, None, False, workers=workers)
+    cases = [(folder, options, counts, None, True), (folder / "s", options, counts, None, False)]
+    resumed, straight = run_in_turn(_fit, cases, workers=workers)
     assert [error for (error, _), _ in resumed + straight] == [None] * 2 * workers
     assert [own for _, own in resumed] == [own for _, own in straight]
     return taken, [own for _, own in stopped]
