@@ -205,7 +205,7 @@ def end_by(number: signal.Signals, script_alone: Workers) -> tuple[int, str]:
 
 def _await(path: Path, lives: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 120
-    while not path.exists():
+    while not (path.exists() and path.stat().st_size):
         assert lives()
         assert time.monotonic() < deadline
         time.sleep(0.1)
