@@ -153,11 +153,13 @@ class Forked(subprocess.Popen[Any]):
 def _be_interpreter(arguments: Sequence[str], variables: Mapping[str, str] | None) -> None:
     gc.enable()  # subprocess forks without
     # Exec would close all files, for which subprocess waits. What was inherited may yet close them
-    # again, so no other file gets their numbers.
+    # again, so no other file gets their numbers. Those by which gRPC wakes its threads stay: where
+    # a test before has used it, it reads them in this process, too, for ever if they are none.
     nowhere = os.open(os.devnull, os.O_RDWR)
     for file in map(int, os.listdir("/proc/self/fd")):
         with suppress(OSError):
-            if file > 2:
+            wakes = os.readlink(f"/proc/self/fd/{file}").startswith("anon_inode:")
+            if file > 2 and not wakes:
                 os.dup2(nowhere, file)
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)
