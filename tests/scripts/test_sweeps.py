@@ -55,7 +55,7 @@ def test_a_sweep_ends_with_a_table_of_what_varied_and_what_came_of_it(tmp_path: 
     assert [line.split()[:2] for line in lines] == [["0", "2"], ["1", "x"], ["2", "8"]]
     during, at_the_end = printed.split("1 job(s) of the sweep failed:\n")
     assert f"error: job 1: {failed['error']}\n" in during
-    (line, _) = at_the_end.strip().splitlines()  # and the exit code
+    (line,) = at_the_end.strip().splitlines()
     assert line.startswith("job 1 [model=mlp ")
     assert line.endswith(f"in {tmp_path}/sweep/1: {failed['error']}")
     assert "Traceback" in (tmp_path / "sweep" / "1" / "error.log").read_text()
