@@ -54,9 +54,11 @@ def test_the_center_is_the_papers_within_what_is_rounded(codec: str, within: flo
 
 @pytest.mark.parametrize("codec", CODECS, ids=str)
 def test_overlap_changes_no_bit(codec: Any) -> None:
-    cases = [(2, {"compression": codec, "overlap": overlap}) for overlap in (True, False)]
-    one, two = (run[0][0] for run in run_in_turn(fit, cases, workers=2))
+    options = [{"overlap": True}, {"overlap": False}, {"overlap": True, "final_exchange": False}]
+    cases = [(2, {"compression": codec, **more}) for more in options]
+    one, two, other = (run[0][0] for run in run_in_turn(fit, cases, workers=2))
     assert all(np.array_equal(one[key], two[key]) for key in one)
+    assert not all(np.array_equal(one[key], other[key]) for key in one)
 
 
 class Apart(Toy):

@@ -30,7 +30,7 @@ from lightning_easgd.schedules.checks import require_count
 
 _WORKLOAD = ("steps", "accelerator", "threads", "pace")
 
-_START_SECONDS_PER_HOST = 0.5
+_START_SECONDS_PER_HOST = 0.1
 """What it takes to make a host and its agent, about."""
 
 

@@ -35,8 +35,8 @@ NAMES = sorted(
     for path in (CONF / "contender").glob("*.yaml")
     if "speed_only" not in path.read_text()
 )
-DOWNPOURS = ["downpour", "mvadownpour"]
-MANY = ["ddp", "ddp_bf16", "local_sgd", "easgd", *DOWNPOURS]
+DOWNPOURS = ["downpour", "adownpour", "mvadownpour"]
+MANY = ["ddp", "ddp_bf16", "local_sgd", "easgd", "eamsgd", *DOWNPOURS]
 SMALL = [
     *("model=mlp", "model.hidden=[16]", "workers=2", "epochs=2", "seeds=1", "taus=[2,16]"),
     *("factors=[1]", "points=3", "train_loss=true"),
