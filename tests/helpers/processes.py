@@ -153,8 +153,8 @@ class Forked(subprocess.Popen[Any]):
 def _be_interpreter(arguments: Sequence[str], variables: Mapping[str, str] | None) -> None:
     gc.enable()  # subprocess forks without
     # Exec would close all files, for which subprocess waits. What was inherited may yet close them
-    # again, so no other file gets their numbers. Those by which gRPC wakes its threads stay: where
-    # a test before has used it, it reads them in this process, too, for ever if they are none.
+    # again, so no other file gets their numbers. Those by which gRPC wakes its threads stay: if an
+    # earlier test used gRPC, it still reads them in this process, and without them never stops.
     nowhere = os.open(os.devnull, os.O_RDWR)
     for file in map(int, os.listdir("/proc/self/fd")):
         with suppress(OSError):
