@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
+import traceback
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
@@ -13,10 +15,13 @@ from lightning.pytorch.strategies import Strategy
 from parting import end_with
 
 from lightning_easgd import CenterAt, EASGDStrategy
-from lightning_easgd.communication import share
+from lightning_easgd.communication import ExchangeError, share
 
 PATIENCE = timedelta(minutes=2)
-"""How long others wait for worker 0."""
+"""How long others wait for worker 0, and it for them."""
+
+_STARTING = 60.0
+"""Seconds in which a server starts."""
 
 
 def asynchronous(
@@ -34,7 +39,7 @@ def asynchronous(
         **options: of the strategy alone.
 
     Raises:
-        ExchangeError: worker 0 did not say where the server is.
+        ExchangeError: the server did not start, or worker 0 did not say where it is.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == int(os.environ.get("LOCAL_WORLD_SIZE", "1")):  # also of who only looks at it
@@ -70,11 +75,19 @@ def _serve(settings: Mapping[str, Any]) -> str:
             os.close(reads)
             end_with(parent, signal.SIGKILL)
             _be_server(writes, settings)
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(1)
     os.close(writes)
     with os.fdopen(reads) as told:
-        return told.read()
+        port = told.read() if select.select([told], [], [], _STARTING)[0] else ""
+    if not port:
+        raise ExchangeError(
+            f"The server of the center did not start within {_STARTING:g} s. If it failed, its"
+            " error is above."
+        )
+    return port
 
 
 def _be_server(writes: int, settings: Mapping[str, Any]) -> None:

@@ -16,7 +16,6 @@ import lightning.pytorch as pl
 import torch
 from forking import free_port
 from hydra.utils import instantiate
-from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import DictConfig, OmegaConf
 
@@ -76,7 +75,9 @@ class Workbench:
         workload = settings["workload"]
         module: pl.LightningModule = instantiate(OmegaConf.create(settings["module"]))
         strategy, callbacks = Contender(**settings["contender"]).make()
-        watch = _watch(strategy, 0 if job.tuning else workload["points"], workload["metric"])
+        meeting = _meeting() if is_apart(strategy) else None
+        points = 0 if job.tuning else workload["points"]
+        watch = _watch(points, workload["metric"], meeting)
         trainer = pl.Trainer(
             accelerator=workload["accelerator"],
             strategy=strategy,
@@ -89,6 +90,8 @@ class Workbench:
             **size(),
         )
         found = self._fit(trainer, module, watch, workload, tuning=job.tuning)
+        if meeting is not None:
+            meeting.leave()  # the server ends with worker 0
         leave_all_groups()
         return found | {
             "points": [asdict(point) for point in watch.points],
@@ -174,11 +177,13 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return statistics.fmean(known) if len(known) == len(values) else None
 
 
-def _watch(strategy: Strategy, points: int, metric: str) -> Watch:
-    if not points or not is_apart(strategy):
-        return Watch(points, metric)
-    port = int(told_by_worker_0(free_port))
-    return WatchApart(points, metric, Meeting(port, PATIENCE.total_seconds()))
+def _meeting() -> Meeting:
+    """Of workers that wait for nobody while they train."""
+    return Meeting(int(told_by_worker_0(free_port)), PATIENCE.total_seconds())
+
+
+def _watch(points: int, metric: str, meeting: Meeting | None) -> Watch:
+    return WatchApart(points, metric, meeting) if points and meeting else Watch(points, metric)
 
 
 def _test_in_validation(data: pl.LightningDataModule) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import emulation
 import pytest
+from comparing import center
 from comparing.clusters import rank_on_cluster
 from comparing.comparison import Comparison
 from comparing.contender import moving_average
@@ -23,7 +24,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from lightning.pytorch.strategies import Strategy
 from omegaconf import DictConfig, OmegaConf
-from processes import end_by, forked_until_written, free_port, processes_of, run_script
+from processes import end_by, forked_until_written, free_port, processes_of, run_script, run_workers
 
 from lightning_easgd import EASGDStrategy
 
@@ -241,13 +242,33 @@ def test_a_signal_leaves_results_and_no_process(tmp_path: Path) -> None:
     assert results(tmp_path)
 
 
+LATE = """
+import time
+
+import lightning.pytorch as pl
+from lightning_easgd.exchange import center_link
+
+
+class Late(pl.Callback):
+    def setup(self, *_, stage):
+        center_link._PAUSE = 2.0  # until who has finished asks whether the other one has
+
+    def on_train_batch_end(self, trainer, *_):
+        time.sleep(0.02 if trainer.is_global_zero else 0)
+"""
+
+
 @needs_hosts
 @pytest.mark.usefixtures("nothing_left", "no_page")
 def test_on_an_emulated_network_one_that_fails_loses_nothing_of_the_others(tmp_path: Path) -> None:
     pytest.importorskip("grpc", reason="needs gRPC: pip install -e '.[async]'")
+    (tmp_path / "late.py").write_text(LATE)
     chosen = ["contender=[easgd,ddp,easgd_async]", "+contender.easgd.strategy.alpha=-1", "taus=[2]"]
-    told = run(tmp_path, *chosen, "network=100mbit", "epochs=1", code=1)
+    late = ["+contender.easgd_async.callback._target_=late.Late", "job_timeout=60"]
+    told = run(tmp_path, *chosen, *late, "network=100mbit", "epochs=1", code=1)
     failed, ddp, apart = results(tmp_path)
+    # Worker 1 asks once more when worker 0, which has the server, has long finished.
+    assert apart["error"] is None
     assert failed["contender"] == "easgd"
     assert "alpha" in failed["error"]
     assert "error: easgd was left out" in told
@@ -262,6 +283,18 @@ def test_on_an_emulated_network_one_that_fails_loses_nothing_of_the_others(tmp_p
     assert sorted(set(samples)) == list(samples)
     # A difference and a center every second step, in place of gradients of twice that at each.
     assert apart["sent_bytes"] / apart["ddp_bytes"] == pytest.approx(1.0, rel=0.1)
+
+
+def serve_what_is_none(_: int) -> None:
+    center._serve({"algorithm": "none"})
+
+
+def test_a_server_that_does_not_start_is_not_waited_for(capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("grpc", reason="needs gRPC: pip install -e '.[async]'")
+    (outcome,) = run_workers(serve_what_is_none, workers=1, check=False)
+    assert outcome.error == "ExchangeError"
+    assert "did not start" in outcome.message
+    assert "'none'" in capfd.readouterr().err
 
 
 OWN = """
