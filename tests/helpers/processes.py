@@ -18,8 +18,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import forking
+import stacks
 from emulation import EmulatedHosts
-from forking import Workers
 from forking import free_port as free
 
 __all__ = [
@@ -32,6 +33,16 @@ __all__ = [
     "run_script",
     "run_workers",
 ]
+
+
+class Workers(forking.Workers):
+    """As they are, and who waits for them too long sees where they are."""
+
+    def collect(self, timeout: float, without: int | None = None) -> list[forking.Outcome]:
+        try:
+            return super().collect(timeout, without)
+        except TimeoutError as error:
+            raise TimeoutError(f"{error}\n{stacks.of_forks()}") from None
 
 
 def run_workers(

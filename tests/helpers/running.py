@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import cheap_forks
 import pytest
+import stacks
 import staying
 import tiers
 import torch
@@ -37,6 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "filterwarnings", "ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"
     )
+    stacks.be_ready()
     gc.disable()  # until all is imported: a fifth of the time went to look for garbage in it
     # One thread: workers are forked from this process, and a fork does not survive OpenMP's.
     torch.set_num_threads(1)

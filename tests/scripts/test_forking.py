@@ -1,12 +1,15 @@
-"""scripts/forking.py: a signal that comes while workers are being forked is not lost."""
+"""scripts/forking.py: no signal is lost while workers are forked; tests see where late ones are."""
 
 from __future__ import annotations
 
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
+from forking import FORK
+from processes import run_workers
 
 STRUCK_WHILE_FORKING = """
 import os, signal, sys, time
@@ -36,3 +39,22 @@ def test_a_signal_while_workers_are_forked_ends_them_all(number: signal.Signals)
     )
     assert done.returncode == 128 + number, done.stderr
     assert done.stderr == ""
+
+
+def await_a_child(_: int) -> None:
+    child = FORK.Process(target=sleep_long, daemon=True)
+    child.start()
+    child.join()
+
+
+def sleep_long() -> None:
+    time.sleep(60)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc to see a process's forks")
+def test_of_a_worker_that_is_late_the_test_sees_where_it_and_its_forks_are() -> None:
+    with pytest.raises(TimeoutError, match="worker 0 was not back after 1 s") as late:
+        run_workers(await_a_child, workers=1, timeout=1)
+    told = str(late.value)
+    # The fork began where it was forked.
+    assert (told.count("in await_a_child"), told.count("in sleep_long")) == (2, 1)

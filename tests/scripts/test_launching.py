@@ -6,13 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import launching
 import parting
-import processes
 import pytest
 from launching import WorkerError, is_worker, run_workers
 
@@ -86,14 +84,33 @@ torch.ones(500, 500) @ torch.ones(500, 500)
 print(launching._context().get_start_method())
 """
 
+BESIDE_A_THREAD = """
+import pathlib, sys, threading
+import launching
+held = threading.Event()
+thread = threading.Thread(target=held.wait)
+thread.start()
+assert launching.run_workers(int, workers=2, nodes=1, logs=pathlib.Path(sys.argv[1])) == [0, 1]
+print(launching._context().get_start_method())
+held.set()
+thread.join()
+print(launching._context().get_start_method())
+"""
 
-def test_where_torch_has_computed_workers_are_no_forks() -> None:
-    if sys.platform != "linux":
-        pytest.skip("needs Linux, where workers are forked: run pytest there")
-    python = [sys.executable, "-c", AFTER_COMPUTING]
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux, where workers are forked")
+@pytest.mark.parametrize(
+    ("code", "methods"),
+    [(AFTER_COMPUTING, ["fork", "spawn"]), (BESIDE_A_THREAD, ["spawn", "fork"])],
+    ids=["after computing", "beside a thread"],
+)
+def test_where_there_are_threads_workers_are_no_forks(
+    tmp_path: Path, code: str, methods: list[str]
+) -> None:
+    python = [sys.executable, "-c", code, str(tmp_path)]
     variables = {"PYTHONPATH": str(Path(launching.__file__).parent)}
     said = subprocess.check_output(python, env=os.environ | variables, text=True, timeout=60)
-    assert said.split() == ["fork", "spawn"]
+    assert said.split() == methods
 
 
 def test_workers_of_a_later_node_are_numbered_on(
@@ -108,25 +125,6 @@ def test_workers_of_a_later_node_are_numbered_on(
 def test_a_multi_node_job_without_its_variables_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="NODE_RANK, MASTER_ADDR, MASTER_PORT is not set"):
         run_workers(say_ranks, workers=1, nodes=2, logs=tmp_path)
-
-
-def start_methods(_: int, folder: Path) -> list[str]:
-    """Of a process of one thread: while it has a second one, and afterwards."""
-    held = threading.Event()
-    thread = threading.Thread(target=held.wait)
-    thread.start()
-    try:
-        assert run_workers(int, workers=2, nodes=1, logs=folder) == [0, 1]
-        beside = launching._context().get_start_method()
-    finally:
-        held.set()
-        thread.join()
-    return [beside, launching._context().get_start_method()]
-
-
-def test_where_there_are_threads_workers_are_no_forks(tmp_path: Path) -> None:
-    (methods,) = processes.run_workers(start_methods, tmp_path, workers=1)
-    assert methods == ["spawn", "fork"]
 
 
 def fail_in_one(rank: int, folder: Path, who: int, how: str) -> None:

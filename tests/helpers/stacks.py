@@ -1,0 +1,46 @@
+"""Where forked processes are when a test has waited too long for them."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+_ASKED = signal.SIGUSR2
+_ANSWER_SECONDS = 0.3
+_ANSWERS = tempfile.TemporaryFile("w+")  # noqa: SIM115  all forks write to it
+
+
+def be_ready() -> None:
+    """Have this process, and all that are forked from it, write their stacks when asked."""
+    faulthandler.register(_ASKED, _ANSWERS, all_threads=True)
+
+
+def of_forks() -> str:
+    """The stacks of what was forked from this process, and from that; empty but on Linux."""
+    for process in _forked_from(os.getpid()):
+        print(f"\nProcess {process}:", file=_ANSWERS, flush=True)
+        with suppress(ProcessLookupError):
+            os.kill(process, _ASKED)
+        time.sleep(_ANSWER_SECONDS)
+    _ANSWERS.seek(0)
+    told = _ANSWERS.read()
+    _ANSWERS.seek(0)
+    _ANSWERS.truncate()
+    return told
+
+
+def _forked_from(parent: int) -> Iterator[int]:
+    for path in Path("/proc").glob("[0-9]*/status"):
+        with suppress(OSError):  # it has ended
+            known = dict(line.split(":\t", 1) for line in path.read_text().splitlines())
+            if int(known["PPid"]) == parent:
+                child = int(known["Pid"])
+                if int(known["SigCgt"], 16) >> (_ASKED - 1) & 1:  # not another program
+                    yield child
+                yield from _forked_from(child)
