@@ -12,7 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 
 _ASKED = signal.SIGUSR2
-_ANSWER_SECONDS = 0.3
+_ANSWER_SECONDS = 5.0
+_PAUSE_SECONDS = 0.05
+"""Who writes, writes on within it."""
 _ANSWERS = tempfile.TemporaryFile("w+")  # noqa: SIM115  all forks write to it
 
 
@@ -25,14 +27,28 @@ def of_forks() -> str:
     """The stacks of what was forked from this process, and from that; empty but on Linux."""
     for process in _forked_from(os.getpid()):
         print(f"\nProcess {process}:", file=_ANSWERS, flush=True)
+        before = _size()
         with suppress(ProcessLookupError):
             os.kill(process, _ASKED)
-        time.sleep(_ANSWER_SECONDS)
+            _await_more_than(before)
     _ANSWERS.seek(0)
     told = _ANSWERS.read()
     _ANSWERS.seek(0)
     _ANSWERS.truncate()
     return told
+
+
+def _await_more_than(size: int) -> None:
+    until, last = time.monotonic() + _ANSWER_SECONDS, size
+    while time.monotonic() < until:
+        time.sleep(_PAUSE_SECONDS)
+        if size < last == _size():
+            return
+        last = _size()
+
+
+def _size() -> int:
+    return os.fstat(_ANSWERS.fileno()).st_size
 
 
 def _forked_from(parent: int) -> Iterator[int]:

@@ -6,10 +6,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from forking import FORK
-from processes import run_workers
+from processes import Workers
 
 STRUCK_WHILE_FORKING = """
 import os, signal, sys, time
@@ -41,20 +42,25 @@ def test_a_signal_while_workers_are_forked_ends_them_all(number: signal.Signals)
     assert done.stderr == ""
 
 
-def await_a_child(_: int) -> None:
-    child = FORK.Process(target=sleep_long, daemon=True)
+def await_a_child(_: int, path: Path) -> None:
+    child = FORK.Process(target=sleep_long, args=(path,), daemon=True)
     child.start()
     child.join()
 
 
-def sleep_long() -> None:
+def sleep_long(path: Path) -> None:
+    path.touch()
     time.sleep(60)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc to see a process's forks")
-def test_of_a_worker_that_is_late_the_test_sees_where_it_and_its_forks_are() -> None:
-    with pytest.raises(TimeoutError, match="worker 0 was not back after 1 s") as late:
-        run_workers(await_a_child, workers=1, timeout=1)
+def test_of_a_worker_that_is_late_the_test_sees_where_it_and_its_forks_are(tmp_path: Path) -> None:
+    path = tmp_path / "sleeps"
+    with Workers(await_a_child, path, workers=1) as group:
+        while not path.exists():
+            time.sleep(0.01)
+        with pytest.raises(TimeoutError, match="worker 0 was not back") as late:
+            group.collect(0.1)
     told = str(late.value)
     # The fork began where it was forked.
     assert (told.count("in await_a_child"), told.count("in sleep_long")) == (2, 1)
