@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import gc
 import importlib
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import suppress
-from functools import cache, partial
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 import toy
-import yaml
-from omegaconf import OmegaConf
-from omegaconf._utils import get_yaml_loader
+from hydra._internal import defaults_list
+from hydra._internal.config_repository import ConfigRepository
 
 from lightning_easgd.communication import workers
 
 MAPS = Path("/proc/self/maps")
 """What memory this process has; Linux only."""
+CONFIGURATIONS = {
+    f"file://{Path(__file__).parents[2] / 'conf'}",
+    *("pkg://hydra.conf", "structured://"),
+}
+"""Where configurations are that no test changes."""
 WORTH_IT = 15
 """Tests that fork, and save together the second that ``keep_memory_shared`` takes."""
 HUGE = 2**21
@@ -43,21 +47,29 @@ def remember_that_there_is_no_gpu() -> None:
 
 
 def remember_configurations() -> None:
-    """Parse each text once: hundreds of tests compose the same files of ``conf/``."""
-    load, loader = OmegaConf.load, get_yaml_loader()
-    parse = cache(lambda text: yaml.load(text, Loader=loader))
+    """Read each file of ``conf/`` once: hundreds of tests compose the same, from copies of them.
 
-    def remembered(file_: Any) -> Any:
-        if not hasattr(file_, "read"):
-            return load(file_)
-        with suppress(yaml.YAMLError):  # which names the file, if it is read as usual
-            parsed = parse(file_.read())
-            if isinstance(parsed, dict):
-                return OmegaConf.create(parsed)  # which copies it
-        file_.seek(0)
-        return load(file_)
+    Half of the time to compose goes otherwise to parsing, and to choices that nobody asks for.
+    """
+    load, choices = ConfigRepository.load_config, defaults_list._create_interpolation_map
+    known: dict[Any, Any] = {}
 
-    OmegaConf.load = remembered
+    def load_once(self: ConfigRepository, config_path: str) -> Any:
+        place = config_path, *((each.provider, each.path) for each in self.sources)
+        if place in known:
+            return copy.deepcopy(known[place])
+        found = load(self, config_path)
+        if found is not None and found.path in CONFIGURATIONS:
+            known[place] = copy.deepcopy(found)
+        return found
+
+    def choices_if_asked_for(overrides: Any, defaults: list[Any], self_added: bool) -> Any:
+        asked = any(not each.is_self() and each.is_interpolation() for each in defaults)
+        return choices(overrides, defaults, self_added) if asked else None
+
+    ConfigRepository.load_config = load_once
+    ConfigRepository.__deepcopy__ = lambda self, _: copy.copy(self)  # its list is replaced whole
+    defaults_list._create_interpolation_map = choices_if_asked_for
 
 
 def wait_with_fewer_looks() -> None:
