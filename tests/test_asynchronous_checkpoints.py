@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from processes import run_workers
 from served import free_ports
 from toy import Resumable, Toy, bits, trainer, weights
+from waiting import until
 
 from lightning_easgd import EASGDStrategy
 from lightning_easgd.checkpoint.files import workers_folder
@@ -73,14 +74,6 @@ class Noting(Toy):
         if batch_idx == self.at:
             self.before()
             self.saved = self.now()
-
-
-def until(true: Callable[[], object]) -> None:
-    """Wait until something is true."""
-    gives_up = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < gives_up
-        time.sleep(0.02)
 
 
 def start(

@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from processes import Forked, free_port, processes_of, run_script, run_workers
 from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 from torch.distributed.elastic.rendezvous import dynamic_rendezvous
+from waiting import until
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 TRAIN = Path(__file__).parents[1] / "scripts" / "train.py"
@@ -136,9 +136,7 @@ def test_the_training_script_restarts_by_itself_and_says_so(
     options = ["--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     agent = start(folder, *TORCHRUN, *options, TRAIN, *overrides, f"hydra.run.dir={folder}/struck")
     try:
-        deadline = time.monotonic() + 100
-        while not (checkpoints / "last.ckpt").exists() and time.monotonic() < deadline:
-            time.sleep(0.01)
+        until((checkpoints / "last.ckpt").exists, 100)
         children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text()
         os.kill(int(children.split()[0]), signal.SIGKILL)
         assert not (checkpoints / "final.ckpt").exists()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 import warnings
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from processes import run_workers
 from torch.utils.data import DataLoader
 from toy import Batches, Toy, initial_weights, loader, trainer, weights
+from waiting import until
 
 from lightning_easgd import CenterAt, EASGDMonitor, EASGDStrategy
 from lightning_easgd.strategy import local_server
@@ -186,10 +186,7 @@ def fail_before_joining(rank: int, told: Path) -> tuple[str, bool]:
 
 
 def fail_when_told(told: Path) -> None:
-    ends = time.monotonic() + 60
-    while not told.exists():
-        assert time.monotonic() < ends
-        time.sleep(0.01)
+    until(told.exists)
     raise RuntimeError("a mistake of the user")
 
 

@@ -38,6 +38,10 @@ __all__ = [
 class Workers(forking.Workers):
     """As they are, and who waits for them too long sees where they are."""
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        stacks.be_ready()
+        super().__init__(*args, **options)
+
     def collect(self, timeout: float, without: int | None = None) -> list[forking.Outcome]:
         try:
             return super().collect(timeout, without)

@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from multiprocessing import resource_tracker
@@ -19,11 +18,11 @@ from types import SimpleNamespace
 
 import cheap_forks
 import pytest
-import stacks
 import staying
 import tiers
 import torch
 from processes import Forked
+from waiting import until
 
 from lightning_easgd.strategy import local_server
 
@@ -38,7 +37,6 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "filterwarnings", "ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"
     )
-    stacks.be_ready()
     gc.disable()  # until all is imported: a fifth of the time went to look for garbage in it
     # One thread: workers are forked from this process, and a fork does not survive OpenMP's.
     torch.set_num_threads(1)
@@ -126,10 +124,7 @@ def leaves_nothing_behind():
     yield
     assert {str(each.pid) for each in multiprocessing.active_children()} <= staying.running()
     assert children() - staying.running() <= processes
-    until = time.monotonic() + 10
-    while not sockets() <= ports and time.monotonic() < until:
-        time.sleep(0.01)  # gRPC's threads close theirs a moment later
-    assert sockets() <= ports
+    until(lambda: sockets() <= ports, 10)  # gRPC's threads close theirs a moment later
     by_imports = {"KMP_INIT_AT_FORK", "KMP_DUPLICATE_LIB_OK"}  # scikit-learn's
     assert set(os.environ) - variables - by_imports <= {"PYTEST_CURRENT_TEST"}
     for thread in set(threading.enumerate()) - threads:

@@ -19,8 +19,13 @@ _ANSWERS = tempfile.TemporaryFile("w+")  # noqa: SIM115  all forks write to it
 
 
 def be_ready() -> None:
-    """Have this process, and all that are forked from it, write their stacks when asked."""
-    faulthandler.register(_ASKED, _ANSWERS, all_threads=True)
+    """Have this process, and all that are forked from it, write their stacks when asked.
+
+    A trainer that ends takes faulthandler's place from it, and puts back what Python knows of.
+    """
+    faulthandler.unregister(_ASKED)
+    signal.signal(_ASKED, lambda *_: faulthandler.dump_traceback(_ANSWERS))
+    faulthandler.register(_ASKED, _ANSWERS)
 
 
 def of_forks() -> str:

@@ -23,8 +23,9 @@ from typing import Any
 
 import numpy as np
 import processes
+import stacks
 import torch
-from forking import FORK, Outcome, Workers, one_node
+from forking import FORK, Outcome, one_node
 
 from lightning_easgd.communication.workers import leave_all_groups
 
@@ -105,7 +106,7 @@ class Staying:
         self._jobs = [sender for _, sender in jobs]
         self._results = [receiver for receiver, _ in results]
         served = [receiver for receiver, _ in jobs], [sender for _, sender in results]
-        self.group = Workers(_serve, *served, workers=workers)
+        self.group = processes.Workers(_serve, *served, workers=workers)
         for pipe in [*served[0], *served[1]]:
             pipe.close()
 
@@ -120,7 +121,8 @@ class Staying:
             ended = [self.group.processes[rank].sentinel for rank in left.values()]
             connection.wait([*left, *ended], max(0.0, deadline - time.monotonic()))
             ready = [pipe for pipe in left if pipe.poll()]
-            assert ready, f"workers {[*left.values()]} died, or were not back after {timeout:g} s"
+            late = f"workers {[*left.values()]} died, or were not back after {timeout:g} s"
+            assert ready, f"{late}\n{stacks.of_forks()}"
             for pipe in ready:
                 outcome = pipe.recv()
                 assert outcome.error is None, f"worker {left[pipe]}: {outcome.trace}"

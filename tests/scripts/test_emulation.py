@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 from emulation import EmulatedHosts, EmulationError
 from processes import Workers, on_host, run_workers
 from toy import Toy, bits, loader, trainer, weights
+from waiting import until
 
 from lightning_easgd import EASGDStrategy, Groups
 
@@ -168,27 +169,20 @@ def test_everything_goes_after_a_signal(number: signal.Signals) -> None:
         script.wait()
 
 
-def within_30_seconds(happened: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not happened():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 @needs_hosts
 @pytest.mark.usefixtures("nothing_left")
 def test_what_a_killed_process_left_goes_when_the_next_makes_hosts() -> None:
     with subprocess.Popen([sys.executable, "-c", WAIT], stdout=subprocess.PIPE) as script:
         assert script.stdout is not None
         sleeper = int(script.stdout.readline())
-        within_30_seconds(lambda: Path(f"/proc/{sleeper}/comm").read_text() == "sleep\n")
+        until(lambda: Path(f"/proc/{sleeper}/comm").read_text() == "sleep\n")
         script.kill()
     left = [path for path in Path("/run/netns").iterdir() if f"-{script.pid}-" in path.name]
     assert len(left) == 3
     assert runs(sleeper)
     with EmulatedHosts(1):
         assert not any(path.exists() for path in left)
-    within_30_seconds(lambda: not runs(sleeper))
+    until(lambda: not runs(sleeper))
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from forking import FORK
 from processes import Workers
+from waiting import until
 
 STRUCK_WHILE_FORKING = """
 import os, signal, sys, time
@@ -57,8 +58,7 @@ def sleep_long(path: Path) -> None:
 def test_of_a_worker_that_is_late_the_test_sees_where_it_and_its_forks_are(tmp_path: Path) -> None:
     path = tmp_path / "sleeps"
     with Workers(await_a_child, path, workers=1) as group:
-        while not path.exists():
-            time.sleep(0.01)
+        until(path.exists)
         with pytest.raises(TimeoutError, match="worker 0 was not back") as late:
             group.collect(0.1)
     told = str(late.value)

@@ -9,13 +9,13 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from going_on import command
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from processes import end_by, forked_until_written, processes_of, run_script
+from waiting import until
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"
 SHORT = [
@@ -107,9 +107,7 @@ def stopped_as_typed(
     streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, cwd=folder, text=True, **streams) as process:
         try:
-            deadline = time.monotonic() + 120
-            while not checkpoint.exists() and time.monotonic() < deadline:
-                time.sleep(0.1)
+            until(checkpoint.exists, 120)
             assert len(processes_of(folder)) == 3  # with the one that was typed
             process.send_signal(number)
             return process.wait(timeout=60), process.stderr.read()

@@ -9,7 +9,6 @@ import re
 import runpy
 import signal
 import sys
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
@@ -21,6 +20,7 @@ import lightning.pytorch
 import numpy as np
 import pytest
 from served import LAYOUT, constant, free_ports, values
+from waiting import until
 
 pytest.importorskip("grpc", reason="needs gRPC: pip install -e '.[async]'")
 pytest.importorskip("safetensors", reason="needs safetensors: pip install -e '.[async]'")
@@ -184,10 +184,8 @@ def test_servers_of_one_center_start_and_end_as_one(
         np.testing.assert_array_equal(values(center), sent + 1)
         if not sent:
             assert server.end(signal.SIGKILL) == KILLED  # and its servers end, too
-    lines, ends = tmp_path / "served.jsonl", time.monotonic() + 60
-    while not lines.exists() or not lines.read_text().endswith("\n"):
-        assert time.monotonic() < ends
-        time.sleep(0.05)
+    lines = tmp_path / "served.jsonl"
+    until(lambda: lines.exists() and lines.read_text().endswith("\n"))
     children = Path(f"/proc/{server.pid}/task/{server.pid}/children")
     *_, last = children.read_text().split()
     os.kill(int(last), signal.SIGKILL)
@@ -251,10 +249,7 @@ def test_what_workers_may_ask_is_limited_by_keys(tmp_path: Path) -> None:
     client.join(constant(0.0))
     for _ in range(2):
         client.add(constant(1.0))
-    gives_up = time.monotonic() + 30
-    while not (tmp_path / "center-000000000002.safetensors").exists():
-        assert time.monotonic() < gives_up
-        time.sleep(0.01)
+    until((tmp_path / "center-000000000002.safetensors").exists)
     client.close()
     serving.close()
 

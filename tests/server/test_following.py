@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from served import LAYOUT, constant, random_vector, values
+from waiting import until
 
 from lightning_easgd.algorithms import MDownpour
 from lightning_easgd.server import Refusal, Refused, Settings, SnapshotError
@@ -84,13 +85,6 @@ class Pair:
         for serving in self.started:
             if serving._saver.is_alive():
                 serving.close()
-
-
-def until(met: Callable[[], object]) -> None:
-    end = time.monotonic() + 20
-    while not met():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def version(serving: Serving) -> int:

@@ -7,13 +7,13 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from served import LAYOUT, constant, values
+from waiting import until
 
 from lightning_easgd.server import Refused, Settings, SnapshotError
 from lightning_easgd.server.client import CenterClient, UnreachableError
@@ -33,13 +33,6 @@ def reach(port: int, worker: str = "0", **options: Any) -> CenterClient:
     certificates = options.pop("certificates", None)
     transport = GrpcTransport(f"127.0.0.1:{port}", certificates=certificates)
     return CenterClient(transport, worker, LAYOUT, **{"patience": 20.0, **options})
-
-
-def until(met: Callable[[], object]) -> None:
-    end = time.monotonic() + 30
-    while not met():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def snapshots(folder: Path) -> list[str]:

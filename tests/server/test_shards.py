@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import random
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from served import LAYOUT, constant, random_vector, values
+from waiting import until
 
 from lightning_easgd.algorithms import MDownpour
 from lightning_easgd.center.flat import FlatLayout
@@ -83,13 +83,6 @@ class At(InMemory):
         if fate < 0.4:
             raise LostError("away before it answered")
         return iter(answer)
-
-
-def until(met: Callable[[], object]) -> None:
-    end = time.monotonic() + 30
-    while not met():
-        assert time.monotonic() < end
-        time.sleep(0.002)
 
 
 @pytest.mark.parametrize("layout", [LAYOUT, ODD], ids=["two precisions", "odd"])

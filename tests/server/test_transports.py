@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from served import LAYOUT, constant, random_vector, values
+from waiting import until
 
 from lightning_easgd.center.flat import FlatLayout
 from lightning_easgd.server import CenterServer, Limits, Refusal, Refused, Settings
@@ -638,10 +639,7 @@ def test_nothing_is_left_open(handler: Handler) -> None:
     before = held()
     for _ in range(5):
         serve_once()
-    until = time.monotonic() + 10
-    while not held() <= before and time.monotonic() < until:
-        time.sleep(0.01)  # a thread of gRPC ends a moment later
-    assert held() <= before
+    until(lambda: held() <= before, 10)  # a thread of gRPC ends a moment later
 
 
 @pytest.mark.parametrize("module", [grpc_transport, keys])
