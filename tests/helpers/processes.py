@@ -36,7 +36,7 @@ __all__ = [
 
 
 class Workers(forking.Workers):
-    """As they are, and who waits for them too long sees where they are."""
+    """Those of scripts/forking.py. Who waits for them too long sees where they are."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         stacks.be_ready()
