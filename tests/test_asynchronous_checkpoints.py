@@ -93,7 +93,7 @@ def save_in_the_middle(rank: int, folder: Path) -> Any:
     """Worker 0 saves at its step 4, the others at their own when they hear of it."""
     torch.manual_seed(rank)
     module = Noting([3, 5, 2][rank])
-    module.before = lambda: rank == 0 or until(lambda: told(module))
+    module.before = lambda: rank == 0 or until(lambda: told(module), 60)
     saved = ModelCheckpoint(folder, "mid", every_n_train_steps=4, save_top_k=1)
     start(WORKERS, [saved] if rank == 0 else []).fit(module, Resumable(rank, 7))
     return module.saved
@@ -195,7 +195,7 @@ def go_on_apart(rank: int, path: str, refused: Path) -> Any:
     module = Toy(ADAM)
 
     def on_train_batch_end(outputs: Any, batch: Any, batch_idx: int) -> None:
-        until(refused.exists)
+        until(refused.exists, 60)
         raise EOFError
 
     module.on_train_batch_end = on_train_batch_end
@@ -256,7 +256,7 @@ def stop_all(rank: int, folder: Path) -> Any:
 
     def end_all() -> None:
         (folder / f"{rank}").touch()
-        until(lambda: (folder / "0").exists() and (folder / "1").exists())
+        until(lambda: (folder / "0").exists() and (folder / "1").exists(), 60)
         os.kill(os.getpid(), signal.SIGTERM)
 
     module.before = end_all
@@ -284,7 +284,7 @@ def in_turn(rank: int, port: int, folder: Path, resumes: bool, overlap: bool) ->
         serving = Serving(settings, folder / f"center {resumes}", address=address)
     torch.manual_seed(rank)
     module = Noting(8)
-    module.before = lambda: resumes or rank == 0 or until(lambda: told(module))
+    module.before = lambda: resumes or rank == 0 or until(lambda: told(module), 60)
     fitting = start(
         2,
         [ModelCheckpoint(folder, "{step}", every_n_train_steps=9, save_top_k=-1)],
@@ -293,7 +293,7 @@ def in_turn(rank: int, port: int, folder: Path, resumes: bool, overlap: bool) ->
     path = folder / "step=9.ckpt" if resumes else None
     fitting.fit(module, Resumable(rank, 20), ckpt_path=path)
     if rank == 0:
-        until(lambda: not serving.handler.server.workers(time.monotonic()))
+        until(lambda: not serving.handler.server.workers(time.monotonic()), 60)
         serving.close()
     return bits(weights(module)), torch.rand(1).item()
 

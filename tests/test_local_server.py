@@ -35,7 +35,7 @@ def fit(rank: int, folder: Path, dies: int | None = None) -> Any:
                 served.append(fitting.strategy._workers.server.local._process)
                 (folder / "server").write_text(f"{served[0].pid}")
             (folder / f"{rank}").touch()
-            until((folder / "go on").exists)
+            until((folder / "go on").exists, SECONDS)
             if rank == dies:
                 os.kill(os.getpid(), signal.SIGKILL)
 
@@ -45,13 +45,13 @@ def fit(rank: int, folder: Path, dies: int | None = None) -> Any:
     fitting = trainer(2, strategy)
     fitting.fit(module, loader(rank, 20))
     if dies is not None:
-        until(lambda: served[0].poll() is not None)
+        until(lambda: served[0].poll() is not None, SECONDS)
     return weights(module)["w"].tobytes()
 
 
 def served(folder: Path) -> int:
     """The server, when all workers train."""
-    until(lambda: all((folder / f"{rank}").exists() for rank in range(2)))
+    until(lambda: all((folder / f"{rank}").exists() for rank in range(2)), SECONDS)
     return int((folder / "server").read_text())
 
 
@@ -76,14 +76,14 @@ def test_workers_that_are_all_stopped_for_longer_than_the_lease_go_on(tmp_path: 
         found = group.collect(SECONDS)
         assert [outcome.error for outcome in found] == [None, None]
         assert found[0].value == found[1].value
-        until(lambda: is_over(server))
+        until(lambda: is_over(server), SECONDS)
 
 
 def test_a_server_whose_workers_are_all_killed_ends(tmp_path: Path) -> None:
     with Workers(fit, tmp_path, workers=2) as group:
         server = served(tmp_path)
         group.kill()
-        until(lambda: is_over(server))
+        until(lambda: is_over(server), SECONDS)
 
 
 def test_a_server_ends_behind_worker_0_and_one_that_was_killed(tmp_path: Path) -> None:

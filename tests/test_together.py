@@ -186,7 +186,7 @@ def fail_before_joining(rank: int, told: Path) -> tuple[str, bool]:
 
 
 def fail_when_told(told: Path) -> None:
-    until(told.exists)
+    until(told.exists, 60)
     raise RuntimeError("a mistake of the user")
 
 

@@ -84,8 +84,8 @@ def _serve(settings: Mapping[str, Any]) -> str:
         port = told.read() if select.select([told], [], [], _STARTING)[0] else ""
     if not port:
         raise ExchangeError(
-            f"The server of the center did not start within {_STARTING:g} s. If it failed, its"
-            " error is above."
+            "The server of the center did not start. Its error is above, or it took more than"
+            f" {_STARTING:g} s."
         )
     return port
 

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from multiprocessing import resource_tracker
@@ -22,7 +23,6 @@ import staying
 import tiers
 import torch
 from processes import Forked
-from waiting import until
 
 from lightning_easgd.strategy import local_server
 
@@ -124,7 +124,10 @@ def leaves_nothing_behind():
     yield
     assert {str(each.pid) for each in multiprocessing.active_children()} <= staying.running()
     assert children() - staying.running() <= processes
-    until(lambda: sockets() <= ports, 10)  # gRPC's threads close theirs a moment later
+    until = time.monotonic() + 10
+    while not sockets() <= ports and time.monotonic() < until:
+        time.sleep(0.01)  # gRPC's threads close theirs a moment later
+    assert sockets() <= ports
     by_imports = {"KMP_INIT_AT_FORK", "KMP_DUPLICATE_LIB_OK"}  # scikit-learn's
     assert set(os.environ) - variables - by_imports <= {"PYTEST_CURRENT_TEST"}
     for thread in set(threading.enumerate()) - threads:

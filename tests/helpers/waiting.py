@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 
-def until(met: Callable[[], object], seconds: float = 60.0) -> None:
+def until(met: Callable[[], object], seconds: float = 30.0) -> None:
     """Wait until it is met; the test fails if it is not in time."""
     end = time.monotonic() + seconds
     while not met():

@@ -54,7 +54,7 @@ def sleep_long(path: Path) -> None:
     time.sleep(60)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc to see a process's forks")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc: run pytest there")
 def test_of_a_worker_that_is_late_the_test_sees_where_it_and_its_forks_are(tmp_path: Path) -> None:
     path = tmp_path / "sleeps"
     with Workers(await_a_child, path, workers=1) as group:

@@ -98,7 +98,9 @@ print(launching._context().get_start_method())
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux, where workers are forked")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="needs Linux, where workers are forked: run pytest there"
+)
 @pytest.mark.parametrize(
     ("code", "methods"),
     [(AFTER_COMPUTING, ["fork", "spawn"]), (BESIDE_A_THREAD, ["spawn", "fork"])],

@@ -185,7 +185,7 @@ def test_servers_of_one_center_start_and_end_as_one(
         if not sent:
             assert server.end(signal.SIGKILL) == KILLED  # and its servers end, too
     lines = tmp_path / "served.jsonl"
-    until(lambda: lines.exists() and lines.read_text().endswith("\n"))
+    until(lambda: lines.exists() and lines.read_text().endswith("\n"), 60)
     children = Path(f"/proc/{server.pid}/task/{server.pid}/children")
     *_, last = children.read_text().split()
     os.kill(int(last), signal.SIGKILL)

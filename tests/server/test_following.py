@@ -77,7 +77,7 @@ class Pair:
     def until_paired(self) -> None:
         assert self.standby.following
         follower = self.standby.following.follower
-        until(lambda: follower.complete)
+        until(lambda: follower.complete, 20)
 
     def close(self) -> None:
         for client in self._clients:
@@ -177,7 +177,7 @@ def test_a_primary_that_is_started_again_waits_for_its_standby(pair: Pair) -> No
     pair.until_paired()
     client.add(constant(1.0))
     pair.cut()
-    until(lambda: pair.standby.handler.primary.standing.serves)
+    until(lambda: pair.standby.handler.primary.standing.serves, 20)
     client.add(constant(1.0))
     pair.primary.close()
     again = pair.start("primary", pair.primary.port)
@@ -187,7 +187,7 @@ def test_a_primary_that_is_started_again_waits_for_its_standby(pair: Pair) -> No
     again = pair.start("primary", standby_of=f"127.0.0.1:{pair.standby.port}")
     assert again.following
     follower = again.following.follower
-    until(lambda: follower.complete)
+    until(lambda: follower.complete, 20)
     assert client.add(constant(1.0))[0].version == 3
     np.testing.assert_array_equal(center(again), 3.0)
 
@@ -219,7 +219,7 @@ def test_a_standby_with_other_settings_says_so(pair: Pair, settings: Settings, s
     other = pair.start("other", standby_of=f"127.0.0.1:{pair.primary.port}")
     assert other.following
     following = other.following
-    until(lambda: following.failed)
+    until(lambda: following.failed, 20)
     assert re.search(said, str(following.failed))
 
 
@@ -274,7 +274,7 @@ def test_a_standby_whose_disk_is_full_takes_over_from_nobody(
         patch.setattr("lightning_easgd.server.following._FULL", 0.1)
         patch.setattr(pair.standby.following._journal, "add", full)
         adding.start()
-        until(lambda: caplog.text.count("until this standby has room: No space left") >= 3)
+        until(lambda: caplog.text.count("until this standby has room: No space left") >= 3, 20)
     adding.join(20)
     assert not adding.is_alive()
     assert pair.primary.handler.primary.standing.serves

@@ -29,7 +29,7 @@ print(faults())
 @pytest.mark.timeout(60)
 def test_frames_take_no_new_pages() -> None:
     if platform.libc_ver()[0] != "glibc":
-        pytest.skip("needs glibc")
+        pytest.skip("needs glibc: run pytest on a Linux that has it, such as Debian")
 
     def faults(way: str) -> int:
         command = [sys.executable, "-c", FAULTS, way, memory.__file__]
